@@ -1,0 +1,23 @@
+/* The subcommands: each parses its own options (GNU long options), does its work and returns the exit status of
+ * docs/operations.md: 0 all answered, 1 some error rows, 2 bad usage, 3 could not run, 4 interrupted and resumable. */
+#ifndef SH_CLI_COMMANDS_H
+#define SH_CLI_COMMANDS_H
+
+enum { SH_EXIT_OK = 0, SH_EXIT_ROWS = 1, SH_EXIT_USAGE = 2, SH_EXIT_RUN = 3, SH_EXIT_INTERRUPTED = 4 };
+
+int sh_cmd_run(int argc, char **argv);
+int sh_cmd_serve(int argc, char **argv);
+int sh_cmd_worker(int argc, char **argv);
+int sh_cmd_submit(int argc, char **argv);
+int sh_cmd_status(int argc, char **argv);
+int sh_cmd_watch(int argc, char **argv);
+int sh_cmd_results(int argc, char **argv);
+int sh_cmd_cancel(int argc, char **argv);
+int sh_cmd_inspect(int argc, char **argv);
+int sh_cmd_tokenize(int argc, char **argv);
+int sh_cmd_detokenize(int argc, char **argv);
+int sh_cmd_bench(int argc, char **argv);
+int sh_cmd_keygen(int argc, char **argv);
+int sh_cmd_doctor(int argc, char **argv);
+
+#endif

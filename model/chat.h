@@ -1,0 +1,24 @@
+/* Gemma 4's chat format, written natively: messages → text with special tokens. Source: the checkpoint's template, of which
+ * two released forms (A: current, B: first release) and the demo model's compact one are known by their content. */
+#ifndef SH_MODEL_CHAT_H
+#define SH_MODEL_CHAT_H
+
+#include "common/buf.h"
+#include "common/json.h"
+
+typedef enum sh_chat_form { SH_CHAT_NONE, SH_CHAT_A, SH_CHAT_B, SH_CHAT_COMPACT } sh_chat_form;
+
+typedef struct sh_chat {
+    sh_chat_form form;
+    bool known;       /* false: the template's text is none of the known ones; form is the nearest guess */
+    char bos[64];     /* bos_token's text from tokenizer_config.json */
+} sh_chat;
+
+/* Reads chat_template.jinja or tokenizer_config.json's chat_template. No template at all: form SH_CHAT_NONE, success. */
+sh_status sh_chat_load(const char *model_dir, sh_chat *out);
+/* Renders `messages` (array), `tools` (array or NULL), thinking on or off, with the generation prompt. Errors name the field
+ * (messages[2].content: …). Content parts of type text only; others fail with "not supported yet" naming the part. */
+sh_status sh_chat_render(const sh_chat *c, const json_t *messages, const json_t *tools, bool thinking, bool generation_prompt,
+                         sh_buf *out);
+
+#endif

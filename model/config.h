@@ -1,0 +1,84 @@
+/*
+ * config.json → one table per layer. Both spellings (per_layer_config, or global_head_dim and
+ * num_global_key_value_heads), text-only and composite files. Source: gemma4-text §1; reference class Config.
+ * Code elsewhere reads this table and never asks which variant it runs.
+ */
+#ifndef SH_MODEL_CONFIG_H
+#define SH_MODEL_CONFIG_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include "common/limits.h"
+#include "common/status.h"
+
+typedef enum sh_kv_kind { SH_KV_GLOBAL, SH_KV_SLIDING, SH_KV_KINDS } sh_kv_kind;
+typedef enum sh_kv_type { SH_KV_F32, SH_KV_BF16 } sh_kv_type;
+typedef enum sh_mode { SH_MODE_EXACT, SH_MODE_BF16 } sh_mode;
+
+typedef struct sh_layer {
+    sh_kv_kind kind;
+    int heads, kv_heads, head_dim;
+    int rotated_pairs;  /* RoPE pairs (j, j + head_dim/2), j < rotated_pairs */
+    double theta;       /* RoPE base */
+    double rope_factor; /* divides the frequencies */
+    int window;         /* keys a query sees, itself included; 0: all */
+    int kv_from;        /* the layer whose K/V this one reads: itself, or its producer */
+    bool has_kv;        /* computes and stores K/V (kv_from == own index) */
+    bool k_eq_v;        /* no v_proj: the raw key projection is the value; only V is cached */
+    int ff;             /* dense feed-forward width */
+    bool moe;           /* router and experts beside the dense feed-forward */
+} sh_layer;
+
+typedef struct sh_config {
+    char variant[32]; /* "E2B", "E4B", "31B", "26B-A4B" for the released shapes, else "custom" */
+    int vocab, hidden, n_layers;
+    int ple;       /* P, per-layer embedding width; 0: none */
+    int ple_vocab; /* rows of the per-layer table */
+    int experts, top_k, expert_ff;
+    int first_shared; /* layers from here on have no K/V of their own; n_layers when none */
+    int max_context;
+    float eps, softcap; /* softcap 0: none */
+    bool tied;          /* the head is embed_tokens */
+    bool vision_bidirectional;
+    int pad_id, bos_id;
+    int eos_ids[SH_MAX_STOP_IDS], n_eos; /* from config.json */
+    int image_id, audio_id, video_id;    /* soft-token placeholders; −1: none */
+    sh_layer layer[SH_MAX_LAYERS];
+} sh_config;
+
+/* Defaults for requests: generation_config.json, where absent the values of config.json and neutral sampling. */
+typedef struct sh_generation {
+    double temperature, top_p;
+    int top_k;                            /* 0: off */
+    bool do_sample;                       /* false: temperature defaults to 0 */
+    int stop_ids[SH_MAX_STOP_IDS], n_stop; /* eos_token_id of the file, else config.json's */
+    int suppress[SH_MAX_STOP_IDS], n_suppress;
+} sh_generation;
+
+/* Reads MODEL/config.json. Errors name the file, the field, the value and what is allowed. */
+sh_status sh_config_load(const char *model_dir, sh_config *out);
+sh_status sh_config_parse(const char *what, const char *json, size_t len, sh_config *out);
+sh_status sh_generation_load(const char *model_dir, const sh_config *c, sh_generation *out);
+
+/* Values (not bytes) that one position of a producing layer stores: kv_heads·head_dim, twice unless k_eq_v. */
+int sh_layer_kv_values(const sh_layer *l);
+/* The same for a whole stage [first, last): bytes per token of one KV kind over the layers it must hold (its producers and
+ * mirrors of earlier producers that its consumers read). */
+size_t sh_config_kv_bytes(const sh_config *c, sh_kv_type type, sh_kv_kind kind, int first, int last);
+/* Whether K/V of producer `layer` must cross a cut before layer `cut` (layer < cut and some consumer ≥ cut). */
+bool sh_config_kv_crosses(const sh_config *c, int layer, int cut);
+static inline size_t sh_kv_type_bytes(sh_kv_type t) { return t == SH_KV_F32 ? 4 : 2; }
+const char *sh_mode_name(sh_mode m);
+const char *sh_kv_type_name(sh_kv_type t);
+sh_status sh_mode_parse(const char *s, sh_mode *out);
+sh_status sh_kv_type_parse(const char *s, sh_kv_type *out);
+
+/* Parameters by component, for inspect and the planner. Counts elements. */
+typedef struct sh_param_count {
+    int64_t embedding, ple_table, ple_projection, attention, mlp, experts, router, ple_layers, norms, total;
+} sh_param_count;
+sh_param_count sh_config_count(const sh_config *c);
+/* Elements of the matrices of one layer (what a decode step reads of it); experts counted whole. */
+int64_t sh_layer_params(const sh_config *c, int layer);
+
+#endif

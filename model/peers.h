@@ -1,0 +1,18 @@
+/*
+ * What a layer that is cut across ranks asks of the others. The model sees this table, never a rank; NULL means alone. The
+ * members are filled by worker/ once expert and tensor parallelism exist; docs/decisions/0005 says what each will carry.
+ */
+#ifndef SH_MODEL_PEERS_H
+#define SH_MODEL_PEERS_H
+
+#include <stdint.h>
+
+typedef struct sh_peers {
+    void *ctx;
+    /* Starts sending rows [n, hidden] to the owners of their chosen experts (ids [n, top_k]); returns at once. */
+    void (*experts_begin)(void *ctx, int layer, const float *rows, const int32_t *ids, int n);
+    /* Waits for one result row per chosen expert: [n, top_k, hidden]. */
+    void (*experts_end)(void *ctx, int layer, float *results, int n);
+} sh_peers;
+
+#endif

@@ -1,0 +1,34 @@
+/*
+ * A checkpoint directory's tensors: one model.safetensors, or shards named by model.safetensors.index.json, mapped and
+ * checked (header length, JSON, dtype, shape against offsets, overlap, file length). Nothing is read but headers until a
+ * tensor's bytes are touched. Errors name file and tensor.
+ */
+#ifndef SH_MODEL_SAFETENSORS_H
+#define SH_MODEL_SAFETENSORS_H
+
+#include <stdint.h>
+#include "common/status.h"
+
+typedef enum sh_dtype { SH_BF16, SH_F16, SH_F32, SH_OTHER } sh_dtype;
+
+typedef struct sh_tensor {
+    const char *name, *file; /* borrowed from the set */
+    sh_dtype dtype;
+    char dtype_name[12];
+    int rank;
+    int64_t shape[8];
+    const uint8_t *data; /* mapped, little-endian */
+    uint64_t bytes;
+} sh_tensor;
+
+typedef struct sh_tensors sh_tensors;
+
+sh_status sh_tensors_open(const char *model_dir, sh_tensors **out);
+void sh_tensors_close(sh_tensors **t);
+int sh_tensors_count(const sh_tensors *t);
+const sh_tensor *sh_tensors_at(const sh_tensors *t, int i); /* sorted by name */
+const sh_tensor *sh_tensors_find(const sh_tensors *t, const char *name); /* NULL: absent */
+/* A hash over names, dtypes, shapes and sampled bytes: two ranks, or two runs, compare it. Costs milliseconds. */
+uint64_t sh_tensors_fingerprint(const sh_tensors *t);
+
+#endif

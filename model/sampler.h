@@ -1,0 +1,29 @@
+/*
+ * The sampler: logits → token. It sits in the last stage with everything that decides a token or an end. Its state is a
+ * pure function of (request, tokens so far): start brings both, drop forgets them. Random numbers are counter-based,
+ * keyed by (seed, choice, absolute position), so no order of work changes them.
+ * Order: suppress / min_tokens bans → log-probabilities reported → temperature → top-k → top-p → min-p → draw
+ * (gemma4-text §7; transformers' order).
+ */
+#ifndef SH_MODEL_SAMPLER_H
+#define SH_MODEL_SAMPLER_H
+
+#include "model/batch.h"
+#include "model/kernels/kernels.h"
+#include "model/tokenizer.h"
+
+typedef struct sh_sampler sh_sampler;
+
+/* tokenizer: for stop strings; borrowed, may be NULL when no request has any. max_seqs states at once. */
+sh_status sh_sampler_create(const sh_kernels *kn, const sh_tokenizer *tok, int vocab, int max_seqs, int max_context,
+                            sh_sampler **out);
+void sh_sampler_destroy(sh_sampler **s);
+/* Copies what it needs. A sequence already known is replaced. */
+sh_status sh_sampler_start(sh_sampler *s, const sh_seq_start *start);
+void sh_sampler_drop(sh_sampler *s, uint64_t seq); /* unknown: nothing happens */
+/* logits [vocab] (soft-capped; scratch: may be overwritten) are those after position `pos` of the sequence. Before the last
+ * known token's position they only score (score_prompt) the token at pos + 1 and give at most one sh_token with score set;
+ * at it they sample the next token. *n is 0 or 1. Allocates nothing. */
+sh_status sh_sampler_step(sh_sampler *s, uint64_t seq, int pos, float *logits, sh_token *out, int *n);
+
+#endif

@@ -1,0 +1,24 @@
+/*
+ * A team of compute threads of one rank (OpenMP underneath), bound to given CPUs. One caller at a time. The calling
+ * thread is member 0 and is bound by the first run.
+ */
+#ifndef SH_MODEL_TEAM_H
+#define SH_MODEL_TEAM_H
+
+#include "common/status.h"
+
+typedef struct sh_team sh_team;
+
+/* threads ≥ 1. cpus: n_cpus logical CPU numbers (thread i goes to cpus[i % n_cpus]); n_cpus 0 leaves threads unbound. */
+sh_status sh_team_create(int threads, const int *cpus, int n_cpus, sh_team **out);
+void sh_team_destroy(sh_team **t);
+int sh_team_size(const sh_team *t);
+/* Runs fn(arg, i, size) on every member and waits for all. A team of one calls fn directly, without OpenMP. */
+void sh_team_run(sh_team *t, void (*fn)(void *arg, int member, int size), void *arg);
+/* [*lo, *hi) is member's share of n items, as even as possible, ascending. */
+static inline void sh_team_share(int n, int member, int size, int *lo, int *hi) {
+    *lo = (int)((long)n * member / size);
+    *hi = (int)((long)n * (member + 1) / size);
+}
+
+#endif

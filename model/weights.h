@@ -1,0 +1,57 @@
+/*
+ * The weights that one stage owns, repacked for the kernels one tensor at a time. Everything is borrowed from the
+ * sh_weights object, which also keeps the maps open for table look-ups (embedding and per-layer embedding rows stay on
+ * disk, mapped). Tensor names: gemma4-text §3; every accepted variant is resolved here.
+ */
+#ifndef SH_MODEL_WEIGHTS_H
+#define SH_MODEL_WEIGHTS_H
+
+#include "model/config.h"
+#include "model/kernels/kernels.h"
+#include "model/team.h"
+
+typedef struct sh_layer_weights {
+    /* norms [hidden] unless said otherwise; NULL where the layer has none */
+    const float *input_norm, *post_attn_norm, *pre_ff_norm, *post_ff_norm;
+    const float *q_norm, *k_norm; /* [head_dim]; k_norm: producers only */
+    sh_wmat q, k, v, o;           /* k: producers only; v: producers without k_eq_v (data NULL otherwise) */
+    sh_wmat gate, up, down;       /* [ff, hidden], [ff, hidden], [hidden, ff] */
+    /* mixture of experts */
+    const float *post_ff_norm_1, *post_ff_norm_2, *pre_ff_norm_2;
+    const float *router_scale, *expert_scale; /* [hidden], [experts] */
+    sh_wmat router;                           /* [experts, hidden] */
+    const sh_wmat *expert_gate_up;            /* experts × [2·expert_ff, hidden]: gate rows first */
+    const sh_wmat *expert_down;               /* experts × [hidden, expert_ff] */
+    /* per-layer embedding */
+    sh_wmat ple_gate, ple_proj; /* [P, hidden], [hidden, P] */
+    sh_wmat ple_model_proj;     /* this layer's rows of per_layer_model_projection: [P, hidden] */
+    const float *post_ple_norm;
+    float scalar; /* layer_scalar, 1 when absent */
+} sh_layer_weights;
+
+typedef struct sh_weights {
+    const sh_config *config; /* borrowed */
+    int first, last;         /* layers [first, last) */
+    sh_layer_weights *layer; /* [last − first] */
+    const float *ple_norm;   /* [P] */
+    const float *final_norm; /* last stage only */
+    sh_wmat head;            /* [vocab, hidden]; last stage only */
+    size_t bytes;            /* anonymous memory held */
+    void *impl;
+} sh_weights;
+
+/* Loads layers [first, last) of MODEL; the embedding when first is 0, final norm and head when last is the layer count.
+ * Missing, wrongly shaped or typed tensors fail by name; unexpected ones too, except those the model description allows
+ * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */
+sh_status sh_weights_load(const char *model_dir, const sh_config *c, int first, int last, sh_team *team,
+                          void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
+void sh_weights_destroy(sh_weights **w);
+/* Bytes of anonymous memory that sh_weights_load would hold: for budgets, before loading. */
+size_t sh_weights_estimate(const sh_config *c, int first, int last);
+
+/* Row `id` of embed_tokens × sqrt(hidden) → out [hidden]. Stage 0 only. */
+void sh_weights_embed(const sh_weights *w, int id, float *out);
+/* Slice of `layer` of row `id` of embed_tokens_per_layer × sqrt(P) → out [P]. */
+void sh_weights_ple_row(const sh_weights *w, int layer, int id, float *out);
+
+#endif

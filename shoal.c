@@ -1,0 +1,4 @@
+/* The front door: finds the subcommand. */
+int main(void) {
+    return 2;
+}
