@@ -1,0 +1,18 @@
+/* A rank of a group: connects to the coordinator, learns the plan, loads its stage, serves until told to leave. */
+#ifndef SH_WORKER_H
+#define SH_WORKER_H
+
+#include "proto/link.h"
+
+typedef struct sh_worker_options {
+    const char *endpoint, *keys; /* the coordinator */
+    const char *group;           /* the same on all ranks of the job */
+    const int *cpus;             /* CPUs this rank may use; NULL: as the process */
+    int n_cpus;
+    int threads;                 /* 0: as the plan says */
+} sh_worker_options;
+
+/* Runs one rank to its end (told to leave, orphaned, or failed: SH_EPEER, …). */
+sh_status sh_worker_run(sh_link *link, const sh_worker_options *o);
+
+#endif
