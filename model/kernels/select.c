@@ -1,0 +1,69 @@
+/* Chooses the kernel table: what the CPU has, lowered by SHOAL_ISA. Tables are built once, bottom up: plain C first,
+ * then each instruction set overwrites the entries it has. Knows nothing of what the entries do. */
+#include "model/kernels/kernels.h"
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { REF, AVX2, AVX512, BLAS, LEVELS };
+
+const char *const sh_kernels_levels[] = {"ref", "avx2", "avx512", "blas", NULL};
+
+static sh_kernels tables[LEVELS];
+static bool present[LEVELS];
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+/* Fills `t` with the best native kernels up to `level` and says whether the CPU has that level. */
+static bool fill_native(sh_kernels *t, int level) {
+    sh_kernels_fill_ref(t);
+    bool has = level == REF;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (level >= AVX2 && avx2) sh_kernels_fill_avx2(t);
+    if (level >= AVX512 && avx512) sh_kernels_fill_avx512(t);
+    if (level == AVX2) has = avx2;
+    if (level == AVX512) has = avx512;
+#endif
+    return has;
+}
+
+static void build(void) {
+    for (int i = REF; i <= AVX512; i++) {
+        present[i] = fill_native(&tables[i], i);
+        tables[i].isa = sh_kernels_levels[i];
+    }
+    (void)fill_native(&tables[BLAS], AVX512);
+    sh_kernels_fill_blas(&tables[BLAS]);
+    tables[BLAS].isa = sh_kernels_levels[BLAS];
+    present[BLAS] = true;
+}
+
+sh_status sh_kernels_get(const char *isa, const sh_kernels **out) {
+    pthread_once(&once, build);
+    for (int i = 0; i < LEVELS; i++) {
+        if (strcmp(isa, sh_kernels_levels[i]) != 0) continue;
+        if (!present[i]) {
+            SH_FAIL(SH_EUNSUPPORTED, "instruction set '%s': this CPU lacks it: the best here is %s", isa,
+                    present[AVX2] ? "avx2" : "ref");
+        }
+        *out = &tables[i];
+        return SH_OK;
+    }
+    SH_FAIL(SH_EINPUT, "instruction set '%.40s' is unknown: allowed are ref, avx2, avx512, blas", isa);
+}
+
+sh_status sh_kernels_select(const sh_kernels **out) {
+    pthread_once(&once, build);
+    const char *isa = getenv("SHOAL_ISA");
+    if (isa && *isa) {
+        sh_status st = sh_kernels_get(isa, out);
+        return st == SH_OK ? st : sh_error_prefix(st, "SHOAL_ISA");
+    }
+    *out = &tables[present[AVX512] ? AVX512 : present[AVX2] ? AVX2 : REF];
+    return SH_OK;
+}

@@ -1,0 +1,73 @@
+/* Compute threads by OpenMP; the only file that knows it. libgomp keeps one pool per calling thread, so teams of
+ * several ranks (threads of one process on the local link) do not meet. */
+#include "model/team.h"
+
+#include <omp.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include "common/limits.h"
+
+struct sh_team {
+    uint64_t id; /* unique within the process: tells a thread whether it is bound for this team */
+    int threads, n_cpus;
+    int cpus[];
+};
+
+static _Thread_local uint64_t bound_for;
+static atomic_uint_fast64_t last_id;
+
+sh_status sh_team_create(int threads, const int *cpus, int n_cpus, sh_team **out) {
+    if (threads < 1 || threads > CPU_SETSIZE)
+        SH_FAIL(SH_EINPUT, "threads: %d: 1 to %d are allowed", threads, CPU_SETSIZE);
+    for (int i = 0; i < n_cpus; i++) {
+        if (cpus[i] < 0 || cpus[i] >= CPU_SETSIZE) {
+            SH_FAIL(SH_EINPUT, "cpus[%d]: %d: 0 to %d are allowed", i, cpus[i], CPU_SETSIZE - 1);
+        }
+    }
+    sh_team *t = malloc(sizeof *t + (size_t)n_cpus * sizeof(int));
+    if (!t) SH_FAIL(SH_EMEMORY, "team: no memory for %d CPU numbers", n_cpus);
+    t->id = atomic_fetch_add(&last_id, 1) + 1;
+    t->threads = threads;
+    t->n_cpus = n_cpus;
+    if (n_cpus > 0) memcpy(t->cpus, cpus, (size_t)n_cpus * sizeof(int));
+    *out = t;
+    return SH_OK;
+}
+
+void sh_team_destroy(sh_team **t) {
+    free(*t);
+    *t = NULL;
+}
+
+int sh_team_size(const sh_team *t) {
+    return t->threads;
+}
+
+/* A refused binding (the CPU is outside this process's set) leaves the thread where it is: slower, never wrong. */
+static void bind(const sh_team *t, int member) {
+    if (bound_for == t->id) return;
+    bound_for = t->id;
+    if (t->n_cpus == 0) return;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET((size_t)t->cpus[member % t->n_cpus], &set);
+    (void)pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+}
+
+void sh_team_run(sh_team *t, void (*fn)(void *arg, int member, int size), void *arg) {
+    if (t->threads == 1) {
+        bind(t, 0);
+        fn(arg, 0, 1);
+        return;
+    }
+#pragma omp parallel num_threads(t->threads) default(none) shared(t, fn, arg)
+    {
+        int member = omp_get_thread_num();
+        bind(t, member);
+        fn(arg, member, omp_get_num_threads());
+    }
+}
