@@ -546,6 +546,18 @@ static void keep_tables(impl *m) {
     sh_tensors_trim(m->tensors);
 }
 
+sh_status sh_weights_check(const char *model_dir, const sh_config *c, sh_tensors *t) {
+    impl m = {0};
+    sh_weights w = {.config = c, .impl = &m}; /* layers [0, 0): nothing is this stage's own */
+    loader l = {.dir = model_dir, .c = c, .w = &w, .tensors = t};
+    l.used = calloc((size_t)sh_tensors_count(t) + 1, sizeof *l.used);
+    if (!l.used) SH_FAIL(SH_EMEMORY, "%s: no memory for the list of tensors", model_dir);
+    sh_status st = resolve_all(&l);
+    free(l.used);
+    free(l.jobs);
+    return st;
+}
+
 static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
     SH_TRY(allocate(l->w));
     impl *m = l->w->impl;
