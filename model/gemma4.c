@@ -289,6 +289,7 @@ static void begin_step(sh_model *m, const sh_batch *b, const void *in) {
     if (m->options.first == 0) {
         row_job j = {.m = m};
         sh_rows_run(m->team, m->n, (size_t)m->config.hidden, embed_rows, &j);
+        if (m->probe.hidden) m->probe.hidden(m->probe.arg, -1, m->x, m->n, m->config.hidden);
         return;
     }
     if (m->options.first >= m->config.first_shared) sh_model_keep(m); /* the rows came already cut down: ids follow */
