@@ -78,7 +78,14 @@ typedef struct sh_param_count {
     int64_t embedding, ple_table, ple_projection, attention, mlp, experts, router, ple_layers, norms, total;
 } sh_param_count;
 sh_param_count sh_config_count(const sh_config *c);
-/* Elements of the matrices of one layer (what a decode step reads of it); experts counted whole. */
+/* The same for one layer, as the checkpoint stores it: norms includes q_norm and k_norm, router its scales, ple the gate
+ * and the projection inside the layer. layer_scalar is a buffer and not counted. */
+typedef struct sh_layer_count {
+    int64_t qo, kv, mlp, experts, router, ple, norms;
+} sh_layer_count;
+sh_layer_count sh_config_layer_count(const sh_config *c, int layer);
+/* Elements of the matrices of one layer (what a decode step reads of it, its rows of per_layer_model_projection included);
+ * experts counted whole. */
 int64_t sh_layer_params(const sh_config *c, int layer);
 
 #endif

@@ -17,7 +17,7 @@ typedef struct sh_tensor {
     char dtype_name[12];
     int rank;
     int64_t shape[8];
-    const uint8_t *data; /* mapped, little-endian */
+    const uint8_t *data; /* mapped, little-endian, of any alignment; NULL once its file was let go */
     uint64_t bytes;
 } sh_tensor;
 
@@ -28,6 +28,11 @@ void sh_tensors_close(sh_tensors **t);
 int sh_tensors_count(const sh_tensors *t);
 const sh_tensor *sh_tensors_at(const sh_tensors *t, int i); /* sorted by name */
 const sh_tensor *sh_tensors_find(const sh_tensors *t, const char *name); /* NULL: absent */
+/* Marks the file of a tensor as needed; sh_tensors_trim unmaps every file that has no such mark. */
+void sh_tensors_need(sh_tensors *t, const sh_tensor *tensor);
+void sh_tensors_trim(sh_tensors *t);
+uint64_t sh_tensors_bytes(const sh_tensors *t); /* of all tensors, headers not counted */
+int sh_tensors_files(const sh_tensors *t);
 /* A hash over names, dtypes, shapes and sampled bytes: two ranks, or two runs, compare it. Costs milliseconds. */
 uint64_t sh_tensors_fingerprint(const sh_tensors *t);
 

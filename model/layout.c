@@ -1,0 +1,98 @@
+/* See layout.h. Reads no files. */
+#include "model/layout.h"
+
+#include <stdlib.h>
+
+typedef struct cursor {
+    char *base;
+    size_t used;
+} cursor;
+
+static void *take(cursor *at, size_t bytes) {
+    void *p = at->base ? at->base + at->used : NULL;
+    at->used += (bytes + 63) / 64 * 64;
+    return p;
+}
+
+static const float *take_vector(cursor *at, int n) {
+    return take(at, (size_t)n * sizeof(float));
+}
+
+static sh_wmat take_matrix(cursor *at, int n, int k) {
+    return (sh_wmat){.n = n, .k = k, .data = take(at, sh_wmat_bytes(n, k))};
+}
+
+static void layout_attention(const sh_config *c, const sh_layer *l, sh_layer_weights *w, cursor *at) {
+    int q = l->heads * l->head_dim, kv = l->kv_heads * l->head_dim;
+    w->q_norm = take_vector(at, l->head_dim);
+    w->q = take_matrix(at, q, c->hidden);
+    if (l->has_kv) {
+        w->k_norm = take_vector(at, l->head_dim);
+        w->k = take_matrix(at, kv, c->hidden);
+        if (!l->k_eq_v) w->v = take_matrix(at, kv, c->hidden);
+    }
+    w->o = take_matrix(at, c->hidden, q);
+}
+
+static void layout_experts(const sh_config *c, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+    w->post_ff_norm_1 = take_vector(at, c->hidden);
+    w->post_ff_norm_2 = take_vector(at, c->hidden);
+    w->pre_ff_norm_2 = take_vector(at, c->hidden);
+    w->router_scale = take_vector(at, c->hidden);
+    w->expert_scale = take_vector(at, c->experts);
+    w->router = take_matrix(at, c->experts, c->hidden);
+    w->expert_gate_up = expert;
+    w->expert_down = expert ? expert + c->experts : NULL;
+    for (int e = 0; e < c->experts; e++) {
+        sh_wmat gate_up = take_matrix(at, 2 * c->expert_ff, c->hidden);
+        sh_wmat down = take_matrix(at, c->hidden, c->expert_ff);
+        if (!expert) continue;
+        expert[e] = gate_up;
+        expert[c->experts + e] = down;
+    }
+}
+
+static void layout_layer(const sh_config *c, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+    const sh_layer *l = &c->layer[layer];
+    *w = (sh_layer_weights){.scalar = 1};
+    w->input_norm = take_vector(at, c->hidden);
+    w->post_attn_norm = take_vector(at, c->hidden);
+    w->pre_ff_norm = take_vector(at, c->hidden);
+    w->post_ff_norm = take_vector(at, c->hidden);
+    layout_attention(c, l, w, at);
+    w->gate = take_matrix(at, l->ff, c->hidden);
+    w->up = take_matrix(at, l->ff, c->hidden);
+    w->down = take_matrix(at, c->hidden, l->ff);
+    if (l->moe) layout_experts(c, w, expert, at);
+    if (c->ple == 0) return;
+    w->ple_gate = take_matrix(at, c->ple, c->hidden);
+    w->ple_proj = take_matrix(at, c->hidden, c->ple);
+    w->ple_model_proj = take_matrix(at, c->ple, c->hidden);
+    w->post_ple_norm = take_vector(at, c->hidden);
+}
+
+size_t sh_weights_layout(sh_weights *w, sh_wmat *expert, void *base) {
+    const sh_config *c = w->config;
+    cursor at = {.base = base};
+    for (int i = w->first; i < w->last; i++) {
+        sh_layer_weights scratch;
+        size_t skip = (size_t)(i - w->first) * 2 * (size_t)c->experts;
+        layout_layer(c, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
+    }
+    if (c->ple) w->ple_norm = take_vector(&at, c->ple);
+    if (w->last == c->n_layers) {
+        w->final_norm = take_vector(&at, c->hidden);
+        w->head = take_matrix(&at, c->vocab, c->hidden);
+    }
+    return at.used;
+}
+
+size_t sh_weights_table_bytes(const sh_config *c, int first, int last) {
+    size_t n = (size_t)(last - first);
+    return n * sizeof(sh_layer_weights) + n * 2 * (size_t)c->experts * sizeof(sh_wmat);
+}
+
+size_t sh_weights_estimate(const sh_config *c, int first, int last) {
+    sh_weights w = {.config = c, .first = first, .last = last};
+    return sh_weights_layout(&w, NULL, NULL) + sh_weights_table_bytes(c, first, last);
+}

@@ -1,0 +1,630 @@
+/*
+ * From the tensors of a checkpoint to the packed weights of one stage. See weights.h. First every tensor of the whole
+ * checkpoint is resolved and checked against config.json (headers only, the same on every rank), then the stage's own
+ * are packed, one at a time. Knows names and shapes; the memory layout is layout.c's.
+ */
+#include "model/weights.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "common/mem.h"
+#include "model/layout.h"
+#include "model/safetensors.h"
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tensors are little-endian and read in place");
+
+typedef struct impl {
+    sh_tensors *tensors;
+    const sh_tensor *embed, *ple_table; /* kept mapped for look-ups */
+    void *block;
+    size_t block_bytes;
+    sh_wmat *expert;
+} impl;
+
+/* One thing to fill: a vector (to) or a packed matrix (mat) from the rows of up to two tensors. */
+typedef struct job {
+    const sh_tensor *t[2];
+    int64_t row[2]; /* first row taken of each */
+    int n[2], k;
+    float *to;
+    const sh_wmat *mat;
+} job;
+
+typedef struct loader {
+    const char *dir, *prefix;
+    const sh_config *c;
+    sh_weights *w;
+    sh_tensors *tensors;
+    bool *used; /* per tensor of the set */
+    job *jobs;
+    int n_jobs, cap;
+    char name[512]; /* of the last look-up */
+} loader;
+
+/* --- names ---------------------------------------------------------------------------------------------------------
+ */
+
+static int tensor_index(const sh_tensors *t, const sh_tensor *x) {
+    int lo = 0, hi = sh_tensors_count(t) - 1;
+    while (lo < hi) {
+        int mid = lo + (hi - lo) / 2;
+        if (strcmp(sh_tensors_at(t, mid)->name, x->name) < 0)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    return lo;
+}
+
+/* Looks up NAME.weight and NAME; marks what it finds as used. *out NULL when absent. */
+static sh_status look_up(loader *l, const char *name, const sh_tensor **out) {
+    char full[600];
+    snprintf(full, sizeof full, "%s.weight", name);
+    const sh_tensor *a = sh_tensors_find(l->tensors, full), *b = sh_tensors_find(l->tensors, name);
+    if (a && b) SH_FAIL(SH_EFORMAT, "%s/%s: %s: is there twice, as %s too", l->dir, b->file, name, full);
+    *out = a ? a : b;
+    if (*out) l->used[tensor_index(l->tensors, *out)] = true;
+    return SH_OK;
+}
+
+static const char *name_of(loader *l, int layer, const char *part) {
+    if (layer < 0)
+        snprintf(l->name, sizeof l->name, "%s%s", l->prefix, part);
+    else
+        snprintf(l->name, sizeof l->name, "%slayers.%d.%s", l->prefix, layer, part);
+    return l->name;
+}
+
+static sh_status find_prefix(loader *l) {
+    static const char *const known[] = {"model.language_model.", "model.", "language_model.model.", "language_model.",
+                                        ""};
+    l->prefix = NULL;
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "%sembed_tokens", known[i]);
+        const sh_tensor *t;
+        SH_TRY(look_up(l, name, &t));
+        if (!t) continue;
+        if (l->prefix)
+            SH_FAIL(SH_EFORMAT, "%s: two text models: %sembed_tokens and %sembed_tokens", l->dir, l->prefix, known[i]);
+        l->prefix = known[i];
+    }
+    if (!l->prefix)
+        SH_FAIL(SH_EFORMAT, "%s: missing tensor model.language_model.embed_tokens.weight (any known prefix)", l->dir);
+    return SH_OK;
+}
+
+/* --- checks of one tensor ------------------------------------------------------------------------------------------
+ */
+
+static void print_shape(char *to, size_t size, int rank, const int64_t *shape) {
+    size_t n = (size_t)snprintf(to, size, "[");
+    for (int i = 0; i < rank && n < size; i++)
+        n += (size_t)snprintf(to + n, size - n, "%s%lld", i ? ", " : "", (long long)shape[i]);
+    if (n < size) snprintf(to + n, size - n, "]");
+}
+
+static sh_status check_tensor(const loader *l, const sh_tensor *t, int rank, const int64_t *shape) {
+    if (t->dtype == SH_OTHER)
+        SH_FAIL(SH_EUNSUPPORTED, "%s/%s: %s: type %s: allowed are BF16, F32 and F16", l->dir, t->file, t->name,
+                t->dtype_name);
+    bool same = t->rank == rank;
+    for (int i = 0; same && i < rank; i++) same = t->shape[i] == shape[i];
+    if (rank == 1 && shape[0] == 1 && t->rank == 0) same = true; /* a scalar may be stored without a dimension */
+    if (same) return SH_OK;
+    char found[200], want[200];
+    print_shape(found, sizeof found, t->rank, t->shape);
+    print_shape(want, sizeof want, rank, shape);
+    SH_FAIL(SH_EFORMAT, "%s/%s: %s: shape %s, but config.json implies %s", l->dir, t->file, t->name, found, want);
+}
+
+/* The tensor of a name, which must be there with this shape. */
+static sh_status need(loader *l, const char *name, int rank, const int64_t *shape, const sh_tensor **out) {
+    const sh_tensor *t = NULL;
+    SH_TRY(look_up(l, name, &t));
+    if (!t) SH_FAIL(SH_EFORMAT, "%s: missing tensor %s", l->dir, name);
+    SH_TRY(check_tensor(l, t, rank, shape));
+    *out = t;
+    return SH_OK;
+}
+
+static sh_status add_job(loader *l, job j) {
+    if (l->n_jobs == l->cap) {
+        int cap = l->cap ? 2 * l->cap : 256;
+        job *p = realloc(l->jobs, (size_t)cap * sizeof *p);
+        if (!p) SH_FAIL(SH_EMEMORY, "%s: no memory for the list of tensors", l->dir);
+        l->jobs = p;
+        l->cap = cap;
+    }
+    l->jobs[l->n_jobs++] = j;
+    return SH_OK;
+}
+
+/* Vector [n] → to (NULL: only checked, the layer belongs to another stage). */
+static sh_status want_vector(loader *l, int layer, const char *part, int n, const float *to) {
+    const sh_tensor *t = NULL;
+    SH_TRY(need(l, name_of(l, layer, part), 1, (const int64_t[]){n}, &t));
+    if (!to) return SH_OK;
+    return add_job(l, (job){.t = {t}, .n = {1}, .k = n, .to = (float *)(uintptr_t)to});
+}
+
+/* Matrix [n, k] → to; rows [row, row + to->n) of it. */
+static sh_status want_rows(loader *l, int layer, const char *part, int64_t n, int k, int64_t row, const sh_wmat *to) {
+    const sh_tensor *t = NULL;
+    SH_TRY(need(l, name_of(l, layer, part), 2, (const int64_t[]){n, k}, &t));
+    if (!to) return SH_OK;
+    return add_job(l, (job){.t = {t}, .row = {row}, .n = {to->n}, .k = k, .mat = to});
+}
+
+static sh_status want_matrix(loader *l, int layer, const char *part, int n, int k, const sh_wmat *to) {
+    return want_rows(l, layer, part, n, k, 0, to);
+}
+
+/* --- what a layer has ----------------------------------------------------------------------------------------------
+ */
+
+#define AT(field)  (w ? w->field : NULL)  /* a vector's place, NULL in other stages' layers */
+#define MAT(field) (w ? &w->field : NULL) /* a matrix's place */
+
+static sh_status want_attention(loader *l, int i, const sh_layer_weights *w) {
+    const sh_layer *y = &l->c->layer[i];
+    int h = l->c->hidden, q = y->heads * y->head_dim, kv = y->kv_heads * y->head_dim;
+    SH_TRY(want_vector(l, i, "self_attn.q_norm", y->head_dim, AT(q_norm)));
+    SH_TRY(want_matrix(l, i, "self_attn.q_proj", q, h, MAT(q)));
+    SH_TRY(want_matrix(l, i, "self_attn.o_proj", h, q, MAT(o)));
+    if (!y->has_kv) return SH_OK;
+    SH_TRY(want_vector(l, i, "self_attn.k_norm", y->head_dim, AT(k_norm)));
+    SH_TRY(want_matrix(l, i, "self_attn.k_proj", kv, h, MAT(k)));
+    if (y->k_eq_v) return SH_OK;
+    return want_matrix(l, i, "self_attn.v_proj", kv, h, MAT(v));
+}
+
+/* experts.gate_up_proj [E, 2I, H] and experts.down_proj [E, H, I]. */
+static sh_status want_fused(loader *l, int i, const sh_layer_weights *w) {
+    const sh_config *c = l->c;
+    int64_t h = c->hidden, n = c->expert_ff, e = c->experts;
+    const sh_tensor *gu = NULL, *down = NULL;
+    SH_TRY(need(l, name_of(l, i, "experts.gate_up_proj"), 3, (const int64_t[]){e, 2 * n, h}, &gu));
+    SH_TRY(need(l, name_of(l, i, "experts.down_proj"), 3, (const int64_t[]){e, h, n}, &down));
+    for (int x = 0; w && x < c->experts; x++) {
+        SH_TRY(add_job(
+            l,
+            (job){
+                .t = {gu}, .row = {2 * n * x}, .n = {2 * c->expert_ff}, .k = c->hidden, .mat = &w->expert_gate_up[x]}));
+        SH_TRY(add_job(
+            l, (job){.t = {down}, .row = {h * x}, .n = {c->hidden}, .k = c->expert_ff, .mat = &w->expert_down[x]}));
+    }
+    return SH_OK;
+}
+
+/* experts.E.{gate_proj, up_proj} [I, H] (or gate_up_proj [2I, H]) and experts.E.down_proj [H, I]. */
+static sh_status want_unfused(loader *l, int i, int x, const sh_layer_weights *w) {
+    const sh_config *c = l->c;
+    char part[64];
+    const sh_tensor *gate = NULL, *up = NULL;
+    snprintf(part, sizeof part, "experts.%d.down_proj", x);
+    SH_TRY(want_matrix(l, i, part, c->hidden, c->expert_ff, w ? &w->expert_down[x] : NULL));
+    snprintf(part, sizeof part, "experts.%d.gate_up_proj", x);
+    SH_TRY(look_up(l, name_of(l, i, part), &gate));
+    if (gate) return want_matrix(l, i, part, 2 * c->expert_ff, c->hidden, w ? &w->expert_gate_up[x] : NULL);
+    snprintf(part, sizeof part, "experts.%d.gate_proj", x);
+    SH_TRY(need(l, name_of(l, i, part), 2, (const int64_t[]){c->expert_ff, c->hidden}, &gate));
+    snprintf(part, sizeof part, "experts.%d.up_proj", x);
+    SH_TRY(need(l, name_of(l, i, part), 2, (const int64_t[]){c->expert_ff, c->hidden}, &up));
+    if (!w) return SH_OK;
+    return add_job(
+        l, (job){.t = {gate, up}, .n = {c->expert_ff, c->expert_ff}, .k = c->hidden, .mat = &w->expert_gate_up[x]});
+}
+
+static sh_status want_experts(loader *l, int i, const sh_layer_weights *w) {
+    const sh_config *c = l->c;
+    SH_TRY(want_vector(l, i, "post_feedforward_layernorm_1", c->hidden, AT(post_ff_norm_1)));
+    SH_TRY(want_vector(l, i, "post_feedforward_layernorm_2", c->hidden, AT(post_ff_norm_2)));
+    SH_TRY(want_vector(l, i, "pre_feedforward_layernorm_2", c->hidden, AT(pre_ff_norm_2)));
+    SH_TRY(want_vector(l, i, "router.scale", c->hidden, AT(router_scale)));
+    SH_TRY(want_vector(l, i, "router.per_expert_scale", c->experts, AT(expert_scale)));
+    SH_TRY(want_matrix(l, i, "router.proj", c->experts, c->hidden, MAT(router)));
+    const sh_tensor *fused = NULL, *single = NULL;
+    SH_TRY(look_up(l, name_of(l, i, "experts.0.down_proj"), &single));
+    SH_TRY(look_up(l, name_of(l, i, "experts.down_proj"), &fused));
+    if (fused || !single) return want_fused(l, i, w);
+    for (int x = 0; x < c->experts; x++) SH_TRY(want_unfused(l, i, x, w));
+    return SH_OK;
+}
+
+static sh_status want_layer(loader *l, int i) {
+    const sh_config *c = l->c;
+    bool mine = i >= l->w->first && i < l->w->last;
+    const sh_layer_weights *w = mine ? &l->w->layer[i - l->w->first] : NULL;
+    int h = c->hidden, ff = c->layer[i].ff;
+    SH_TRY(want_vector(l, i, "input_layernorm", h, AT(input_norm)));
+    SH_TRY(want_vector(l, i, "post_attention_layernorm", h, AT(post_attn_norm)));
+    SH_TRY(want_vector(l, i, "pre_feedforward_layernorm", h, AT(pre_ff_norm)));
+    SH_TRY(want_vector(l, i, "post_feedforward_layernorm", h, AT(post_ff_norm)));
+    SH_TRY(want_attention(l, i, w));
+    SH_TRY(want_matrix(l, i, "mlp.gate_proj", ff, h, MAT(gate)));
+    SH_TRY(want_matrix(l, i, "mlp.up_proj", ff, h, MAT(up)));
+    SH_TRY(want_matrix(l, i, "mlp.down_proj", h, ff, MAT(down)));
+    if (c->layer[i].moe) SH_TRY(want_experts(l, i, w));
+    const sh_tensor *scalar;
+    SH_TRY(look_up(l, name_of(l, i, "layer_scalar"), &scalar));
+    if (scalar) SH_TRY(want_vector(l, i, "layer_scalar", 1, w ? &w->scalar : NULL));
+    if (c->ple == 0) return SH_OK;
+    SH_TRY(want_matrix(l, i, "per_layer_input_gate", c->ple, h, MAT(ple_gate)));
+    SH_TRY(want_matrix(l, i, "per_layer_projection", h, c->ple, MAT(ple_proj)));
+    SH_TRY(want_vector(l, i, "post_per_layer_input_norm", h, AT(post_ple_norm)));
+    return want_rows(l, -1, "per_layer_model_projection", (int64_t)c->n_layers * c->ple, h, (int64_t)i * c->ple,
+                     MAT(ple_model_proj));
+}
+
+/* --- the head and the tables ---------------------------------------------------------------------------------------
+ */
+
+static sh_status find_head(loader *l, const sh_tensor **out) {
+    static const char *const known[] = {"lm_head", "language_model.lm_head", "model.lm_head",
+                                        "model.language_model.lm_head"};
+    const sh_tensor *head = NULL;
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+        const sh_tensor *t;
+        SH_TRY(look_up(l, known[i], &t));
+        if (t && head) SH_FAIL(SH_EFORMAT, "%s: two heads: %s and %s", l->dir, head->name, t->name);
+        if (t) head = t;
+    }
+    *out = head;
+    return SH_OK;
+}
+
+static sh_status want_head(loader *l, const sh_tensor *embed) {
+    const sh_config *c = l->c;
+    bool mine = l->w->last == c->n_layers;
+    const int64_t shape[] = {c->vocab, c->hidden};
+    const sh_tensor *head = NULL;
+    SH_TRY(find_head(l, &head));
+    if (!head && !c->tied)
+        SH_FAIL(SH_EFORMAT, "%s: missing tensor lm_head.weight: tie_word_embeddings is false", l->dir);
+    if (head) SH_TRY(check_tensor(l, head, 2, shape));
+    /* Some writers store the tied head a second time: harmless only when it says the same. */
+    if (head && c->tied && mine &&
+        (head->bytes != embed->bytes || memcmp(head->data, embed->data, (size_t)head->bytes) != 0))
+        SH_FAIL(SH_EFORMAT, "%s/%s: %s: differs from %s, although tie_word_embeddings is true", l->dir, head->file,
+                head->name, embed->name);
+    if (!mine) return SH_OK;
+    SH_TRY(want_vector(l, -1, "norm", c->hidden, l->w->final_norm));
+    return add_job(l, (job){.t = {c->tied ? embed : head}, .n = {c->vocab}, .k = c->hidden, .mat = &l->w->head});
+}
+
+static sh_status want_tables(loader *l) {
+    const sh_config *c = l->c;
+    impl *m = l->w->impl;
+    const sh_tensor *embed = NULL, *t = NULL;
+    SH_TRY(need(l, name_of(l, -1, "embed_tokens"), 2, (const int64_t[]){c->vocab, c->hidden}, &embed));
+    if (l->w->first == 0) m->embed = embed;
+    if (c->ple) {
+        const int64_t shape[] = {c->ple_vocab, (int64_t)c->n_layers * c->ple};
+        SH_TRY(need(l, name_of(l, -1, "embed_tokens_per_layer"), 2, shape, &m->ple_table));
+        SH_TRY(want_vector(l, -1, "per_layer_projection_norm", c->ple, l->w->ple_norm));
+    }
+    SH_TRY(need(l, name_of(l, -1, "norm"), 1, (const int64_t[]){c->hidden}, &t));
+    return want_head(l, embed);
+}
+
+/* --- what may be there and is not read -----------------------------------------------------------------------------
+ */
+
+static bool starts(const char *s, const char *with) {
+    return strncmp(s, with, strlen(with)) == 0;
+}
+
+static bool is_other_modality(const char *name) {
+    static const char *const tower[] = {"vision_tower.",   "audio_tower.",          "embed_vision.",
+                                        "embed_audio.",    "vision_model.",         "vision_embedder.",
+                                        "audio_embedder.", "multi_modal_projector."};
+    if (starts(name, "model.")) name += 6;
+    for (size_t i = 0; i < sizeof tower / sizeof tower[0]; i++)
+        if (starts(name, tower[i])) return true;
+    return false;
+}
+
+/* K/V of layers that read another layer's (released files have them), and the value norm, which has no weight. */
+static bool is_unused(const loader *l, const char *name) {
+    if (is_other_modality(name)) return true;
+    if (!starts(name, l->prefix) || !starts(name + strlen(l->prefix), "layers.")) return false;
+    char *end;
+    long i = strtol(name + strlen(l->prefix) + 7, &end, 10);
+    if (i < 0 || i >= l->c->n_layers || !starts(end, ".self_attn.")) return false;
+    end += 11;
+    if (starts(end, "v_norm")) return true;
+    return !l->c->layer[i].has_kv && (starts(end, "k_proj") || starts(end, "v_proj") || starts(end, "k_norm"));
+}
+
+static sh_status refuse_unexpected(const loader *l) {
+    for (int i = 0; i < sh_tensors_count(l->tensors); i++) {
+        const sh_tensor *t = sh_tensors_at(l->tensors, i);
+        if (!l->used[i] && !is_unused(l, t->name))
+            SH_FAIL(SH_EFORMAT, "%s/%s: %s: unexpected tensor: config.json implies none of this name", l->dir, t->file,
+                    t->name);
+    }
+    return SH_OK;
+}
+
+static sh_status resolve_all(loader *l) {
+    SH_TRY(find_prefix(l));
+    SH_TRY(want_tables(l));
+    for (int i = 0; i < l->c->n_layers; i++) SH_TRY(want_layer(l, i));
+    return refuse_unexpected(l);
+}
+
+/* --- numbers -------------------------------------------------------------------------------------------------------
+ */
+
+static float widen_bf16(uint16_t b) {
+    uint32_t u = (uint32_t)b << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+static float widen_f16(uint16_t h) {
+    int e = h >> 10 & 31, m = h & 1023;
+    float f = e == 0 ? ldexpf((float)m, -24) : e < 31 ? ldexpf((float)(m + 1024), e - 25) : m ? NAN : INFINITY;
+    return h >> 15 ? -f : f;
+}
+
+static size_t item_bytes(sh_dtype d) {
+    return d == SH_F32 ? 4 : 2;
+}
+
+/* Items [from, from + n) of a tensor as f32; any alignment. */
+static void read_floats(const sh_tensor *t, int64_t from, int n, float *to) {
+    const uint8_t *p = t->data + (size_t)from * item_bytes(t->dtype);
+    if (t->dtype == SH_F32) {
+        memcpy(to, p, (size_t)n * 4);
+        return;
+    }
+    for (int i = 0; i < n; i++) {
+        uint16_t x;
+        memcpy(&x, p + 2 * (size_t)i, 2);
+        to[i] = t->dtype == SH_BF16 ? widen_bf16(x) : widen_f16(x);
+    }
+}
+
+/* The same as bf16; returns the first item that bf16 cannot hold, or n. NaN counts as held. */
+static int read_bf16(const sh_tensor *t, int64_t from, int n, uint16_t *to) {
+    if (t->dtype == SH_BF16) {
+        memcpy(to, t->data + 2 * (size_t)from, 2 * (size_t)n);
+        return n;
+    }
+    for (int i = 0; i < n; i++) {
+        float f;
+        uint32_t u;
+        read_floats(t, from + i, 1, &f);
+        memcpy(&u, &f, 4);
+        if (u & 0xffff && !isnan(f)) return i;
+        to[i] = (uint16_t)(u >> 16) | (isnan(f) ? 0x40 : 0);
+    }
+    return n;
+}
+
+/* --- packing -------------------------------------------------------------------------------------------------------
+ */
+
+typedef struct packing {
+    const job *j;
+    _Atomic int64_t inexact; /* lowest item of the matrix that bf16 cannot hold; INT64_MAX: none */
+    _Atomic bool no_memory;
+} packing;
+
+static const sh_tensor *job_row(const job *j, int row, int64_t *item) {
+    int part = row >= j->n[0];
+    *item = (j->row[part] + row - (part ? j->n[0] : 0)) * j->k;
+    return j->t[part];
+}
+
+static bool packs_in_place(const job *j) {
+    return !j->t[1] && j->t[0]->dtype == SH_BF16 && (uintptr_t)j->t[0]->data % 2 == 0;
+}
+
+static void note_inexact(packing *p, int64_t item) {
+    int64_t seen = atomic_load(&p->inexact);
+    while (item < seen && !atomic_compare_exchange_weak(&p->inexact, &seen, item)) {
+    }
+}
+
+static void pack_panel(packing *p, int panel, uint16_t *rows) {
+    const job *j = p->j;
+    const sh_wmat *m = j->mat;
+    int r0 = panel * SH_PANEL, n = m->n - r0 < SH_PANEL ? m->n - r0 : SH_PANEL;
+    for (int r = 0; r < n; r++) {
+        int64_t item;
+        const sh_tensor *t = job_row(j, r0 + r, &item);
+        int ok = read_bf16(t, item, m->k, rows + (size_t)r * (size_t)m->k);
+        if (ok < m->k) {
+            note_inexact(p, (int64_t)(r0 + r) * m->k + ok);
+            return;
+        }
+    }
+    uint32_t *to = (uint32_t *)(uintptr_t)m->data + (size_t)panel * (size_t)m->k * 16;
+    sh_pack_bf16(to, rows, (size_t)m->k, n, m->k, 0, 1);
+}
+
+static void pack_member(void *arg, int member, int size) {
+    packing *p = arg;
+    const sh_wmat *m = p->j->mat;
+    int lo, hi;
+    sh_team_share(sh_wmat_panels(m->n), member, size, &lo, &hi);
+    if (lo == hi) return;
+    if (packs_in_place(p->j)) {
+        const uint16_t *src = (const uint16_t *)(const void *)p->j->t[0]->data + (size_t)p->j->row[0] * (size_t)m->k;
+        sh_pack_bf16((uint32_t *)(uintptr_t)m->data, src, (size_t)m->k, m->n, m->k, lo, hi);
+        return;
+    }
+    uint16_t *rows = malloc(SH_PANEL * (size_t)m->k * sizeof *rows);
+    if (!rows) {
+        atomic_store(&p->no_memory, true);
+        return;
+    }
+    for (int i = lo; i < hi; i++) pack_panel(p, i, rows);
+    free(rows);
+}
+
+static sh_status run_job(const loader *l, const job *j, sh_team *team) {
+    if (j->to) {
+        read_floats(j->t[0], 0, j->k, j->to);
+        return SH_OK;
+    }
+    packing p = {.j = j, .inexact = INT64_MAX};
+    if (team)
+        sh_team_run(team, pack_member, &p);
+    else
+        pack_member(&p, 0, 1);
+    if (p.no_memory) SH_FAIL(SH_EMEMORY, "%s: no memory for packing", j->t[0]->name);
+    if (p.inexact == INT64_MAX) return SH_OK;
+    int64_t item;
+    float f;
+    const sh_tensor *t = job_row(j, (int)(p.inexact / j->k), &item);
+    item += p.inexact % j->k;
+    read_floats(t, item, 1, &f);
+    SH_FAIL(SH_EUNSUPPORTED,
+            "%s/%s: %s: the %s value %.9g of item %lld is not exact in BF16: convert the checkpoint to BF16 first",
+            l->dir, t->file, t->name, t->dtype_name, (double)f, (long long)item);
+}
+
+/* Advice on the pages that lie wholly inside a range: only a hint. */
+static void advise(const uint8_t *data, size_t bytes, int advice) {
+    const uintptr_t page = 4096;
+    uintptr_t a = ((uintptr_t)data + page - 1) & ~(page - 1), b = ((uintptr_t)data + bytes) & ~(page - 1);
+    if (a < b) (void)madvise((void *)a, b - a, advice);
+}
+
+static sh_status pack_all(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
+    size_t done = 0, total = ((impl *)l->w->impl)->block_bytes;
+    for (int i = 0; i < l->n_jobs; i++) {
+        const job *j = &l->jobs[i];
+        SH_TRY(run_job(l, j, team));
+        for (int s = 0; s < 2 && j->t[s]; s++) { /* packed: the source's pages need not stay in this process */
+            size_t row = (size_t)j->k * item_bytes(j->t[s]->dtype);
+            advise(j->t[s]->data + (size_t)j->row[s] * row, (size_t)j->n[s] * row, MADV_DONTNEED);
+        }
+        done += j->to ? (size_t)j->k * 4 : sh_wmat_bytes(j->mat->n, j->mat->k);
+        if (progress) progress(arg, done < total ? done : total, total);
+    }
+    if (progress) progress(arg, total, total);
+    return SH_OK;
+}
+
+/* --- the object ----------------------------------------------------------------------------------------------------
+ */
+
+static sh_status allocate(sh_weights *w) {
+    const sh_config *c = w->config;
+    size_t n = (size_t)(w->last - w->first);
+    impl *m = calloc(1, sizeof *m);
+    w->impl = m;
+    w->layer = calloc(n ? n : 1, sizeof *w->layer);
+    if (m && c->experts) m->expert = calloc(n * 2 * (size_t)c->experts, sizeof *m->expert);
+    if (!m || !w->layer || (c->experts && !m->expert)) SH_FAIL(SH_EMEMORY, "weights: no memory for their tables");
+    size_t bytes = sh_weights_layout(w, m->expert, NULL);
+    SH_TRY(sh_mem_alloc(bytes, "weights", &m->block));
+    m->block_bytes = bytes;
+    sh_weights_layout(w, m->expert, m->block);
+    w->bytes = bytes + sh_weights_table_bytes(c, w->first, w->last);
+    return SH_OK;
+}
+
+static void keep_tables(impl *m) {
+    const sh_tensor *const table[] = {m->embed, m->ple_table};
+    for (int i = 0; i < 2; i++) {
+        if (!table[i]) continue;
+        sh_tensors_need(m->tensors, table[i]);
+        advise(table[i]->data, (size_t)table[i]->bytes, MADV_RANDOM); /* rows here and there: no read-ahead */
+    }
+    sh_tensors_trim(m->tensors);
+}
+
+static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
+    SH_TRY(allocate(l->w));
+    impl *m = l->w->impl;
+    SH_TRY(sh_tensors_open(l->dir, &m->tensors));
+    l->tensors = m->tensors;
+    l->used = calloc((size_t)sh_tensors_count(l->tensors) + 1, sizeof *l->used);
+    if (!l->used) SH_FAIL(SH_EMEMORY, "%s: no memory for the list of tensors", l->dir);
+    SH_TRY(resolve_all(l));
+    SH_TRY(pack_all(l, team, progress, arg));
+    keep_tables(m);
+    return SH_OK;
+}
+
+sh_status sh_weights_load(const char *model_dir, const sh_config *c, int first, int last, sh_team *team,
+                          void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out) {
+    if (first < 0 || first >= last || last > c->n_layers)
+        SH_FAIL(SH_EINPUT, "layers %d to %d: the model has %d layers", first, last, c->n_layers);
+    sh_weights *w = calloc(1, sizeof *w);
+    if (!w) SH_FAIL(SH_EMEMORY, "weights: no memory");
+    *w = (sh_weights){.config = c, .first = first, .last = last};
+    loader l = {.dir = model_dir, .c = c, .w = w};
+    sh_status st = load(&l, team, progress, arg);
+    free(l.used);
+    free(l.jobs);
+    if (st != SH_OK) {
+        sh_weights_destroy(&w);
+        return st;
+    }
+    *out = w;
+    return SH_OK;
+}
+
+void sh_weights_destroy(sh_weights **wp) {
+    sh_weights *w = *wp;
+    if (!w) return;
+    impl *m = w->impl;
+    if (m) {
+        sh_tensors_close(&m->tensors);
+        sh_mem_free(m->block, m->block_bytes);
+        free(m->expert);
+        free(m);
+    }
+    free(w->layer);
+    free(w);
+    *wp = NULL;
+}
+
+static void table_row(const sh_tensor *t, int64_t from, int n, float scale, float *out) {
+    read_floats(t, from, n, out);
+    for (int i = 0; i < n; i++) out[i] *= scale;
+}
+
+void sh_weights_embed(const sh_weights *w, int id, float *out) {
+    const impl *m = w->impl;
+    table_row(m->embed, (int64_t)id * w->config->hidden, w->config->hidden, (float)sqrt(w->config->hidden), out);
+}
+
+void sh_weights_ple_row(const sh_weights *w, int layer, int id, float *out) {
+    const impl *m = w->impl;
+    const sh_config *c = w->config;
+    int64_t row = (int64_t)id * c->n_layers * c->ple;
+    table_row(m->ple_table, row + (int64_t)layer * c->ple, c->ple, (float)sqrt(c->ple), out);
+}
+
+/* --- until model/team.c and model/kernels/ref.c are here ------------------------------------------------------------
+ */
+
+__attribute__((weak)) void sh_team_run(sh_team *t, void (*fn)(void *arg, int member, int size), void *arg) {
+    (void)t;
+    fn(arg, 0, 1);
+}
+
+__attribute__((weak)) void sh_pack_bf16(uint32_t *dst, const uint16_t *src, size_t ld, int n, int k, int p0, int p1) {
+    for (int p = p0; p < p1; p++)
+        for (int kk = 0; kk < k; kk++)
+            for (int j = 0; j < 16; j++) {
+                int a = 32 * p + j, b = a + 16;
+                uint32_t lo = a < n ? src[(size_t)a * ld + (size_t)kk] : 0,
+                         hi = b < n ? src[(size_t)b * ld + (size_t)kk] : 0;
+                dst[((size_t)p * (size_t)k + (size_t)kk) * 16 + (size_t)j] = hi << 16 | lo;
+            }
+}
