@@ -45,6 +45,10 @@ typedef struct sh_weights {
  * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */
 sh_status sh_weights_load(const char *model_dir, const sh_config *c, int first, int last, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
+/* Resolves and checks every tensor of an open checkpoint against config.json, from headers alone: what sh_weights_load
+ * does first. model_dir is for messages. */
+struct sh_tensors;
+sh_status sh_weights_check(const char *model_dir, const sh_config *c, struct sh_tensors *t);
 void sh_weights_destroy(sh_weights **w);
 /* Bytes of anonymous memory that sh_weights_load would hold: for budgets, before loading. */
 size_t sh_weights_estimate(const sh_config *c, int first, int last);
