@@ -6,10 +6,10 @@
 #include "common/clock.h"
 #include "common/mem.h"
 
-#define TRIES 9
-#define STREAMS 8           /* the most parts that one member reads side by side */
-#define FMA_STEPS 400000L   /* about a millisecond */
-#define CHAINS 16           /* independent sums: more than latency × throughput of any CPU so far */
+#define TRIES     9
+#define STREAMS   8       /* the most parts that one member reads side by side */
+#define FMA_STEPS 400000L /* about a millisecond */
+#define CHAINS    16      /* independent sums: more than latency × throughput of any CPU so far */
 
 typedef struct probe {
     const float *data;

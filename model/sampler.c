@@ -12,8 +12,9 @@
 #include "common/mem.h"
 #include "model/draw.h"
 
-#define TEXT_ROOM (SH_MAX_STOP_BYTES + 4096) /* tail and one token's text; a longer piece makes the buffer grow once   \
-                                              */
+#define TEXT_ROOM                                                                                                      \
+    (SH_MAX_STOP_BYTES + 4096) /* tail and one token's text; a longer piece makes the buffer grow once                 \
+                                */
 
 typedef struct state {
     uint64_t seq;
