@@ -21,9 +21,9 @@ void sh_sampler_destroy(sh_sampler **s);
 /* Copies what it needs. A sequence already known is replaced. */
 sh_status sh_sampler_start(sh_sampler *s, const sh_seq_start *start);
 void sh_sampler_drop(sh_sampler *s, uint64_t seq); /* unknown: nothing happens */
-/* logits [vocab] (soft-capped; scratch: may be overwritten) are those after position `pos` of the sequence. Before the last
- * known token's position they only score (score_prompt) the token at pos + 1 and give at most one sh_token with score set;
- * at it they sample the next token. *n is 0 or 1. Allocates nothing. */
+/* logits [vocab] (soft-capped; scratch: may be overwritten) are those after position `pos` of the sequence. Before the
+ * last known token's position they only score (score_prompt) the token at pos + 1 and give at most one sh_token with
+ * score set; at it they sample the next token. *n is 0 or 1. Allocates nothing. */
 sh_status sh_sampler_step(sh_sampler *s, uint64_t seq, int pos, float *logits, sh_token *out, int *n);
 
 #endif

@@ -1,0 +1,81 @@
+/*
+ * Command-line options: a table per command, GNU long options (--name value, --name=value, unique prefixes, -x value,
+ * --), values checked where they are read. An error names the option, the value and what is allowed.
+ *
+ *     sh_option t[SH_OPTIONS_MAX];
+ *     int n = sh_options_shared(&shared, t);
+ *     t[n++] = (sh_option){"wait", 0, SH_OPTION_FLAG, &wait, .help = "until all requests are answered"};
+ *     int rc = sh_options_begin("submit", usage, t, n, argc, argv, &operands);
+ *     if (rc >= 0) return rc;   (help was printed, or the usage is wrong)
+ *     … operands are argv[1] … argv[operands]
+ */
+#ifndef SH_CLI_OPTIONS_H
+#define SH_CLI_OPTIONS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include "model/config.h"
+
+#define SH_OPTIONS_MAX 64
+
+typedef enum sh_option_kind {
+    SH_OPTION_FLAG,   /* bool *: takes no value */
+    SH_OPTION_TEXT,   /* const char **: borrowed from argv, not empty */
+    SH_OPTION_INT,    /* int *: min to max */
+    SH_OPTION_U64,    /* uint64_t * */
+    SH_OPTION_SIZE,   /* uint64_t *: bytes, with KiB, MiB, GiB, TiB, KB, MB, GB, TB, or K, M, G, T (binary) */
+    SH_OPTION_LIST,   /* const char **: increasing whole numbers, "5,9" */
+    SH_OPTION_CHOICE, /* int *: place in `choices` */
+    SH_OPTION_ONE,    /* part of the contract, not provided yet: only the value 1 ("none") is taken */
+    SH_OPTION_LATER,  /* part of the contract, not provided yet: refused */
+    SH_OPTION_NOTE    /* no option: a line of help between the others */
+} sh_option_kind;
+
+typedef struct sh_option {
+    const char *name; /* without dashes */
+    char letter;      /* 0: none */
+    sh_option_kind kind;
+    void *to;
+    const char *arg;  /* how help calls the value */
+    const char *help; /* for SH_OPTION_LATER: what to use instead */
+    int64_t min, max;
+    const char *const *choices; /* ends with NULL */
+} sh_option;
+
+/* Parses argv[1 …]; operands are moved to argv[1 … *operands], in order. */
+sh_status sh_options_parse(const sh_option *t, int n, int argc, char **argv, int *operands);
+void sh_options_help(FILE *to, const sh_option *t, int n);
+/* The above with --help: returns −1 to go on; else the exit status, everything said. `usage` ends with a newline. */
+int sh_options_begin(const char *command, const char *usage, const sh_option *t, int n, int argc, char **argv,
+                     int *operands);
+/* Says "shoal COMMAND: the last error" on standard error; returns `status`. */
+int sh_options_complain(const char *command, int status);
+
+/* What run, serve, plan and bench share. */
+typedef struct sh_shared_options {
+    const char *model;  /* as given; NULL: the demo model */
+    int ranks;          /* 0: not given */
+    int pp;             /* 0: not given */
+    const char *cuts;   /* NULL: not given */
+    int mode_at, kv_at; /* place in the choices; kv_at −1: not given */
+    uint64_t kv_memory;
+    int max_context, threads, max_seqs, chunk;
+    uint64_t seed;
+    int default_max_tokens;
+    bool lenient;
+} sh_shared_options;
+
+/* Sets defaults and writes the table's entries; returns how many. */
+int sh_options_shared(sh_shared_options *s, sh_option *t);
+sh_mode sh_options_mode(const sh_shared_options *s);
+/* As given, else by mode: f32 with exact, bf16 with bf16. */
+sh_kv_type sh_options_kv(const sh_shared_options *s);
+/* Checks -n, --pp and --cuts against each other; *ranks: what they ask for, 0 where none of them was given. */
+sh_status sh_options_ranks(const sh_shared_options *s, int *ranks);
+/* The model's folder as an absolute path (the demo model without -m); checks that config.json is there. */
+sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size);
+/* "8GiB" → bytes. */
+sh_status sh_options_size(const char *text, uint64_t *out);
+
+#endif

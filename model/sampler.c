@@ -1,0 +1,288 @@
+/*
+ * Sequences and their ends: bans, scores, stop ids, stop strings, lengths. See sampler.h. The numbers of one choice are
+ * in draw.c. Everything is allocated by create: starting, stepping and dropping sequences allocate nothing.
+ */
+#include "model/sampler.h"
+
+#include <limits.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/mem.h"
+#include "model/draw.h"
+
+#define TEXT_ROOM (SH_MAX_STOP_BYTES + 4096) /* tail and one token's text; a longer piece makes the buffer grow once   \
+                                              */
+
+typedef struct state {
+    uint64_t seq;
+    bool used;
+    int32_t n_prompt, n_tokens;
+    int64_t text_bytes; /* of generated text so far, what detok still holds back left out */
+    int32_t tail_len;   /* the end of that text, as long as a stop string that began there may need */
+    int32_t longest;    /* bytes of the longest stop string */
+    sh_detok detok;
+    sh_sampling p;
+    char tail[SH_MAX_STOP_BYTES];
+} state;
+
+struct sh_sampler {
+    const sh_tokenizer *tok;
+    sh_draw *draw;
+    int vocab, max_seqs, max_context;
+    state *states;
+    size_t state_bytes;
+    int32_t *prompts; /* [max_seqs, max_context]: the prompts that are scored; pages of others are never touched */
+    size_t prompt_bytes;
+    sh_buf text; /* tail and new text of one token */
+};
+
+sh_status sh_sampler_create(const sh_kernels *kn, const sh_tokenizer *tok, int vocab, int max_seqs, int max_context,
+                            sh_sampler **out) {
+    if (max_seqs < 1 || max_context < 1)
+        SH_FAIL(SH_EINPUT, "sampler: %d sequences of %d tokens: at least 1 of each is needed", max_seqs, max_context);
+    sh_sampler *s = calloc(1, sizeof *s);
+    if (!s) SH_FAIL(SH_EMEMORY, "no memory for a sampler");
+    s->tok = tok;
+    s->vocab = vocab;
+    s->max_seqs = max_seqs;
+    s->max_context = max_context;
+    s->state_bytes = (size_t)max_seqs * sizeof(state);
+    s->prompt_bytes = (size_t)max_seqs * (size_t)max_context * sizeof(int32_t);
+    sh_buf_init(&s->text, 0);
+    sh_status st;
+    void *states = NULL, *prompts = NULL;
+    SH_TRY_OR(st, sh_draw_create(kn, vocab, &s->draw), goto fail);
+    SH_TRY_OR(st, sh_mem_alloc(s->state_bytes, "sampler states", &states), goto fail);
+    s->states = states;
+    SH_TRY_OR(st, sh_mem_alloc(s->prompt_bytes, "prompts to score", &prompts), goto fail);
+    s->prompts = prompts;
+    SH_TRY_OR(st, sh_buf_reserve(&s->text, TEXT_ROOM), goto fail);
+    *out = s;
+    return SH_OK;
+fail:
+    sh_sampler_destroy(&s);
+    return st;
+}
+
+void sh_sampler_destroy(sh_sampler **s) {
+    if (!*s) return;
+    sh_draw_destroy(&(*s)->draw);
+    if ((*s)->states) sh_mem_free((*s)->states, (*s)->state_bytes);
+    if ((*s)->prompts) sh_mem_free((*s)->prompts, (*s)->prompt_bytes);
+    sh_buf_release(&(*s)->text);
+    free(*s);
+    *s = NULL;
+}
+
+static state *find(const sh_sampler *s, uint64_t seq) {
+    for (int i = 0; i < s->max_seqs; i++)
+        if (s->states[i].used && s->states[i].seq == seq) return &s->states[i];
+    return NULL;
+}
+
+static state *find_free(const sh_sampler *s) {
+    for (int i = 0; i < s->max_seqs; i++)
+        if (!s->states[i].used) return &s->states[i];
+    return NULL;
+}
+
+void sh_sampler_drop(sh_sampler *s, uint64_t seq) {
+    state *q = find(s, seq);
+    if (q) q->used = false;
+}
+
+/* --- generated text
+ * ------------------------------------------------------------------------------------------------------ */
+
+/* Where the earliest stop string begins among those that end after `old` bytes of text; −1: none. */
+static int64_t find_stop(const sh_sampling *p, const char *text, size_t len, size_t old) {
+    int64_t first = -1;
+    for (int i = 0; i < p->n_stops; i++) {
+        size_t n = p->stop_len[i];
+        if (n == 0 || n > len) continue;
+        size_t from = old + 1 > n ? old + 1 - n : 0; /* ends before that lie in text that was searched already */
+        const char *hit = memmem(text + from, len - from, p->stop[i], n);
+        if (hit && (first < 0 || hit - text < first)) first = hit - text;
+    }
+    return first;
+}
+
+/* Takes one generated token into the text (id < 0: the text that detok holds back, at an end). With `search`, *cut gets
+ * the offset in the generated text at which a stop string begins, if one ends in the new part. */
+static sh_status add_text(sh_sampler *s, state *q, int32_t id, bool search, int64_t *cut) {
+    sh_buf_clear(&s->text);
+    SH_TRY(sh_buf_add(&s->text, q->tail, (size_t)q->tail_len));
+    if (id >= 0)
+        SH_TRY(sh_detok_add(&q->detok, id, &s->text));
+    else
+        SH_TRY(sh_detok_flush(&q->detok, &s->text));
+    const char *text = (const char *)s->text.data;
+    size_t old = (size_t)q->tail_len, len = s->text.len;
+    int64_t begin = q->text_bytes - (int64_t)old;
+    if (search) {
+        int64_t at = find_stop(&q->p, text, len, old);
+        if (at >= 0) *cut = begin + at;
+    }
+    size_t keep = len < (size_t)q->longest - 1 ? len : (size_t)q->longest - 1;
+    memcpy(q->tail, text + (len - keep), keep);
+    q->tail_len = (int32_t)keep;
+    q->text_bytes = begin + (int64_t)len;
+    return SH_OK;
+}
+
+static bool has_id(const int32_t *ids, int n, int32_t id) {
+    for (int i = 0; i < n; i++)
+        if (ids[i] == id) return true;
+    return false;
+}
+
+/* --- start
+ * --------------------------------------------------------------------------------------------------------------- */
+
+static sh_status check_start(const sh_sampler *s, const sh_seq_start *b) {
+    const sh_sampling *p = b->sampling;
+    unsigned long long seq = b->seq;
+    if (b->n_prompt < 1 || b->n_tokens < b->n_prompt || b->n_tokens > s->max_context)
+        SH_FAIL(SH_EINPUT, "sequence %llu: %d prompt tokens of %d: allowed are 1 to %d tokens", seq, b->n_prompt,
+                b->n_tokens, s->max_context);
+    for (int i = 0; i < b->n_tokens; i++)
+        if (b->tokens[i] < 0 || b->tokens[i] >= s->vocab)
+            SH_FAIL(SH_EINPUT, "sequence %llu: token %d is id %d: allowed are 0 to %d", seq, i, b->tokens[i],
+                    s->vocab - 1);
+    if (p->n_eos < 0 || p->n_eos > SH_MAX_STOP_IDS || p->n_stop_ids < 0 || p->n_stop_ids > SH_MAX_STOP_IDS ||
+        p->n_suppress < 0 || p->n_suppress > SH_MAX_STOP_IDS)
+        SH_FAIL(SH_EINPUT, "sequence %llu: more stop ids than %d", seq, SH_MAX_STOP_IDS);
+    if (p->n_stops < 0 || p->n_stops > SH_MAX_STOPS)
+        SH_FAIL(SH_EINPUT, "sequence %llu: %d stop strings: allowed are 0 to %d", seq, p->n_stops, SH_MAX_STOPS);
+    for (int i = 0; i < p->n_stops; i++)
+        if (p->stop_len[i] > SH_MAX_STOP_BYTES)
+            SH_FAIL(SH_EINPUT, "sequence %llu: a stop string of %d bytes: allowed are %d", seq, p->stop_len[i],
+                    SH_MAX_STOP_BYTES);
+    if (p->n_stops > 0 && !s->tok) SH_FAIL(SH_ESTATE, "sequence %llu: stop strings need a tokenizer", seq);
+    if (p->logprobs > SH_MAX_TOP_LOGPROBS)
+        SH_FAIL(SH_EINPUT, "sequence %llu: %d alternatives: allowed are 0 to %d", seq, p->logprobs,
+                SH_MAX_TOP_LOGPROBS);
+    return SH_OK;
+}
+
+sh_status sh_sampler_start(sh_sampler *s, const sh_seq_start *b) {
+    SH_TRY(check_start(s, b));
+    state *q = find(s, b->seq);
+    if (!q) q = find_free(s);
+    if (!q)
+        SH_FAIL(SH_ELIMIT, "sequence %llu: %d sequences run already: no more are allowed", (unsigned long long)b->seq,
+                s->max_seqs);
+    q->used = false; /* stays free if the text below fails */
+    q->seq = b->seq;
+    q->p = *b->sampling;
+    q->n_prompt = b->n_prompt;
+    q->n_tokens = b->n_tokens;
+    q->text_bytes = 0;
+    q->tail_len = 0;
+    q->longest = 0;
+    for (int i = 0; i < q->p.n_stops; i++)
+        if (q->p.stop_len[i] > q->longest) q->longest = q->p.stop_len[i];
+    if (q->longest > 0) { /* the text so far, exactly as decoding its tokens went */
+        sh_detok_init(&q->detok, s->tok, true);
+        int64_t unused;
+        for (int i = b->n_prompt; i < b->n_tokens; i++) SH_TRY(add_text(s, q, b->tokens[i], false, &unused));
+    }
+    if (q->p.score_prompt)
+        memcpy(s->prompts + (size_t)(q - s->states) * (size_t)s->max_context, b->tokens,
+               (size_t)b->n_prompt * sizeof(int32_t));
+    q->used = true;
+    return SH_OK;
+}
+
+/* --- step
+ * ---------------------------------------------------------------------------------------------------------------- */
+
+static void ban(float *logits, int vocab, const int32_t *ids, int n) {
+    for (int i = 0; i < n; i++)
+        if (ids[i] >= 0 && ids[i] < vocab) logits[ids[i]] = -INFINITY;
+}
+
+/* Log-probability of `id` and of the alternatives asked for. */
+static sh_status report(sh_sampler *s, const state *q, const float *logits, int32_t id, const sh_lse *lse,
+                        sh_token *t) {
+    t->logprob = sh_lse_logprob(*lse, logits[id]);
+    t->n_top = sh_draw_top(s->draw, logits, *lse, q->p.logprobs, t->top);
+    return SH_OK;
+}
+
+static sh_status score(sh_sampler *s, const state *q, int pos, const float *logits, sh_token *out) {
+    int32_t id = s->prompts[(size_t)(q - s->states) * (size_t)s->max_context + (size_t)pos + 1];
+    sh_lse lse;
+    SH_TRY(sh_draw_lse(s->draw, logits, &lse));
+    sh_token t = {.seq = q->seq, .index = pos + 1, .id = id, .score = true, .finish = SH_FINISH_NONE, .text_len = -1};
+    SH_TRY(report(s, q, logits, id, &lse, &t));
+    *out = t;
+    return SH_OK;
+}
+
+/* Chooses the next id; the logits are those after the bans. */
+static sh_status choose(sh_sampler *s, state *q, float *logits, sh_token *t) {
+    int made = q->n_tokens - q->n_prompt;
+    ban(logits, s->vocab, q->p.suppress, q->p.n_suppress);
+    if (made < q->p.min_tokens) {
+        if (!q->p.ignore_eos) ban(logits, s->vocab, q->p.eos, q->p.n_eos);
+        ban(logits, s->vocab, q->p.stop_ids, q->p.n_stop_ids);
+    }
+    sh_lse lse = {0};
+    if (q->p.logprobs >= 0) SH_TRY(sh_draw_lse(s->draw, logits, &lse));
+    double u = sh_draw_uniform(q->p.seed, (uint32_t)q->p.choice, (uint32_t)q->n_tokens);
+    SH_TRY(sh_draw_id(s->draw, logits, &q->p, u, &t->id));
+    if (q->p.logprobs >= 0) SH_TRY(report(s, q, logits, t->id, &lse, t));
+    return SH_OK;
+}
+
+/* Whether token t (already counted) ends the sequence, and how much text stays. */
+static sh_status conclude(sh_sampler *s, state *q, sh_token *t) {
+    int made = q->n_tokens - q->n_prompt;
+    bool stop =
+        (!q->p.ignore_eos && has_id(q->p.eos, q->p.n_eos, t->id)) || has_id(q->p.stop_ids, q->p.n_stop_ids, t->id);
+    bool full = made >= q->p.max_tokens || q->n_tokens >= s->max_context;
+    t->finish = stop ? SH_FINISH_STOP : full ? SH_FINISH_LENGTH : SH_FINISH_NONE;
+    if (q->longest == 0) return SH_OK;
+    int64_t cut = -1;
+    bool search = made > q->p.min_tokens;
+    if (!stop) SH_TRY(add_text(s, q, t->id, search, &cut)); /* the text of a stop id is no part of the output */
+    if (cut < 0 && t->finish != SH_FINISH_NONE) SH_TRY(add_text(s, q, -1, search, &cut));
+    if (cut >= 0) {
+        t->finish = SH_FINISH_STOP;
+        t->text_len = cut > INT32_MAX ? INT32_MAX : (int32_t)cut;
+    }
+    return SH_OK;
+}
+
+static sh_status next(sh_sampler *s, state *q, float *logits, sh_token *out) {
+    int made = q->n_tokens - q->n_prompt;
+    sh_token t = {.seq = q->seq, .index = made, .id = -1, .finish = SH_FINISH_LENGTH, .text_len = -1};
+    if (made < q->p.max_tokens && q->n_tokens < s->max_context) {
+        SH_TRY(choose(s, q, logits, &t));
+        q->n_tokens++;
+        SH_TRY(conclude(s, q, &t));
+    } /* else nothing may be generated: an end without a token */
+    *out = t;
+    return SH_OK;
+}
+
+sh_status sh_sampler_step(sh_sampler *s, uint64_t seq, int pos, float *logits, sh_token *out, int *n) {
+    state *q = find(s, seq);
+    if (!q) SH_FAIL(SH_ESTATE, "sequence %llu: a step before its start", (unsigned long long)seq);
+    if (pos < 0 || pos >= q->n_tokens)
+        SH_FAIL(SH_ESTATE, "sequence %llu: a step at position %d of %d", (unsigned long long)seq, pos, q->n_tokens);
+    int made = 1;
+    sh_status st = SH_OK;
+    if (pos + 1 == q->n_tokens)
+        st = next(s, q, logits, out);
+    else if (q->p.score_prompt && pos + 1 < q->n_prompt)
+        st = score(s, q, pos, logits, out);
+    else
+        made = 0;
+    if (st != SH_OK) return sh_error_prefix(st, "sequence %llu, position %d", (unsigned long long)seq, pos);
+    *n = made;
+    return SH_OK;
+}

@@ -1,0 +1,594 @@
+/* The scheduler. See leader.h for the rules that it keeps. */
+#include "worker/leader.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* A micro-batch on its way round the ring. */
+typedef struct flight {
+    uint64_t step;
+    int n;
+    sh_seq **seq;  /* [max_seqs] in span order */
+    bool *sampled; /* [max_seqs] the span ends with a row that yields a token */
+} flight;
+
+struct sh_leader {
+    sh_leader_options o;
+    sh_pages pool[SH_KV_KINDS];
+    sh_seq *waiting;  /* by age */
+    sh_seq **running; /* [max_seqs] by age */
+    sh_seq *dead;
+    int n_running, n_waiting;
+    uint64_t next_id, next_step, pauses;
+    flight *flights; /* ring */
+    int depth, oldest, n_flights;
+    uint64_t *drops; /* [max_seqs] sampler states to end with the next micro-batch */
+    int n_drops;
+};
+
+static int32_t pages_for(int32_t tokens) {
+    return (tokens + SH_PAGE_TOKENS - 1) / SH_PAGE_TOKENS;
+}
+
+static int32_t min32(int32_t a, int32_t b) {
+    return a < b ? a : b;
+}
+
+static int32_t max32(int32_t a, int32_t b) {
+    return a > b ? a : b;
+}
+
+/* ---- what the options imply -------------------------------------------------------------------------------------- */
+
+void sh_leader_options_model(sh_leader_options *o, const sh_config *c) {
+    o->vocab = c->vocab;
+    o->window = 0;
+    o->kind[SH_KV_GLOBAL] = o->kind[SH_KV_SLIDING] = false;
+    for (int i = 0; i < c->n_layers; i++) {
+        const sh_layer *l = &c->layer[i];
+        o->kind[l->kind] = true;
+        if (l->kind == SH_KV_SLIDING) o->window = max32(o->window, l->window);
+    }
+}
+
+int32_t sh_leader_peak(const sh_leader_options *o, sh_kv_kind kind, int32_t n) {
+    if (!o->kind[kind]) return 0;
+    int32_t all = pages_for(n);
+    if (kind == SH_KV_GLOBAL) return all;
+    /* Rows [a, a + chunk) see positions a − window + 1 … a + chunk − 1, wherever the page borders fall. */
+    return min32(all, (o->window + o->chunk - 2) / SH_PAGE_TOKENS + 2);
+}
+
+int32_t sh_leader_capacity(const sh_leader_options *o) {
+    int64_t n = o->max_context;
+    if (o->kind[SH_KV_GLOBAL] && (int64_t)o->pages[SH_KV_GLOBAL] * SH_PAGE_TOKENS < n)
+        n = (int64_t)o->pages[SH_KV_GLOBAL] * SH_PAGE_TOKENS;
+    int32_t have = o->pages[SH_KV_SLIDING];
+    if (o->kind[SH_KV_SLIDING] && have < sh_leader_peak(o, SH_KV_SLIDING, (int32_t)n))
+        n = min32((int32_t)n, have * SH_PAGE_TOKENS);
+    return (int32_t)n;
+}
+
+static size_t start_cost(const sh_seq *s) {
+    return sizeof(sh_sampling) + sizeof(sh_seq_start) + 256 + (size_t)s->n_tokens * 4;
+}
+
+/* Room for starts in one descriptor: at least one of the longest. */
+static size_t start_room(const sh_leader_options *o) {
+    size_t one = sizeof(sh_sampling) + sizeof(sh_seq_start) + 256 + (size_t)o->max_context * 4;
+    size_t some = (size_t)1 << 20;
+    return one > some ? one : some;
+}
+
+size_t sh_leader_descriptor_bytes(const sh_leader_options *o) {
+    size_t seqs = (size_t)o->max_seqs;
+    size_t pages = (size_t)o->pages[SH_KV_GLOBAL] + (size_t)o->pages[SH_KV_SLIDING];
+    return 4096 + (size_t)sh_leader_max_rows(o) * 4 + seqs * (sizeof(sh_span) + 256 + sizeof(sh_seq_start) + 8) +
+           pages * 4 + start_room(o);
+}
+
+/* ---- life --------------------------------------------------------------------------------------------------------- */
+
+static sh_status check_options(const sh_leader_options *o) {
+    if (o->stages < 1 || o->stages > SH_MAX_RANKS) SH_FAIL(SH_EINPUT, "stages: %d: 1 to %d are allowed", o->stages, SH_MAX_RANKS);
+    if (o->max_seqs < 1 || o->max_seqs > SH_MAX_SEQS)
+        SH_FAIL(SH_EINPUT, "max_seqs: %d: 1 to %d are allowed", o->max_seqs, SH_MAX_SEQS);
+    if (o->chunk < 1 || o->chunk > SH_MAX_CHUNK) SH_FAIL(SH_EINPUT, "chunk: %d: 1 to %d are allowed", o->chunk, SH_MAX_CHUNK);
+    if (o->max_context < 1) SH_FAIL(SH_EINPUT, "max_context: %d: 1 or more are allowed", o->max_context);
+    if (o->in_flight < 0) SH_FAIL(SH_EINPUT, "in_flight: %d: 0 or more are allowed", o->in_flight);
+    if (o->vocab < 1) SH_FAIL(SH_EINPUT, "vocab: %d: 1 or more are allowed", o->vocab);
+    return SH_OK;
+}
+
+static sh_status allocate(sh_leader *l) {
+    size_t seqs = (size_t)l->o.max_seqs;
+    for (int k = 0; k < SH_KV_KINDS; k++) SH_TRY(sh_pages_create(l->o.pages[k], &l->pool[k]));
+    l->running = calloc(seqs, sizeof *l->running);
+    l->drops = calloc(seqs, sizeof *l->drops);
+    l->flights = calloc((size_t)l->depth, sizeof *l->flights);
+    bool ok = l->running && l->drops && l->flights;
+    for (int i = 0; ok && i < l->depth; i++) {
+        l->flights[i].seq = calloc(seqs, sizeof *l->flights[i].seq);
+        l->flights[i].sampled = calloc(seqs, sizeof *l->flights[i].sampled);
+        ok = l->flights[i].seq && l->flights[i].sampled;
+    }
+    if (!ok) SH_FAIL(SH_EMEMORY, "no memory for the schedule of %d sequences", l->o.max_seqs);
+    return SH_OK;
+}
+
+sh_status sh_leader_create(const sh_leader_options *o, sh_leader **out) {
+    SH_TRY(check_options(o));
+    sh_leader *l = calloc(1, sizeof *l);
+    if (!l) SH_FAIL(SH_EMEMORY, "no memory for the leader");
+    l->o = *o;
+    l->depth = sh_leader_in_flight(o);
+    l->next_id = l->next_step = 1;
+    sh_status st = allocate(l);
+    if (st != SH_OK) {
+        sh_leader_destroy(&l);
+        return sh_error_pass(st, __FILE__, __LINE__);
+    }
+    *out = l;
+    return SH_OK;
+}
+
+static void destroy_list(sh_seq *s) {
+    while (s) {
+        sh_seq *next = s->next;
+        sh_seq_destroy(&s);
+        s = next;
+    }
+}
+
+void sh_leader_destroy(sh_leader **p) {
+    sh_leader *l = *p;
+    if (!l) return;
+    destroy_list(l->waiting);
+    destroy_list(l->dead);
+    for (int i = 0; i < l->n_running; i++) sh_seq_destroy(&l->running[i]);
+    for (int i = 0; l->flights && i < l->depth; i++) {
+        free(l->flights[i].seq);
+        free(l->flights[i].sampled);
+    }
+    for (int k = 0; k < SH_KV_KINDS; k++) sh_pages_release(&l->pool[k]);
+    free(l->flights);
+    free(l->running);
+    free(l->drops);
+    free(l);
+    *p = NULL;
+}
+
+sh_status sh_leader_check(const sh_leader *l, const sh_seq *s) {
+    int32_t most = sh_leader_capacity(&l->o);
+    if (s->cap > most)
+        SH_FAIL(SH_ELIMIT, "prompt of %d tokens and max_tokens %d make %d: this group can hold %d tokens of one sequence",
+                s->n_prompt, s->sampling.max_tokens, s->cap, most);
+    for (int32_t i = 0; i < s->n_tokens; i++)
+        if (s->tokens[i] < 0 || s->tokens[i] >= l->o.vocab)
+            SH_FAIL(SH_ELIMIT, "token %d is %d: the vocabulary has ids 0 to %d", i, s->tokens[i], l->o.vocab - 1);
+    return SH_OK;
+}
+
+static bool known_key(const sh_leader *l, uint64_t key) {
+    for (int i = 0; i < l->n_running; i++)
+        if (l->running[i]->key == key) return true;
+    for (const sh_seq *s = l->waiting; s; s = s->next)
+        if (s->key == key) return true;
+    return false;
+}
+
+static void enqueue(sh_leader *l, sh_seq *s) {
+    sh_seq **at = &l->waiting;
+    while (*at && (*at)->id < s->id) at = &(*at)->next;
+    s->next = *at;
+    *at = s;
+    s->state = SH_SEQ_WAITING;
+    l->n_waiting++;
+}
+
+sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
+    sh_seq *s = *p;
+    if (known_key(l, s->key)) {
+        sh_seq_destroy(p);
+        *known = true;
+        return SH_OK;
+    }
+    SH_TRY(sh_leader_check(l, s));
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        s->kv[k].cap = sh_leader_peak(&l->o, (sh_kv_kind)k, s->cap);
+        s->kv[k].page = calloc((size_t)s->kv[k].cap + 1, sizeof *s->kv[k].page);
+        if (!s->kv[k].page) SH_FAIL(SH_EMEMORY, "no memory for the page table of a sequence of %d tokens", s->cap);
+    }
+    s->id = l->next_id++;
+    enqueue(l, s);
+    *p = NULL;
+    *known = false;
+    return SH_OK;
+}
+
+/* ---- pages of a sequence -------------------------------------------------------------------------------------------- */
+
+static sh_status give_front(sh_leader *l, sh_seq *s, int k, int32_t n) {
+    sh_seq_pages *p = &s->kv[k];
+    for (int32_t i = 0; i < n; i++) SH_TRY(sh_pages_give(&l->pool[k], p->page[i]));
+    memmove(p->page, p->page + n, (size_t)(p->n - n) * sizeof *p->page);
+    p->first += n;
+    p->n -= n;
+    return SH_OK;
+}
+
+static void set_promise(sh_leader *l, sh_seq *s, int k, int32_t want) {
+    sh_seq_pages *p = &s->kv[k];
+    if (want < 0) want = 0;
+    l->pool[k].promised += want - p->promise;
+    p->promise = want;
+}
+
+/* Pages that the rest of the known tokens still needs at the same time as those held. */
+static int32_t outstanding(const sh_leader *l, const sh_seq *s, int k) {
+    if (!l->o.kind[k]) return 0;
+    const sh_seq_pages *p = &s->kv[k];
+    int32_t rest = pages_for(s->n_tokens) - (p->first + p->n);
+    return max32(0, min32(sh_leader_peak(&l->o, (sh_kv_kind)k, s->n_tokens) - p->n, rest));
+}
+
+static sh_status release_pages(sh_leader *l, sh_seq *s) {
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        set_promise(l, s, k, 0);
+        SH_TRY(give_front(l, s, k, s->kv[k].n));
+        s->kv[k].first = 0;
+    }
+    return SH_OK;
+}
+
+/* Frees pages that no later row sees. A prompt under way may need them again for its next rows: the promise follows. */
+static sh_status pass_window(sh_leader *l, sh_seq *s) {
+    const int k = SH_KV_SLIDING;
+    if (!l->o.kind[k]) return SH_OK;
+    int32_t seen = max32(0, s->pos - l->o.window + 1) / SH_PAGE_TOKENS; /* first page that a row at pos sees */
+    int32_t n = min32(seen - s->kv[k].first, s->kv[k].n);
+    if (n <= 0) return SH_OK;
+    SH_TRY(give_front(l, s, k, n));
+    set_promise(l, s, k, min32(outstanding(l, s, k), s->kv[k].promise + n));
+    return SH_OK;
+}
+
+/* Whether pages for positions below `end` are held or can be taken. */
+static bool can_cover(const sh_leader *l, const sh_seq *s, int32_t end) {
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        if (!l->o.kind[k]) continue;
+        int32_t need = pages_for(end) - (s->kv[k].first + s->kv[k].n);
+        if (need > sh_pages_open(&l->pool[k]) + s->kv[k].promise) return false;
+    }
+    return true;
+}
+
+static sh_status cover(sh_leader *l, sh_seq *s, int32_t end) {
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        sh_seq_pages *p = &s->kv[k];
+        while (l->o.kind[k] && (p->first + p->n) * SH_PAGE_TOKENS < end) {
+            int32_t page = sh_pages_take(&l->pool[k], p->promise > 0);
+            if (page < 0 || p->n == p->cap)
+                SH_FAIL(SH_ESTATE, "leader: no page for position %d of a sequence of %d tokens", end - 1, s->n_tokens);
+            if (p->promise > 0) p->promise--;
+            p->page[p->n++] = page;
+        }
+    }
+    return SH_OK;
+}
+
+/* ---- coming and going ------------------------------------------------------------------------------------------------ */
+
+static void remove_running(sh_leader *l, const sh_seq *s) {
+    int i = 0;
+    while (l->running[i] != s) i++;
+    memmove(l->running + i, l->running + i + 1, (size_t)(l->n_running - i - 1) * sizeof *l->running);
+    l->n_running--;
+}
+
+static sh_status stop_running(sh_leader *l, sh_seq *s) {
+    remove_running(l, s);
+    if (s->started) l->drops[l->n_drops++] = s->id;
+    s->started = false;
+    s->pos = 0;
+    return release_pages(l, s);
+}
+
+static void bury(sh_leader *l, sh_seq *s) {
+    s->state = SH_SEQ_DEAD;
+    if (s->flights == 0) {
+        sh_seq_destroy(&s);
+        return;
+    }
+    s->next = l->dead;
+    l->dead = s;
+}
+
+void sh_leader_cancel(sh_leader *l, uint64_t key) {
+    for (int i = 0; i < l->n_running; i++) {
+        sh_seq *s = l->running[i];
+        if (s->key != key) continue;
+        SH_IGNORE(stop_running(l, s)); /* can only fail when the books are wrong, which the next call will say */
+        bury(l, s);
+        return;
+    }
+    for (sh_seq **at = &l->waiting; *at; at = &(*at)->next) {
+        sh_seq *s = *at;
+        if (s->key != key) continue;
+        *at = s->next;
+        l->n_waiting--;
+        bury(l, s);
+        return;
+    }
+}
+
+static sh_status pause_youngest(sh_leader *l) {
+    sh_seq *s = l->running[l->n_running - 1];
+    SH_TRY(stop_running(l, s));
+    enqueue(l, s);
+    l->pauses++;
+    return SH_OK;
+}
+
+/* Admits waiting sequences by age while the pages of their known tokens are open. Beside others one page more per running
+ * sequence must be left, so that who comes in is not paused by the next page border of its elders. */
+static void admit(sh_leader *l) {
+    while (l->waiting && l->n_running < l->o.max_seqs) {
+        sh_seq *s = l->waiting;
+        if (s->flights > 0) return; /* paused a moment ago: its last token is still on its way */
+        for (int k = 0; k < SH_KV_KINDS; k++)
+            if (l->o.kind[k] && outstanding(l, s, k) + l->n_running > sh_pages_open(&l->pool[k])) return;
+        for (int k = 0; k < SH_KV_KINDS; k++) set_promise(l, s, k, outstanding(l, s, k));
+        l->waiting = s->next;
+        l->n_waiting--;
+        s->next = NULL;
+        s->state = SH_SEQ_RUNNING;
+        int i = l->n_running++; /* by age: a paused one may be older than some that run */
+        for (; i > 0 && l->running[i - 1]->id > s->id; i--) l->running[i] = l->running[i - 1];
+        l->running[i] = s;
+    }
+}
+
+/* ---- making a micro-batch ---------------------------------------------------------------------------------------------- */
+
+typedef struct making {
+    sh_leader *l;
+    sh_batch *b;
+    flight *f;
+    size_t starts_left; /* bytes */
+} making;
+
+static sh_status begin(making *m) {
+    const sh_leader_options *o = &m->l->o;
+    sh_batch *b = m->b;
+    sh_arena *a = &b->arena;
+    sh_arena_rewind(a, 0);
+    size_t seqs = (size_t)o->max_seqs;
+    b->step = m->l->next_step;
+    b->n_rows = b->n_kept = b->n_spans = b->n_starts = b->n_drops = 0;
+    b->ids = sh_arena_take(a, (size_t)sh_leader_max_rows(o) * sizeof *b->ids);
+    b->spans = sh_arena_take(a, seqs * sizeof *b->spans);
+    b->starts = sh_arena_take(a, seqs * sizeof *b->starts);
+    b->drops = sh_arena_take(a, seqs * sizeof *b->drops);
+    if (!b->ids || !b->spans || !b->starts || !b->drops)
+        SH_FAIL(SH_ESTATE, "leader: the batch has %zu bytes, fewer than sh_leader_descriptor_bytes", a->size);
+    return SH_OK;
+}
+
+/* Rows at the end of [pos, pos + rows) that must go through every layer. */
+static int32_t rows_to_keep(const sh_seq *s, int32_t rows) {
+    int32_t end = s->pos + rows, keep = end == s->n_tokens ? 1 : 0;
+    int32_t from = max32(s->pos, s->scored); /* the logits of row p score token p + 1 */
+    if (s->sampling.score_prompt && from <= min32(end - 1, s->n_prompt - 2)) keep = max32(keep, end - from);
+    return keep;
+}
+
+static void add_start(making *m, sh_seq *s) {
+    sh_batch *b = m->b;
+    b->starts[b->n_starts++] = (sh_seq_start){.seq = s->id,
+                                              .sampling = &s->sampling,
+                                              .tokens = s->tokens,
+                                              .n_prompt = s->n_prompt,
+                                              .n_tokens = s->n_tokens};
+    m->starts_left -= start_cost(s);
+    s->started = true;
+}
+
+/* Adds rows [pos, pos + rows) of s, whose pages are covered. */
+static void add_span(making *m, sh_seq *s, int32_t rows, int32_t keep) {
+    sh_batch *b = m->b;
+    if (keep > 0 && !s->started) add_start(m, s);
+    sh_span *p = &b->spans[b->n_spans];
+    *p = (sh_span){.seq = s->id, .pos = s->pos, .rows = rows, .keep = keep, .row0 = b->n_rows, .kept0 = b->n_kept};
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        p->page0[k] = s->kv[k].first;
+        p->n_pages[k] = s->kv[k].n;
+        p->pages[k] = s->kv[k].page;
+    }
+    memcpy(b->ids + b->n_rows, s->tokens + s->pos, (size_t)rows * sizeof *b->ids);
+    m->f->seq[b->n_spans] = s;
+    m->f->sampled[b->n_spans] = s->pos + rows == s->n_tokens;
+    s->sampling_now = m->f->sampled[b->n_spans];
+    b->n_spans++;
+    b->n_rows += rows;
+    b->n_kept += keep;
+    s->pos += rows;
+    s->flights++;
+}
+
+/* Sequences with one known row to go (decode, or the end of a prompt): one row each of up to `most` of them, oldest first. */
+static sh_status add_decodes(making *m, int most) {
+    sh_leader *l = m->l;
+    for (int i = 0; i < l->n_running && m->b->n_spans < most; i++) {
+        sh_seq *s = l->running[i];
+        if (sh_seq_pending(s) != 1) continue;
+        if (!s->started && start_cost(s) > m->starts_left) continue;
+        SH_TRY(pass_window(l, s));
+        bool paused_itself = false;
+        while (!paused_itself && !can_cover(l, s, s->n_tokens)) {
+            paused_itself = l->running[l->n_running - 1] == s; /* everyone younger waits already */
+            SH_TRY(pause_youngest(l));
+        }
+        if (paused_itself) break;
+        SH_TRY(cover(l, s, s->n_tokens));
+        add_span(m, s, 1, rows_to_keep(s, 1));
+    }
+    return SH_OK;
+}
+
+/* Chunks of prompts (and of what paused sequences had generated), oldest first, within the row budget. Several chunks of one
+ * prompt may be in flight: each stage meets them in order. */
+static sh_status add_prompts(making *m) {
+    sh_leader *l = m->l;
+    int32_t left = l->o.chunk;
+    for (int i = 0; i < l->n_running && left > 0; i++) {
+        sh_seq *s = l->running[i];
+        int32_t pending = sh_seq_pending(s);
+        if (pending < 2) continue;
+        int32_t rows = min32(pending, left), keep = rows_to_keep(s, rows);
+        if (keep > 0 && !s->started && start_cost(s) > m->starts_left) continue;
+        SH_TRY(pass_window(l, s));
+        SH_TRY(cover(l, s, s->pos + rows));
+        add_span(m, s, rows, keep);
+        left -= rows;
+    }
+    return SH_OK;
+}
+
+/* Decode rows of one micro-batch: a fair share, so that the pipeline is full when there are enough sequences. */
+static int decode_share(const sh_leader *l) {
+    int n = 0;
+    for (int i = 0; i < l->n_running; i++) n += sh_seq_pending(l->running[i]) <= 1;
+    return (n + l->depth - 1) / l->depth;
+}
+
+sh_status sh_leader_next(sh_leader *l, sh_batch *b, bool *made) {
+    *made = false;
+    if (l->n_flights == l->depth) return SH_OK;
+    making m = {.l = l, .b = b, .f = &l->flights[(l->oldest + l->n_flights) % l->depth], .starts_left = start_room(&l->o)};
+    admit(l);
+    if (l->n_running == 0) return SH_OK;
+    SH_TRY(begin(&m));
+    SH_TRY(add_decodes(&m, decode_share(l)));
+    SH_TRY(add_prompts(&m));
+    if (b->n_spans == 0) return SH_OK;
+    memcpy(b->drops, l->drops, (size_t)l->n_drops * sizeof *b->drops);
+    b->n_drops = l->n_drops;
+    l->n_drops = 0;
+    m.f->step = l->next_step++;
+    m.f->n = b->n_spans;
+    l->n_flights++;
+    *made = true;
+    return SH_OK;
+}
+
+/* ---- taking the answer -------------------------------------------------------------------------------------------------- */
+
+static sh_status finish(sh_leader *l, sh_seq *s) {
+    if (s->state == SH_SEQ_RUNNING) {
+        SH_TRY(stop_running(l, s));
+    } else { /* paused while its last token was on its way */
+        sh_seq **at = &l->waiting;
+        while (*at != s) at = &(*at)->next;
+        *at = s->next;
+        l->n_waiting--;
+    }
+    s->state = SH_SEQ_DEAD;
+    s->next = l->dead;
+    l->dead = s;
+    return SH_OK;
+}
+
+static sh_status take_score(sh_seq *s, const sh_token *t, bool *fresh) {
+    if (t->index < 1 || t->index >= s->n_prompt || t->index > s->scored + 1)
+        SH_FAIL(SH_EPEER, "score of prompt token %d: %d of %d are known", t->index, s->scored, s->n_prompt - 1);
+    *fresh = t->index == s->scored + 1;
+    if (*fresh) s->scored++;
+    return SH_OK;
+}
+
+static sh_status take_token(sh_leader *l, sh_seq *s, const sh_token *t, bool *expected) {
+    if (!*expected) SH_FAIL(SH_EPEER, "a token for a sequence that asked for none");
+    if (t->index != s->n_tokens - s->n_prompt || s->n_tokens >= s->cap)
+        SH_FAIL(SH_EPEER, "token %d of a sequence that has %d of %d", t->index, s->n_tokens - s->n_prompt, s->cap - s->n_prompt);
+    if (t->id < 0 || t->id >= l->o.vocab) SH_FAIL(SH_EPEER, "token id %d: the vocabulary has 0 to %d", t->id, l->o.vocab - 1);
+    if (t->finish == SH_FINISH_NONE && s->n_tokens + 1 == s->cap)
+        SH_FAIL(SH_EPEER, "token %d is the last that was asked for and does not end its sequence", t->index);
+    *expected = false;
+    s->sampling_now = false;
+    s->tokens[s->n_tokens++] = t->id;
+    return t->finish != SH_FINISH_NONE ? finish(l, s) : SH_OK;
+}
+
+static void land(sh_leader *l, const flight *f) {
+    for (int i = 0; i < f->n; i++) f->seq[i]->flights--;
+    for (sh_seq **at = &l->dead; *at;) {
+        sh_seq *s = *at;
+        if (s->flights > 0) {
+            at = &s->next;
+            continue;
+        }
+        *at = s->next;
+        sh_seq_destroy(&s);
+    }
+    l->oldest = (l->oldest + 1) % l->depth;
+    l->n_flights--;
+}
+
+sh_status sh_leader_apply(sh_leader *l, uint64_t step, const sh_token *tokens, int n,
+                          void (*emit)(void *arg, uint64_t key, const sh_token *t), void *arg) {
+    flight *f = &l->flights[l->oldest];
+    if (l->n_flights == 0 || f->step != step)
+        SH_FAIL(SH_EPEER, "an answer to micro-batch %llu: %s is next", (unsigned long long)step, l->n_flights ? "another" : "none");
+    int at = 0; /* answers come in span order */
+    for (int i = 0; i < n; i++) {
+        const sh_token *t = &tokens[i];
+        while (at < f->n && f->seq[at]->id != t->seq) at++;
+        if (at == f->n) SH_FAIL(SH_EPEER, "a token for a sequence that is not in micro-batch %llu", (unsigned long long)step);
+        sh_seq *s = f->seq[at];
+        if (s->state == SH_SEQ_DEAD) { /* cancelled meanwhile */
+            f->sampled[at] = false;
+            continue;
+        }
+        bool fresh = true;
+        if (t->score)
+            SH_TRY(take_score(s, t, &fresh));
+        else
+            SH_TRY(take_token(l, s, t, &f->sampled[at]));
+        if (fresh) emit(arg, s->key, t);
+    }
+    for (int i = 0; i < f->n; i++)
+        if (f->sampled[i] && f->seq[i]->state != SH_SEQ_DEAD)
+            SH_FAIL(SH_EPEER, "micro-batch %llu came back without a token that was asked for", (unsigned long long)step);
+    land(l, f);
+    return SH_OK;
+}
+
+/* ---- looking on ---------------------------------------------------------------------------------------------------------- */
+
+sh_leader_state sh_leader_look(const sh_leader *l) {
+    sh_leader_state s = {.running = l->n_running, .waiting = l->n_waiting, .in_flight = l->n_flights, .pauses = l->pauses};
+    for (int k = 0; k < SH_KV_KINDS; k++) s.free[k] = l->pool[k].free;
+    int k = l->o.kind[SH_KV_GLOBAL] ? SH_KV_GLOBAL : SH_KV_SLIDING;
+    s.kv_free = (int64_t)sh_pages_open(&l->pool[k]) * SH_PAGE_TOKENS;
+    return s;
+}
+
+sh_status sh_leader_audit(const sh_leader *l) {
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        const sh_pages *p = &l->pool[k];
+        int32_t held = 0, promised = 0;
+        for (int i = 0; i < l->n_running; i++) {
+            const sh_seq_pages *q = &l->running[i]->kv[k];
+            held += q->n;
+            promised += q->promise;
+            for (int32_t j = 0; j < q->n; j++)
+                if (!p->used[q->page[j]]) SH_FAIL(SH_ESTATE, "page %d is held and free", q->page[j]);
+        }
+        for (const sh_seq *s = l->waiting; s; s = s->next) held += s->kv[k].n;
+        if (held + p->free != p->total || promised != p->promised || p->promised > p->free)
+            SH_FAIL(SH_ESTATE, "kind %d: %d pages held, %d free of %d; %d promised, %d on the books", k, held, p->free, p->total,
+                    promised, p->promised);
+    }
+    return SH_OK;
+}
