@@ -177,7 +177,8 @@ static sh_status want_attention(loader *l, int i, const sh_layer_weights *w) {
     SH_TRY(want_vector(l, i, "self_attn.q_norm", y->head_dim, AT(q_norm)));
     SH_TRY(want_matrix(l, i, "self_attn.q_proj", q, h, MAT(q)));
     SH_TRY(want_matrix(l, i, "self_attn.o_proj", h, q, MAT(o)));
-    if (!y->has_kv) return SH_OK;
+    /* A consumer of K = V pages forms K itself, with its producer's norm. */
+    if (!y->has_kv) return y->k_eq_v ? want_vector(l, y->kv_from, "self_attn.k_norm", y->head_dim, AT(k_norm)) : SH_OK;
     SH_TRY(want_vector(l, i, "self_attn.k_norm", y->head_dim, AT(k_norm)));
     SH_TRY(want_matrix(l, i, "self_attn.k_proj", kv, h, MAT(k)));
     if (y->k_eq_v) return SH_OK;

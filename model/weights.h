@@ -13,7 +13,7 @@
 typedef struct sh_layer_weights {
     /* norms [hidden] unless said otherwise; NULL where the layer has none */
     const float *input_norm, *post_attn_norm, *pre_ff_norm, *post_ff_norm;
-    const float *q_norm, *k_norm; /* [head_dim]; k_norm: producers only */
+    const float *q_norm, *k_norm; /* [head_dim]; k_norm: producers; with k_eq_v consumers too: their producer's */
     sh_wmat q, k, v, o;           /* k: producers only; v: producers without k_eq_v (data NULL otherwise) */
     sh_wmat gate, up, down;       /* [ff, hidden], [ff, hidden], [hidden, ff] */
     /* mixture of experts */
