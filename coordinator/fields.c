@@ -171,12 +171,13 @@ static sh_status take_prompt(sh_reading *rd, const json_t *body, const char *nam
             const json_t *x = json_array_get(v, i);
             int64_t id;
             if (!sh_field_integer(x, &id))
-                return sh_refuse(rd, 400, "invalid_value",
-                                 "%s: item %zu is %s: allowed is one string, or one array of token ids (integers from 0 to %d)", name,
-                                 i, sh_json_type_name(x), rd->vocab - 1);
+                return sh_refuse(
+                    rd, 400, "invalid_value",
+                    "%s: item %zu is %s: allowed is one string, or one array of token ids (integers from 0 to %d)",
+                    name, i, sh_json_type_name(x), rd->vocab - 1);
             if (id < 0 || id >= rd->vocab)
-                return sh_refuse(rd, 400, "invalid_value", "%s: item %zu is %lld: allowed are token ids from 0 to %d", name, i,
-                                 (long long)id, rd->vocab - 1);
+                return sh_refuse(rd, 400, "invalid_value", "%s: item %zu is %lld: allowed are token ids from 0 to %d",
+                                 name, i, (long long)id, rd->vocab - 1);
         }
     } else
         return wrong_type(rd, name, v, "a string or an array of token ids");
@@ -286,8 +287,8 @@ static sh_status take_stop_ids(sh_reading *rd, const json_t *body, const char *n
     for (size_t i = 0; i < json_array_size(v); i++) {
         int64_t id = -1;
         if (!sh_field_integer(json_array_get(v, i), &id) || id < 0 || id >= rd->vocab)
-            return sh_refuse(rd, 400, "invalid_value", "%s: item %zu is no token id: allowed are integers from 0 to %d", name, i,
-                             rd->vocab - 1);
+            return sh_refuse(rd, 400, "invalid_value", "%s: item %zu is no token id: allowed are integers from 0 to %d",
+                             name, i, rd->vocab - 1);
         p->stop_ids[p->n_stop_ids++] = (int32_t)id;
     }
     return SH_OK;
