@@ -1,8 +1,8 @@
 /*
  * A micro-batch: the rows that travel together through all stages. Decode steps and prompt chunks are the same thing, a
- * span of consecutive positions of one sequence. The descriptor is all a stage needs: it names the KV pages of every span
- * and tells the sampler which sequences begin and end. The leader makes it; it is encoded once and travels with the
- * activations.
+ * span of consecutive positions of one sequence. The descriptor is all a stage needs: it names the KV pages of every
+ * span and tells the sampler which sequences begin and end. The leader makes it; it is encoded once and travels with
+ * the activations.
  */
 #ifndef SH_MODEL_BATCH_H
 #define SH_MODEL_BATCH_H
@@ -38,17 +38,19 @@ typedef struct sh_seq_start {
 typedef struct sh_batch {
     uint64_t step; /* number of the micro-batch, ascending */
     int32_t n_rows, n_kept, n_spans, n_starts, n_drops;
-    int32_t *ids;  /* [n_rows] token ids */
+    int32_t *ids; /* [n_rows] token ids */
     sh_span *spans;
     sh_seq_start *starts;
     uint64_t *drops; /* sequences whose sampler state ends */
     sh_arena arena;  /* holds all of the above */
 } sh_batch;
 
-/* A batch with room for `bytes` of descriptor; reused by decode and by the leader for every step, without allocation. */
+/* A batch with room for `bytes` of descriptor; reused by decode and by the leader for every step, without allocation.
+ */
 sh_status sh_batch_create(size_t bytes, sh_batch *out);
 void sh_batch_release(sh_batch *b);
-/* Appends the descriptor to `to` (its layout is in docs/protocol.md; little-endian; starts with a length and a magic). */
+/* Appends the descriptor to `to` (its layout is in docs/protocol.md; little-endian; starts with a length and a magic).
+ */
 sh_status sh_batch_encode(const sh_batch *b, sh_buf *to);
 /* Reads a descriptor; everything is checked against its length and against the limits; *used gets its bytes. */
 sh_status sh_batch_decode(sh_batch *b, const void *data, size_t len, size_t *used);

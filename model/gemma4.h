@@ -1,6 +1,6 @@
 /*
- * The decoder: layers [first, last) on a micro-batch. One path for every variant, for prompts and decode alike. Knows no
- * rank; a layer that is cut across ranks asks `peers` (peers.h; NULL: alone).
+ * The decoder: layers [first, last) on a micro-batch. One path for every variant, for prompts and decode alike. Knows
+ * no rank; a layer that is cut across ranks asks `peers` (peers.h; NULL: alone).
  */
 #ifndef SH_MODEL_GEMMA4_H
 #define SH_MODEL_GEMMA4_H
@@ -14,11 +14,11 @@ typedef struct sh_model sh_model;
 typedef struct sh_model_options {
     sh_mode mode;
     sh_kv_type kv_type;
-    int first, last;            /* layers of this stage */
+    int first, last; /* layers of this stage */
     int threads;
-    const int *cpus;            /* CPUs to bind to; NULL: none */
+    const int *cpus; /* CPUs to bind to; NULL: none */
     int n_cpus;
-    int max_rows;               /* rows of the largest micro-batch */
+    int max_rows; /* rows of the largest micro-batch */
     int max_spans;
     int max_context;
     int32_t pages[SH_KV_KINDS]; /* KV pool */
@@ -34,21 +34,25 @@ void sh_model_destroy(sh_model **m);
  *   x   f32 [rows here, hidden]       rows here: n_rows, or n_kept when cut ≥ first_shared
  *   x0  f32 [rows here, hidden]       scaled embeddings, when P > 0 (later stages make their per-layer inputs from it)
  *   kv  per crossing producer, ascending: [n_rows][sh_kv_row_bytes], rounded to the KV type
+ * 0 for cut 0 (nothing comes in); f32 [n_kept, hidden] for cut n_layers (the final output).
  */
 size_t sh_model_cut_bytes(const sh_config *c, sh_kv_type type, int cut, int n_rows, int n_kept);
 
-/* Runs the stage. in: the block of this stage's first cut (NULL at layer 0). out: room for the block of its last cut, or,
- * when the stage ends the model, f32 [n_kept, hidden] after the final norm. Allocates nothing. */
+/* Runs the stage. in: the block of this stage's first cut (NULL at layer 0). out: room for the block of its last cut,
+ * or, when the stage ends the model, f32 [n_kept, hidden] after the final norm. Allocates nothing. */
 sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void *out);
 /* Soft-capped logits [n, vocab] of n rows of that final output. Last stage only. */
 void sh_model_logits(sh_model *m, const float *hidden, int n, float *logits);
 
-/* Optional observers for tests and tracing: called after each layer with the rows' hidden states [n, hidden], and with the
- * router's choices (ids, weights [n, top_k]). */
+/* Optional observers for tests and tracing: called after each layer (−1: the embeddings) with the rows' hidden states
+ * [n, hidden], and with the router's choices (ids, weights [n, top_k]). router and ple come once per block of at most
+ * 512 rows, in order of the rows. */
 typedef struct sh_model_probe {
     void *arg;
     void (*hidden)(void *arg, int layer, const float *x, int n, int hidden);
     void (*router)(void *arg, int layer, const int32_t *ids, const float *weights, int n, int top_k);
+    /* per-layer embeddings [n, width] */
+    void (*ple)(void *arg, int layer, const float *ple, int n, int width);
 } sh_model_probe;
 void sh_model_set_probe(sh_model *m, const sh_model_probe *p); /* NULL: off; p is copied */
 

@@ -26,8 +26,8 @@ static void layout_attention(const sh_config *c, const sh_layer *l, sh_layer_wei
     int q = l->heads * l->head_dim, kv = l->kv_heads * l->head_dim;
     w->q_norm = take_vector(at, l->head_dim);
     w->q = take_matrix(at, q, c->hidden);
+    if (l->has_kv || l->k_eq_v) w->k_norm = take_vector(at, l->head_dim);
     if (l->has_kv) {
-        w->k_norm = take_vector(at, l->head_dim);
         w->k = take_matrix(at, kv, c->hidden);
         if (!l->k_eq_v) w->v = take_matrix(at, kv, c->hidden);
     }

@@ -177,7 +177,8 @@ static sh_status want_attention(loader *l, int i, const sh_layer_weights *w) {
     SH_TRY(want_vector(l, i, "self_attn.q_norm", y->head_dim, AT(q_norm)));
     SH_TRY(want_matrix(l, i, "self_attn.q_proj", q, h, MAT(q)));
     SH_TRY(want_matrix(l, i, "self_attn.o_proj", h, q, MAT(o)));
-    if (!y->has_kv) return SH_OK;
+    /* A consumer of K = V pages forms K itself, with its producer's norm. */
+    if (!y->has_kv) return y->k_eq_v ? want_vector(l, y->kv_from, "self_attn.k_norm", y->head_dim, AT(k_norm)) : SH_OK;
     SH_TRY(want_vector(l, i, "self_attn.k_norm", y->head_dim, AT(k_norm)));
     SH_TRY(want_matrix(l, i, "self_attn.k_proj", kv, h, MAT(k)));
     if (y->k_eq_v) return SH_OK;
@@ -546,6 +547,18 @@ static void keep_tables(impl *m) {
     sh_tensors_trim(m->tensors);
 }
 
+sh_status sh_weights_check(const char *model_dir, const sh_config *c, sh_tensors *t) {
+    impl m = {0};
+    sh_weights w = {.config = c, .impl = &m}; /* layers [0, 0): nothing is this stage's own */
+    loader l = {.dir = model_dir, .c = c, .w = &w, .tensors = t};
+    l.used = calloc((size_t)sh_tensors_count(t) + 1, sizeof *l.used);
+    if (!l.used) SH_FAIL(SH_EMEMORY, "%s: no memory for the list of tensors", model_dir);
+    sh_status st = resolve_all(&l);
+    free(l.used);
+    free(l.jobs);
+    return st;
+}
+
 static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
     SH_TRY(allocate(l->w));
     impl *m = l->w->impl;
@@ -608,23 +621,4 @@ void sh_weights_ple_row(const sh_weights *w, int layer, int id, float *out) {
     const sh_config *c = w->config;
     int64_t row = (int64_t)id * c->n_layers * c->ple;
     table_row(m->ple_table, row + (int64_t)layer * c->ple, c->ple, (float)sqrt(c->ple), out);
-}
-
-/* --- until model/team.c and model/kernels/ref.c are here ------------------------------------------------------------
- */
-
-__attribute__((weak)) void sh_team_run(sh_team *t, void (*fn)(void *arg, int member, int size), void *arg) {
-    (void)t;
-    fn(arg, 0, 1);
-}
-
-__attribute__((weak)) void sh_pack_bf16(uint32_t *dst, const uint16_t *src, size_t ld, int n, int k, int p0, int p1) {
-    for (int p = p0; p < p1; p++)
-        for (int kk = 0; kk < k; kk++)
-            for (int j = 0; j < 16; j++) {
-                int a = 32 * p + j, b = a + 16;
-                uint32_t lo = a < n ? src[(size_t)a * ld + (size_t)kk] : 0,
-                         hi = b < n ? src[(size_t)b * ld + (size_t)kk] : 0;
-                dst[((size_t)p * (size_t)k + (size_t)kk) * 16 + (size_t)j] = hi << 16 | lo;
-            }
 }

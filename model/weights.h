@@ -13,7 +13,7 @@
 typedef struct sh_layer_weights {
     /* norms [hidden] unless said otherwise; NULL where the layer has none */
     const float *input_norm, *post_attn_norm, *pre_ff_norm, *post_ff_norm;
-    const float *q_norm, *k_norm; /* [head_dim]; k_norm: producers only */
+    const float *q_norm, *k_norm; /* [head_dim]; k_norm: producers; with k_eq_v consumers too: their producer's */
     sh_wmat q, k, v, o;           /* k: producers only; v: producers without k_eq_v (data NULL otherwise) */
     sh_wmat gate, up, down;       /* [ff, hidden], [ff, hidden], [hidden, ff] */
     /* mixture of experts */
@@ -45,6 +45,10 @@ typedef struct sh_weights {
  * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */
 sh_status sh_weights_load(const char *model_dir, const sh_config *c, int first, int last, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
+/* Resolves and checks every tensor of an open checkpoint against config.json, from headers alone: what sh_weights_load
+ * does first. model_dir is for messages. */
+struct sh_tensors;
+sh_status sh_weights_check(const char *model_dir, const sh_config *c, struct sh_tensors *t);
 void sh_weights_destroy(sh_weights **w);
 /* Bytes of anonymous memory that sh_weights_load would hold: for budgets, before loading. */
 size_t sh_weights_estimate(const sh_config *c, int first, int last);

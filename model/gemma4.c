@@ -1,0 +1,328 @@
+/*
+ * THE decoder layer, for every variant, for prompts and decode alike. Formulas: gemma4-text §4; reference
+ * Stage.layer().
+ *
+ *   x = x + rms( o · attention( rms(x) ) )
+ *   x = x + rms( ffn( rms(x) ) )              ffn: dense, or rms(dense) + rms(Σ experts)
+ *   x = x + rms( p · (gelu(g · x) ⊙ ple) )    where the model has per-layer embeddings
+ *   x = x · layer_scalar
+ *
+ * Rows are [n, hidden], f32; matrices [out, in]; rms(x, w) = x / sqrt(mean(x²) + eps) ⊙ w. Each row's result depends on
+ * that row and its sequence's pages alone.
+ */
+#include <math.h>
+#include <string.h>
+#include "common/clock.h"
+#include "model/gemma4_model.h"
+#include "model/linear.h"
+#include "model/rows.h"
+
+/* A loop over rows: what the callbacks below need to know. */
+typedef struct row_job {
+    sh_model *m;
+    int layer;
+    const sh_layer *l;
+    const sh_layer_weights *w;
+    const float *norm;
+    float *x, *y, *z;
+    const int32_t *ids;
+    int width;
+} row_job;
+
+static const sh_layer_weights *weights_of(const sh_model *m, int layer) {
+    return &m->weights->layer[layer - m->options.first];
+}
+
+static const sh_rope *rope_of(const sh_model *m, int layer) {
+    return &m->ropes[m->rope_of[layer]];
+}
+
+static float *row(float *x, int r, int width) {
+    return x + (size_t)r * (size_t)width;
+}
+
+/* Books the time since the last call under `cause`. */
+static void book(sh_model *m, double *cause) {
+    double now = sh_now();
+    *cause += now - m->mark;
+    m->mark = now;
+}
+
+/* y [n, w->n] = x [n, w->k] · wᵀ */
+static void project(sh_model *m, const sh_wmat *w, const float *x, int n, float *y) {
+    book(m, &m->times.other);
+    sh_linear(m->team, m->kn, w, x, (size_t)w->k, n, y, (size_t)w->n);
+    book(m, &m->times.weights);
+}
+
+/* --- passes over rows ----------------------------------------------------------------------------------------------
+ */
+
+static void norm_rows(void *arg, int lo, int hi) {
+    const row_job *j = arg;
+    int H = j->m->config.hidden;
+    for (int r = lo; r < hi; r++) j->m->kn->rmsnorm(row(j->y, r, H), row(j->x, r, H), j->norm, H, j->m->config.eps);
+}
+
+/* y = rms(x, w) */
+static void norm(sh_model *m, const float *x, const float *w, int n, float *y) {
+    row_job j = {.m = m, .x = (float *)x, .y = y, .norm = w}; /* x is only read */
+    sh_rows_run(m->team, n, (size_t)m->config.hidden, norm_rows, &j);
+}
+
+static void residual_rows(void *arg, int lo, int hi) {
+    const row_job *j = arg;
+    int H = j->m->config.hidden;
+    for (int r = lo; r < hi; r++) {
+        float *y = row(j->y, r, H);
+        j->m->kn->rmsnorm(y, y, j->norm, H, j->m->config.eps);
+        j->m->kn->add(row(j->x, r, H), y, H);
+    }
+}
+
+/* x = x + rms(y, w); y is spent. Every block output is normed whole before it joins the stream. */
+static void residual(sh_model *m, float *x, float *y, const float *w, int n) {
+    row_job j = {.m = m, .x = x, .y = y, .norm = w};
+    sh_rows_run(m->team, n, 2 * (size_t)m->config.hidden, residual_rows, &j);
+}
+
+static void scale_rows(void *arg, int lo, int hi) {
+    const row_job *j = arg;
+    int H = j->m->config.hidden;
+    for (int r = lo; r < hi; r++) j->m->kn->scale(row(j->x, r, H), row(j->x, r, H), j->w->scalar, H);
+}
+
+static void gelu_rows(void *arg, int lo, int hi) {
+    const row_job *j = arg;
+    for (int r = lo; r < hi; r++) {
+        float *g = row(j->x, r, j->width);
+        j->m->kn->gelu_mul(g, g, row(j->y, r, j->width), j->width);
+    }
+}
+
+/* --- attention -----------------------------------------------------------------------------------------------------
+ */
+
+/* Norms and rotates the heads of one row: q = rope(rms(q)), k = rope(rms(k)), v = rms(v) without a weight. Where K = V
+ * the raw projection is the value, and v alone is stored: k = rope(k_norm ⊙ v) is formed by whoever reads it. */
+static void heads_of_row(const row_job *j, int r, const sh_attn_rows *s) {
+    sh_model *m = j->m;
+    const sh_layer *l = j->l;
+    const sh_kernels *kn = m->kn;
+    const sh_rope *rope = rope_of(m, j->layer);
+    int pos = s->pos + r - s->row, hd = l->head_dim;
+    for (int h = 0; h < l->heads; h++) {
+        float *q = row(m->q, r * l->heads + h, hd);
+        kn->rmsnorm(q, q, j->w->q_norm, hd, m->config.eps);
+        sh_rope_apply(rope, kn, q, pos);
+    }
+    if (!l->has_kv) return;
+    float *k_row = row(m->k, r, l->kv_heads * hd), *v_row = l->k_eq_v ? k_row : row(m->v, r, l->kv_heads * hd);
+    for (int h = 0; h < l->kv_heads; h++) {
+        float *k = row(k_row, h, hd), *v = row(v_row, h, hd);
+        kn->rmsnorm(v, v, NULL, hd, m->config.eps);
+        if (l->k_eq_v) continue;
+        kn->rmsnorm(k, k, j->w->k_norm, hd, m->config.eps);
+        sh_rope_apply(rope, kn, k, pos);
+    }
+    sh_kv_write(m->kv, kn, j->layer, s->span, pos - s->span->pos, l->k_eq_v ? NULL : k_row, v_row);
+}
+
+static void heads_rows(void *arg, int lo, int hi) {
+    const row_job *j = arg;
+    for (int i = 0; i < j->m->n_row_spans; i++) {
+        const sh_attn_rows *s = &j->m->rows[i];
+        int from = s->row > lo ? s->row : lo, to = s->row + s->n < hi ? s->row + s->n : hi;
+        for (int r = from; r < to; r++) heads_of_row(j, r, s);
+    }
+}
+
+/* Queries of this layer, and keys and values if it has its own; all raw. */
+static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights *w) {
+    size_t q = (size_t)l->heads * (size_t)l->head_dim, kv = (size_t)l->kv_heads * (size_t)l->head_dim;
+    const sh_wmat *mats[] = {&w->q, &w->k, &w->v};
+    float *out[] = {m->q, m->k, m->v};
+    size_t ld[] = {q, kv, kv};
+    int count = !l->has_kv ? 1 : l->k_eq_v ? 2 : 3;
+    book(m, &m->times.other);
+    sh_linear_multi(m->team, m->kn, count, mats, m->h, (size_t)m->config.hidden, m->n, out, ld);
+    book(m, &m->times.weights);
+}
+
+static void attention_block(sh_model *m, int layer) {
+    const sh_layer *l = &m->config.layer[layer];
+    const sh_layer_weights *w = weights_of(m, layer);
+    norm(m, m->x, w->input_norm, m->n, m->h);
+    project_heads(m, l, w);
+    row_job j = {.m = m, .layer = layer, .l = l, .w = w};
+    sh_rows_run(m->team, m->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
+    book(m, &m->times.other);
+    sh_attention_run(m->attention, m->kv, l, w->k_norm, rope_of(m, layer), m->rows, m->n_row_spans, m->q);
+    book(m, &m->times.attention);
+    project(m, &w->o, m->q, m->n, m->h);
+    residual(m, m->x, m->h, w->post_attn_norm, m->n);
+}
+
+/* --- feed-forward --------------------------------------------------------------------------------------------------
+ */
+
+/* y = down( gelu(gate h) ⊙ (up h) ) */
+static void dense(sh_model *m, const sh_layer *l, const sh_layer_weights *w, const float *h, int n, float *y) {
+    const sh_wmat *mats[] = {&w->gate, &w->up};
+    float *out[] = {m->gate, m->up};
+    size_t ld[] = {(size_t)l->ff, (size_t)l->ff};
+    book(m, &m->times.other);
+    sh_linear_multi(m->team, m->kn, 2, mats, h, (size_t)m->config.hidden, n, out, ld);
+    book(m, &m->times.weights);
+    row_job j = {.m = m, .x = m->gate, .y = m->up, .width = l->ff};
+    sh_rows_run(m->team, n, (size_t)l->ff, gelu_rows, &j);
+    project(m, &w->down, m->gate, n, y);
+}
+
+static void join_rows(void *arg, int lo, int hi) {
+    const row_job *j = arg;
+    const sh_kernels *kn = j->m->kn;
+    int H = j->m->config.hidden;
+    float eps = j->m->config.eps;
+    for (int r = lo; r < hi; r++) {
+        float *y = row(j->y, r, H), *z = row(j->z, r, H);
+        kn->rmsnorm(y, y, j->w->post_ff_norm_1, H, eps);
+        kn->rmsnorm(z, z, j->w->post_ff_norm_2, H, eps);
+        kn->add(y, z, H);
+    }
+}
+
+/* Rows [r0, r0+n): the experts' rows are on their way while the dense branch computes. */
+static void feed_forward_rows(sh_model *m, int layer, int r0, int n) {
+    const sh_layer *l = &m->config.layer[layer];
+    const sh_layer_weights *w = weights_of(m, layer);
+    int H = m->config.hidden;
+    float *x = row(m->x, r0, H), *h = row(m->h, r0, H);
+    norm(m, x, w->pre_ff_norm, n, h);
+    if (l->moe) {
+        book(m, &m->times.other);
+        sh_moe_begin(m->moe, layer, w, x, n);
+        book(m, &m->times.experts);
+        if (m->probe.router)
+            m->probe.router(m->probe.arg, layer, sh_moe_ids(m->moe), sh_moe_weights(m->moe), n, m->config.top_k);
+    }
+    dense(m, l, w, h, n, m->y);
+    if (l->moe) {
+        book(m, &m->times.other);
+        sh_moe_end(m->moe, layer, w, m->z);
+        book(m, &m->times.experts);
+        row_job j = {.m = m, .w = w, .y = m->y, .z = m->z};
+        sh_rows_run(m->team, n, 3 * (size_t)H, join_rows, &j);
+    }
+    residual(m, x, m->y, w->post_ff_norm, n);
+}
+
+/* --- per-layer embedding -------------------------------------------------------------------------------------------
+ */
+
+/* ple = (rms(proj · x0 · H^(−1/2)) + table row) · 2^(−1/2); gate = gelu(gate) ⊙ ple */
+static void ple_rows(void *arg, int lo, int hi) {
+    const row_job *j = arg;
+    sh_model *m = j->m;
+    const sh_kernels *kn = m->kn;
+    int P = m->config.ple;
+    float factor = (float)(1.0 / sqrt((double)m->config.hidden)), half = (float)sqrt(0.5);
+    for (int r = lo; r < hi; r++) {
+        float *ple = row(m->ple, r, P), *gate = row(m->gate, r, P), *tok = row(m->ctx, r, P);
+        kn->scale(ple, ple, factor, P);
+        kn->rmsnorm(ple, ple, m->weights->ple_norm, P, m->config.eps);
+        sh_weights_ple_row(m->weights, j->layer, j->ids[r], tok);
+        kn->add(ple, tok, P);
+        kn->scale(ple, ple, half, P);
+        kn->gelu_mul(gate, gate, ple, P);
+    }
+}
+
+static void ple_block(sh_model *m, int layer, int r0, int n) {
+    const sh_layer_weights *w = weights_of(m, layer);
+    int H = m->config.hidden, P = m->config.ple;
+    float *x = row(m->x, r0, H);
+    project(m, &w->ple_model_proj, row(m->x0, r0, H), n, m->ple);
+    project(m, &w->ple_gate, x, n, m->gate); /* reads x itself, without a norm */
+    row_job j = {.m = m, .layer = layer, .ids = m->ids + r0};
+    sh_rows_run(m->team, n, 8 * (size_t)P, ple_rows, &j);
+    if (m->probe.ple) m->probe.ple(m->probe.arg, layer, m->ple, n, P);
+    project(m, &w->ple_proj, m->gate, n, m->y);
+    residual(m, x, m->y, w->post_ple_norm, n);
+}
+
+/* --- the layer -----------------------------------------------------------------------------------------------------
+ */
+
+static void layer_run(sh_model *m, int layer) {
+    attention_block(m, layer);
+    for (int r = 0; r < m->n; r += m->block) {
+        int n = m->n - r < m->block ? m->n - r : m->block;
+        feed_forward_rows(m, layer, r, n);
+        if (m->config.ple) ple_block(m, layer, r, n);
+    }
+    row_job j = {.m = m, .w = weights_of(m, layer), .x = m->x};
+    sh_rows_run(m->team, m->n, (size_t)m->config.hidden, scale_rows, &j);
+    if (m->probe.hidden) m->probe.hidden(m->probe.arg, layer, m->x, m->n, m->config.hidden);
+}
+
+static void embed_rows(void *arg, int lo, int hi) {
+    const row_job *j = arg;
+    sh_model *m = j->m;
+    int H = m->config.hidden;
+    for (int r = lo; r < hi; r++) {
+        sh_weights_embed(m->weights, m->ids[r], row(m->x, r, H));
+        if (m->x0) memcpy(row(m->x0, r, H), row(m->x, r, H), (size_t)H * sizeof(float));
+    }
+}
+
+/* The rows' ids, positions and hidden states as this stage gets them. */
+static void begin_step(sh_model *m, const sh_batch *b, const void *in) {
+    m->batch = b;
+    m->mark = sh_now();
+    int end = 0;
+    for (int i = 0; i < b->n_spans; i++)
+        if (b->spans[i].pos + b->spans[i].rows > end) end = b->spans[i].pos + b->spans[i].rows;
+    for (int i = 0; i < m->n_ropes; i++) sh_rope_reach(&m->ropes[i], m->kn, end);
+    sh_model_view(m, false);
+    if (b->n_rows > 0) memcpy(m->ids, b->ids, (size_t)b->n_rows * sizeof *m->ids);
+    if (m->options.first == 0) {
+        row_job j = {.m = m};
+        sh_rows_run(m->team, m->n, (size_t)m->config.hidden, embed_rows, &j);
+        if (m->probe.hidden) m->probe.hidden(m->probe.arg, -1, m->x, m->n, m->config.hidden);
+        return;
+    }
+    if (m->options.first >= m->config.first_shared) sh_model_keep(m); /* the rows came already cut down: ids follow */
+    sh_model_receive(m, in);
+}
+
+sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void *out) {
+    SH_TRY(sh_model_check(m, b));
+    begin_step(m, b, in);
+    for (int i = m->options.first; i < m->options.last; i++) {
+        if (i == m->config.first_shared) sh_model_keep(m); /* consumers write no K/V: nobody needs the other rows */
+        layer_run(m, i);
+    }
+    if (m->options.last >= m->config.first_shared) sh_model_keep(m);
+    if (m->options.last == m->config.n_layers)
+        norm(m, m->x, m->weights->final_norm, m->n, out);
+    else
+        sh_model_send(m, in, out);
+    book(m, &m->times.other);
+    return SH_OK;
+}
+
+static void softcap_rows(void *arg, int lo, int hi) {
+    const row_job *j = arg;
+    for (int r = lo; r < hi; r++) j->m->kn->softcap(row(j->x, r, j->width), j->m->config.softcap, j->width);
+}
+
+void sh_model_logits(sh_model *m, const float *hidden, int n, float *logits) {
+    m->mark = sh_now();
+    project(m, &m->weights->head, hidden, n, logits);
+    if (m->config.softcap > 0) {
+        row_job j = {.m = m, .x = logits, .width = m->config.vocab};
+        sh_rows_run(m->team, n, (size_t)m->config.vocab, softcap_rows, &j);
+    }
+    book(m, &m->times.other);
+}

@@ -1,0 +1,306 @@
+/* A model's making and unmaking, the check of what a batch claims, and the block of bytes that crosses a cut. The
+ * arithmetic is in gemma4.c. */
+#include "model/gemma4_model.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* --- making --------------------------------------------------------------------------------------------------------
+ */
+
+static int max_int(int a, int b) {
+    return a > b ? a : b;
+}
+
+static sh_status create_ropes(sh_model *m) {
+    m->ropes = calloc((size_t)(m->options.last - m->options.first), sizeof *m->ropes);
+    if (!m->ropes) SH_FAIL(SH_EMEMORY, "model: no memory for its rotation tables");
+    for (int i = m->options.first; i < m->options.last; i++) {
+        const sh_layer *l = &m->config.layer[i];
+        int r = 0;
+        while (r < m->n_ropes && !sh_rope_fits(&m->ropes[r], l)) r++;
+        m->rope_of[i] = r;
+        if (r < m->n_ropes) continue;
+        SH_TRY(sh_rope_create(l, m->options.max_context, &m->ropes[r]));
+        m->n_ropes++;
+    }
+    return SH_OK;
+}
+
+typedef struct widths {
+    size_t q, kv, ff;
+    bool moe;
+} widths;
+
+static widths measure(const sh_model *m) {
+    widths w = {0};
+    for (int i = m->options.first; i < m->options.last; i++) {
+        const sh_layer *l = &m->config.layer[i];
+        size_t q = (size_t)l->heads * (size_t)l->head_dim, kv = (size_t)l->kv_heads * (size_t)l->head_dim;
+        if (q > w.q) w.q = q;
+        if (kv > w.kv) w.kv = kv;
+        if ((size_t)l->ff > w.ff) w.ff = (size_t)l->ff;
+        w.moe = w.moe || l->moe;
+    }
+    if ((size_t)m->config.ple > w.ff) w.ff = (size_t)m->config.ple; /* its gate uses the same scratch */
+    return w;
+}
+
+static sh_status create_scratch(sh_model *m) {
+    widths w = measure(m);
+    size_t R = (size_t)m->options.max_rows, H = (size_t)m->config.hidden, P = (size_t)m->config.ple;
+    size_t B = (size_t)m->block, f = sizeof(float), spans = (size_t)m->options.max_spans;
+    size_t rows = R * (2 * H + (P ? H : 0) + w.q + 2 * w.kv + 1), blocks = B * (2 * w.ff + 2 * H + 2 * P);
+    size_t bytes = (rows + blocks) * f + spans * sizeof *m->rows + 14 * 64;
+    SH_TRY(sh_arena_create(bytes, "scratch of the layers", &m->arena));
+    sh_arena *a = &m->arena;
+    m->x = sh_arena_take(a, R * H * f);
+    m->x0 = P ? sh_arena_take(a, R * H * f) : NULL;
+    m->h = sh_arena_take(a, R * H * f);
+    m->q = sh_arena_take(a, R * w.q * f);
+    m->k = sh_arena_take(a, R * w.kv * f);
+    m->v = sh_arena_take(a, R * w.kv * f);
+    m->gate = sh_arena_take(a, B * w.ff * f);
+    m->up = sh_arena_take(a, B * w.ff * f);
+    m->y = sh_arena_take(a, B * H * f);
+    m->z = sh_arena_take(a, B * H * f);
+    m->ctx = sh_arena_take(a, B * P * f);
+    m->ple = sh_arena_take(a, B * P * f);
+    m->ids = sh_arena_take(a, R * sizeof *m->ids);
+    m->rows = sh_arena_take(a, spans * sizeof *m->rows);
+    if (w.moe) SH_TRY(sh_moe_create(&m->config, m->options.mode, m->block, m->team, m->kn, m->options.peers, &m->moe));
+    return SH_OK;
+}
+
+/* The furthest that any layer of a kind looks back. */
+static void find_windows(sh_model *m) {
+    for (int k = 0; k < SH_KV_KINDS; k++) m->windows[k] = -1;
+    for (int i = m->options.first; i < m->options.last; i++) {
+        const sh_layer *l = &m->config.layer[i];
+        int *w = &m->windows[l->kind];
+        *w = l->window == 0 || *w == 0 ? 0 : max_int(*w, l->window);
+    }
+}
+
+static sh_status check_options(const sh_config *c, const sh_model_options *o) {
+    if (o->first < 0 || o->first >= o->last || o->last > c->n_layers)
+        SH_FAIL(SH_EINPUT, "layers %d to %d: the model has layers 0 to %d", o->first, o->last - 1, c->n_layers - 1);
+    if (o->max_rows < 1 || o->max_spans < 1 || o->max_context < 1)
+        SH_FAIL(SH_EINPUT, "model: %d rows, %d spans, context %d: 1 or more are allowed", o->max_rows, o->max_spans,
+                o->max_context);
+    return SH_OK;
+}
+
+static sh_status create_members(sh_model *m, const char *model_dir) {
+    const sh_model_options *o = &m->options;
+    SH_TRY(sh_kernels_select(&m->kn));
+    SH_TRY(sh_team_create(o->threads, o->cpus, o->n_cpus, &m->team));
+    SH_TRY(sh_weights_load(model_dir, &m->config, o->first, o->last, m->team, NULL, NULL, &m->weights));
+    SH_TRY(sh_kv_create(&m->config, o->kv_type, o->first, o->last, o->pages, &m->kv));
+    SH_TRY(create_ropes(m));
+    SH_TRY(sh_attention_create(&m->config, o->first, o->last, o->max_rows, o->max_spans, o->max_context, m->team, m->kn,
+                               &m->attention));
+    return create_scratch(m);
+}
+
+sh_status sh_model_create(const char *model_dir, const sh_config *c, const sh_model_options *o, sh_model **out) {
+    SH_TRY(check_options(c, o));
+    sh_model *m = calloc(1, sizeof *m);
+    if (!m) SH_FAIL(SH_EMEMORY, "model: no memory");
+    m->config = *c;
+    m->options = *o;
+    m->block = o->max_rows < SH_FF_ROWS ? o->max_rows : SH_FF_ROWS;
+    find_windows(m);
+    sh_status st = create_members(m, model_dir);
+    if (st != SH_OK) {
+        sh_model_destroy(&m);
+        return sh_error_pass(st, __FILE__, __LINE__);
+    }
+    m->options.cpus = NULL; /* the caller's */
+    m->options.n_cpus = 0;
+    *out = m;
+    return SH_OK;
+}
+
+void sh_model_destroy(sh_model **mp) {
+    sh_model *m = *mp;
+    if (!m) return;
+    sh_moe_destroy(&m->moe);
+    sh_attention_destroy(&m->attention);
+    for (int i = 0; i < m->n_ropes; i++) sh_rope_release(&m->ropes[i]);
+    free(m->ropes);
+    sh_kv_destroy(&m->kv);
+    sh_weights_destroy(&m->weights);
+    sh_team_destroy(&m->team);
+    sh_arena_release(&m->arena);
+    free(m);
+    *mp = NULL;
+}
+
+void sh_model_set_probe(sh_model *m, const sh_model_probe *p) {
+    m->probe = p ? *p : (sh_model_probe){0};
+}
+
+sh_model_times sh_model_time(const sh_model *m) {
+    return m->times;
+}
+
+const sh_kernels *sh_model_kernels(const sh_model *m) {
+    return m->kn;
+}
+
+sh_team *sh_model_team(sh_model *m) {
+    return m->team;
+}
+
+const sh_config *sh_model_config(const sh_model *m) {
+    return &m->config;
+}
+
+size_t sh_model_weight_bytes(const sh_model *m) {
+    return m->weights->bytes;
+}
+
+const sh_kv_pool *sh_model_kv(const sh_model *m) {
+    return m->kv;
+}
+
+/* --- checking ------------------------------------------------------------------------------------------------------
+ */
+
+/* Every position that the span reads or writes in layers of a kind has a page of the pool. */
+static sh_status check_pages(const sh_model *m, int kind, const sh_span *s) {
+    int end = s->pos + s->rows, window = m->windows[kind];
+    int from = window > 0 ? max_int(0, s->pos - window + 1) : 0;
+    if (s->page0[kind] > from / SH_PAGE_TOKENS || s->page0[kind] + s->n_pages[kind] < (end - 1) / SH_PAGE_TOKENS + 1)
+        SH_FAIL(SH_EFORMAT, "batch: sequence %llu: pages %d to %d do not hold positions %d to %d",
+                (unsigned long long)s->seq, s->page0[kind], s->page0[kind] + s->n_pages[kind] - 1, from, end - 1);
+    for (int i = 0; i < s->n_pages[kind]; i++)
+        if (s->pages[kind][i] < 0 || s->pages[kind][i] >= m->options.pages[kind])
+            SH_FAIL(SH_EFORMAT, "batch: sequence %llu: page %d: the pool has %d", (unsigned long long)s->seq,
+                    s->pages[kind][i], m->options.pages[kind]);
+    return SH_OK;
+}
+
+static sh_status check_span(const sh_model *m, const sh_span *s, int row, int kept) {
+    if (s->row0 != row || s->kept0 != kept || s->rows < 1 || s->keep < 0 || s->keep > s->rows)
+        SH_FAIL(SH_EFORMAT, "batch: sequence %llu: rows %d+%d, kept %d+%d: do not follow %d and %d",
+                (unsigned long long)s->seq, s->row0, s->rows, s->kept0, s->keep, row, kept);
+    if (s->pos < 0 || s->pos > m->options.max_context - s->rows)
+        SH_FAIL(SH_EFORMAT, "batch: sequence %llu: positions %d to %lld: the context is %d", (unsigned long long)s->seq,
+                s->pos, (long long)s->pos + s->rows - 1, m->options.max_context);
+    for (int kind = 0; kind < SH_KV_KINDS; kind++)
+        if (m->windows[kind] >= 0) SH_TRY(check_pages(m, kind, s));
+    return SH_OK;
+}
+
+sh_status sh_model_check(const sh_model *m, const sh_batch *b) {
+    if (b->n_rows > m->options.max_rows || b->n_spans > m->options.max_spans)
+        SH_FAIL(SH_ELIMIT, "batch: %d rows in %d spans: at most %d and %d were announced", b->n_rows, b->n_spans,
+                m->options.max_rows, m->options.max_spans);
+    int row = 0, kept = 0;
+    for (int i = 0; i < b->n_spans; i++) {
+        SH_TRY(check_span(m, &b->spans[i], row, kept));
+        row += b->spans[i].rows;
+        kept += b->spans[i].keep;
+    }
+    if (row != b->n_rows || kept != b->n_kept)
+        SH_FAIL(SH_EFORMAT, "batch: spans hold %d rows, %d kept, of %d and %d", row, kept, b->n_rows, b->n_kept);
+    int vocab = m->config.vocab;
+    if (m->config.ple && m->config.ple_vocab < vocab) vocab = m->config.ple_vocab;
+    for (int i = 0; i < b->n_rows; i++)
+        if (b->ids[i] < 0 || b->ids[i] >= vocab)
+            SH_FAIL(SH_EFORMAT, "batch: row %d: token %d: 0 to %d are allowed", i, b->ids[i], vocab - 1);
+    return SH_OK;
+}
+
+/* --- rows ----------------------------------------------------------------------------------------------------------
+ */
+
+void sh_model_view(sh_model *m, bool kept) {
+    const sh_batch *b = m->batch;
+    m->kept = kept;
+    m->n = kept ? b->n_kept : b->n_rows;
+    m->n_row_spans = 0;
+    for (int i = 0; i < b->n_spans; i++) {
+        const sh_span *s = &b->spans[i];
+        int n = kept ? s->keep : s->rows;
+        if (n == 0) continue;
+        m->rows[m->n_row_spans++] =
+            (sh_attn_rows){.span = s, .row = kept ? s->kept0 : s->row0, .n = n, .pos = s->pos + s->rows - n};
+    }
+}
+
+void sh_model_keep(sh_model *m) {
+    if (m->kept) return;
+    size_t row = (size_t)m->config.hidden * sizeof(float);
+    for (int i = 0; i < m->batch->n_spans; i++) { /* rows only move down, so ascending order is safe */
+        const sh_span *s = &m->batch->spans[i];
+        size_t to = (size_t)s->kept0, from = (size_t)(s->row0 + s->rows - s->keep), n = (size_t)s->keep;
+        memmove((uint8_t *)m->x + to * row, (uint8_t *)m->x + from * row, n * row);
+        if (m->x0) memmove((uint8_t *)m->x0 + to * row, (uint8_t *)m->x0 + from * row, n * row);
+        memmove(m->ids + to, m->ids + from, n * sizeof *m->ids);
+    }
+    sh_model_view(m, true);
+}
+
+/* --- the block of a cut --------------------------------------------------------------------------------------------
+ */
+
+static size_t hidden_bytes(const sh_config *c, int cut, int n_rows, int n_kept) {
+    size_t here = (size_t)(cut >= c->first_shared ? n_kept : n_rows);
+    return here * (size_t)c->hidden * sizeof(float);
+}
+
+size_t sh_model_cut_bytes(const sh_config *c, sh_kv_type type, int cut, int n_rows, int n_kept) {
+    if (cut <= 0) return 0;
+    if (cut >= c->n_layers) return (size_t)n_kept * (size_t)c->hidden * sizeof(float);
+    size_t bytes = hidden_bytes(c, cut, n_rows, n_kept) * (c->ple ? 2 : 1);
+    for (int j = 0; j < cut; j++)
+        if (sh_config_kv_crosses(c, j, cut)) bytes += (size_t)n_rows * sh_kv_row_bytes(c, type, j);
+    return bytes;
+}
+
+/* Where the rows of producer `layer` lie in the block of a cut. */
+static size_t kv_offset(const sh_model *m, int cut, int layer) {
+    const sh_batch *b = m->batch;
+    size_t at = hidden_bytes(&m->config, cut, b->n_rows, b->n_kept) * (m->config.ple ? 2 : 1);
+    for (int j = 0; j < layer; j++)
+        if (sh_config_kv_crosses(&m->config, j, cut))
+            at += (size_t)b->n_rows * sh_kv_row_bytes(&m->config, m->options.kv_type, j);
+    return at;
+}
+
+void sh_model_receive(sh_model *m, const uint8_t *in) {
+    const sh_batch *b = m->batch;
+    int cut = m->options.first;
+    size_t bytes = hidden_bytes(&m->config, cut, b->n_rows, b->n_kept);
+    memcpy(m->x, in, bytes);
+    if (m->x0) memcpy(m->x0, in + bytes, bytes);
+    for (int j = 0; j < cut; j++) {
+        if (!sh_config_kv_crosses(&m->config, j, cut) || !sh_kv_holds(m->kv, j)) continue;
+        size_t row = sh_kv_row_bytes(&m->config, m->options.kv_type, j);
+        const uint8_t *from = in + kv_offset(m, cut, j);
+        for (int i = 0; i < b->n_spans; i++)
+            sh_kv_import(m->kv, j, &b->spans[i], 0, b->spans[i].rows, from + (size_t)b->spans[i].row0 * row);
+    }
+}
+
+void sh_model_send(sh_model *m, const uint8_t *in, uint8_t *out) {
+    const sh_batch *b = m->batch;
+    int cut = m->options.last;
+    size_t bytes = hidden_bytes(&m->config, cut, b->n_rows, b->n_kept);
+    memcpy(out, m->x, bytes);
+    if (m->x0) memcpy(out + bytes, m->x0, bytes);
+    for (int j = 0; j < cut; j++) {
+        if (!sh_config_kv_crosses(&m->config, j, cut)) continue;
+        size_t row = sh_kv_row_bytes(&m->config, m->options.kv_type, j);
+        uint8_t *to = out + kv_offset(m, cut, j);
+        if (j < m->options.first) { /* an earlier stage's: passed on as it came */
+            memcpy(to, in + kv_offset(m, m->options.first, j), (size_t)b->n_rows * row);
+            continue;
+        }
+        for (int i = 0; i < b->n_spans; i++)
+            sh_kv_export(m->kv, j, &b->spans[i], 0, b->spans[i].rows, to + (size_t)b->spans[i].row0 * row);
+    }
+}

@@ -1,0 +1,60 @@
+/* Private to gemma4.c (the layer) and gemma4_model.c (making a model, checking batches, the block that crosses a cut):
+ * what a model holds. Everybody else uses gemma4.h. */
+#ifndef SH_MODEL_GEMMA4_MODEL_H
+#define SH_MODEL_GEMMA4_MODEL_H
+
+#include "model/attention.h"
+#include "model/gemma4.h"
+#include "model/moe.h"
+
+#define SH_FF_ROWS 512 /* rows that pass the feed-forward at a time: bounds its scratch, and is plenty for speed */
+
+/* H: hidden, P: per-layer embedding width, R: max_rows, B: rows of a feed-forward block. */
+struct sh_model {
+    sh_config config;
+    sh_model_options options;
+    sh_team *team;
+    const sh_kernels *kn;
+    sh_weights *weights;
+    sh_kv_pool *kv;
+    sh_attention *attention;
+    sh_moe *moe;    /* NULL: no layer has experts */
+    sh_rope *ropes; /* one per kind of rotation */
+    int n_ropes;
+    int rope_of[SH_MAX_LAYERS];
+    int windows[SH_KV_KINDS]; /* the longest window among the stage's layers of a kind; 0: all positions; −1: none */
+    sh_model_probe probe;
+    sh_model_times times;
+    double mark; /* when the cause being timed began */
+
+    sh_arena arena;
+    float *x;         /* [R, H] residual stream */
+    float *x0;        /* [R, H] scaled embeddings; NULL when P = 0 */
+    float *h;         /* [R, H] normed rows, results of projections */
+    float *q;         /* [R, heads·head_dim] queries, then attention output */
+    float *k, *v;     /* [R, kv_heads·head_dim] */
+    float *gate, *up; /* [B, ff] */
+    float *y, *z;     /* [B, H] dense and expert branch */
+    float *ctx, *ple; /* [B, P] gate of the per-layer embedding; the embedding itself */
+    int32_t *ids;     /* [R] */
+    int block;        /* B */
+
+    /* the step at hand */
+    const sh_batch *batch;
+    int n;              /* rows here: all, or the kept ones */
+    bool kept;          /* rows that are not kept are gone */
+    sh_attn_rows *rows; /* [n_rows_spans] which rows of x belong to which span */
+    int n_row_spans;
+};
+
+/* Checks a batch against this stage: rows, ids, positions, pages. */
+sh_status sh_model_check(const sh_model *m, const sh_batch *b);
+/* Which rows of x are whose, all of them or the kept ones. */
+void sh_model_view(sh_model *m, bool kept);
+/* Drops the rows that nobody wants to see further. Does nothing the second time. */
+void sh_model_keep(sh_model *m);
+/* Reads and writes the block of a cut (gemma4.h). `in` has been read when out is written; they may not overlap. */
+void sh_model_receive(sh_model *m, const uint8_t *in);
+void sh_model_send(sh_model *m, const uint8_t *in, uint8_t *out);
+
+#endif

@@ -1,0 +1,176 @@
+/*
+ * Pages of keys and values. Each layer has its own block of pages; inside a page the tokens of one KV head lie
+ * together: page: [kv_heads][K tokens, then V tokens][SH_PAGE_TOKENS][head_dim]      (V alone with k_eq_v) so that
+ * attention reads one head's keys as one run. See kv.h.
+ */
+#include "model/kv.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include "model/rope.h"
+
+typedef struct layer_pages {
+    uint8_t *data; /* NULL: not held by this stage */
+    size_t bytes;
+    size_t vec;  /* bytes of one head's vector */
+    size_t part; /* bytes of one head's K (or V) in a page */
+    size_t page; /* bytes of a page */
+    int kv_heads, head_dim;
+    sh_kv_kind kind;
+    bool k_eq_v;
+} layer_pages;
+
+struct sh_kv_pool {
+    sh_kv_type type;
+    int32_t pages[SH_KV_KINDS];
+    int n_layers;
+    layer_pages layer[SH_MAX_LAYERS];
+};
+
+size_t sh_kv_row_bytes(const sh_config *c, sh_kv_type type, int layer) {
+    return (size_t)sh_layer_kv_values(&c->layer[layer]) * sh_kv_type_bytes(type);
+}
+
+static sh_status reserve_layer(sh_kv_pool *p, const sh_config *c, int layer) {
+    const sh_layer *l = &c->layer[layer];
+    layer_pages *lp = &p->layer[layer];
+    if (lp->data) return SH_OK;
+    lp->kv_heads = l->kv_heads;
+    lp->head_dim = l->head_dim;
+    lp->kind = l->kind;
+    lp->k_eq_v = l->k_eq_v;
+    lp->vec = (size_t)l->head_dim * sh_kv_type_bytes(p->type);
+    lp->part = lp->vec * SH_PAGE_TOKENS;
+    lp->page = lp->part * (l->k_eq_v ? 1 : 2) * (size_t)l->kv_heads;
+    size_t bytes = lp->page * (size_t)p->pages[l->kind];
+    SH_TRY(sh_mem_alloc(bytes, "KV pool", (void **)&lp->data));
+    lp->bytes = bytes;
+    return SH_OK;
+}
+
+sh_status sh_kv_create(const sh_config *c, sh_kv_type type, int first, int last, const int32_t pages[SH_KV_KINDS],
+                       sh_kv_pool **out) {
+    for (int k = 0; k < SH_KV_KINDS; k++)
+        if (pages[k] < 0) SH_FAIL(SH_EINPUT, "KV pool: %d pages: 0 or more are allowed", pages[k]);
+    sh_kv_pool *p = calloc(1, sizeof *p);
+    if (!p) SH_FAIL(SH_EMEMORY, "KV pool: no memory for its table");
+    p->type = type;
+    p->n_layers = c->n_layers;
+    memcpy(p->pages, pages, sizeof p->pages);
+    for (int i = first; i < last; i++) {
+        sh_status st;
+        SH_TRY_OR(st, reserve_layer(p, c, c->layer[i].kv_from), {
+            sh_kv_destroy(&p);
+            return st;
+        });
+    }
+    *out = p;
+    return SH_OK;
+}
+
+void sh_kv_destroy(sh_kv_pool **pp) {
+    sh_kv_pool *p = *pp;
+    if (!p) return;
+    for (int i = 0; i < p->n_layers; i++) sh_mem_free(p->layer[i].data, p->layer[i].bytes);
+    free(p);
+    *pp = NULL;
+}
+
+sh_kv_type sh_kv_pool_type(const sh_kv_pool *p) {
+    return p->type;
+}
+
+bool sh_kv_holds(const sh_kv_pool *p, int layer) {
+    return layer >= 0 && layer < p->n_layers && p->layer[layer].data;
+}
+
+/* Where position `pos` of head `head` begins: its key, or its value. */
+static uint8_t *slot(const layer_pages *lp, const sh_span *s, int pos, int head, bool value) {
+    int32_t page = s->pages[lp->kind][pos / SH_PAGE_TOKENS - s->page0[lp->kind]];
+    size_t parts = lp->k_eq_v ? 1 : 2;
+    size_t part = (size_t)head * parts + (value && !lp->k_eq_v ? 1 : 0);
+    return lp->data + (size_t)page * lp->page + part * lp->part + (size_t)(pos % SH_PAGE_TOKENS) * lp->vec;
+}
+
+static void narrow(const sh_kv_pool *p, const sh_kernels *kn, uint8_t *to, const float *from, int n) {
+    if (p->type == SH_KV_BF16)
+        kn->to_bf16((uint16_t *)(void *)to, from, n);
+    else
+        memcpy(to, from, (size_t)n * sizeof(float));
+}
+
+static void widen(const sh_kv_pool *p, const sh_kernels *kn, float *to, const uint8_t *from, int n) {
+    if (p->type == SH_KV_BF16)
+        kn->from_bf16(to, (const uint16_t *)(const void *)from, n);
+    else
+        memcpy(to, from, (size_t)n * sizeof(float));
+}
+
+void sh_kv_write(sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int row, const float *k,
+                 const float *v) {
+    const layer_pages *lp = &p->layer[layer];
+    int pos = s->pos + row;
+    for (int h = 0; h < lp->kv_heads; h++) {
+        size_t at = (size_t)h * (size_t)lp->head_dim;
+        if (!lp->k_eq_v) narrow(p, kn, slot(lp, s, pos, h, false), k + at, lp->head_dim);
+        narrow(p, kn, slot(lp, s, pos, h, true), v + at, lp->head_dim);
+    }
+}
+
+/* Copies the vectors of one row between its pages and its packed form: all heads' K, then all heads' V. */
+static void copy_row(const layer_pages *lp, const sh_span *s, int pos, uint8_t *packed, bool out) {
+    for (int value = lp->k_eq_v ? 1 : 0; value < 2; value++)
+        for (int h = 0; h < lp->kv_heads; h++, packed += lp->vec) {
+            uint8_t *stored = slot(lp, s, pos, h, value);
+            memcpy(out ? packed : stored, out ? stored : packed, lp->vec);
+        }
+}
+
+static size_t packed_bytes(const layer_pages *lp) {
+    return lp->page / SH_PAGE_TOKENS;
+}
+
+void sh_kv_export(const sh_kv_pool *p, int layer, const sh_span *s, int row, int n, void *to) {
+    const layer_pages *lp = &p->layer[layer];
+    for (int i = 0; i < n; i++) copy_row(lp, s, s->pos + row + i, (uint8_t *)to + (size_t)i * packed_bytes(lp), true);
+}
+
+void sh_kv_import(sh_kv_pool *p, int layer, const sh_span *s, int row, int n, const void *from) {
+    const layer_pages *lp = &p->layer[layer];
+    /* copy_row reads the packed bytes only when out is false */
+    for (int i = 0; i < n; i++)
+        copy_row(lp, s, s->pos + row + i, (uint8_t *)from + (size_t)i * packed_bytes(lp), false);
+}
+
+/* Widens one part of positions [pos, pos+n), page by page. */
+static void read_part(const sh_kv_pool *p, const sh_kernels *kn, const layer_pages *lp, const sh_span *s, int pos,
+                      int n, int head, bool value, float *to) {
+    while (n > 0) {
+        int run = SH_PAGE_TOKENS - pos % SH_PAGE_TOKENS;
+        if (run > n) run = n;
+        widen(p, kn, to, slot(lp, s, pos, head, value), run * lp->head_dim);
+        to += (size_t)run * (size_t)lp->head_dim;
+        pos += run;
+        n -= run;
+    }
+}
+
+/* K = V layers: both norms act on the same vector and share its root mean square, so k = rope(k_norm ⊙ v). */
+static void form_keys(const sh_kernels *kn, const layer_pages *lp, const float *k_norm, const sh_rope *rope, int pos,
+                      int n, const float *v, float *k) {
+    for (int i = 0; i < n; i++, v += lp->head_dim, k += lp->head_dim) {
+        for (int d = 0; d < lp->head_dim; d++) k[d] = v[d] * k_norm[d];
+        sh_rope_apply(rope, kn, k, pos + i);
+    }
+}
+
+void sh_kv_read(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,
+                const float *k_norm, const struct sh_rope *rope, float *k, float *v) {
+    const layer_pages *lp = &p->layer[layer];
+    read_part(p, kn, lp, s, pos, n, kv_head, true, v);
+    if (!k) return;
+    if (lp->k_eq_v)
+        form_keys(kn, lp, k_norm, rope, pos, n, v, k);
+    else
+        read_part(p, kn, lp, s, pos, n, kv_head, false, k);
+}
