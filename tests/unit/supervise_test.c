@@ -66,7 +66,7 @@ static void test_marked(void) {
     snprintf(other, sizeof other, "SH_TEST_MARK=%d0", (int)getpid());
     sh_child c = {0}, bystander = {0};
     CU_ASSERT_EQUAL_FATAL(start("setsid sleep 60 & setsid sh -c 'kill -STOP $$' & wait", mark, &c), SH_OK);
-    CU_ASSERT_EQUAL_FATAL(start("sleep 60", other, &bystander), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(start("exec sleep 60", other, &bystander), SH_OK);
     sh_sleep(0.3);
     kill(c.pid, SIGKILL);
     while (sh_child_poll(&c)) sh_sleep(0.01);
@@ -82,7 +82,7 @@ static void test_death_signal(void) {
     pid_t parent = fork();
     if (parent == 0) {
         sh_child c = {0};
-        if (start("sleep 60", "MARK=3", &c) != SH_OK) _exit(1);
+        if (start("exec sleep 60", "MARK=3", &c) != SH_OK) _exit(1);
         ssize_t w = write(p[1], &c, sizeof c);
         _exit(w == sizeof c ? 0 : 1);
     }
@@ -122,7 +122,7 @@ static void test_store(void) {
     sh_child left = {0};
     char ipc[4096];
     snprintf(ipc, sizeof ipc, "%s", s.ipc);
-    CU_ASSERT_EQUAL_FATAL(start("sleep 60", s.mark, &left), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(start("exec sleep 60", s.mark, &left), SH_OK);
     CU_ASSERT_EQUAL_FATAL(sh_runstore_open(path, exact, &again), SH_OK);
     CU_ASSERT_TRUE(again.existed);
     CU_ASSERT_EQUAL(again.ended, 1);
