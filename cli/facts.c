@@ -17,9 +17,6 @@
 #define SH_BUILD_FLAGS ""
 #endif
 
-#pragma weak sh_kernels_select
-#pragma weak sh_kernels_get
-
 #define ASK(type, name) ((type)(uintptr_t)dlsym(RTLD_DEFAULT, name))
 
 static void from_string(char *to, const char *symbol) {
@@ -57,14 +54,20 @@ static void hwloc_version(char *to) {
         snprintf(to, SH_FACTS_MAX, "not found");
 }
 
+/* "OpenBLAS 0.3.21 …; core Haswell", "" when the library is missing; the library is opened only for this. */
+static const char *openblas_line(void) {
+    static char text[SH_FACTS_MAX];
+    SH_IGNORE(sh_blas_check(text, sizeof text));
+    return text;
+}
+
 static void openblas_version(char *to) {
-    char *(*f)(void) = ASK(char *(*)(void), "openblas_get_config");
-    snprintf(to, SH_FACTS_MAX, "%.150s", f ? f() : "not found");
+    snprintf(to, SH_FACTS_MAX, "%s", *openblas_line() ? openblas_line() : "not found");
 }
 
 const char *sh_facts_blas_core(void) {
-    char *(*f)(void) = ASK(char *(*)(void), "openblas_get_corename");
-    return f ? f() : "";
+    const char *core = strstr(openblas_line(), "; core ");
+    return core ? core + strlen("; core ") : "";
 }
 
 int sh_facts_libraries(sh_library_fact *f, int max) {
@@ -88,7 +91,7 @@ int sh_facts_libraries(sh_library_fact *f, int max) {
 void sh_facts_isa(char *to, size_t size) {
     static const char *const levels[] = {"ref", "avx2", "avx512", "blas"};
     const sh_kernels *k = NULL;
-    if (!sh_kernels_select || sh_kernels_select(&k) != SH_OK) {
+    if (sh_kernels_select(&k) != SH_OK) {
         snprintf(to, size, "none: %s", sh_error_text());
         return;
     }

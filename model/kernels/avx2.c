@@ -8,7 +8,7 @@
 #define SH_WS_VECS 2
 #include "model/kernels/rows.h"
 
-#define FEW_ROWS    3    /* up to here weights are streamed once */
+#define FEW_ROWS    2    /* up to here weights are streamed once */
 #define TILE_ROWS   6    /* 12 sums of half a panel, two weight registers, one broadcast */
 #define TILE_STRIDE 8    /* of packed rows */
 #define K_BLOCK     256  /* inputs per pass: 16 KiB of a panel and 6 KiB of packed rows stay in L1 */
@@ -89,9 +89,6 @@ static void gemm_few(const sh_wmat *w, int p0, int p1, const float *x, size_t ld
     case 2:
         stream_rows(w, p0, p1, x, ldx, 2, 1, y, ldy);
         break;
-    case 3:
-        stream_rows(w, p0, p1, x, ldx, 3, 1, y, ldy);
-        break;
     default:
         break;
     }
@@ -134,7 +131,7 @@ static void block_rows(int rows, const uint32_t *d, const float *xt, int kb, flo
         int lo = n - h, hi = n - h - 16;
 #define TILE(c)                                                                                                        \
     case c:                                                                                                            \
-        block_tile(d + h, xt, kb, c, y + h, ldy, lo, hi, first, ahead);                                                       \
+        block_tile(d + h, xt, kb, c, y + h, ldy, lo, hi, first, ahead);                                                \
         break;
         switch (rows) { TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) default : break; }
 #undef TILE
