@@ -4,9 +4,7 @@
 #include "cli/demo.h"
 #include "cli/options.h"
 #include "common/buf.h"
-#if __has_include("model/inspect.h")
 #include "model/inspect.h"
-#endif
 
 static const char usage[] =
     "Usage: shoal inspect [MODEL]\n"
@@ -24,14 +22,10 @@ int sh_cmd_inspect(int argc, char **argv) {
     }
     if (operands) model = argv[1];
     if (!model && !(model = sh_demo_model())) return sh_options_complain("inspect", SH_EXIT_RUN);
-#if __has_include("model/inspect.h")
     sh_buf report;
     sh_buf_init(&report, 0);
-    rc = sh_inspect_report(model, &report) == SH_OK ? SH_EXIT_OK : sh_options_complain("inspect", SH_EXIT_RUN);
+    rc = sh_inspect_model(model, &report) == SH_OK ? SH_EXIT_OK : sh_options_complain("inspect", SH_EXIT_RUN);
     if (rc == SH_EXIT_OK) fwrite(report.data, 1, report.len, stdout);
     sh_buf_release(&report);
     return rc;
-#else
-    return SH_EXIT_RUN;
-#endif
 }

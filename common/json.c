@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "common/file.h"
+#include "common/scan.h"
 
 void sh_json_release(json_t **j) {
     json_decref(*j);
@@ -27,6 +28,45 @@ sh_status sh_json_read(const char *path, size_t max_bytes, json_t **out) {
     SH_TRY(sh_file_read(path, max_bytes, &text, &len));
     sh_status st = sh_json_parse(path, text, len, out);
     free(text);
+    return st;
+}
+
+static sh_status read_member(sh_scan *s, const char *const keys[], json_t *out) {
+    sh_span key, value;
+    int k = 0;
+    SH_TRY(sh_scan_key(s, &key));
+    while (keys[k] && !sh_span_is(key, keys[k])) k++;
+    SH_TRY(sh_scan_skip(s, &value));
+    if (!keys[k]) return SH_OK;
+    json_t *j = NULL;
+    sh_status st = sh_json_parse(keys[k], value.p, value.n, &j);
+    if (st != SH_OK) return sh_error_prefix(st, "%s", s->what);
+    if (json_object_set_new(out, keys[k], j) != 0) SH_FAIL(SH_EMEMORY, "%s: no memory for %s", s->what, keys[k]);
+    return SH_OK;
+}
+
+static sh_status read_members(sh_scan *s, const char *const keys[], json_t *out) {
+    sh_status st;
+    SH_TRY(sh_scan_open(s, '{'));
+    while (sh_scan_more(s, '}', &st)) SH_TRY(read_member(s, keys, out));
+    SH_TRY(st);
+    return sh_scan_end(s);
+}
+
+sh_status sh_json_read_members(const char *path, size_t max_bytes, const char *const keys[], json_t **out) {
+    char *text = NULL;
+    size_t len = 0;
+    SH_TRY(sh_file_read(path, max_bytes, &text, &len));
+    sh_scan s;
+    sh_scan_init(&s, path, text, len);
+    SH_CLEANUP(sh_json_release) json_t *j = json_object();
+    sh_status st = read_members(&s, keys, j);
+    sh_scan_release(&s);
+    free(text);
+    if (st == SH_OK) {
+        *out = j;
+        j = NULL;
+    }
     return st;
 }
 

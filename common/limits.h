@@ -7,6 +7,8 @@
 #define SH_MAX_JSON_DEPTH      64
 #define SH_MAX_CONFIG_BYTES    ((size_t)16 << 20)  /* config.json, generation_config.json, tokenizer_config.json */
 #define SH_MAX_TOKENIZER_BYTES ((size_t)256 << 20) /* tokenizer.json */
+#define SH_MAX_VOCAB           (1 << 24)           /* ids of a tokenizer */
+#define SH_MAX_ADDED_TOKEN     1024                /* bytes of one added token */
 #define SH_MAX_ST_HEADER       ((size_t)100 << 20) /* safetensors header: the format's own limit */
 #define SH_MAX_LAYERS          512
 #define SH_MAX_RANKS           4096

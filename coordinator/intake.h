@@ -22,6 +22,7 @@ typedef struct sh_intake sh_intake;
 sh_status sh_intake_create(const char *model_dir, const sh_intake_options *o, sh_intake **out);
 void sh_intake_destroy(sh_intake **in);
 const sh_tokenizer *sh_intake_tokenizer(const sh_intake *in);
+const char *sh_intake_model_name(const sh_intake *in); /* the checkpoint directory's own name */
 
 typedef struct sh_request {
     char *custom_id;   /* NULL: the line has no usable one */

@@ -32,17 +32,22 @@ sh_status sh_ids_add(sh_ids *ids, int32_t id);
  * never when false. Invalid UTF-8 fails with the byte offset. */
 sh_status sh_tokenizer_encode(const sh_tokenizer *t, const char *text, size_t len, bool add_special, sh_ids *out);
 /* Appends the text of ids; skip_special leaves special tokens out. A run of byte tokens that is not valid UTF-8 as a whole
- * becomes one U+FFFD per byte. Unknown ids fail. */
+ * becomes one U+FFFD per byte (a run longer than SH_DETOK_BYTES is judged in pieces of that size, so that it can be streamed:
+ * what was already good stays). Unknown ids fail. */
 sh_status sh_tokenizer_decode(const sh_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, sh_buf *out);
-/* Bytes of one token as stored (for logprobs' `bytes` and `token` fields): appends. */
+/* Bytes that one token stands for by itself (for logprobs' `bytes` and `token` fields): a byte token gives its byte, which may
+ * be half a character; a special token its name. Appends. */
 sh_status sh_tokenizer_piece(const sh_tokenizer *t, int id, sh_buf *out);
 
-/* Streaming detokenisation: equal to decode() of all ids once flushed; never emits half a code point. */
+/* Streaming detokenisation: equal to decode() of all ids once flushed; never emits half a code point. Owns nothing. */
+enum { SH_DETOK_BYTES = 256 };
 typedef struct sh_detok {
     const sh_tokenizer *tok;
     bool skip_special, any; /* any: something was emitted (a leading space rule may depend on it) */
+    bool bad;               /* the open run of byte tokens is known not to be valid: each further byte is a U+FFFD */
+    int n_stripped;         /* characters the decoder's Strip has removed from the front */
     int n_pending;
-    uint8_t pending[256]; /* bytes of an open run of byte tokens */
+    uint8_t pending[SH_DETOK_BYTES]; /* bytes of an open run of byte tokens, valid so far */
 } sh_detok;
 void sh_detok_init(sh_detok *d, const sh_tokenizer *t, bool skip_special);
 sh_status sh_detok_add(sh_detok *d, int id, sh_buf *out);

@@ -1,0 +1,268 @@
+/* Progress and closing table on standard error. See progress.h. */
+#include "cli/progress.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+#include "common/clock.h"
+#include "common/json.h"
+#include "proto/group.pb-c.h"
+
+const char *const sh_progress_styles[] = {"auto", "bar", "plain", "json", "none", NULL};
+
+void sh_progress_begin(sh_progress *p, sh_progress_style style) {
+    if (style == SH_PROGRESS_AUTO) style = isatty(STDERR_FILENO) ? SH_PROGRESS_BAR : SH_PROGRESS_PLAIN;
+    *p = (sh_progress){.style = style, .began = sh_now()};
+}
+
+/* One write per line, so that lines of several processes do not mix. */
+static void put_line(sh_progress *p, const char *s) {
+    char line[2304];
+    int n = snprintf(line, sizeof line, "%s%s\n", p->bar_shown ? "\r\033[K" : "", s);
+    if (n >= (int)sizeof line) n = (int)sizeof line - 1;
+    p->bar_shown = false;
+    ssize_t w = write(STDERR_FILENO, line, (size_t)n);
+    (void)w;
+}
+
+static void put_event(sh_progress *p, const char *event, const char *text) {
+    if (p->style != SH_PROGRESS_JSON) {
+        put_line(p, text);
+        return;
+    }
+    json_t *j = json_pack("{s:s, s:s}", "event", event, "text", text);
+    char *s = j ? json_dumps(j, JSON_COMPACT) : NULL;
+    if (s) put_line(p, s);
+    free(s);
+    json_decref(j);
+}
+
+void sh_progress_say(sh_progress *p, const char *event, const char *fmt, ...) {
+    char text[2048];
+    va_list ap;
+    if (p->style == SH_PROGRESS_NONE) return;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    put_event(p, event, text);
+}
+
+void sh_progress_warn(sh_progress *p, const char *fmt, ...) {
+    char text[2048];
+    int n = snprintf(text, sizeof text, "%s", p->style == SH_PROGRESS_JSON ? "" : "shoal run: ");
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text + n, sizeof text - (size_t)n, fmt, ap);
+    va_end(ap);
+    put_event(p, "warning", text);
+}
+
+void sh_progress_end(sh_progress *p) {
+    if (p->bar_shown) {
+        ssize_t w = write(STDERR_FILENO, "\n", 1);
+        (void)w;
+    }
+    p->bar_shown = false;
+}
+
+/* Rates smoothed over about five seconds; the first sample with work done starts them. */
+static void sample(sh_progress *p, const sh_progress_view *v, double now) {
+    if (!p->have_first) {
+        p->have_first = true;
+        p->first = p->sampled = *v;
+        p->last_sampled = p->began = now;
+        return;
+    }
+    double dt = now - p->last_sampled;
+    if (dt < 0.5) return;
+    double keep = p->rate_out + p->rate_in > 0 ? 1 / (1 + dt / 5) : 0;
+    p->rate_in = keep * p->rate_in + (1 - keep) * (double)(v->tokens_in - p->sampled.tokens_in) / dt;
+    p->rate_out = keep * p->rate_out + (1 - keep) * (double)(v->tokens_out - p->sampled.tokens_out) / dt;
+    p->sampled = *v;
+    p->last_sampled = now;
+}
+
+/* Seconds left by the requests answered so far in this run; −1: not known yet. */
+static double time_left(const sh_progress *p, const sh_progress_view *v, double now) {
+    uint64_t done = v->done - p->first.done;
+    if (!done || now - p->began < 1) return -1;
+    return (double)(v->total - v->done) * (now - p->began) / (double)done;
+}
+
+static void clock_text(double seconds, char *to, size_t size) {
+    long s = (long)(seconds + 0.5);
+    if (seconds < 0)
+        snprintf(to, size, "-:--");
+    else if (s >= 3600)
+        snprintf(to, size, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
+    else
+        snprintf(to, size, "%ld:%02ld", s / 60, s % 60);
+}
+
+static void show_words(sh_progress *p, const sh_progress_view *v, double left) {
+    char text[512], bar[32] = "", clock[32], now[32] = "";
+    enum { CELLS = 20 };
+    int filled = v->total ? (int)(v->done * CELLS / v->total) : 0;
+    if (p->style == SH_PROGRESS_BAR) {
+        bar[0] = '[';
+        for (int i = 0; i < CELLS; i++) bar[1 + i] = i < filled ? '#' : '.';
+        memcpy(bar + 1 + CELLS, "] ", 3);
+    }
+    clock_text(left, clock, sizeof clock);
+    if (v->state && *v->state) snprintf(now, sizeof now, ", %s", v->state);
+    int n = snprintf(text, sizeof text, "%s%s%llu/%llu requests, tokens/s %.0f in %.0f out, %s left, ranks %d/%d%s",
+                     p->style == SH_PROGRESS_BAR ? "\r" : "", bar, (unsigned long long)v->done,
+                     (unsigned long long)v->total, p->rate_in, p->rate_out, clock, v->ranks_up, v->ranks, now);
+    if (p->style == SH_PROGRESS_BAR) {
+        n += snprintf(text + n, sizeof text - (size_t)n, "\033[K");
+        ssize_t w = write(STDERR_FILENO, text, (size_t)n);
+        (void)w;
+        p->bar_shown = true;
+    } else {
+        put_line(p, text);
+    }
+}
+
+static void show_json(sh_progress *p, const sh_progress_view *v, double left) {
+    json_t *j = json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:i, s:i, s:s}", "event", "progress", "done",
+                          (json_int_t)v->done, "total", (json_int_t)v->total, "errors", (json_int_t)v->errors,
+                          "tokens_in", (json_int_t)v->tokens_in, "tokens_out", (json_int_t)v->tokens_out,
+                          "tokens_in_per_s", p->rate_in, "tokens_out_per_s", p->rate_out, "seconds_left", left,
+                          "ranks_up", v->ranks_up, "ranks", v->ranks, "state", v->state ? v->state : "");
+    char *s = j ? json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(6)) : NULL;
+    if (s) put_line(p, s);
+    free(s);
+    json_decref(j);
+}
+
+void sh_progress_update(sh_progress *p, const sh_progress_view *v) {
+    double now = sh_now(), every = p->style == SH_PROGRESS_BAR ? 0.2 : p->style == SH_PROGRESS_JSON ? 1 : 5;
+    sample(p, v, now);
+    if (p->style == SH_PROGRESS_NONE || (p->last_shown > 0 && now - p->last_shown < every)) return;
+    p->last_shown = now;
+    double left = time_left(p, v, now);
+    if (p->style == SH_PROGRESS_JSON)
+        show_json(p, v, left);
+    else
+        show_words(p, v, left);
+}
+
+void sh_outcomes_add(sh_outcomes *o, int status) {
+    for (int i = 0; i < o->n; i++)
+        if (o->status[i] == status) {
+            o->rows[i]++;
+            return;
+        }
+    if (o->n < 16) {
+        o->status[o->n] = status;
+        o->rows[o->n++] = 1;
+    }
+}
+
+static const char *outcome_name(int status) {
+    switch (status) {
+    case 200:
+        return "answered";
+    case 400:
+        return "refused (400)";
+    case 413:
+        return "too long (413)";
+    case 422:
+        return "bad media (422)";
+    case 499:
+        return "cancelled (499)";
+    case 500:
+        return "our fault (500)";
+    default:
+        return "other";
+    }
+}
+
+/* One line per stage: shares of its time by cause, and what it read. */
+static sh_status stage_lines(const sh_closing *c, sh_buf *to) {
+    bool head = false;
+    for (size_t g = 0; c->last && g < c->last->n_group; g++) {
+        const Shoal__GroupState *gs = c->last->group[g];
+        for (size_t i = 0; i < gs->n_times; i++) {
+            Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, gs->times[i].len, gs->times[i].data);
+            if (!t) continue;
+            double all = t->weights + t->attention + t->experts + t->exchange + t->other + t->idle;
+            sh_status st = SH_OK;
+            if (all > 0 && !head) {
+                st = sh_buf_add_str(
+                    to, "  stage   weights  attention  experts  exchange  other   idle     steps    weights read\n");
+                head = true;
+            }
+            double f = all > 0 ? 100 / all : 0, gbs = t->weights > 0 ? (double)t->bytes / t->weights * 1e-9 : 0;
+            if (st == SH_OK && all > 0)
+                st = sh_buf_printf(
+                    to, "  %5d   %5.0f %%  %7.0f %%  %5.0f %%  %6.0f %%  %3.0f %%  %3.0f %%  %8llu  %5.1f GB/s",
+                    t->rank, t->weights * f, t->attention * f, t->experts * f, t->exchange * f, t->other * f,
+                    t->idle * f, (unsigned long long)t->steps, gbs);
+            if (st == SH_OK && all > 0 && c->bandwidth > 0)
+                st = sh_buf_printf(to, ", %.0f %% of this machine's", gbs * 1e11 / c->bandwidth);
+            if (st == SH_OK && all > 0) st = sh_buf_add_str(to, "\n");
+            shoal__stage_times__free_unpacked(t, NULL);
+            SH_TRY(st);
+        }
+    }
+    return SH_OK;
+}
+
+static sh_status closing_words(const sh_closing *c, sh_buf *to) {
+    uint64_t rows = 0;
+    for (int i = 0; i < c->outcomes->n; i++) rows += c->outcomes->rows[i];
+    SH_TRY(sh_buf_printf(to, "  requests   %llu: ", (unsigned long long)rows));
+    for (int i = 0; i < c->outcomes->n; i++)
+        SH_TRY(sh_buf_printf(to, "%s%llu %s", i ? ", " : "", (unsigned long long)c->outcomes->rows[i],
+                             outcome_name(c->outcomes->status[i])));
+    SH_TRY(sh_buf_printf(to, "\n  tokens     %llu in, %llu out\n", (unsigned long long)c->tokens_in,
+                         (unsigned long long)c->tokens_out));
+    SH_TRY(sh_buf_printf(to, "  wall time  %.1f s, %.1f s of it with the ranks at work\n", c->wall, c->computing));
+    double t = c->computing > 0 ? c->computing : c->wall;
+    if (t > 0)
+        SH_TRY(sh_buf_printf(to, "  speed      %.1f tokens/s in, %.1f tokens/s out\n", (double)c->tokens_in_now / t,
+                             (double)c->tokens_out_now / t));
+    SH_TRY(stage_lines(c, to));
+    return sh_buf_printf(to, "  results    %s\n", c->output);
+}
+
+static sh_status closing_json(const sh_closing *c, sh_buf *to) {
+    SH_CLEANUP(sh_json_release) json_t *j = json_object();
+    json_t *outcomes = json_object(), *stages = json_array();
+    char key[16];
+    for (int i = 0; i < c->outcomes->n; i++) {
+        snprintf(key, sizeof key, "%d", c->outcomes->status[i]);
+        json_object_set_new(outcomes, key, json_integer((json_int_t)c->outcomes->rows[i]));
+    }
+    for (size_t g = 0; c->last && g < c->last->n_group; g++)
+        for (size_t i = 0; i < c->last->group[g]->n_times; i++) {
+            const ProtobufCBinaryData *b = &c->last->group[g]->times[i];
+            Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, b->len, b->data);
+            if (!t) continue;
+            json_array_append_new(stages,
+                                  json_pack("{s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I}", "rank", t->rank, "weights",
+                                            t->weights, "attention", t->attention, "experts", t->experts, "exchange",
+                                            t->exchange, "other", t->other, "idle", t->idle, "bytes",
+                                            (json_int_t)t->bytes, "steps", (json_int_t)t->steps));
+            shoal__stage_times__free_unpacked(t, NULL);
+        }
+    json_object_set_new(j, "event", json_string("end"));
+    json_object_set_new(j, "requests", outcomes);
+    json_object_set_new(j, "tokens_in", json_integer((json_int_t)c->tokens_in));
+    json_object_set_new(j, "tokens_out", json_integer((json_int_t)c->tokens_out));
+    json_object_set_new(j, "seconds", json_real(c->wall));
+    json_object_set_new(j, "seconds_at_work", json_real(c->computing));
+    json_object_set_new(j, "stages", stages);
+    json_object_set_new(j, "output", json_string(c->output));
+    char *s = json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(6));
+    if (!s) SH_FAIL(SH_EMEMORY, "no memory for the closing table");
+    sh_status st = sh_buf_printf(to, "%s\n", s);
+    free(s);
+    return st;
+}
+
+sh_status sh_closing_text(const sh_closing *c, bool json, sh_buf *to) {
+    return json ? closing_json(c, to) : closing_words(c, to);
+}

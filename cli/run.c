@@ -1,0 +1,335 @@
+/*
+ * shoal run: one job, start to end. Checks what the user gave, opens the run's store, has a session answer every
+ * request, writes OUTPUT and the closing table, and removes the store.
+ *
+ * It decides nothing about requests or tokens: those are the coordinator's and the ranks'. Whatever is killed, the same
+ * command goes on from the store; what an interrupted run left is ended first (runstore).
+ */
+#include <errno.h>
+#include <libgen.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include "cli/commands.h"
+#include "cli/input.h"
+#include "cli/nodes.h"
+#include "cli/options.h"
+#include "cli/session.h"
+#include "common/clock.h"
+#include "common/file.h"
+#include "common/log.h"
+
+static const char usage[] =
+    "Usage: shoal run -m MODEL -i requests.jsonl -o results.jsonl [-n RANKS] [options]\n"
+    "Answers a file of requests in OpenAI's batch format and writes one row for each line. Starts all that it needs "
+    "on\n"
+    "this machine, shows progress, and ends. Interrupted or killed at any moment, the same command goes on.\n\n"
+    "  shoal run -i share/demo-batch.jsonl -o answers.jsonl -n 4      64 chats, the demo model, 4 ranks\n\n";
+
+typedef struct run {
+    sh_shared_options shared;
+    const char *input, *output, *store, *hosts, *launcher;
+    bool ordered, keep_store, resume;
+    int style;
+    char model[PATH_MAX], model_name[320], program[PATH_MAX], store_path[PATH_MAX], spool[PATH_MAX];
+    int ranks, cpus;
+    sh_input scanned;
+    sh_runstore folder;
+    sh_progress progress;
+    double began;
+    int argc;
+    char **argv; /* as typed, for the command to resume */
+} run;
+
+static volatile sig_atomic_t interrupted;
+
+static void on_signal(int sig) {
+    (void)sig;
+    interrupted = 1;
+}
+
+static void catch_signals(void) {
+    struct sigaction a = {.sa_handler = on_signal};
+    sigemptyset(&a.sa_mask);
+    sigaction(SIGINT, &a, NULL);
+    sigaction(SIGTERM, &a, NULL);
+    sigaction(SIGHUP, &a, NULL);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+static int option_table(run *r, sh_option *t) {
+    int n = 0;
+    t[n++] = (sh_option){.kind = SH_OPTION_NOTE, .help = "Files:"};
+    t[n++] = (sh_option){"input",   'i',    SH_OPTION_TEXT,
+                         &r->input, "FILE", "requests, one JSON object a line; - is standard input"};
+    t[n++] = (sh_option){"output",   'o',    SH_OPTION_TEXT,
+                         &r->output, "FILE", "results; appears when complete; - is standard output"};
+    t[n++] =
+        (sh_option){"store", 0, SH_OPTION_TEXT, &r->store, "DIR", "folder that keeps the job (default: OUTPUT.store)"};
+    t[n++] = (sh_option){"keep-store", 0, SH_OPTION_FLAG, &r->keep_store, NULL, "keep it after exit status 0 too"};
+    t[n++] = (sh_option){
+        "resume",   0,    SH_OPTION_FLAG,
+        &r->resume, NULL, "only go on with a job: refuse to begin one (a store that exists is always taken up)"};
+    t[n++] = (sh_option){"ordered", 0, SH_OPTION_FLAG, &r->ordered, NULL, "results in the order of the input"};
+    t[n++] = (sh_option){"progress",
+                         0,
+                         SH_OPTION_CHOICE,
+                         &r->style,
+                         "STYLE",
+                         "auto, bar, plain, json or none, on standard error (default auto)",
+                         .choices = sh_progress_styles};
+    n += sh_options_shared(&r->shared, t + n);
+    t[n++] = (sh_option){.kind = SH_OPTION_NOTE, .help = "Starting ranks:"};
+    t[n++] =
+        (sh_option){"hosts",
+                    0,
+                    SH_OPTION_TEXT,
+                    &r->hosts,
+                    "LIST",
+                    "hosts for mpirun, such as node1,node2:2; ranks then connect over TCP, with keys made for the run"};
+    t[n++] = (sh_option){"launcher",
+                         0,
+                         SH_OPTION_TEXT,
+                         &r->launcher,
+                         "CMD",
+                         "local: all ranks are threads of one process; else a command that starts $SHOAL_RANKS ranks "
+                         "of the command line put behind it (default: mpirun; local for one rank)"};
+    return n;
+}
+
+/* The command as typed, quoted for a shell. */
+static void print_command(const run *r, FILE *to) {
+    fprintf(to, "  shoal run");
+    for (int i = 1; i < r->argc; i++) {
+        bool plain = *r->argv[i] &&
+                     strspn(r->argv[i], "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-+=.,:/@%") ==
+                         strlen(r->argv[i]);
+        fputc(' ', to);
+        if (plain) {
+            fputs(r->argv[i], to);
+            continue;
+        }
+        fputc('\'', to);
+        for (const char *p = r->argv[i]; *p; p++) fputs(*p == '\'' ? "'\\''" : (char[]){*p, 0}, to);
+        fputc('\'', to);
+    }
+    fputc('\n', to);
+}
+
+/* Started once per task by mpirun or srun, every task would start a job of its own. */
+static sh_status refuse_tasks(void) {
+    static const char *const sizes[] = {"OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE"};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        const char *v = getenv(sizes[i]);
+        if (v && atoi(v) > 1)
+            SH_FAIL(SH_EINPUT,
+                    "was started as one of %d tasks (%s): start it once, without mpirun or srun; it starts its ranks "
+                    "itself "
+                    "with -n %d",
+                    atoi(v), sizes[i], atoi(v));
+    }
+    return SH_OK;
+}
+
+static sh_status check_output(run *r) {
+    if (!r->output) SH_FAIL(SH_EINPUT, "-o: is missing: give the file for the results, or - for standard output");
+    bool standard = strcmp(r->output, "-") == 0;
+    if (standard && !r->store)
+        SH_FAIL(SH_EINPUT, "-o: - needs --store: give a folder that keeps the job while it runs");
+    int n = snprintf(r->store_path, sizeof r->store_path, "%s%s", r->store ? r->store : r->output,
+                     r->store ? "" : ".store");
+    if (n >= (int)sizeof r->store_path - 16) SH_FAIL(SH_EINPUT, "-o: %.80s…: path too long", r->output);
+    snprintf(r->spool, sizeof r->spool, "%.*s/input.jsonl", PATH_MAX - 16, r->store_path);
+    bool store_there = sh_file_exists(r->store_path);
+    if (r->resume && !store_there) SH_FAIL(SH_EINPUT, "--resume: there is no %s to go on from", r->store_path);
+    if (standard) return SH_OK;
+    struct stat out, in;
+    char folder[PATH_MAX];
+    snprintf(folder, sizeof folder, "%s", r->output);
+    if (stat(r->output, &out) == 0) {
+        if (S_ISDIR(out.st_mode)) SH_FAIL(SH_EINPUT, "-o: %s: is a folder: give a file", r->output);
+        if (stat(r->input, &in) == 0 && in.st_dev == out.st_dev && in.st_ino == out.st_ino)
+            SH_FAIL(SH_EINPUT, "-o: %s: is the input: give another file", r->output);
+        if (!store_there)
+            SH_FAIL(SH_EINPUT, "-o: %s: exists already and has no %s to go on from: remove it or give another file",
+                    r->output, r->store_path);
+    }
+    if (access(dirname(folder), W_OK | X_OK) != 0)
+        SH_FAIL(SH_EINPUT, "-o: %s: its folder cannot be written: %s", r->output, strerror(errno));
+    return SH_OK;
+}
+
+static sh_status check_ranks(run *r) {
+    static sh_config config; /* a large table */
+    SH_TRY(sh_config_load(r->model, &config));
+    SH_TRY(sh_options_ranks(&r->shared, &r->ranks));
+    sh_nodes nodes;
+    sh_nodes_read(&nodes);
+    r->cpus = nodes.cpus;
+    if (!r->ranks) r->ranks = nodes.numa < config.n_layers ? nodes.numa : config.n_layers;
+    if (r->ranks > config.n_layers)
+        SH_FAIL(SH_EINPUT, "-n: %d ranks are more than the %d layers of the model: allowed are 1 to %d", r->ranks,
+                config.n_layers, config.n_layers);
+    char copy[PATH_MAX];
+    snprintf(copy, sizeof copy, "%s", r->model);
+    snprintf(r->model_name, sizeof r->model_name, "%.240s (%s, %d layers)", basename(copy), config.variant,
+             config.n_layers);
+    return SH_OK;
+}
+
+/* What decides the rows, as text: a store made for other values is not taken up. */
+static sh_status describe_job(const run *r, json_t **out) {
+    char input[64], context[16], tokens[16], seed[24];
+    snprintf(input, sizeof input, "%llu bytes, hash %016llx", (unsigned long long)r->scanned.bytes,
+             (unsigned long long)r->scanned.hash);
+    snprintf(context, sizeof context, "%d", r->shared.max_context);
+    snprintf(tokens, sizeof tokens, "%d", r->shared.default_max_tokens);
+    snprintf(seed, sizeof seed, "%llu", (unsigned long long)r->shared.seed);
+    json_t *j = json_pack("{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s}", "model", r->model, "--mode",
+                          sh_mode_name(sh_options_mode(&r->shared)), "--kv", sh_kv_type_name(sh_options_kv(&r->shared)),
+                          "--max-context", context, "--default-max-tokens", tokens, "--seed", seed, "--lenient",
+                          r->shared.lenient ? "yes" : "no", "input", input);
+    if (!j) SH_FAIL(SH_EINPUT, "%s: not a path that can be written down", r->model);
+    *out = j;
+    return SH_OK;
+}
+
+static sh_status check_all(run *r) {
+    SH_TRY(refuse_tasks());
+    if (!r->input) SH_FAIL(SH_EINPUT, "-i: is missing: give a file of requests, or - for standard input");
+    SH_TRY(check_output(r));
+    if (!sh_file_exists(r->store_path) && strcmp(r->input, "-") == 0) SH_TRY(sh_dir_make(r->store_path));
+    return sh_input_scan(r->input, r->spool, &r->scanned);
+}
+
+static int complain(const run *r, sh_status st) {
+    (void)r;
+    const char *env = getenv("SHOAL_LOG");
+    if (env && strcmp(env, "debug") == 0) fprintf(stderr, "%s\n", sh_error_trail());
+    return sh_options_complain("run", st == SH_EINPUT || st == SH_EUNSUPPORTED ? SH_EXIT_USAGE : SH_EXIT_RUN);
+}
+
+static int answer_nothing(run *r) {
+    sh_progress_warn(&r->progress, "-i: %s: is empty: nothing to answer", r->input);
+    if (strcmp(r->output, "-") == 0) return SH_EXIT_OK;
+    sh_file_writer *w = NULL;
+    sh_status st = sh_file_writer_open(r->output, &w);
+    if (st == SH_OK) st = sh_file_writer_commit(&w);
+    return st == SH_OK ? SH_EXIT_OK : complain(r, st);
+}
+
+static int say_interrupted(run *r, sh_session *s) {
+    uint64_t total, done = sh_session_done(s, &total);
+    sh_progress_end(&r->progress);
+    fprintf(stderr, "shoal run: interrupted: %llu of %llu requests are answered and kept in %s. To go on:\n",
+            (unsigned long long)done, (unsigned long long)(total ? total : r->scanned.lines), r->store_path);
+    print_command(r, stderr);
+    return SH_EXIT_INTERRUPTED;
+}
+
+static void print_closing(run *r, sh_session *s, const sh_outcomes *outcomes) {
+    sh_closing c = {.output = r->output, .outcomes = outcomes, .wall = sh_now() - r->began};
+    if (r->progress.style == SH_PROGRESS_NONE) return;
+    sh_session_closing(s, &c);
+    sh_buf text;
+    sh_buf_init(&text, 0);
+    if (sh_closing_text(&c, r->progress.style == SH_PROGRESS_JSON, &text) == SH_OK) {
+        sh_progress_end(&r->progress);
+        fwrite(text.data, 1, text.len, stderr);
+    }
+    sh_buf_release(&text);
+}
+
+/* With the store open: drives the session to its end, whatever that is. */
+static int answer(run *r, sh_session *s, bool *complete) {
+    sh_outcomes outcomes = {0};
+    sh_status st = sh_session_drive(s);
+    bool finished = st == SH_OK;
+    if (finished) st = sh_session_collect(s, r->output, &outcomes);
+    char reason[1024];
+    snprintf(reason, sizeof reason, "%s", sh_error_text());
+    sh_session_stop(s, finished && st == SH_OK);
+    sh_progress_end(&r->progress);
+    if (st == SH_ECANCELLED) return say_interrupted(r, s);
+    if (st != SH_OK) {
+        uint64_t total, done = sh_session_done(s, &total);
+        fprintf(stderr, "shoal run: %s\n", reason);
+        if (done)
+            fprintf(stderr, "shoal run: %llu of %llu requests are answered and kept in %s; the same command goes on.\n",
+                    (unsigned long long)done, (unsigned long long)total, r->store_path);
+        return SH_EXIT_RUN;
+    }
+    print_closing(r, s, &outcomes);
+    *complete = true;
+    for (int i = 0; i < outcomes.n; i++)
+        if (outcomes.status[i] != 200) return SH_EXIT_ROWS;
+    return SH_EXIT_OK;
+}
+
+static int run_with_store(run *r) {
+    sh_session *s = NULL;
+    if (r->folder.existed)
+        sh_progress_say(&r->progress, "resume", "going on from %s%s", r->store_path,
+                        r->folder.ended ? ", after ending what an interrupted run left" : "");
+    sh_session_options so = {.program = r->program,
+                             .model = r->model,
+                             .input = strcmp(r->input, "-") ? r->input : r->spool,
+                             .shared = &r->shared,
+                             .store = &r->folder,
+                             .ordered = r->ordered,
+                             .ranks = r->ranks,
+                             .cpus = r->cpus,
+                             .launcher = r->launcher,
+                             .hosts = r->hosts,
+                             .progress = &r->progress,
+                             .model_name = r->model_name,
+                             .interrupted = &interrupted};
+    bool complete = false;
+    sh_status st = sh_session_create(&so, &s);
+    int rc = st == SH_OK ? answer(r, s, &complete) : complain(r, st);
+    sh_session_destroy(&s);
+    st = sh_runstore_close(&r->folder, complete && rc == SH_EXIT_OK && !r->keep_store);
+    if (st != SH_OK) sh_progress_warn(&r->progress, "%s", sh_error_text());
+    return rc;
+}
+
+static int run_job(run *r) {
+    SH_CLEANUP(sh_json_release) json_t *job = NULL;
+    sh_status st = check_all(r);
+    if (st != SH_OK) return complain(r, st);
+    if (r->scanned.lines == 0) return answer_nothing(r);
+    st = sh_options_model(&r->shared, r->model, sizeof r->model);
+    if (st != SH_OK) return sh_options_complain("run", SH_EXIT_RUN);
+    st = check_ranks(r);
+    if (st == SH_OK) st = describe_job(r, &job);
+    ssize_t n = readlink("/proc/self/exe", r->program, sizeof r->program - 1);
+    if (st == SH_OK && n <= 0) st = sh_error_set(SH_EIO, __FILE__, __LINE__, "/proc/self/exe: %s", strerror(errno));
+    if (st == SH_OK) st = sh_runstore_open(r->store_path, job, &r->folder);
+    return st == SH_OK ? run_with_store(r) : complain(r, st);
+}
+
+int sh_cmd_run(int argc, char **argv) {
+    run r = {.began = sh_now(), .argc = argc};
+    char **typed = calloc((size_t)argc + 1, sizeof *typed);
+    if (!typed) return SH_EXIT_RUN;
+    memcpy(typed, argv, (size_t)argc * sizeof *typed);
+    r.argv = typed;
+    sh_option t[SH_OPTIONS_MAX];
+    int n = option_table(&r, t), operands = 0;
+    int rc = sh_options_begin("run", usage, t, n, argc, argv, &operands);
+    if (rc < 0 && operands) {
+        fprintf(stderr, "shoal run: '%s': takes no operands: the input is given with -i\n", argv[1]);
+        rc = SH_EXIT_USAGE;
+    }
+    if (rc < 0) {
+        catch_signals();
+        sh_progress_begin(&r.progress, (sh_progress_style)r.style);
+        rc = run_job(&r);
+    }
+    free(typed);
+    return rc;
+}

@@ -1,0 +1,159 @@
+/* The folder of a run. See runstore.h. */
+#include "cli/runstore.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include "common/file.h"
+#include "coordinator/supervise.h"
+
+#define SOCKET_PATH_MOST 107 /* sun_path less its 0 */
+#define SOCKET_NAME_MOST 8   /* "/c99999" */
+
+static sh_status write_json(const char *path, const json_t *j) {
+    char *text = json_dumps(j, JSON_INDENT(1) | JSON_PRESERVE_ORDER);
+    if (!text) SH_FAIL(SH_EMEMORY, "%s: no memory to write it", path);
+    sh_file_writer *w = NULL;
+    sh_status st = sh_file_writer_open(path, &w);
+    if (st == SH_OK) st = sh_file_writer_add(w, text, strlen(text));
+    if (st == SH_OK) st = sh_file_writer_commit(&w);
+    sh_file_writer_destroy(&w);
+    free(text);
+    return st;
+}
+
+/* job.json of the folder against the job at hand: the first member that differs is named. */
+static sh_status check_job(const char *store, const char *path, const json_t *job) {
+    SH_CLEANUP(sh_json_release) json_t *old = NULL;
+    SH_TRY(sh_json_read(path, 1 << 20, &old));
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)(uintptr_t)job, key, value) {
+        const char *was = json_string_value(json_object_get(old, key)), *now = json_string_value(value);
+        if (!was || strcmp(was, now) != 0)
+            SH_FAIL(SH_EINPUT,
+                    "%s: belongs to another job: its %s was %.120s, now it is %.120s: finish that job, "
+                    "remove the folder, or name another one with --store",
+                    store, key, was ? was : "not set", now);
+    }
+    return SH_OK;
+}
+
+static bool folder_is_empty(const char *path) {
+    DIR *d = opendir(path);
+    int n = 0;
+    for (struct dirent *e; d && (e = readdir(d));)
+        n +=
+            strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0 && strncmp(e->d_name, "job.json.tmp.", 13) != 0;
+    if (d) closedir(d);
+    return d && n == 0;
+}
+
+static void this_host(char *to, size_t size) {
+    if (gethostname(to, size) != 0) to[0] = 0;
+    to[size - 1] = 0;
+}
+
+/* What the owner's note says of a run on this node: alive → refused; dead → what it left is removed. */
+static sh_status settle_owner(const char *note, sh_runstore *s) {
+    if (!sh_file_exists(note)) return SH_OK;
+    SH_CLEANUP(sh_json_release) json_t *j = NULL;
+    SH_TRY(sh_json_read(note, 1 << 16, &j));
+    const char *host = "", *ipc = "", *shm = "";
+    int64_t pid = 0, started = 0;
+    SH_TRY(sh_json_string(j, "host", &host));
+    SH_TRY(sh_json_string(j, "ipc", &ipc));
+    SH_TRY(sh_json_string(j, "shm", &shm));
+    SH_TRY(sh_json_int(j, "pid", 0, INT_MAX, &pid));
+    SH_TRY(sh_json_int(j, "started", 0, INT64_MAX, &started));
+    char here[256];
+    this_host(here, sizeof here);
+    if (strcmp(host, here) != 0) return SH_OK; /* another node's: its run is fenced by the newer epoch */
+    if (pid && pid != getpid() && sh_process_started((pid_t)pid) == (uint64_t)started)
+        SH_FAIL(SH_EINPUT, "%s: shoal run with pid %d works on it: wait for it, or end it first (kill %d)", s->path,
+                (int)pid, (int)pid);
+    s->ended = sh_process_end_marked(s->mark, SH_RUN_GRACE);
+    if (strstr(ipc, "/shoal-")) SH_TRY(sh_path_remove(ipc));
+    if (strncmp(shm, "/dev/shm/shoal-", 15) == 0) SH_TRY(sh_path_remove(shm));
+    return SH_OK;
+}
+
+/* The private folders: sockets and MPI's session files under TMPDIR, MPI's shared memory under /dev/shm. */
+static sh_status make_private(sh_runstore *s) {
+    const char *tmp = getenv("TMPDIR");
+    if (!tmp || !*tmp) tmp = "/tmp";
+    char ipc[PATH_MAX];
+    int n = snprintf(ipc, sizeof ipc, "%s/shoal-XXXXXX", tmp);
+    if (n < 0 || n + SOCKET_NAME_MOST > SOCKET_PATH_MOST)
+        SH_FAIL(SH_ELIMIT, "TMPDIR: %s makes socket paths of %d bytes: allowed are %d: set TMPDIR to a shorter path",
+                tmp, n + SOCKET_NAME_MOST, SOCKET_PATH_MOST);
+    if (!mkdtemp(ipc)) SH_FAIL(SH_EIO, "TMPDIR: %s: no folder can be made in it: %s", tmp, strerror(errno));
+    snprintf(s->ipc, sizeof s->ipc, "%s", ipc);
+    snprintf(s->shm, sizeof s->shm, "/dev/shm/shoal-XXXXXX");
+    if (!mkdtemp(s->shm)) s->shm[0] = 0; /* MPI then chooses by itself */
+    return SH_OK;
+}
+
+static sh_status write_owner(const char *note, const sh_runstore *s) {
+    char host[256];
+    this_host(host, sizeof host);
+    json_t *j = json_pack("{s:i, s:I, s:s, s:s, s:s}", "pid", (int)getpid(), "started",
+                          (json_int_t)sh_process_started(getpid()), "host", host, "ipc", s->ipc, "shm", s->shm);
+    if (!j) SH_FAIL(SH_EMEMORY, "%s: no memory to write it", note);
+    sh_status st = write_json(note, j);
+    json_decref(j);
+    return st;
+}
+
+sh_status sh_runstore_open(const char *path, const json_t *job, sh_runstore *out) {
+    sh_runstore s = {0};
+    char file[PATH_MAX + 32], note[PATH_MAX + 32], gone[PATH_MAX + 32];
+    s.existed = sh_file_exists(path);
+    if (!s.existed) {
+        snprintf(gone, sizeof gone, "%s.removed", path);
+        SH_TRY(sh_path_remove(gone)); /* a removal that was cut short */
+        SH_TRY(sh_dir_make(path));
+    }
+    if (!realpath(path, s.path)) SH_FAIL(SH_EIO, "%s: %s", path, strerror(errno));
+    snprintf(s.log, sizeof s.log, "%s/run.log", s.path);
+    snprintf(s.mark, sizeof s.mark, "SHOAL_RUN=%s", s.path);
+    snprintf(file, sizeof file, "%s/job.json", s.path);
+    snprintf(note, sizeof note, "%s/owner", s.path);
+    if (sh_file_exists(file)) {
+        SH_TRY(settle_owner(note, &s));
+        SH_TRY(check_job(path, file, job));
+    } else if (folder_is_empty(s.path)) {
+        s.existed = false;
+        SH_TRY(write_json(file, job));
+    } else {
+        SH_FAIL(SH_EINPUT, "%s: is not the store of a run: name another folder with --store", path);
+    }
+    sh_status st = make_private(&s);
+    if (st == SH_OK) st = write_owner(note, &s);
+    if (st != SH_OK) {
+        if (s.ipc[0]) SH_IGNORE(sh_path_remove(s.ipc));
+        if (s.shm[0]) SH_IGNORE(sh_path_remove(s.shm));
+        return st;
+    }
+    *out = s;
+    return SH_OK;
+}
+
+sh_status sh_runstore_close(sh_runstore *s, bool remove_all) {
+    char path[PATH_MAX + 32];
+    if (s->ipc[0]) SH_TRY(sh_path_remove(s->ipc));
+    if (s->shm[0]) SH_TRY(sh_path_remove(s->shm));
+    s->ipc[0] = s->shm[0] = 0;
+    if (!remove_all) {
+        snprintf(path, sizeof path, "%s/owner", s->path);
+        return sh_path_remove(path);
+    }
+    snprintf(path, sizeof path, "%s.removed", s->path);
+    SH_TRY(sh_path_remove(path));
+    if (rename(s->path, path) != 0) SH_FAIL(SH_EIO, "%s: cannot be removed: %s", s->path, strerror(errno));
+    return sh_path_remove(path);
+}

@@ -1,0 +1,51 @@
+/*
+ * A run at work: keeps the coordinator and the group alive until the job is finished. Each is restarted when it dies or
+ * falls silent, with growing pauses; after SH_SESSION_TRIES starts of one of them without a request or token of
+ * progress it gives up and says why. A coordinator that died takes its group along: the ranks of the older epoch are
+ * ended, and the new ones go on from the store. To be driven by one thread.
+ */
+#ifndef SH_CLI_SESSION_H
+#define SH_CLI_SESSION_H
+
+#include <signal.h>
+#include "cli/launch.h"
+#include "cli/options.h"
+#include "cli/progress.h"
+#include "cli/runstore.h"
+#include "proto/client.h"
+
+#define SH_SESSION_TRIES   3
+#define SH_SESSION_SILENCE 20.0  /* seconds without an answer of the coordinator */
+#define SH_SESSION_CONNECT 60.0  /* seconds until the first rank of a group is heard of */
+#define SH_SESSION_READY   120.0 /* seconds until a coordinator takes requests */
+
+typedef struct sh_session_options {
+    const char *program; /* shoal itself, absolute */
+    const char *model;   /* absolute */
+    const char *input;   /* file to submit */
+    const sh_shared_options *shared;
+    sh_runstore *store;
+    bool ordered;
+    int ranks, cpus;              /* of the group; CPUs of this machine */
+    const char *launcher, *hosts; /* or NULL */
+    sh_progress *progress;
+    const char *model_name;             /* for the first line */
+    volatile sig_atomic_t *interrupted; /* becomes true by a signal */
+} sh_session_options;
+
+typedef struct sh_session sh_session;
+
+sh_status sh_session_create(const sh_session_options *o, sh_session **out);
+/* Until every request has its row (SH_OK), the user interrupts (SH_ECANCELLED) or nothing more can be done (others,
+ * text says why). */
+sh_status sh_session_drive(sh_session *s);
+/* Writes the rows of the finished job; restarts the coordinator for it if need be. */
+sh_status sh_session_collect(sh_session *s, const char *output, sh_outcomes *outcomes);
+/* Ends ranks and coordinator: kindly when the job is finished, else by SIGTERM, both by SIGKILL after SH_RUN_GRACE. */
+void sh_session_stop(sh_session *s, bool finished);
+/* Numbers for the closing table, and requests answered so far. */
+void sh_session_closing(const sh_session *s, sh_closing *c);
+uint64_t sh_session_done(const sh_session *s, uint64_t *total);
+void sh_session_destroy(sh_session **s);
+
+#endif

@@ -1,0 +1,183 @@
+/* Token ids and decoded text of the recorded goldens, every one equal: small tokenizers, the full Gemma 4 and Gemma 3
+ * vocabularies (unpacked into a temporary folder), and the outputs of the demo batch, decoded at once and streamed. */
+#include <CUnit/Basic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "common/clock.h"
+#include "common/file.h"
+#include "common/json.h"
+#include "model/tokenizer.h"
+
+static int failures;
+
+static void fail(const char *what, size_t i, const char *text) {
+    if (failures++ < 20) fprintf(stderr, "%s case %zu: %s\n", what, i, text);
+    CU_FAIL("golden differs");
+}
+
+static json_t *read_json(const char *path) {
+    json_t *j = NULL;
+    if (sh_json_read(path, 1 << 30, &j) != SH_OK) fail(path, 0, sh_error_text());
+    return j;
+}
+
+static bool ids_equal(const sh_ids *a, const json_t *b) {
+    if (a->n != json_array_size(b)) return false;
+    for (size_t i = 0; i < a->n; i++)
+        if (a->id[i] != json_integer_value(json_array_get(b, i))) return false;
+    return true;
+}
+
+static void check_encode(const sh_tokenizer *t, const char *what, size_t i, const json_t *c) {
+    const json_t *text = json_object_get(c, "text");
+    sh_ids ids = {0};
+    if (sh_tokenizer_encode(t, json_string_value(text), json_string_length(text), false, &ids) != SH_OK)
+        fail(what, i, sh_error_text());
+    else if (!ids_equal(&ids, json_object_get(c, "ids")))
+        fail(what, i, json_string_value(text));
+    sh_ids_release(&ids);
+}
+
+/* decode() and the streaming form must both give `want`; what the stream has given is whole code points at each step.
+ */
+static void check_decode(const sh_tokenizer *t, const char *what, size_t i, const json_t *list, bool skip,
+                         const json_t *want) {
+    size_t n = json_array_size(list);
+    int32_t *ids = calloc(n + 1, sizeof *ids);
+    sh_buf whole = {0}, stream = {0};
+    sh_detok d;
+    sh_detok_init(&d, t, skip);
+    for (size_t k = 0; k < n; k++) {
+        ids[k] = (int32_t)json_integer_value(json_array_get(list, k));
+        if (sh_detok_add(&d, ids[k], &stream) != SH_OK) fail(what, i, sh_error_text());
+        json_t *valid = json_stringn((const char *)stream.data, stream.len);
+        if (stream.len && !valid) fail(what, i, "half a code point was emitted");
+        json_decref(valid);
+    }
+    if (sh_detok_flush(&d, &stream) != SH_OK || sh_tokenizer_decode(t, ids, n, skip, &whole) != SH_OK)
+        fail(what, i, sh_error_text());
+    if (whole.len != json_string_length(want) ||
+        (whole.len && memcmp(whole.data, json_string_value(want), whole.len) != 0))
+        fail(what, i, "decoded text differs");
+    if (whole.len != stream.len || (whole.len && memcmp(whole.data, stream.data, whole.len) != 0))
+        fail(what, i, "streamed text differs from decoded text");
+    sh_buf_release(&whole);
+    sh_buf_release(&stream);
+    free(ids);
+}
+
+static void check_cases(const sh_tokenizer *t, const char *path) {
+    json_t *g = read_json(path), *cases = json_object_get(g, "cases"), *bytes = json_object_get(g, "byte_decode");
+    CU_ASSERT_TRUE(json_array_size(cases) >= 200);
+    for (size_t i = 0; i < json_array_size(cases); i++) {
+        const json_t *c = json_array_get(cases, i), *ids = json_object_get(c, "ids");
+        check_encode(t, path, i, c);
+        const json_t *text = json_object_get(c, "decoded");
+        if (text) {
+            check_decode(t, path, i, ids, false, text);
+            check_decode(t, path, i, ids, true, json_object_get(c, "decoded_skip_special"));
+        }
+    }
+    for (size_t i = 0; i < json_array_size(bytes); i++) {
+        const json_t *c = json_array_get(bytes, i);
+        check_decode(t, "byte_decode", i, json_object_get(c, "ids"), false, json_object_get(c, "decoded"));
+    }
+    json_decref(g);
+}
+
+static void test_small(void) {
+    static const char *const names[] = {"e2b-like", "e4b-like", "31b-like", "26b-a4b-like", "26b-a4b-sharded"};
+    for (int i = 0; i < 5; i++) {
+        char dir[512];
+        snprintf(dir, sizeof dir, SH_TEST_DATA "/text/models/%s", names[i]);
+        sh_tokenizer *t = NULL;
+        CU_ASSERT_EQUAL_FATAL(sh_tokenizer_load(dir, &t), SH_OK);
+        CU_ASSERT_EQUAL(sh_tokenizer_adds_bos(t), i == 4);
+        check_cases(t, SH_TEST_DATA "/text/golden/tokenizer_small.json");
+        sh_tokenizer_destroy(&t);
+    }
+}
+
+/* 4 MB of the goldens' own text, as one document: prints the rate, which is not judged here. */
+static void time_encode(const sh_tokenizer *t, const char *golden) {
+    json_t *g = read_json(golden), *cases = json_object_get(g, "cases");
+    sh_buf text = {0};
+    for (size_t i = 0; text.len < 4 << 20; i++) {
+        const json_t *s = json_object_get(json_array_get(cases, i % json_array_size(cases)), "text");
+        CU_ASSERT_EQUAL_FATAL(sh_buf_add(&text, json_string_value(s), json_string_length(s)), SH_OK);
+    }
+    sh_ids ids = {0};
+    double start = sh_now();
+    CU_ASSERT_EQUAL(sh_tokenizer_encode(t, (const char *)text.data, text.len, false, &ids), SH_OK);
+    double took = sh_now() - start;
+    printf(" %zu ids, %.1f MB/s", ids.n, (double)text.len / took / 1e6);
+    sh_ids_release(&ids);
+    sh_buf_release(&text);
+    json_decref(g);
+}
+
+static void check_real(const char *name) {
+    char dir[] = "/tmp/shoal-tokenizer-XXXXXX", cmd[1024], golden[512];
+    CU_ASSERT_PTR_NOT_NULL_FATAL(mkdtemp(dir));
+    snprintf(cmd, sizeof cmd, "gzip -dc '" SH_TEST_DATA "/real/%s_tokenizer.json.gz' > %s/tokenizer.json", name, dir);
+    snprintf(golden, sizeof golden, SH_TEST_DATA "/text/golden/tokenizer_%s.json", name);
+    CU_ASSERT_EQUAL_FATAL(system(cmd), 0);
+    sh_tokenizer *t = NULL;
+    double start = sh_now();
+    sh_status st = sh_tokenizer_load(dir, &t);
+    printf(" %s loaded in %.2f s", name, sh_now() - start);
+    if (st != SH_OK) fail(name, 0, sh_error_text());
+    if (t) {
+        CU_ASSERT_TRUE(sh_tokenizer_size(t) >= 262144);
+        check_cases(t, golden);
+        time_encode(t, golden);
+    }
+    sh_tokenizer_destroy(&t);
+    CU_ASSERT_EQUAL(sh_path_remove(dir), SH_OK);
+}
+
+static void test_gemma4(void) {
+    check_real("gemma4");
+}
+
+static void test_gemma3(void) {
+    check_real("gemma3");
+}
+
+/* The demo model's recorded outputs: ids → text. */
+static void test_demo(void) {
+    sh_tokenizer *t = NULL;
+    CU_ASSERT_EQUAL_FATAL(sh_tokenizer_load(SH_SOURCE_DIR "/share/minnow", &t), SH_OK);
+    CU_ASSERT_TRUE(sh_tokenizer_adds_bos(t));
+    FILE *f = fopen(SH_TEST_DATA "/demo-tests/batch64.expected.jsonl", "r");
+    CU_ASSERT_PTR_NOT_NULL_FATAL(f);
+    char *line = NULL;
+    size_t cap = 0, n = 0;
+    for (ssize_t len; (len = getline(&line, &cap, f)) > 0; n++) {
+        json_t *row = NULL;
+        CU_ASSERT_EQUAL_FATAL(sh_json_parse("expected", line, (size_t)len, &row), SH_OK);
+        check_decode(t, "demo", n, json_object_get(row, "output_ids"), true, json_object_get(row, "content"));
+        json_decref(row);
+    }
+    CU_ASSERT_EQUAL(n, 64);
+    free(line);
+    fclose(f);
+    sh_tokenizer_destroy(&t);
+}
+
+int main(void) {
+    if (CU_initialize_registry() != CUE_SUCCESS) return 1;
+    CU_pSuite s = CU_add_suite("tokenizer goldens", NULL, NULL);
+    CU_add_test(s, "small tokenizers", test_small);
+    CU_add_test(s, "Gemma 4", test_gemma4);
+    CU_add_test(s, "Gemma 3", test_gemma3);
+    CU_add_test(s, "demo outputs", test_demo);
+    CU_basic_set_mode(CU_BRM_VERBOSE);
+    CU_basic_run_tests();
+    unsigned bad = CU_get_number_of_failures() + CU_get_number_of_tests_failed();
+    CU_cleanup_registry();
+    return bad ? 1 : 0;
+}

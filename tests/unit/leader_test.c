@@ -1,0 +1,406 @@
+/*
+ * The scheduler against a model of the stages that remembers what every KV page holds: random requests, pools, windows and
+ * depths. Each row must find every position that it may see in the pages that its span names, every sequence must end, the
+ * pool is never exceeded, nobody is overtaken for ever, and the last stage must know every sequence it samples.
+ */
+#include <CUnit/Basic.h>
+#include <stdlib.h>
+#include <string.h>
+#include "common/hash.h"
+#include "worker/leader.h"
+
+enum { VOCAB = 1000, MAX_SEQS = 300, MAX_LEN = 700, MAX_PAGES = 400, MAX_DEPTH = 16, MAX_KNOWN = 64 };
+
+typedef struct request {
+    int n_prompt, max_tokens, stop_after; /* ends after stop_after tokens */
+    int given;                            /* generated in an earlier life */
+    bool score, cancelled;
+    int got, scores;
+    bool finished;
+} request;
+
+typedef struct answer {
+    uint64_t step;
+    int n;
+    sh_token *t;
+} answer;
+
+typedef struct world {
+    sh_leader_options o;
+    sh_leader *leader;
+    sh_batch batch;
+    request r[MAX_SEQS];
+    int n;
+    /* what a stage holds: for each page and slot the (sequence, position) written last */
+    struct { uint64_t key; int32_t pos; } slot[SH_KV_KINDS][MAX_PAGES][SH_PAGE_TOKENS];
+    /* what the last stage's sampler knows */
+    struct { uint64_t id, key; int n_tokens, n_prompt; } known[MAX_KNOWN];
+    int n_known;
+    answer queue[MAX_DEPTH];
+    int head, count;
+    int held_most, steps, wide;
+    uint64_t step;
+} world;
+
+static uint64_t rng;
+static int draw(int n) {
+    rng = sh_mix64(rng);
+    return (int)(rng % (uint64_t)n);
+}
+
+static int32_t token_of(uint64_t key, int place) {
+    return (int32_t)(sh_mix64(key * 7919 + (uint64_t)place) % VOCAB);
+}
+
+static bool ok; /* one assertion per run keeps CUnit's list short */
+#define MUST(x)                                                                                                        \
+    do {                                                                                                               \
+        if (!(x) && ok) {                                                                                              \
+            ok = false;                                                                                                \
+            fprintf(stderr, "leader_test: line %d: %s\n", __LINE__, #x);                                               \
+        }                                                                                                              \
+    } while (0)
+
+static uint64_t key_of_id(const world *w, uint64_t id) { /* ids are given in the order of arrival; keys too, from 100 */
+    (void)w;
+    return id + 99;
+}
+
+/* Runs one span as a stage would: writes its rows, then looks for everything that they see. */
+static void run_span(world *w, const sh_batch *b, const sh_span *s) {
+    uint64_t key = key_of_id(w, s->seq);
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        if (!w->o.kind[k]) {
+            MUST(s->n_pages[k] == 0);
+            continue;
+        }
+        for (int i = 0; i < s->rows; i++) {
+            int pos = s->pos + i, page = pos / SH_PAGE_TOKENS - s->page0[k];
+            MUST(page >= 0 && page < s->n_pages[k]);
+            if (!ok) return;
+            int32_t pool = s->pages[k][page];
+            MUST(pool >= 0 && pool < w->o.pages[k]);
+            if (!ok) return;
+            w->slot[k][pool][pos % SH_PAGE_TOKENS].key = key;
+            w->slot[k][pool][pos % SH_PAGE_TOKENS].pos = pos;
+        }
+    }
+    for (int i = 0; i < s->rows; i++) MUST(b->ids[s->row0 + i] == token_of(key, s->pos + i));
+}
+
+static void see_span(world *w, const sh_span *s) {
+    uint64_t key = key_of_id(w, s->seq);
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        if (!w->o.kind[k]) continue;
+        int from = k == SH_KV_SLIDING && s->pos - w->o.window + 1 > 0 ? s->pos - w->o.window + 1 : 0;
+        for (int pos = from; pos < s->pos + s->rows; pos++) {
+            int page = pos / SH_PAGE_TOKENS - s->page0[k];
+            MUST(page >= 0 && page < s->n_pages[k]);
+            if (!ok) return;
+            int32_t pool = s->pages[k][page];
+            MUST(w->slot[k][pool][pos % SH_PAGE_TOKENS].key == key);
+            MUST(w->slot[k][pool][pos % SH_PAGE_TOKENS].pos == pos);
+        }
+    }
+}
+
+static int find_known(const world *w, uint64_t id) {
+    for (int i = 0; i < w->n_known; i++)
+        if (w->known[i].id == id) return i;
+    return -1;
+}
+
+static void sampler_news(world *w, const sh_batch *b) {
+    for (int i = 0; i < b->n_drops; i++) {
+        int at = find_known(w, b->drops[i]);
+        MUST(at >= 0);
+        if (at >= 0) w->known[at] = w->known[--w->n_known];
+    }
+    for (int i = 0; i < b->n_starts; i++) {
+        const sh_seq_start *s = &b->starts[i];
+        MUST(find_known(w, s->seq) < 0 && w->n_known < w->o.max_seqs);
+        if (!ok) return;
+        w->known[w->n_known].id = s->seq;
+        w->known[w->n_known].key = key_of_id(w, s->seq);
+        w->known[w->n_known].n_tokens = s->n_tokens;
+        w->known[w->n_known++].n_prompt = s->n_prompt;
+        for (int j = 0; j < s->n_tokens; j++) MUST(s->tokens[j] == token_of(key_of_id(w, s->seq), j));
+    }
+}
+
+/* What sh_sampler_step would give for the kept rows. */
+static void sample_span(world *w, const sh_span *s, answer *a) {
+    uint64_t key = key_of_id(w, s->seq);
+    request *r = &w->r[key - 100];
+    for (int i = s->rows - s->keep; i < s->rows; i++) {
+        int pos = s->pos + i, at = find_known(w, s->seq);
+        MUST(at >= 0);
+        if (at < 0) return;
+        if (pos < w->known[at].n_tokens - 1) {
+            if (r->score && pos + 1 < r->n_prompt)
+                a->t[a->n++] = (sh_token){.seq = s->seq, .index = pos + 1, .score = true, .text_len = -1};
+            continue;
+        }
+        int place = w->known[at].n_tokens - r->n_prompt;
+        bool last = place + 1 == r->stop_after || place + 1 == r->max_tokens;
+        a->t[a->n++] = (sh_token){.seq = s->seq,
+                                  .index = place,
+                                  .id = token_of(key, r->n_prompt + place),
+                                  .finish = last ? SH_FINISH_STOP : SH_FINISH_NONE,
+                                  .text_len = -1};
+        w->known[at].n_tokens++;
+    }
+}
+
+static void run_batch(world *w, const sh_batch *b) {
+    int rows = 0, kept = 0, decodes = 0;
+    sampler_news(w, b);
+    answer *a = &w->queue[(w->head + w->count++) % MAX_DEPTH];
+    *a = (answer){.step = b->step, .t = calloc((size_t)b->n_kept + 1, sizeof *a->t)};
+    MUST(b->n_spans <= w->o.max_seqs && b->n_rows <= sh_leader_max_rows(&w->o));
+    for (int i = 0; i < b->n_spans && ok; i++) {
+        const sh_span *s = &b->spans[i];
+        MUST(s->rows >= 1 && s->keep >= 0 && s->keep <= s->rows && s->row0 == rows && s->kept0 == kept);
+        for (int j = 0; j < i; j++) MUST(b->spans[j].seq != s->seq);
+        rows += s->rows;
+        kept += s->keep;
+        decodes += s->rows == 1;
+        run_span(w, b, s);
+    }
+    for (int i = 0; i < b->n_spans && ok; i++) see_span(w, &b->spans[i]); /* after all writes, as the layers do */
+    for (int i = 0; i < b->n_spans && ok; i++) sample_span(w, &b->spans[i], a);
+    MUST(rows == b->n_rows && kept == b->n_kept);
+    if (decodes > w->wide) w->wide = decodes;
+}
+
+static void emit(void *arg, uint64_t key, const sh_token *t) {
+    world *w = arg;
+    request *r = &w->r[key - 100];
+    MUST(!r->cancelled && !r->finished);
+    if (t->score) {
+        MUST(t->index == r->scores + 1);
+        r->scores++;
+        return;
+    }
+    MUST(t->index == r->got && t->id == token_of(key, r->n_prompt + r->got));
+    r->got++;
+    if (t->finish) {
+        r->finished = true;
+        MUST(!r->score || r->scores == r->n_prompt - 1);
+    }
+}
+
+static void add_request(world *w, int max_len) {
+    request *r = &w->r[w->n];
+    int total = 2 + draw(max_len - 1);
+    *r = (request){.n_prompt = 1 + draw(total - 1), .score = draw(5) == 0};
+    r->max_tokens = total - r->n_prompt;
+    r->stop_after = draw(2) ? 1 + draw(r->max_tokens) : r->max_tokens;
+    if (draw(4) == 0) r->given = r->got = draw(r->stop_after);
+    uint64_t key = 100 + (uint64_t)w->n;
+    int32_t tokens[MAX_LEN];
+    for (int i = 0; i < total; i++) tokens[i] = token_of(key, i);
+    sh_sampling sampling = {.max_tokens = r->max_tokens, .score_prompt = r->score, .logprobs = -1};
+    if (r->score && r->n_prompt > 1 && draw(2)) r->scores = draw(r->n_prompt);
+    sh_seq *s = NULL;
+    bool known = true;
+    MUST(sh_seq_create(key, tokens, (size_t)r->n_prompt, tokens + r->n_prompt, (size_t)r->given, &sampling, r->scores, VOCAB,
+                       &s) == SH_OK);
+    if (!ok) return;
+    MUST(sh_leader_add(w->leader, &s, &known) == SH_OK && !known && !s);
+    if (s) sh_seq_destroy(&s);
+    w->n++;
+}
+
+static void take_answer(world *w) {
+    answer *a = &w->queue[w->head];
+    MUST(sh_leader_apply(w->leader, a->step, a->t, a->n, emit, w) == SH_OK);
+    if (!ok) fprintf(stderr, "leader_test: %s\n", sh_error_text());
+    free(a->t);
+    w->head = (w->head + 1) % MAX_DEPTH;
+    w->count--;
+}
+
+static bool all_done(const world *w) {
+    for (int i = 0; i < w->n; i++)
+        if (!w->r[i].finished && !w->r[i].cancelled) return false;
+    return true;
+}
+
+static void play(world *w, int requests, int max_len, bool cancels) {
+    int idle = 0;
+    while (ok && (w->n < requests || !all_done(w) || w->count)) {
+        if (w->n < requests && draw(3) == 0) add_request(w, max_len);
+        if (cancels && w->n && draw(40) == 0) {
+            int i = draw(w->n);
+            if (!w->r[i].finished) w->r[i].cancelled = true;
+            sh_leader_cancel(w->leader, 100 + (uint64_t)i);
+        }
+        bool made = false;
+        if (draw(2) && w->count < MAX_DEPTH) {
+            MUST(sh_leader_next(w->leader, &w->batch, &made) == SH_OK);
+            if (!ok) fprintf(stderr, "leader_test: %s\n", sh_error_text());
+            if (made) run_batch(w, &w->batch);
+            w->steps += made;
+        }
+        if (w->count && draw(2)) take_answer(w);
+        MUST(sh_leader_audit(w->leader) == SH_OK);
+        MUST(sh_leader_look(w->leader).in_flight == w->count && w->count <= sh_leader_in_flight(&w->o));
+        idle = made || w->count || w->n < requests ? 0 : idle + 1;
+        MUST(idle < 1000); /* work in hand and nothing moves */
+        MUST(w->steps < 400000);
+    }
+}
+
+static void world_run(const sh_leader_options *o, uint64_t seed, int requests, bool cancels, uint64_t *pauses) {
+    world *w = calloc(1, sizeof *w);
+    ok = true;
+    rng = seed;
+    w->o = *o;
+    MUST(sh_leader_create(o, &w->leader) == SH_OK);
+    MUST(sh_batch_create(sh_leader_descriptor_bytes(o), &w->batch) == SH_OK);
+    int most = sh_leader_capacity(o);
+    if (ok) play(w, requests, most < MAX_LEN ? most : MAX_LEN, cancels);
+    if (!ok) fprintf(stderr, "leader_test: seed %llu\n", (unsigned long long)seed);
+    CU_ASSERT_TRUE(ok);
+    sh_leader_state s = sh_leader_look(w->leader);
+    for (int k = 0; k < SH_KV_KINDS; k++) CU_ASSERT_EQUAL(s.free[k], o->pages[k]); /* all pages are back */
+    CU_ASSERT_EQUAL(s.running + s.waiting, 0);
+    if (pauses) *pauses += s.pauses;
+    while (w->count) {
+        free(w->queue[w->head].t);
+        w->head = (w->head + 1) % MAX_DEPTH;
+        w->count--;
+    }
+    sh_batch_release(&w->batch);
+    sh_leader_destroy(&w->leader);
+    free(w);
+}
+
+static sh_leader_options random_options(uint64_t seed) {
+    rng = seed * 31 + 5;
+    sh_leader_options o = {.stages = 1 + draw(6), .max_seqs = 1 + draw(20), .vocab = VOCAB};
+    static const int chunks[] = {1, 7, 32, 64, 200};
+    static const int windows[] = {1, 16, 24, 33, 100};
+    o.chunk = chunks[draw(5)];
+    o.window = windows[draw(5)];
+    o.max_context = 40 + draw(400);
+    o.in_flight = draw(2) ? 0 : 1 + draw(12);
+    int kinds = draw(4);
+    o.kind[SH_KV_GLOBAL] = kinds != 1;
+    o.kind[SH_KV_SLIDING] = kinds != 2;
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        int peak = sh_leader_peak(&o, (sh_kv_kind)k, o.max_context);
+        o.pages[k] = peak + draw(3 * peak + 2);
+    }
+    return o;
+}
+
+static void test_random_worlds(void) {
+    uint64_t pauses = 0;
+    for (uint64_t seed = 1; seed <= 60; seed++) {
+        sh_leader_options o = random_options(seed);
+        world_run(&o, seed, 25, seed % 3 == 0, &pauses);
+    }
+    CU_ASSERT(pauses > 0); /* small pools did run full */
+}
+
+/* One page more than the longest sequence needs: everybody is paused again and again, and everybody ends. */
+static void test_tight_pool(void) {
+    uint64_t pauses = 0;
+    for (uint64_t seed = 1; seed <= 10; seed++) {
+        sh_leader_options o = {.stages = 3, .max_seqs = 12, .chunk = 16, .max_context = 400, .vocab = VOCAB, .window = 40,
+                               .kind = {true, true}};
+        for (int k = 0; k < SH_KV_KINDS; k++) o.pages[k] = sh_leader_peak(&o, (sh_kv_kind)k, 400) + 1;
+        world_run(&o, seed, 40, false, &pauses);
+    }
+    CU_ASSERT(pauses > 10);
+}
+
+static sh_status add_plain(sh_leader *l, uint64_t key, int n_prompt, int max_tokens) {
+    int32_t tokens[MAX_LEN];
+    for (int i = 0; i < n_prompt; i++) tokens[i] = token_of(key, i);
+    sh_sampling sampling = {.max_tokens = max_tokens, .logprobs = -1};
+    sh_seq *s = NULL;
+    bool known = false;
+    SH_TRY(sh_seq_create(key, tokens, (size_t)n_prompt, NULL, 0, &sampling, 0, VOCAB, &s));
+    sh_status st = sh_leader_add(l, &s, &known);
+    if (s) sh_seq_destroy(&s);
+    return st;
+}
+
+static void test_never_fits(void) {
+    sh_leader_options o = {.stages = 1, .max_seqs = 4, .chunk = 8, .max_context = 1000, .vocab = VOCAB, .window = 16,
+                           .kind = {true, true}, .pages = {4, 10}};
+    sh_leader *l = NULL;
+    CU_ASSERT_FATAL(sh_leader_create(&o, &l) == SH_OK);
+    CU_ASSERT_EQUAL(sh_leader_capacity(&o), 128);
+    CU_ASSERT_EQUAL(add_plain(l, 100, 100, 28), SH_OK);
+    CU_ASSERT_EQUAL(add_plain(l, 101, 100, 29), SH_ELIMIT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(),
+                           "prompt of 100 tokens and max_tokens 29 make 129: this group can hold 128 tokens of one sequence");
+    CU_ASSERT_EQUAL(sh_leader_look(l).waiting, 1);
+    sh_leader_destroy(&l);
+}
+
+/* Twelve sequences in decode over three stages: three micro-batches of four rows, not one of twelve. */
+static void test_spread(void) {
+    sh_leader_options o = {.stages = 3, .max_seqs = 12, .chunk = 64, .max_context = 100, .vocab = VOCAB, .kind = {true, false},
+                           .pages = {100, 0}};
+    sh_leader *l = NULL;
+    sh_batch b = {0};
+    CU_ASSERT_FATAL(sh_leader_create(&o, &l) == SH_OK);
+    CU_ASSERT_FATAL(sh_batch_create(sh_leader_descriptor_bytes(&o), &b) == SH_OK);
+    for (int i = 0; i < 12; i++) CU_ASSERT_EQUAL(add_plain(l, 100 + (uint64_t)i, 1, 50), SH_OK);
+    bool made = false;
+    for (int i = 0; i < 3; i++) {
+        CU_ASSERT_EQUAL(sh_leader_next(l, &b, &made), SH_OK);
+        CU_ASSERT_TRUE(made);
+        CU_ASSERT_EQUAL(b.n_rows, 4);
+    }
+    CU_ASSERT_EQUAL(sh_leader_next(l, &b, &made), SH_OK);
+    CU_ASSERT_FALSE(made);
+    sh_batch_release(&b);
+    sh_leader_destroy(&l);
+}
+
+static void ignore(void *arg, uint64_t key, const sh_token *t) {
+    (void)arg, (void)key, (void)t;
+}
+
+static void test_wrong_answers(void) {
+    sh_leader_options o = {.stages = 2, .max_seqs = 4, .chunk = 64, .max_context = 100, .vocab = VOCAB, .kind = {true, false},
+                           .pages = {100, 0}};
+    for (int wrong = 0; wrong < 6; wrong++) {
+        sh_leader *l = NULL;
+        sh_batch b = {0};
+        bool made = false;
+        CU_ASSERT_FATAL(sh_leader_create(&o, &l) == SH_OK);
+        CU_ASSERT_FATAL(sh_batch_create(sh_leader_descriptor_bytes(&o), &b) == SH_OK);
+        CU_ASSERT_EQUAL(add_plain(l, 100, 10, 1), SH_OK);
+        CU_ASSERT_EQUAL(sh_leader_next(l, &b, &made), SH_OK);
+        sh_token t = {.seq = b.spans[0].seq, .id = 5, .finish = SH_FINISH_LENGTH, .text_len = -1};
+        if (wrong == 1) t.seq++;
+        if (wrong == 2) t.index = 1;
+        if (wrong == 3) t.id = VOCAB;
+        if (wrong == 4) t.finish = SH_FINISH_NONE; /* past max_tokens */
+        sh_status st = sh_leader_apply(l, b.step + (wrong == 5), &t, 1, ignore, NULL);
+        CU_ASSERT_EQUAL(st, wrong ? SH_EPEER : SH_OK);
+        sh_batch_release(&b);
+        sh_leader_destroy(&l);
+    }
+}
+
+int main(void) {
+    CU_initialize_registry();
+    CU_pSuite s = CU_add_suite("leader", NULL, NULL);
+    CU_add_test(s, "random worlds", test_random_worlds);
+    CU_add_test(s, "a tight pool", test_tight_pool);
+    CU_add_test(s, "what can never fit is refused", test_never_fits);
+    CU_add_test(s, "decode rows spread over the stages", test_spread);
+    CU_add_test(s, "wrong answers are errors", test_wrong_answers);
+    CU_basic_run_tests();
+    unsigned failed = CU_get_number_of_failures();
+    CU_cleanup_registry();
+    return failed || CU_get_error() ? 1 : 0;
+}

@@ -1,0 +1,326 @@
+/*
+ * The stage: buffers, the step, the sampler at the end. See stage.h.
+ *
+ * A message is the descriptor as the leader encoded it, zeros up to a multiple of 64, then the cut block. No send can wait for
+ * ever: rank 0 starts a step only when a buffer is free; the last stage has one answer buffer per micro-batch in flight and one
+ * more, so it never waits; hence each stage between is waited for by nobody who waits for it.
+ */
+#include "worker/stage.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/clock.h"
+#include "worker/backoff.h"
+#include "worker/tokens.h"
+
+enum { SENDS = 2, LOGIT_ROWS = 16 };
+
+typedef struct sending {
+    sh_buf answer;  /* last stage */
+    uint8_t *block; /* other stages */
+    int req;        /* −1: free */
+} sending;
+
+struct sh_stage {
+    sh_stage_options o;
+    sh_link *link;
+    bool is_first, is_last;
+    sh_model *model;
+    size_t descriptor_max, recv_bytes, send_bytes;
+    uint8_t *recv;   /* from the stage before; rank 0: answers of the last */
+    sending *sends;
+    int n_sends, next_send;
+    sh_buf encoded;  /* rank 0: the descriptor */
+    sh_batch batch;  /* ranks above 0: the descriptor decoded */
+    sh_token *tokens; /* rank 0: [max_rows] */
+    uint64_t steps;
+    /* last stage */
+    sh_tokenizer *tokenizer;
+    sh_sampler *sampler;
+    float *hidden, *logits;
+    size_t hidden_bytes, logit_bytes;
+    int waiting; /* answers of a group of one, not yet taken */
+};
+
+static size_t align64(size_t n) {
+    return (n + 63) / 64 * 64;
+}
+
+static size_t cut_bytes(const sh_stage_options *o, int cut, int rows, int kept) {
+    return sh_model_cut_bytes(o->config, o->kv_type, cut, rows, kept);
+}
+
+static size_t message_bytes(const sh_stage_options *o, int cut) {
+    int rows = sh_leader_max_rows(o->schedule);
+    return align64(sh_leader_descriptor_bytes(o->schedule)) + cut_bytes(o, cut, rows, rows);
+}
+
+/* ---- creation ------------------------------------------------------------------------------------------------------- */
+
+static bool ends_model(const sh_stage_options *o) {
+    return o->last == o->config->n_layers;
+}
+
+size_t sh_stage_buffer_bytes(const sh_stage_options *o) {
+    size_t n = 4 * sh_leader_descriptor_bytes(o->schedule), rows = (size_t)sh_leader_max_rows(o->schedule);
+    if (o->first > 0) n += message_bytes(o, o->first);
+    if (!ends_model(o)) return n + SENDS * message_bytes(o, o->last);
+    return n + rows * (size_t)o->config->hidden * 4 + LOGIT_ROWS * (size_t)o->config->vocab * 4;
+}
+
+static sh_status create_model(sh_stage *s) {
+    const sh_stage_options *o = &s->o;
+    sh_model_options m = {.mode = o->mode,
+                          .kv_type = o->kv_type,
+                          .first = o->first,
+                          .last = o->last,
+                          .threads = o->threads,
+                          .cpus = o->cpus,
+                          .n_cpus = o->n_cpus,
+                          .max_rows = sh_leader_max_rows(o->schedule),
+                          .max_spans = o->schedule->max_seqs,
+                          .max_context = o->schedule->max_context};
+    memcpy(m.pages, o->schedule->pages, sizeof m.pages);
+    return sh_model_create(o->model_dir, o->config, &m, &s->model);
+}
+
+static sh_status create_sampler(sh_stage *s) {
+    const sh_stage_options *o = &s->o;
+    void *hidden = NULL, *logits = NULL;
+    SH_TRY(sh_tokenizer_load(o->model_dir, &s->tokenizer));
+    SH_TRY(sh_sampler_create(sh_model_kernels(s->model), s->tokenizer, o->config->vocab, o->schedule->max_seqs,
+                             o->schedule->max_context, &s->sampler));
+    s->hidden_bytes = (size_t)sh_leader_max_rows(o->schedule) * (size_t)o->config->hidden * sizeof(float);
+    s->logit_bytes = LOGIT_ROWS * (size_t)o->config->vocab * sizeof(float);
+    SH_TRY(sh_mem_alloc(s->hidden_bytes, "final hidden states", &hidden));
+    s->hidden = hidden;
+    SH_TRY(sh_mem_alloc(s->logit_bytes, "logits", &logits));
+    s->logits = logits;
+    return SH_OK;
+}
+
+static sh_status create_buffers(sh_stage *s) {
+    const sh_stage_options *o = &s->o;
+    int rows = sh_leader_max_rows(o->schedule);
+    void *p = NULL;
+    s->descriptor_max = sh_leader_descriptor_bytes(o->schedule);
+    s->recv_bytes = s->is_first ? sh_tokens_bytes(rows) : message_bytes(o, o->first);
+    SH_TRY(sh_mem_alloc(s->recv_bytes, "receive buffer", &p));
+    s->recv = p;
+    s->n_sends = s->is_last ? sh_leader_in_flight(o->schedule) + 1 : SENDS;
+    s->sends = calloc((size_t)s->n_sends, sizeof *s->sends);
+    if (!s->sends) SH_FAIL(SH_EMEMORY, "no memory for send buffers");
+    for (int i = 0; i < s->n_sends; i++) s->sends[i].req = -1;
+    if (!s->is_last) s->send_bytes = message_bytes(o, o->last);
+    for (int i = 0; i < s->n_sends; i++) {
+        if (s->is_last) {
+            SH_TRY(sh_buf_reserve(&s->sends[i].answer, sh_tokens_bytes(rows)));
+            continue;
+        }
+        SH_TRY(sh_mem_alloc(s->send_bytes, "send buffer", &p));
+        s->sends[i].block = p;
+    }
+    if (!s->is_first) return sh_batch_create(2 * s->descriptor_max, &s->batch);
+    SH_TRY(sh_buf_reserve(&s->encoded, s->descriptor_max));
+    s->tokens = calloc((size_t)rows, sizeof *s->tokens);
+    if (!s->tokens) SH_FAIL(SH_EMEMORY, "no memory for %d tokens", rows);
+    return SH_OK;
+}
+
+sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out) {
+    sh_stage *s = calloc(1, sizeof *s);
+    if (!s) SH_FAIL(SH_EMEMORY, "no memory for a stage");
+    s->o = *o;
+    s->link = o->link;
+    s->is_first = o->link->rank == 0;
+    s->is_last = o->link->rank == o->link->size - 1;
+    sh_status st = create_model(s);
+    if (st == SH_OK) st = create_buffers(s);
+    if (st == SH_OK && s->is_last) st = create_sampler(s);
+    if (st != SH_OK) {
+        sh_stage_destroy(&s);
+        return sh_error_pass(st, __FILE__, __LINE__);
+    }
+    *out = s;
+    return SH_OK;
+}
+
+void sh_stage_destroy(sh_stage **p) {
+    sh_stage *s = *p;
+    if (!s) return;
+    for (int i = 0; s->sends && i < s->n_sends; i++) {
+        sh_buf_release(&s->sends[i].answer);
+        if (s->sends[i].block) sh_mem_free(s->sends[i].block, s->send_bytes);
+    }
+    free(s->sends);
+    free(s->tokens);
+    sh_mem_free(s->recv, s->recv_bytes);
+    sh_mem_free(s->hidden, s->hidden_bytes);
+    sh_mem_free(s->logits, s->logit_bytes);
+    sh_buf_release(&s->encoded);
+    sh_batch_release(&s->batch);
+    sh_sampler_destroy(&s->sampler);
+    sh_tokenizer_destroy(&s->tokenizer);
+    sh_model_destroy(&s->model);
+    free(s);
+    *p = NULL;
+}
+
+/* ---- sending ----------------------------------------------------------------------------------------------------------- */
+
+sh_status sh_stage_progress(sh_stage *s) {
+    for (int i = 0; i < s->n_sends; i++) {
+        bool done = false;
+        if (s->sends[i].req < 0) continue;
+        SH_TRY(s->link->ops->test(s->link, s->sends[i].req, &done));
+        if (done) s->sends[i].req = -1;
+    }
+    return SH_OK;
+}
+
+bool sh_stage_has_room(const sh_stage *s) {
+    return s->sends[s->next_send].req < 0;
+}
+
+bool sh_stage_is_idle(const sh_stage *s) {
+    for (int i = 0; i < s->n_sends; i++)
+        if (s->sends[i].req >= 0) return false;
+    return true;
+}
+
+/* The next buffer in turn, once the stage after has taken what it held. */
+static sh_status claim_send(sh_stage *s, sending **out) {
+    sh_backoff wait = {0};
+    while (!sh_stage_has_room(s)) {
+        SH_TRY(sh_stage_progress(s));
+        if (!sh_stage_has_room(s)) sh_backoff_wait(&wait);
+    }
+    *out = &s->sends[s->next_send];
+    s->next_send = (s->next_send + 1) % s->n_sends;
+    return SH_OK;
+}
+
+/* ---- the step ------------------------------------------------------------------------------------------------------------ */
+
+static sh_status forward_on(sh_stage *s, const sh_batch *b, const void *descriptor, size_t len, const void *in) {
+    sending *to = NULL;
+    SH_TRY(claim_send(s, &to));
+    size_t at = align64(len), n = cut_bytes(&s->o, s->o.last, b->n_rows, b->n_kept);
+    memcpy(to->block, descriptor, len);
+    memset(to->block + len, 0, at - len);
+    SH_TRY(sh_model_forward(s->model, b, in, to->block + at));
+    SH_TRY(sh_stage_progress(s));
+    return s->link->ops->send(s->link, s->link->rank + 1, SH_TAG_BATCH, to->block, at + n, &to->req);
+}
+
+/* Samples kept rows [k, k + n) of the batch; *span and *row are where row k lies. */
+static sh_status sample_rows(sh_stage *s, const sh_batch *b, int n, int *span, int *row, sh_buf *answer, int *count) {
+    size_t vocab = (size_t)s->o.config->vocab;
+    for (int i = 0; i < n; i++) {
+        while (*row == b->spans[*span].keep) {
+            ++*span;
+            *row = 0;
+        }
+        const sh_span *p = &b->spans[*span];
+        sh_token t;
+        int got = 0;
+        int pos = p->pos + p->rows - p->keep + *row;
+        SH_TRY(sh_sampler_step(s->sampler, p->seq, pos, s->logits + (size_t)i * vocab, &t, &got));
+        if (got) SH_TRY(sh_tokens_add(answer, &t));
+        *count += got;
+        ++*row;
+    }
+    return SH_OK;
+}
+
+static sh_status sample(sh_stage *s, const sh_batch *b, const void *in) {
+    sending *to = NULL;
+    SH_TRY(claim_send(s, &to));
+    for (int i = 0; i < b->n_drops; i++) sh_sampler_drop(s->sampler, b->drops[i]);
+    for (int i = 0; i < b->n_starts; i++) SH_TRY(sh_sampler_start(s->sampler, &b->starts[i]));
+    SH_TRY(sh_model_forward(s->model, b, in, s->hidden));
+    sh_buf_clear(&to->answer);
+    SH_TRY(sh_tokens_begin(&to->answer, b->step));
+    int span = 0, row = 0, count = 0;
+    for (int k = 0; k < b->n_kept; k += LOGIT_ROWS) {
+        int n = b->n_kept - k < LOGIT_ROWS ? b->n_kept - k : LOGIT_ROWS;
+        sh_model_logits(s->model, s->hidden + (size_t)k * (size_t)s->o.config->hidden, n, s->logits);
+        SH_TRY(sample_rows(s, b, n, &span, &row, &to->answer, &count));
+        SH_TRY(sh_stage_progress(s));
+    }
+    SH_TRY(sh_tokens_end(&to->answer, count));
+    if (s->is_first) { /* a group of one */
+        s->waiting++;
+        return SH_OK;
+    }
+    return s->link->ops->send(s->link, 0, SH_TAG_TOKENS, to->answer.data, to->answer.len, &to->req);
+}
+
+static sh_status step(sh_stage *s, const sh_batch *b, const void *descriptor, size_t len, const void *in) {
+    SH_TRY(s->is_last ? sample(s, b, in) : forward_on(s, b, descriptor, len, in));
+    s->steps++;
+    return SH_OK;
+}
+
+sh_status sh_stage_lead(sh_stage *s, const sh_batch *b) {
+    sh_buf_clear(&s->encoded);
+    if (!s->is_last) {
+        SH_TRY(sh_batch_encode(b, &s->encoded));
+        if (s->encoded.len > s->descriptor_max)
+            SH_FAIL(SH_ESTATE, "descriptor of %zu bytes: room is %zu", s->encoded.len, s->descriptor_max);
+    }
+    return step(s, b, s->encoded.data, s->encoded.len, NULL);
+}
+
+sh_status sh_stage_serve(sh_stage *s, bool *worked) {
+    int source = 0, from = s->link->rank - 1;
+    size_t len = 0, used = 0;
+    *worked = false;
+    SH_TRY(sh_stage_progress(s));
+    bool found = false;
+    SH_TRY(s->link->ops->probe(s->link, from, SH_TAG_BATCH, &found, &source, &len));
+    if (!found) return SH_OK;
+    if (len > s->recv_bytes) SH_FAIL(SH_EPEER, "micro-batch of %zu bytes from rank %d: room is %zu", len, from, s->recv_bytes);
+    SH_TRY(s->link->ops->recv(s->link, from, SH_TAG_BATCH, s->recv, len));
+    SH_TRY(sh_batch_decode(&s->batch, s->recv, len, &used));
+    const sh_batch *b = &s->batch;
+    size_t need = cut_bytes(&s->o, s->o.first, b->n_rows, b->n_kept);
+    if (b->n_rows > sh_leader_max_rows(s->o.schedule) || b->n_spans > s->o.schedule->max_seqs || used > s->descriptor_max ||
+        len != align64(used) + need)
+        SH_FAIL(SH_EPEER, "micro-batch of %d rows, %zu bytes of descriptor and %zu in all from rank %d: not what it should be",
+                b->n_rows, used, len, from);
+    *worked = true;
+    return step(s, b, s->recv, used, s->recv + align64(used));
+}
+
+sh_status sh_stage_answer(sh_stage *s, bool *got, uint64_t *at, const sh_token **tokens, int *n) {
+    const void *data = s->recv;
+    size_t len = 0;
+    int source = 0, last = s->link->size - 1;
+    bool found = s->waiting > 0;
+    if (found) { /* a group of one runs one micro-batch at a time: the last buffer filled holds it */
+        const sh_buf *b = &s->sends[(s->next_send + s->n_sends - 1) % s->n_sends].answer;
+        data = b->data;
+        len = b->len;
+        s->waiting--;
+    } else if (last > 0) {
+        SH_TRY(s->link->ops->probe(s->link, last, SH_TAG_TOKENS, &found, &source, &len));
+        if (found && len > s->recv_bytes) SH_FAIL(SH_EPEER, "answer of %zu bytes: room is %zu", len, s->recv_bytes);
+        if (found) SH_TRY(s->link->ops->recv(s->link, last, SH_TAG_TOKENS, s->recv, len));
+    }
+    if (found) {
+        SH_TRY(sh_tokens_decode(data, len, s->tokens, sh_leader_max_rows(s->o.schedule), at, n));
+        *tokens = s->tokens;
+    }
+    *got = found;
+    return SH_OK;
+}
+
+uint64_t sh_stage_steps(const sh_stage *s) {
+    return s->steps;
+}
+
+const sh_model *sh_stage_model(const sh_stage *s) {
+    return s->model;
+}

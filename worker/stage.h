@@ -1,0 +1,51 @@
+/*
+ * One stage of the pipeline: layers [first, last) of the model on one micro-batch after the other, in order. Takes
+ * [descriptor | cut block] from the stage before, sends the same to the next; the last stage samples and sends tokens to rank 0.
+ * Knows nothing of scheduling or of the coordinator. All buffers are made at creation: a step allocates nothing.
+ */
+#ifndef SH_WORKER_STAGE_H
+#define SH_WORKER_STAGE_H
+
+#include "model/gemma4.h"
+#include "model/sampler.h"
+#include "proto/link.h"
+#include "worker/leader.h"
+
+typedef struct sh_stage sh_stage;
+
+typedef struct sh_stage_options {
+    const char *model_dir;
+    const sh_config *config; /* borrowed for the stage's life */
+    sh_mode mode;
+    sh_kv_type kv_type;
+    int first, last; /* layers */
+    int threads;
+    const int *cpus;
+    int n_cpus;
+    const sh_leader_options *schedule; /* the same on every rank: bounds of a micro-batch, pages */
+    sh_link *link;                     /* borrowed; rank r is stage r */
+} sh_stage_options;
+
+/* Loads the stage's weights and reserves its KV pages and buffers. */
+sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out);
+void sh_stage_destroy(sh_stage **s);
+/* Bytes of buffers that a stage needs beside weights and KV: for budgets. */
+size_t sh_stage_buffer_bytes(const sh_stage_options *o);
+
+/* Frees the buffers of sends that are done: progress of the link. */
+sh_status sh_stage_progress(sh_stage *s);
+/* Whether a step can start without waiting for the next stage to take an earlier one. Rank 0 asks before each step. */
+bool sh_stage_has_room(const sh_stage *s);
+bool sh_stage_is_idle(const sh_stage *s); /* no send of its own is open */
+
+/* Rank 0: runs a micro-batch of the leader's. In a group of one its answer is taken by sh_stage_answer at once. */
+sh_status sh_stage_lead(sh_stage *s, const sh_batch *b);
+/* Ranks above 0: takes and runs one micro-batch if one has come (*worked). */
+sh_status sh_stage_serve(sh_stage *s, bool *worked);
+/* Rank 0: the last stage's answer, if one has come. *tokens is borrowed until the next call. */
+sh_status sh_stage_answer(sh_stage *s, bool *got, uint64_t *step, const sh_token **tokens, int *n);
+
+uint64_t sh_stage_steps(const sh_stage *s); /* micro-batches finished */
+const sh_model *sh_stage_model(const sh_stage *s);
+
+#endif
