@@ -89,12 +89,13 @@ static sh_status load_piece(row *w, int32_t id) {
     return unless_unknown(sh_tokenizer_piece(w->tok, id, &w->piece));
 }
 
-/* A token as a JSON string; bytes that are no text as OpenAI writes them: bytes:\xe2\x80. */
+/* A token as a JSON string; bytes that are no text as OpenAI writes them: bytes:\xe2\x80. So is NUL, since the string
+ * may become a key and not every JSON library takes keys with it. */
 static sh_status add_token(row *w, int32_t id) {
     SH_TRY(load_piece(w, id));
     const unsigned char *s = w->piece.data;
     size_t n = w->piece.len, i = 0;
-    while (i < n && sh_utf8_len(s + i, n - i)) i += sh_utf8_len(s + i, n - i);
+    while (i < n && s[i] && sh_utf8_len(s + i, n - i)) i += sh_utf8_len(s + i, n - i);
     if (i == n) return sh_row_string(w->to, s, n);
     TRY_STR(w->to, "\"bytes:");
     for (i = 0; i < n; i++) SH_TRY(sh_buf_printf(w->to, "\\\\x%02x", s[i]));
