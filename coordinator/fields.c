@@ -4,6 +4,7 @@
  */
 #include "coordinator/fields.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -33,6 +34,13 @@ const char *sh_quote(const char *s, char out[72]) {
     for (size_t i = 0; i < m; i++) out[i] = (unsigned char)s[i] < 32 || s[i] == 127 ? '?' : s[i];
     strcpy(out + m, m < n ? "..." : "");
     return out;
+}
+
+bool sh_field_integer(const json_t *v, int64_t *out) {
+    double x = json_number_value(v);
+    bool whole = json_is_integer(v) || (json_is_real(v) && fabs(x) < 9e15 && x == floor(x));
+    if (whole) *out = json_is_integer(v) ? json_integer_value(v) : (int64_t)x;
+    return whole;
 }
 
 /* --- kinds of fields
@@ -161,14 +169,15 @@ static sh_status take_prompt(sh_reading *rd, const json_t *body, const char *nam
     } else if (json_is_array(v)) {
         for (size_t i = 0; i < json_array_size(v); i++) {
             const json_t *x = json_array_get(v, i);
-            if (!json_is_integer(x))
+            int64_t id;
+            if (!sh_field_integer(x, &id))
                 return sh_refuse(
                     rd, 400, "invalid_value",
                     "%s: item %zu is %s: allowed is one string, or one array of token ids (integers from 0 to %d)",
                     name, i, sh_json_type_name(x), rd->vocab - 1);
-            if (json_integer_value(x) < 0 || json_integer_value(x) >= rd->vocab)
+            if (id < 0 || id >= rd->vocab)
                 return sh_refuse(rd, 400, "invalid_value", "%s: item %zu is %lld: allowed are token ids from 0 to %d",
-                                 name, i, (long long)json_integer_value(x), rd->vocab - 1);
+                                 name, i, (long long)id, rd->vocab - 1);
         }
     } else
         return wrong_type(rd, name, v, "a string or an array of token ids");
@@ -276,11 +285,11 @@ static sh_status take_stop_ids(sh_reading *rd, const json_t *body, const char *n
         return sh_refuse(rd, 400, "invalid_value", "%s: %zu ids: allowed are at most %d", name, json_array_size(v),
                          SH_MAX_STOP_IDS);
     for (size_t i = 0; i < json_array_size(v); i++) {
-        const json_t *x = json_array_get(v, i);
-        if (!json_is_integer(x) || json_integer_value(x) < 0 || json_integer_value(x) >= rd->vocab)
+        int64_t id = -1;
+        if (!sh_field_integer(json_array_get(v, i), &id) || id < 0 || id >= rd->vocab)
             return sh_refuse(rd, 400, "invalid_value", "%s: item %zu is no token id: allowed are integers from 0 to %d",
                              name, i, rd->vocab - 1);
-        p->stop_ids[p->n_stop_ids++] = (int32_t)json_integer_value(x);
+        p->stop_ids[p->n_stop_ids++] = (int32_t)id;
     }
     return SH_OK;
 }

@@ -36,6 +36,8 @@ sh_status sh_fields_read(sh_reading *rd, const json_t *body);
 /* The structure of messages[]: roles, contents, parts, tool calls. Arguments of calls given as JSON text become
  * objects. */
 sh_status sh_messages_check(sh_reading *rd, json_t *messages);
+/* An integer, also one written as 3.0 (as sh_json_int accepts it). */
+bool sh_field_integer(const json_t *v, int64_t *out);
 /* Text for messages: at most 64 bytes of a user's string, cut between code points, control characters as '?'. */
 const char *sh_quote(const char *s, char out[72]);
 

@@ -235,8 +235,10 @@ static void set_defaults(const sh_intake *in, sh_sampling *p) {
 }
 
 static sh_status add_number_ids(sh_reading *rd, const json_t *ids) {
-    for (size_t i = 0; i < json_array_size(ids); i++)
-        SH_TRY(sh_ids_add(&rd->r->prompt, (int32_t)json_integer_value(json_array_get(ids, i))));
+    for (size_t i = 0; i < json_array_size(ids); i++) {
+        int64_t id = 0; /* checked when the field was read */
+        if (sh_field_integer(json_array_get(ids, i), &id)) SH_TRY(sh_ids_add(&rd->r->prompt, (int32_t)id));
+    }
     return SH_OK;
 }
 

@@ -8,10 +8,19 @@
 
 #include "coordinator/fields.h"
 
-#define PATH 96
+#define PATH 160
 
 static sh_status bad(sh_reading *rd, const char *path, const char *what, const char *allowed) {
     return sh_refuse(rd, 400, "invalid_value", "%s: %s: allowed is %s", path, what, allowed);
+}
+
+/* A path in the request, for messages. */
+__attribute__((format(printf, 2, 3))) static const char *path_to(char out[PATH], const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(out, PATH, fmt, ap);
+    va_end(ap);
+    return out;
 }
 
 static sh_status check_text(sh_reading *rd, const char *path, const json_t *v) {
@@ -25,12 +34,12 @@ static sh_status check_part(sh_reading *rd, const char *path, const json_t *part
     char at[PATH], q[72];
     if (!json_is_object(part)) return bad(rd, path, "is not an object", "{\"type\": \"text\", \"text\": \"...\"}");
     const char *type = json_string_value(json_object_get(part, "type"));
-    snprintf(at, sizeof at, "%s.type", path);
+    path_to(at, "%s.type", path);
     if (!type) return bad(rd, at, "is missing", "\"text\"");
     if (strcmp(type, "text"))
         return sh_refuse(rd, 400, "unsupported_value", "%s: \"%s\" parts are not provided yet: allowed is \"text\"", at,
                          sh_quote(type, q));
-    snprintf(at, sizeof at, "%s.text", path);
+    path_to(at, "%s.text", path);
     return check_text(rd, at, json_object_get(part, "text"));
 }
 
@@ -43,7 +52,7 @@ static sh_status check_content(sh_reading *rd, const char *path, const json_t *v
         return bad(rd, path, "is neither a string nor an array", "a string or an array of text parts");
     for (size_t i = 0; i < json_array_size(v); i++) {
         char at[PATH];
-        snprintf(at, sizeof at, "%s[%zu]", path, i);
+        path_to(at, "%s[%zu]", path, i);
         SH_TRY(check_part(rd, at, json_array_get(v, i)));
     }
     return SH_OK;
@@ -68,12 +77,12 @@ static sh_status check_calls(sh_reading *rd, const char *path, json_t *calls) {
     for (size_t i = 0; i < json_array_size(calls); i++) {
         char at[PATH];
         json_t *function = json_object_get(json_array_get(calls, i), "function");
-        snprintf(at, sizeof at, "%s[%zu].function", path, i);
+        path_to(at, "%s[%zu].function", path, i);
         if (!json_is_object(function))
             return bad(rd, at, "is not an object", "{\"name\": \"...\", \"arguments\": {...}}");
-        snprintf(at, sizeof at, "%s[%zu].function.name", path, i);
+        path_to(at, "%s[%zu].function.name", path, i);
         SH_TRY(check_text(rd, at, json_object_get(function, "name")));
-        snprintf(at, sizeof at, "%s[%zu].function.arguments", path, i);
+        path_to(at, "%s[%zu].function.arguments", path, i);
         SH_TRY(check_arguments(rd, at, function));
     }
     return SH_OK;
@@ -105,17 +114,17 @@ static sh_status check_message(sh_reading *rd, const char *path, json_t *m) {
     const char *role = json_string_value(json_object_get(m, "role"));
     bool ok = false;
     for (size_t i = 0; i < sizeof roles / sizeof *roles; i++) ok |= role && !strcmp(role, roles[i]);
-    snprintf(at, sizeof at, "%s.role", path);
+    path_to(at, "%s.role", path);
     if (!ok) return bad(rd, at, "is not a known role", "system, developer, user, assistant or tool");
     SH_TRY(check_keys(rd, path, m));
     json_t *calls = json_object_get(m, "tool_calls");
     bool has_calls = calls && !json_is_null(calls);
-    snprintf(at, sizeof at, "%s.content", path);
+    path_to(at, "%s.content", path);
     SH_TRY(check_content(rd, at, json_object_get(m, "content"), has_calls || sh_json_is_set(m, "tool_responses")));
-    snprintf(at, sizeof at, "%s.tool_calls", path);
+    path_to(at, "%s.tool_calls", path);
     if (has_calls) SH_TRY(check_calls(rd, at, calls));
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
-        snprintf(at, sizeof at, "%s.%s", path, texts[i]);
+        path_to(at, "%s.%s", path, texts[i]);
         if (sh_json_is_set(m, texts[i])) SH_TRY(check_text(rd, at, json_object_get(m, texts[i])));
     }
     return SH_OK;
@@ -126,8 +135,8 @@ sh_status sh_messages_check(sh_reading *rd, json_t *messages) {
         return bad(rd, "messages", json_is_array(messages) ? "is empty" : "is not an array",
                    "an array of at least one message");
     for (size_t i = 0; i < json_array_size(messages); i++) {
-        char path[32];
-        snprintf(path, sizeof path, "messages[%zu]", i);
+        char path[PATH];
+        path_to(path, "messages[%zu]", i);
         SH_TRY(check_message(rd, path, json_array_get(messages, i)));
     }
     return SH_OK;

@@ -29,12 +29,16 @@ typedef struct row {
 /* --- text
  * ---------------------------------------------------------------------------------------------------------------- */
 
-/* Text of ids; ids that the tokenizer does not have (padding of the vocabulary) have none. */
+/* An id without text is no failure: the padding of the vocabulary has none, and a model may yet choose it. */
+static sh_status unless_unknown(sh_status st) {
+    return st == SH_EINPUT ? SH_OK : st;
+}
+
+/* Text of ids; those without one add none. */
 static sh_status add_text(const sh_tokenizer *tok, const int32_t *ids, size_t n, bool skip_special, sh_buf *to) {
     sh_detok d;
     sh_detok_init(&d, tok, skip_special);
-    for (size_t i = 0; i < n; i++)
-        if (ids[i] >= 0 && ids[i] < sh_tokenizer_size(tok)) SH_TRY(sh_detok_add(&d, ids[i], to));
+    for (size_t i = 0; i < n; i++) SH_TRY(unless_unknown(sh_detok_add(&d, ids[i], to)));
     return sh_detok_flush(&d, to);
 }
 
@@ -82,16 +86,16 @@ static sh_status make_prompt(row *w) {
 /* w->piece: the bytes of a token. */
 static sh_status load_piece(row *w, int32_t id) {
     sh_buf_clear(&w->piece);
-    if (id >= 0 && id < sh_tokenizer_size(w->tok)) SH_TRY(sh_tokenizer_piece(w->tok, id, &w->piece));
-    return SH_OK;
+    return unless_unknown(sh_tokenizer_piece(w->tok, id, &w->piece));
 }
 
-/* A token as a JSON string; bytes that are no text as OpenAI writes them: bytes:\xe2\x80. */
+/* A token as a JSON string; bytes that are no text as OpenAI writes them: bytes:\xe2\x80. So is NUL, since the string
+ * may become a key and not every JSON library takes keys with it. */
 static sh_status add_token(row *w, int32_t id) {
     SH_TRY(load_piece(w, id));
     const unsigned char *s = w->piece.data;
     size_t n = w->piece.len, i = 0;
-    while (i < n && sh_utf8_len(s + i, n - i)) i += sh_utf8_len(s + i, n - i);
+    while (i < n && s[i] && sh_utf8_len(s + i, n - i)) i += sh_utf8_len(s + i, n - i);
     if (i == n) return sh_row_string(w->to, s, n);
     TRY_STR(w->to, "\"bytes:");
     for (i = 0; i < n; i++) SH_TRY(sh_buf_printf(w->to, "\\\\x%02x", s[i]));
@@ -198,9 +202,8 @@ static sh_status add_offsets(row *w, int n_prompt) {
         }
         SH_TRY(sh_buf_printf(w->to, i ? ",%zu" : "%zu", at < end ? at : end));
         int32_t id = i < n_prompt ? w->r->prompt.id[i] : w->o->id[i - n_prompt];
-        if (id < 0 || id >= sh_tokenizer_size(w->tok)) continue;
         sh_buf_clear(&w->piece);
-        SH_TRY(sh_detok_add(&d, id, &w->piece));
+        SH_TRY(unless_unknown(sh_detok_add(&d, id, &w->piece)));
         /* a begin token that the tokenizer itself put before a string is not in that string */
         bool hidden = i == 0 && n_prompt && w->r->prompt_text && sh_tokenizer_is_special(w->tok, id) &&
                       strncmp(w->r->prompt_text, w->piece.data ? (const char *)w->piece.data : "", w->piece.len);

@@ -12,8 +12,9 @@
 #include "common/mem.h"
 #include "model/draw.h"
 
-#define TEXT_ROOM (SH_MAX_STOP_BYTES + 4096) /* tail and one token's text; a longer piece makes the buffer grow once   \
-                                              */
+#define TEXT_ROOM                                                                                                      \
+    (SH_MAX_STOP_BYTES + 4096) /* tail and one token's text; a longer piece makes the buffer grow once                 \
+                                */
 
 typedef struct state {
     uint64_t seq;
@@ -114,10 +115,9 @@ static int64_t find_stop(const sh_sampling *p, const char *text, size_t len, siz
 static sh_status add_text(sh_sampler *s, state *q, int32_t id, bool search, int64_t *cut) {
     sh_buf_clear(&s->text);
     SH_TRY(sh_buf_add(&s->text, q->tail, (size_t)q->tail_len));
-    if (id >= 0)
-        SH_TRY(sh_detok_add(&q->detok, id, &s->text));
-    else
-        SH_TRY(sh_detok_flush(&q->detok, &s->text));
+    sh_status st = id >= 0 ? sh_detok_add(&q->detok, id, &s->text) : sh_detok_flush(&q->detok, &s->text);
+    if (st != SH_OK && st != SH_EINPUT)
+        return sh_error_pass(st, __FILE__, __LINE__); /* EINPUT: padding, an id without text */
     const char *text = (const char *)s->text.data;
     size_t old = (size_t)q->tail_len, len = s->text.len;
     int64_t begin = q->text_bytes - (int64_t)old;

@@ -3,9 +3,9 @@
 
 #include <stdlib.h>
 
-#define PAGE_TOKENS 32 /* SH_PAGE_TOKENS of model/batch.h, which this folder does not see; plan_test compares them */
+#define PAGE_TOKENS  32   /* SH_PAGE_TOKENS of model/batch.h, which this folder does not see; plan_test compares them */
 #define USUAL_TOKENS 2048 /* what a sequence is expected to hold when pages are divided between the kinds */
-#define MIB ((uint64_t)1 << 20)
+#define MIB          ((uint64_t)1 << 20)
 
 static int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
@@ -67,8 +67,8 @@ static int64_t most(const stage *s, int n_stages, sh_kv_kind kind, int64_t n_oth
     return n;
 }
 
-/* Sequences whose windows may have room: each with a usual number of global pages, and leaving a quarter of the budget (or
- * all the longest sequence wants) to global pages. */
+/* Sequences whose windows may have room: each with a usual number of global pages, and leaving a quarter of the budget
+ * (or all the longest sequence wants) to global pages. */
 static int64_t sequences(const stage *s, int n_stages, const demand *d, int max_seqs) {
     int64_t m = max_seqs;
     for (int i = 0; i < n_stages; i++) {
@@ -86,7 +86,8 @@ static sh_status refuse(const stage *s, int n_stages, const demand *d, int64_t f
         int64_t least = (d->window + d->chunk) * s[i].page[SH_KV_SLIDING] + full * s[i].page[SH_KV_GLOBAL];
         if (least > s[i].budget)
             SH_FAIL(SH_EMEMORY,
-                    "rank %d: %.1f MiB for KV are too few: one sequence needs at least %.1f MiB: raise --kv-memory, lower --chunk or "
+                    "rank %d: %.1f MiB for KV are too few: one sequence needs at least %.1f MiB: raise --kv-memory, "
+                    "lower --chunk or "
                     "--max-context, or use more ranks",
                     i, (double)s[i].budget / (double)MIB, (double)least / (double)MIB);
     }
@@ -138,9 +139,11 @@ uint64_t sh_plan_kv_bytes(const sh_config *c, sh_kv_type type, int first, int la
     return n;
 }
 
-/* --- a rank's memory ----------------------------------------------------------------------------------------------- */
+/* --- a rank's memory -----------------------------------------------------------------------------------------------
+ */
 
-/* Floats that one row needs at once in the layers of a stage: the streams, the widest projections, the experts' rows. */
+/* Floats that one row needs at once in the layers of a stage: the streams, the widest projections, the experts' rows.
+ */
 static uint64_t row_floats(const sh_config *c, int first, int last) {
     uint64_t widest = 0;
     for (int i = first; i < last; i++) {
@@ -157,7 +160,7 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *c, const Shoal__Plan *p, int
     uint64_t rows = (uint64_t)p->max_seqs + (uint64_t)p->chunk, flights = p->n_rank;
     sh_plan_memory m = {.weights = sh_weights_estimate(c, first, last)};
     m.scratch = rows * 4 * row_floats(c, first, last);
-    m.scratch += flights * rows * 4 * 2 * (uint64_t)c->hidden;                       /* blocks that cross the cuts */
+    m.scratch += flights * rows * 4 * 2 * (uint64_t)c->hidden; /* blocks that cross the cuts */
     if (last == c->n_layers) m.scratch += (uint64_t)p->max_seqs * 4 * (uint64_t)c->vocab; /* logits */
     m.reserve = 64 * MIB + m.weights / 50;
     return m;
@@ -168,11 +171,12 @@ sh_status sh_plan_kv_budget(const sh_config *c, const Shoal__Plan *p, int rank, 
     uint64_t need = m.weights + m.scratch + m.reserve + p->kv_memory;
     if (need < p->kv_memory || need >= available)
         SH_FAIL(SH_EMEMORY,
-                "rank %d (layers %d to %d): needs %.1f MiB of memory (weights %.1f, work %.1f, reserve %.1f, KV %s%.1f) and may use "
+                "rank %d (layers %d to %d): needs %.1f MiB of memory (weights %.1f, work %.1f, reserve %.1f, KV "
+                "%s%.1f) and may use "
                 "%.1f MiB: use more ranks or more memory",
-                rank, p->rank[rank]->first, p->rank[rank]->last - 1, (double)need / (double)MIB, (double)m.weights / (double)MIB,
-                (double)m.scratch / (double)MIB, (double)m.reserve / (double)MIB, p->kv_memory ? "" : "more than ",
-                (double)p->kv_memory / (double)MIB, (double)available / (double)MIB);
+                rank, p->rank[rank]->first, p->rank[rank]->last - 1, (double)need / (double)MIB,
+                (double)m.weights / (double)MIB, (double)m.scratch / (double)MIB, (double)m.reserve / (double)MIB,
+                p->kv_memory ? "" : "more than ", (double)p->kv_memory / (double)MIB, (double)available / (double)MIB);
     *out = p->kv_memory ? p->kv_memory : available - need;
     return SH_OK;
 }

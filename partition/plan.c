@@ -7,7 +7,8 @@
 
 #define DEFAULT_CHUNK 512
 
-/* --- balance ------------------------------------------------------------------------------------------------------- */
+/* --- balance -------------------------------------------------------------------------------------------------------
+ */
 
 int64_t sh_plan_cost(const sh_config *c, int first, int last) {
     int64_t n = last == c->n_layers ? (int64_t)c->vocab * c->hidden : 0;
@@ -15,7 +16,8 @@ int64_t sh_plan_cost(const sh_config *c, int first, int last) {
     return n;
 }
 
-/* Best way to cut the first i layers into r stages: the dearest stage, and the sum of squares to choose among equals. */
+/* Best way to cut the first i layers into r stages: the dearest stage, and the sum of squares to choose among equals.
+ */
 typedef struct best {
     int64_t worst;
     double squares;
@@ -60,7 +62,8 @@ sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut) {
     return SH_OK;
 }
 
-/* --- cuts as text -------------------------------------------------------------------------------------------------- */
+/* --- cuts as text --------------------------------------------------------------------------------------------------
+ */
 
 static sh_status read_cuts(const sh_config *c, const char *text, int *cut, int *count) {
     int n = 0, last = c->n_layers - 1;
@@ -70,14 +73,15 @@ static sh_status read_cuts(const sh_config *c, const char *text, int *cut, int *
         errno = 0;
         long v = strtol(s, &end, 10);
         if (end == s || *s < '0' || *s > '9' || (*end && *end != ','))
-            SH_FAIL(SH_EINPUT, "--cuts %s: not a list of layers: allowed are numbers from 1 to %d, ascending, with commas between",
+            SH_FAIL(SH_EINPUT,
+                    "--cuts %s: not a list of layers: allowed are numbers from 1 to %d, ascending, with commas between",
                     text, last);
         if (errno || v < 1 || v > last)
-            SH_FAIL(SH_EINPUT, "--cuts %s: %.*s is not a cut: the model has %d layers: allowed are 1 to %d", text, (int)(end - s), s,
-                    c->n_layers, last);
+            SH_FAIL(SH_EINPUT, "--cuts %s: %.*s is not a cut: the model has %d layers: allowed are 1 to %d", text,
+                    (int)(end - s), s, c->n_layers, last);
         if (n && v <= cut[n - 1])
-            SH_FAIL(SH_EINPUT, "--cuts %s: not ascending: %ld follows %d: each is the first layer of the next stage", text, v,
-                    cut[n - 1]);
+            SH_FAIL(SH_EINPUT, "--cuts %s: not ascending: %ld follows %d: each is the first layer of the next stage",
+                    text, v, cut[n - 1]);
         cut[n++] = (int)v; /* ascending below n_layers: never more than fit */
         if (!*end) break;
         s = end + 1;
@@ -92,8 +96,8 @@ static sh_status choose_cuts(const sh_config *c, const sh_plan_request *r, int c
         int count = 0;
         SH_TRY(read_cuts(c, r->cuts, cut, &count));
         if (r->ranks && r->ranks != count + 1)
-            SH_FAIL(SH_EINPUT, "--cuts %s: %d stages, but there are %d ranks: give %d cuts, or -n %d", r->cuts, count + 1, r->ranks,
-                    r->ranks - 1, count + 1);
+            SH_FAIL(SH_EINPUT, "--cuts %s: %d stages, but there are %d ranks: give %d cuts, or -n %d", r->cuts,
+                    count + 1, r->ranks, r->ranks - 1, count + 1);
         n = count + 1;
     } else if (n < 0) {
         SH_FAIL(SH_EINPUT, "%d ranks: at least 1", n);
@@ -104,7 +108,8 @@ static sh_status choose_cuts(const sh_config *c, const sh_plan_request *r, int c
     return SH_OK;
 }
 
-/* --- the message --------------------------------------------------------------------------------------------------- */
+/* --- the message ---------------------------------------------------------------------------------------------------
+ */
 
 void sh_plan_free(Shoal__Plan **p) {
     if (*p) shoal__plan__free_unpacked(*p, NULL);
@@ -158,14 +163,16 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
 
 static sh_status in_range(const char *name, int64_t v, int64_t min, int64_t max) {
     if (v >= min && v <= max) return SH_OK;
-    SH_FAIL(SH_EINPUT, "%s: %lld is out of range: allowed are %lld to %lld", name, (long long)v, (long long)min, (long long)max);
+    SH_FAIL(SH_EINPUT, "%s: %lld is out of range: allowed are %lld to %lld", name, (long long)v, (long long)min,
+            (long long)max);
 }
 
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
     sh_mode mode;
     sh_kv_type kv;
     if (p->n_rank < 1 || p->n_rank > (size_t)c->n_layers)
-        SH_FAIL(SH_EINPUT, "%zu ranks: the model has %d layers: allowed are 1 to %d ranks", p->n_rank, c->n_layers, c->n_layers);
+        SH_FAIL(SH_EINPUT, "%zu ranks: the model has %d layers: allowed are 1 to %d ranks", p->n_rank, c->n_layers,
+                c->n_layers);
     for (size_t i = 0; i < p->n_rank; i++) {
         int want = i ? p->rank[i - 1]->last : 0;
         if (p->rank[i]->first != want || p->rank[i]->last <= want || p->rank[i]->last > c->n_layers)

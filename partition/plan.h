@@ -1,7 +1,7 @@
 /*
  * Plans of a group: which rank holds which layers, and how its KV memory is divided. Pure functions of the model's
- * configuration and of numbers: no files, no MPI, no clock. The plan itself is the message Shoal__Plan (proto/group.proto);
- * how a budget becomes pages is in docs/decisions/0006-plan-and-kv-budget.md.
+ * configuration and of numbers: no files, no MPI, no clock. The plan itself is the message Shoal__Plan
+ * (proto/group.proto); how a budget becomes pages is in docs/decisions/0006-plan-and-kv-budget.md.
  */
 #ifndef SH_PARTITION_PLAN_H
 #define SH_PARTITION_PLAN_H
@@ -15,11 +15,11 @@ typedef struct sh_plan_request {
     const char *cuts; /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
     sh_mode mode;
     sh_kv_type kv;
-    int threads;          /* per rank; 0: the rank's CPU set */
-    int max_seqs;         /* 0: 32 per stage, at most 256 */
-    int chunk;            /* 0: 512 */
-    int max_context;      /* 0: the model's */
-    uint64_t kv_memory;   /* bytes per rank; 0: what is left */
+    int threads;        /* per rank; 0: the rank's CPU set */
+    int max_seqs;       /* 0: 32 per stage, at most 256 */
+    int chunk;          /* 0: 512 */
+    int max_context;    /* 0: the model's */
+    uint64_t kv_memory; /* bytes per rank; 0: what is left */
 } sh_plan_request;
 
 /* Makes a checked plan; freed by sh_plan_free. Errors name the option, the value and what is possible. */
@@ -29,8 +29,8 @@ void sh_plan_free(Shoal__Plan **p); /* also what protobuf unpacked */
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
 /* "pipeline of 4 stages: layers 0-1 | 2-3 | 4 | 5 + head" */
 sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out);
-/* First layers of stages 1 … ranks−1, in cut[], such that the dearest stage is as cheap as possible. Cost is weight bytes
- * read per step, the head's on the last stage included. 1 ≤ ranks ≤ layers. */
+/* First layers of stages 1 … ranks−1, in cut[], such that the dearest stage is as cheap as possible. Cost is weight
+ * bytes read per step, the head's on the last stage included. 1 ≤ ranks ≤ layers. */
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut);
 /* Elements of weights that a step reads on a stage: the cost above. */
 int64_t sh_plan_cost(const sh_config *c, int first, int last);
@@ -62,8 +62,8 @@ typedef struct sh_plan_memory {
     uint64_t reserve; /* left alone: the program, MPI, page tables */
 } sh_plan_memory;
 sh_plan_memory sh_plan_rank_memory(const sh_config *c, const Shoal__Plan *p, int rank);
-/* The KV budget of a rank that may use `available` bytes: plan.kv_memory where given, else what is left. SH_EMEMORY says what
- * the rank needs and has. */
+/* The KV budget of a rank that may use `available` bytes: plan.kv_memory where given, else what is left. SH_EMEMORY
+ * says what the rank needs and has. */
 sh_status sh_plan_kv_budget(const sh_config *c, const Shoal__Plan *p, int rank, uint64_t available, uint64_t *out);
 
 #endif

@@ -1,8 +1,255 @@
-/* Kernels for avx512: entries not overwritten here stay as the lower level has them. Same bits as ref.c (kernels.h). */
-#include "model/kernels/kernels.h"
+/*
+ * Kernels for AVX-512 (F, BW, DQ, VL): sixteen lanes in one register. Same bits as ref.c (kernels.h). gemm and scores
+ * are here; the other entries are rows.h.
+ */
+#include "model/kernels/vec512.h"
 
-#include <immintrin.h>
+#define SH_WS_ROWS 4
+#define SH_WS_VECS 4
+#include "model/kernels/rows.h"
+
+#define FEW_ROWS    6    /* up to here weights are streamed once, whole panels at a time; measured on Zen 5 */
+#define TILE_ROWS   12   /* 24 sums, two weight registers, one broadcast */
+#define K_BLOCK     256  /* inputs per pass: 16 KiB of a panel and 12 KiB of packed rows stay in L1 */
+#define PANEL_BLOCK 24   /* panels whose K_BLOCK stays in L2 while all rows pass */
+#define AHEAD       2048 /* bytes */
+
+/* Outputs of one panel that exist: masks of its low and high half. */
+typedef struct halves {
+    __mmask16 lo, hi;
+} halves;
+
+static halves panel_masks(const sh_wmat *w, int p) {
+    int n = w->n - p * SH_PANEL;
+    return (halves){n >= 16 ? 0xffff : lanes(n), n >= 32 ? 0xffff : n > 16 ? lanes(n - 16) : 0};
+}
+
+SH_INLINE __m512 widen_lo(__m512i u) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+}
+SH_INLINE __m512 widen_hi(__m512i u) {
+    return _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32((int)0xffff0000u)));
+}
+
+/* ---- few rows: bound by memory ----------------------------------------------------------------------------------- */
+
+/* `rows` rows times `panels` neighbouring panels over all of k. */
+SH_INLINE void stream_tile(const sh_wmat *w, int p, int panels, const float *x, size_t ldx, int rows, float *y,
+                           size_t ldy) {
+    size_t k = (size_t)w->k;
+    const uint32_t *d = w->data + (size_t)p * k * SH_LANES;
+    __m512 acc[FEW_ROWS][4][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < panels; i++) acc[r][i][0] = acc[r][i][1] = _mm512_setzero_ps();
+    }
+    for (size_t kk = 0; kk < k; kk++) {
+        __m512 b[FEW_ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) b[r] = _mm512_set1_ps(x[(size_t)r * ldx + kk]);
+#pragma GCC unroll 4
+        for (int i = 0; i < panels; i++) {
+            const uint32_t *q = d + ((size_t)i * k + kk) * SH_LANES;
+            _mm_prefetch((const char *)q + AHEAD, _MM_HINT_T0);
+            __m512i u = _mm512_loadu_si512(q);
+            __m512 lo = widen_lo(u), hi = widen_hi(u);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                acc[r][i][0] = _mm512_fmadd_ps(b[r], lo, acc[r][i][0]);
+                acc[r][i][1] = _mm512_fmadd_ps(b[r], hi, acc[r][i][1]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < panels; i++) {
+        halves mask = panel_masks(w, p + i);
+        float *out = y + (size_t)(p + i) * SH_PANEL;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            _mm512_mask_storeu_ps(out + (size_t)r * ldy, mask.lo, acc[r][i][0]);
+            _mm512_mask_storeu_ps(out + (size_t)r * ldy + 16, mask.hi, acc[r][i][1]);
+        }
+    }
+}
+
+/* At least eight sums at once hide the latency of the multiply-add; several streams keep the prefetchers busy. */
+SH_INLINE void stream_rows(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, int rows, int panels, float *y,
+                           size_t ldy) {
+    int p = p0;
+    for (; p + panels <= p1; p += panels) stream_tile(w, p, panels, x, ldx, rows, y, ldy);
+    for (; p < p1; p++) stream_tile(w, p, 1, x, ldx, rows, y, ldy);
+}
+
+static void gemm_few(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, int m, float *y, size_t ldy) {
+    switch (m) {
+    case 1:
+        stream_rows(w, p0, p1, x, ldx, 1, 4, y, ldy);
+        break;
+    case 2:
+        stream_rows(w, p0, p1, x, ldx, 2, 4, y, ldy);
+        break;
+    case 3:
+        stream_rows(w, p0, p1, x, ldx, 3, 2, y, ldy);
+        break;
+    case 4:
+        stream_rows(w, p0, p1, x, ldx, 4, 2, y, ldy);
+        break;
+    case 5:
+        stream_rows(w, p0, p1, x, ldx, 5, 2, y, ldy);
+        break;
+    case 6:
+        stream_rows(w, p0, p1, x, ldx, 6, 2, y, ldy);
+        break;
+    default:
+        break;
+    }
+}
+
+/* ---- many rows: bound by arithmetic ------------------------------------------------------------------------------ */
+
+/* `rows` packed rows (xt[kk][r]) times one K block of one panel; the sums wait in y between blocks. */
+SH_INLINE void block_tile(const uint32_t *d, const float *xt, int kb, int rows, float *y, size_t ldy, halves mask,
+                          bool first) {
+    __m512 acc[TILE_ROWS][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        if (first) {
+            acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+        } else {
+            acc[r][0] = _mm512_maskz_loadu_ps(mask.lo, y + (size_t)r * ldy);
+            acc[r][1] = _mm512_maskz_loadu_ps(mask.hi, y + (size_t)r * ldy + 16);
+        }
+    }
+    for (int kk = 0; kk < kb; kk++, d += SH_LANES, xt += rows) {
+        __m512i u = _mm512_loadu_si512(d);
+        __m512 lo = widen_lo(u), hi = widen_hi(u);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            __m512 b = _mm512_set1_ps(xt[r]);
+            acc[r][0] = _mm512_fmadd_ps(b, lo, acc[r][0]);
+            acc[r][1] = _mm512_fmadd_ps(b, hi, acc[r][1]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        _mm512_mask_storeu_ps(y + (size_t)r * ldy, mask.lo, acc[r][0]);
+        _mm512_mask_storeu_ps(y + (size_t)r * ldy + 16, mask.hi, acc[r][1]);
+    }
+}
+
+static void block_rows(int rows, const uint32_t *d, const float *xt, int kb, float *y, size_t ldy, halves mask,
+                       bool first) {
+#define TILE(n)                                                                                                        \
+    case n:                                                                                                            \
+        block_tile(d, xt, kb, n, y, ldy, mask, first);                                                                 \
+        break;
+    switch (rows) {
+        TILE(1)
+        TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) default : break;
+    }
+#undef TILE
+}
+
+/* xt[kk][r] = x[r][kk]: one stream for the inner loop instead of one per row. */
+static void pack_rows(float *xt, const float *x, size_t ldx, int rows, int kb) {
+    for (int r = 0; r < rows; r++) {
+        for (int kk = 0; kk < kb; kk++) xt[(size_t)kk * (size_t)rows + (size_t)r] = x[(size_t)r * ldx + (size_t)kk];
+    }
+}
+
+static void gemm_many(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, int m, float *y, size_t ldy) {
+    float xt[K_BLOCK * TILE_ROWS] __attribute__((aligned(64)));
+    int tiles = (m + TILE_ROWS - 1) / TILE_ROWS; /* as even as possible, so that no short tile is left over */
+    for (int k0 = 0; k0 < w->k; k0 += K_BLOCK) {
+        int kb = w->k - k0 < K_BLOCK ? w->k - k0 : K_BLOCK;
+        for (int t = 0; t < tiles; t++) {
+            int r0 = (int)((long)m * t / tiles), rows = (int)((long)m * (t + 1) / tiles) - r0;
+            pack_rows(xt, x + (size_t)r0 * ldx + (size_t)k0, ldx, rows, kb);
+            for (int p = p0; p < p1; p++) {
+                block_rows(rows, w->data + ((size_t)p * (size_t)w->k + (size_t)k0) * SH_LANES, xt, kb,
+                           y + (size_t)r0 * ldy + (size_t)p * SH_PANEL, ldy, panel_masks(w, p), k0 == 0);
+            }
+        }
+    }
+}
+
+static void x86_gemm(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, int m, float *y, size_t ldy) {
+    if (m <= FEW_ROWS) {
+        gemm_few(w, p0, p1, x, ldx, m, y, ldy);
+        return;
+    }
+    for (int p = p0; p < p1; p += PANEL_BLOCK) {
+        gemm_many(w, p, p1 - p < PANEL_BLOCK ? p1 : p + PANEL_BLOCK, x, ldx, m, y, ldy);
+    }
+}
+
+/* ---- scores ------------------------------------------------------------------------------------------------------ */
+
+/* `rows` rows times `keys` keys, rows · keys ≤ 16; the first `some` keys exist, the rest read the last one again. One
+ * row takes eight keys, in two quarters of the joined vector; more rows take four keys, a quarter each. */
+SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys,
+                          int some, int hd) {
+    __m512 acc[SH_LANES];
+    const float *kp[8];
+#pragma GCC unroll 16
+    for (int i = 0; i < SH_LANES; i++) acc[i] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int j = 0; j < keys; j++) kp[j] = k + (size_t)(j < some ? j : some - 1) * (size_t)hd;
+    int d = 0;
+    for (; d + SH_LANES <= hd; d += SH_LANES) {
+#pragma GCC unroll 8
+        for (int j = 0; j < keys; j++) {
+            __m512 b = _mm512_loadu_ps(kp[j] + d);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                int i = j % 4 * 4 + r + j / 4;
+                acc[i] = _mm512_fmadd_ps(_mm512_loadu_ps(q + (size_t)r * ldq + d), b, acc[i]);
+            }
+        }
+    }
+    if (d < hd) {
+        __mmask16 m = lanes(hd - d);
+#pragma GCC unroll 8
+        for (int j = 0; j < keys; j++) {
+            __m512 b = _mm512_maskz_loadu_ps(m, kp[j] + d);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                int i = j % 4 * 4 + r + j / 4;
+                acc[i] = _mm512_mask3_fmadd_ps(_mm512_maskz_loadu_ps(m, q + (size_t)r * ldq + d), b, acc[i], m);
+            }
+        }
+    }
+    __m512 sums = v_join16(acc);
+    if (rows == 1) {
+        _mm512_mask_storeu_ps(s, lanes(some), sums);
+        return;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) v_store_quarter(s + (size_t)r * lds, sums, r, some);
+}
+
+SH_INLINE void score_rows(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys, int hd,
+                          int step) {
+    for (int j = 0; j < keys; j += step) {
+        score_tile(s + j, lds, q, ldq, rows, k + (size_t)j * (size_t)hd, step, keys - j < step ? keys - j : step, hd);
+    }
+}
+
+#define KEY_BLOCK 16 /* keys that stay in L1 while all rows pass: 32 KiB at 512 wide heads */
+
+static void x86_scores(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys, int hd) {
+    for (int j = 0; j < keys; j += KEY_BLOCK) {
+        int n = keys - j < KEY_BLOCK ? keys - j : KEY_BLOCK, r = 0;
+        const float *kj = k + (size_t)j * (size_t)hd;
+        for (; r + 4 <= rows; r += 4)
+            score_rows(s + (size_t)r * lds + j, lds, q + (size_t)r * ldq, ldq, 4, kj, n, hd, 4);
+        for (; r < rows; r++) score_rows(s + (size_t)r * lds + j, lds, q + (size_t)r * ldq, ldq, 1, kj, n, hd, 8);
+    }
+}
 
 void sh_kernels_fill_avx512(sh_kernels *t) {
-    (void)t;
+    fill_rows(t);
+    t->gemm = x86_gemm;
+    t->scores = x86_scores;
 }

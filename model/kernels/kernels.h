@@ -1,8 +1,8 @@
 /*
  * The kernel table: every inner loop whose speed matters, once per instruction set.
  *
- * ref.c (plain C, fmaf) DEFINES the arithmetic; each other file overwrites the entries it has and reproduces the plain C
- * result bit for bit (tests/kernels). Rules that make this possible, for every entry:
+ * ref.c (plain C, fmaf) DEFINES the arithmetic; each other file overwrites the entries it has and reproduces the plain
+ * C result bit for bit (tests/kernels). Rules that make this possible, for every entry:
  *   - one f32 accumulator per output element, fused multiply-add in ascending order of the summed index;
  *   - vector lanes lie along outputs; where a row itself is reduced (norms, q·k, sums), 16 virtual lanes: lane i takes
  *     elements i, i+16, i+32, … in order by fma/add starting from 0, then the lanes join by the fixed tree
@@ -22,16 +22,20 @@
 #define SH_PANEL 32 /* outputs per weight panel */
 
 /*
- * A weight matrix [n outputs, k inputs] in bf16, packed in panels of 32 outputs: panel p holds outputs 32p … 32p+31; for
- * each input kk there are 16 words of 32 bits; word j has output 32p+j in its low half and output 32p+16+j in its high
- * half. The last panel is padded with zeros. The layout is the same for every instruction set.
+ * A weight matrix [n outputs, k inputs] in bf16, packed in panels of 32 outputs: panel p holds outputs 32p … 32p+31;
+ * for each input kk there are 16 words of 32 bits; word j has output 32p+j in its low half and output 32p+16+j in its
+ * high half. The last panel is padded with zeros. The layout is the same for every instruction set.
  */
 typedef struct sh_wmat {
     int32_t n, k;
     const uint32_t *data; /* sh_wmat_panels(n) * k * 16 words, 64-byte aligned; borrowed */
 } sh_wmat;
-static inline int sh_wmat_panels(int n) { return (n + SH_PANEL - 1) / SH_PANEL; }
-static inline size_t sh_wmat_bytes(int n, int k) { return (size_t)sh_wmat_panels(n) * (size_t)k * 64; }
+static inline int sh_wmat_panels(int n) {
+    return (n + SH_PANEL - 1) / SH_PANEL;
+}
+static inline size_t sh_wmat_bytes(int n, int k) {
+    return (size_t)sh_wmat_panels(n) * (size_t)k * 64;
+}
 
 typedef struct sh_kernels {
     const char *isa; /* "ref", "avx2", "avx512", "blas" */
@@ -73,8 +77,8 @@ typedef struct sh_kernels {
     void (*sincos)(float *sn, float *cs, const float *angle, int n);
 } sh_kernels;
 
-/* The best table for this CPU, or the one SHOAL_ISA (ref|avx2|avx512|blas) lowers it to. A level that this CPU lacks or an
- * unknown name is an error naming what is allowed. The table is static; nobody frees it. */
+/* The best table for this CPU, or the one SHOAL_ISA (ref|avx2|avx512|blas) lowers it to. A level that this CPU lacks or
+ * an unknown name is an error naming what is allowed. The table is static; nobody frees it. */
 sh_status sh_kernels_select(const sh_kernels **out);
 /* A level by name; SH_EUNSUPPORTED when the CPU or the build lacks it. For tests and `doctor`. */
 sh_status sh_kernels_get(const char *isa, const sh_kernels **out);

@@ -1,0 +1,266 @@
+/*
+ * Every entry but gemm and scores, written once in the sixteen-lane vocabulary of vec256.h or vec512.h, one of which is
+ * included before. A template, not an interface: included by avx2.c and avx512.c only, each compiled with its own
+ * flags. The order of operations is ref.c's, step by step.
+ */
+#include <math.h>
+#include <stdbool.h>
+#include "model/kernels/kernels.h"
+
+/* Loads the lanes of a row from element i of n; *c gets their number. */
+SH_INLINE v16 take(const float *x, int i, int n, int *c) {
+    *c = n - i < SH_LANES ? n - i : SH_LANES;
+    return *c == SH_LANES ? v_load(x + i) : v_load_n(x + i, *c);
+}
+
+SH_INLINE void put(float *y, v16 a, int c) {
+    if (c == SH_LANES) {
+        v_store(y, a);
+    } else {
+        v_store_n(y, a, c);
+    }
+}
+
+/* ---- elementary functions ---------------------------------------------------------------------------------------- */
+
+/* Returns exp(r) − 1; *t gets n + SH_ROUND_F, where x = n·ln 2 + r. */
+SH_INLINE v16 v_exp_reduce(v16 x, v16 *t) {
+    *t = v_add(v_mul(x, v_set1(SH_LOG2E)), v_set1(SH_ROUND_F));
+    v16 n = v_sub(*t, v_set1(SH_ROUND_F));
+    v16 r = v_fnma(n, v_set1(SH_LN2_HI), x);
+    r = v_fnma(n, v_set1(SH_LN2_LO), r);
+    v16 q = v_fma(v_set1(SH_EXP_C6), r, v_set1(SH_EXP_C5));
+    q = v_fma(q, r, v_set1(SH_EXP_C4));
+    q = v_fma(q, r, v_set1(SH_EXP_C3));
+    q = v_fma(q, r, v_set1(SH_EXP_C2));
+    return v_fma(v_mul(r, r), q, r);
+}
+
+SH_INLINE v16 v_exp(v16 x) {
+    v16 t, y = v_min(v_set1(SH_EXP_MAX), v_max(v_set1(SH_EXP_MIN), x));
+    v16 p = v_exp_reduce(y, &t);
+    return v_scale_pow2(v_add(v_set1(1.0f), p), t);
+}
+
+SH_INLINE v16 v_tanh(v16 x) {
+    v16 t, y = v_min(v_set1(SH_TANH_MAX), v_mul(v_set1(2.0f), v_abs(x)));
+    v16 p = v_exp_reduce(y, &t), s = v_pow2(t);
+    v16 e = v_fma(s, p, v_sub(s, v_set1(1.0f)));
+    return v_copysign(v_div(e, v_add(e, v_set1(2.0f))), x);
+}
+
+SH_INLINE v16 v_gelu_tanh(v16 x) {
+    v16 c = v_mul(v_mul(v_mul(v_set1(SH_GELU_C), x), x), x);
+    return v_div(x, v_add(v_set1(1.0f), v_exp(v_mul(v_set1(SH_GELU_W), v_add(x, c)))));
+}
+
+/* ---- rows -------------------------------------------------------------------------------------------------------- */
+
+static void x86_rmsnorm(float *y, const float *x, const float *w, int n, float eps) {
+    v16 acc = v_zero();
+    int i = 0, c;
+    for (; i + SH_LANES <= n; i += SH_LANES) {
+        v16 a = v_load(x + i);
+        acc = v_fma(a, a, acc);
+    }
+    if (i < n) {
+        v16 a = v_load_n(x + i, n - i);
+        acc = v_fma_n(a, a, acc, n - i);
+    }
+    v16 s = v_set1(1.0f / sqrtf(v_join(acc) / (float)n + eps));
+    for (i = 0; i < n; i += SH_LANES) {
+        v16 a = v_mul(take(x, i, n, &c), s);
+        if (w) a = v_mul(a, take(w, i, n, &c));
+        put(y + i, a, c);
+    }
+}
+
+static void x86_rope(float *x, const float *cs, const float *sn, int half, int pairs) {
+    int c;
+    for (int j = 0; j < pairs; j += SH_LANES) {
+        v16 u = take(x, j, pairs, &c), v = take(x + half, j, pairs, &c);
+        v16 co = take(cs, j, pairs, &c), si = take(sn, j, pairs, &c);
+        put(x + j, v_fms(u, co, v_mul(v, si)), c);
+        put(x + half + j, v_fma(v, co, v_mul(u, si)), c);
+    }
+}
+
+static void x86_gelu_mul(float *y, const float *gate, const float *up, int n) {
+    int c;
+    for (int i = 0; i < n; i += SH_LANES) {
+        v16 g = v_gelu_tanh(take(gate, i, n, &c));
+        put(y + i, v_mul(g, take(up, i, n, &c)), c);
+    }
+}
+
+static void x86_add(float *y, const float *x, int n) {
+    int c;
+    for (int i = 0; i < n; i += SH_LANES) {
+        v16 a = take(y, i, n, &c);
+        put(y + i, v_add(a, take(x, i, n, &c)), c);
+    }
+}
+
+static void x86_scale(float *y, const float *x, float s, int n) {
+    int c;
+    for (int i = 0; i < n; i += SH_LANES) {
+        v16 a = v_mul(take(x, i, n, &c), v_set1(s));
+        put(y + i, a, c);
+    }
+}
+
+static void x86_axpy(float *y, float a, const float *x, int n) {
+    int c;
+    for (int i = 0; i < n; i += SH_LANES) {
+        v16 b = take(x, i, n, &c);
+        put(y + i, v_fma(v_set1(a), b, take(y, i, n, &c)), c);
+    }
+}
+
+static void x86_softcap(float *x, float cap, int n) {
+    int c;
+    for (int i = 0; i < n; i += SH_LANES) {
+        v16 a = v_div(take(x, i, n, &c), v_set1(cap));
+        put(x + i, v_mul(v_tanh(a), v_set1(cap)), c);
+    }
+}
+
+static void x86_exp(float *y, const float *x, int n) {
+    int c;
+    for (int i = 0; i < n; i += SH_LANES) {
+        v16 a = v_exp(take(x, i, n, &c));
+        put(y + i, a, c);
+    }
+}
+
+static void x86_from_bf16(float *y, const uint16_t *x, int n) {
+    for (int i = 0; i < n; i += SH_LANES) {
+        int c = n - i < SH_LANES ? n - i : SH_LANES;
+        put(y + i, v_from_bf16_n(x + i, c), c);
+    }
+}
+
+static void x86_to_bf16(uint16_t *y, const float *x, int n) {
+    int c;
+    for (int i = 0; i < n; i += SH_LANES) {
+        v16 a = take(x, i, n, &c);
+        v_to_bf16_n(y + i, a, c);
+    }
+}
+
+/* ---- attention --------------------------------------------------------------------------------------------------- */
+
+static float lanes_max(const float *x, int n) {
+    v16 top = v_set1(-INFINITY);
+    int i = 0;
+    for (; i + SH_LANES <= n; i += SH_LANES) top = v_max(v_load(x + i), top);
+    if (i < n) top = v_max_n(v_load_n(x + i, n - i), top, n - i);
+    return v_join_max(top);
+}
+
+SH_INLINE float sum_exp(float *p, const float *x, int n, float m) {
+    v16 acc = v_zero(), shift = v_set1(m == -INFINITY ? 0.0f : m);
+    int i = 0;
+    for (; i + SH_LANES <= n; i += SH_LANES) {
+        v16 e = v_exp(v_sub(v_load(x + i), shift));
+        if (p) v_store(p + i, e);
+        acc = v_add(acc, e);
+    }
+    if (i < n) {
+        v16 e = v_exp(v_sub(v_load_n(x + i, n - i), shift));
+        if (p) v_store_n(p + i, e, n - i);
+        acc = v_add_n(acc, e, n - i);
+    }
+    return v_join(acc);
+}
+
+static void x86_softmax_part(float *s, int keys, float *m, float *l) {
+    float top = lanes_max(s, keys);
+    *l = sum_exp(s, s, keys, top);
+    *m = top;
+}
+
+static void x86_max_sum_exp(const float *x, int n, float *m, float *s) {
+    float top = lanes_max(x, n);
+    *s = sum_exp(NULL, x, n, top);
+    *m = top;
+}
+
+/* `rows` rows times `vecs` vectors of one head: the sums stay in registers over all keys. c: lanes of the last vector.
+ */
+SH_INLINE void weighted_tile(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys,
+                             int hd, int vecs, int c) {
+    v16 acc[SH_WS_ROWS][SH_WS_VECS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 8
+        for (int d = 0; d < vecs; d++) acc[r][d] = v_zero();
+    }
+    for (int j = 0; j < keys; j++, v += hd) {
+        v16 x[SH_WS_VECS];
+#pragma GCC unroll 8
+        for (int d = 0; d < vecs; d++) {
+            x[d] = d + 1 < vecs || c == SH_LANES ? v_load(v + d * SH_LANES) : v_load_n(v + d * SH_LANES, c);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            v16 a = v_set1(p[(size_t)r * lds + (size_t)j]);
+#pragma GCC unroll 8
+            for (int d = 0; d < vecs; d++) acc[r][d] = v_fma(a, x[d], acc[r][d]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 8
+        for (int d = 0; d < vecs; d++) put(o + (size_t)r * ldo + d * SH_LANES, acc[r][d], d + 1 < vecs ? SH_LANES : c);
+    }
+}
+
+SH_INLINE void weighted_rows(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys,
+                             int hd) {
+    int d = 0;
+    for (; d + SH_WS_VECS * SH_LANES <= hd; d += SH_WS_VECS * SH_LANES) {
+        weighted_tile(o + d, ldo, p, lds, rows, v + d, keys, hd, SH_WS_VECS, SH_LANES);
+    }
+    for (; d < hd; d += SH_LANES) {
+        weighted_tile(o + d, ldo, p, lds, rows, v + d, keys, hd, 1, hd - d < SH_LANES ? hd - d : SH_LANES);
+    }
+}
+
+static void x86_weighted_sum(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys,
+                             int hd) {
+    int r = 0;
+    for (; r + SH_WS_ROWS <= rows; r += SH_WS_ROWS) {
+        weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, SH_WS_ROWS, v, keys, hd);
+    }
+    for (; r < rows; r++) weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, 1, v, keys, hd);
+}
+
+static void x86_merge(float *oa, float *ma, float *la, const float *ob, float mb, float lb, int hd) {
+    float m = *ma > mb ? *ma : mb, shift = m == -INFINITY ? 0.0f : m;
+    float ea = sh_expf(*ma - shift), eb = sh_expf(mb - shift);
+    int c;
+    for (int d = 0; d < hd; d += SH_LANES) {
+        v16 a = v_mul(v_set1(ea), take(oa, d, hd, &c));
+        put(oa + d, v_fma(v_set1(eb), take(ob, d, hd, &c), a), c);
+    }
+    *la = fmaf(eb, lb, ea * *la);
+    *ma = m;
+}
+
+static void fill_rows(sh_kernels *t) {
+    t->rmsnorm = x86_rmsnorm;
+    t->rope = x86_rope;
+    t->gelu_mul = x86_gelu_mul;
+    t->add = x86_add;
+    t->scale = x86_scale;
+    t->axpy = x86_axpy;
+    t->softcap = x86_softcap;
+    t->from_bf16 = x86_from_bf16;
+    t->to_bf16 = x86_to_bf16;
+    t->softmax_part = x86_softmax_part;
+    t->weighted_sum = x86_weighted_sum;
+    t->merge = x86_merge;
+    t->max_sum_exp = x86_max_sum_exp;
+    t->exp = x86_exp;
+}

@@ -1,0 +1,549 @@
+/*
+ * Every entry of every kernel table this CPU has against plain C, bit for bit, on random shapes with odd tails. Inputs
+ * end at an unmapped page (reading past them faults), outputs start as a pattern and are compared whole, gaps and
+ * borders included. Also: elementary functions against the C library, packing and gemm against a plain sum, and the
+ * invariance of sh_linear over threads and rows. Not here: speed (tests/bench/kernels_bench.c).
+ */
+#include <CUnit/Basic.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include "model/kernels/kernels.h"
+#include "model/linear.h"
+
+#define ROUNDS 60
+#define BORDER 24 /* floats of pattern before and after an output */
+
+/* ---- random numbers and guarded memory --------------------------------------------------------------------------- */
+
+static uint64_t seed;
+
+static uint32_t rnd(void) {
+    seed ^= seed << 13;
+    seed ^= seed >> 7;
+    seed ^= seed << 17;
+    return (uint32_t)(seed >> 32);
+}
+
+static int upto(int n) { /* 1 … n */
+    return 1 + (int)(rnd() % (uint32_t)n);
+}
+
+static float value(float size) {
+    return size * ((float)(int32_t)rnd() * 0x1p-31f);
+}
+
+static float odd_value(void) { /* now and then something extreme */
+    static const float odd[] = {0,      -0.0f, 1e-45f, -1e-40f, INFINITY, -INFINITY, NAN, 3e38f, -3e38f,
+                                88.72f, -88,   -104,   -87.3f,  1e-7f,    20,        -20, 1e9f,  7e20f};
+    return rnd() % 4 ? value(12) : odd[rnd() % (sizeof odd / sizeof *odd)];
+}
+
+static struct {
+    void *base;
+    size_t len;
+} blocks[64];
+static int n_blocks;
+
+/* Memory that ends where an unmapped page begins. */
+static void *guarded(size_t bytes) {
+    size_t len = (bytes + 4095) / 4096 * 4096 + 4096;
+    char *p = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED || mprotect(p + len - 4096, 4096, PROT_NONE) != 0 || n_blocks == 64) abort();
+    blocks[n_blocks].base = p;
+    blocks[n_blocks++].len = len;
+    return p + len - 4096 - bytes;
+}
+
+static void release_all(void) {
+    while (n_blocks > 0) {
+        n_blocks--;
+        munmap(blocks[n_blocks].base, blocks[n_blocks].len);
+    }
+}
+
+static float *floats(int n, float size) {
+    float *x = guarded((size_t)n * sizeof *x);
+    for (int i = 0; i < n; i++) x[i] = value(size);
+    return x;
+}
+
+static float *odd_floats(int n) {
+    float *x = guarded((size_t)n * sizeof *x);
+    for (int i = 0; i < n; i++) x[i] = odd_value();
+    return x;
+}
+
+/* ---- cases: each draws its input from `seed`, runs one entry and leaves all it wrote in `result` -------------------
+ */
+
+static float *result;
+static int n_result;
+
+static float *output(int n) {
+    n_result = n + 2 * BORDER;
+    result = guarded((size_t)n_result * sizeof *result);
+    for (int i = 0; i < n_result; i++) result[i] = 1000.0f + (float)(i % 97);
+    return result + BORDER;
+}
+
+static sh_wmat random_wmat(int n, int k) {
+    size_t words = sh_wmat_bytes(n, k) / 4;
+    uint16_t *src = guarded((size_t)n * (size_t)k * 2);
+    for (size_t i = 0; i < (size_t)n * (size_t)k; i++) src[i] = (uint16_t)((rnd() & 0x80ff) | 0x3e00);
+    uint32_t *d = guarded(words * 4);
+    sh_pack_bf16(d, src, (size_t)k, n, k, 0, sh_wmat_panels(n));
+    return (sh_wmat){.n = n, .k = k, .data = d};
+}
+
+static void case_gemm(const sh_kernels *kn) {
+    int n = upto(230), k = rnd() % 3 ? upto(300) : upto(1200), m = (int)(rnd() % 45), m0 = m ? m : 1;
+    sh_wmat w = random_wmat(n, k);
+    int panels = sh_wmat_panels(n), p0 = (int)(rnd() % (uint32_t)panels), p1 = p0 + upto(panels - p0);
+    int ldx = k + (int)(rnd() % 9), ldy = n + (int)(rnd() % 9);
+    const float *x = floats((m0 - 1) * ldx + k, 3);
+    float *y = output((m0 - 1) * ldy + n);
+    kn->gemm(&w, p0, p1, x, (size_t)ldx, m, y, (size_t)ldy);
+}
+
+static void case_gemm_wide(const sh_kernels *kn) { /* more panels than one block of any level, several K blocks */
+    int n = 32 * 26 + upto(64), k = 256 + upto(600), m = 5 + upto(30);
+    sh_wmat w = random_wmat(n, k);
+    const float *x = floats(m * k, 3);
+    kn->gemm(&w, 0, sh_wmat_panels(n), x, (size_t)k, m, output(m * n), (size_t)n);
+}
+
+static void case_rmsnorm(const sh_kernels *kn) {
+    int n = upto(300);
+    bool in_place = rnd() % 2, weighted = rnd() % 2;
+    const float *w = floats(n, 2), *x = floats(n, rnd() % 4 ? 5 : 1e-22f);
+    float *y = output(n);
+    if (in_place) memcpy(y, x, (size_t)n * 4);
+    kn->rmsnorm(y, in_place ? y : x, weighted ? w : NULL, n, 1e-6f);
+}
+
+static void case_rope(const sh_kernels *kn) {
+    int half = upto(140), pairs = rnd() % 2 ? half : upto(half);
+    const float *cs = floats(pairs, 1), *sn = floats(pairs, 1);
+    float *x = output(2 * half);
+    for (int i = 0; i < 2 * half; i++) x[i] = value(4);
+    kn->rope(x, cs, sn, half, pairs);
+}
+
+static void case_gelu_mul(const sh_kernels *kn) {
+    int n = upto(200), alias = (int)(rnd() % 3);
+    const float *g = odd_floats(n), *u = odd_floats(n);
+    float *y = output(n);
+    if (alias) memcpy(y, alias == 1 ? g : u, (size_t)n * 4);
+    kn->gelu_mul(y, alias == 1 ? y : g, alias == 2 ? y : u, n);
+}
+
+static void case_add(const sh_kernels *kn) {
+    int n = upto(200);
+    kn->add(output(n), odd_floats(n), n);
+}
+
+static void case_scale(const sh_kernels *kn) {
+    int n = upto(200);
+    const float *x = odd_floats(n);
+    float *y = output(n), s = odd_value();
+    bool in_place = rnd() % 2;
+    kn->scale(y, in_place ? y : x, s, n);
+}
+
+static void case_axpy(const sh_kernels *kn) {
+    int n = upto(200);
+    float *y = output(n), a = odd_value();
+    kn->axpy(y, a, odd_floats(n), n);
+}
+
+static void case_softcap(const sh_kernels *kn) {
+    int n = upto(200);
+    const float *x = odd_floats(n);
+    float *y = output(n);
+    memcpy(y, x, (size_t)n * 4);
+    kn->softcap(y, rnd() % 2 ? 30.0f : 0.7f, n);
+}
+
+static void case_from_bf16(const sh_kernels *kn) {
+    int n = upto(200);
+    uint16_t *x = guarded((size_t)n * 2);
+    for (int i = 0; i < n; i++) x[i] = (uint16_t)rnd();
+    kn->from_bf16(output(n), x, n);
+}
+
+static void case_to_bf16(const sh_kernels *kn) {
+    int n = upto(200);
+    float *x = odd_floats(n);
+    for (int i = 0; i < n; i++) {
+        uint32_t u = rnd();
+        if (rnd() % 2) memcpy(x + i, &u, 4);
+    }
+    kn->to_bf16((uint16_t *)(void *)output((n + 1) / 2), x, n);
+}
+
+static void case_scores(const sh_kernels *kn) {
+    int hd = rnd() % 4 ? upto(90) : 256, rows = upto(9), keys = upto(50);
+    int ldq = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
+    const float *q = floats((rows - 1) * ldq + hd, 2), *k = floats(keys * hd, rnd() % 8 ? 2 : 1e-38f);
+    kn->scores(output((rows - 1) * lds + keys), (size_t)lds, q, (size_t)ldq, rows, k, keys, hd);
+}
+
+static void fill_scores(float *s, int n) {
+    float size = rnd() % 2 ? 5 : 90;
+    for (int i = 0; i < n; i++) s[i] = rnd() % 16 ? value(size) : -INFINITY;
+    if (rnd() % 8 == 0) {
+        for (int i = 0; i < n; i++) s[i] = -INFINITY;
+    }
+}
+
+static void case_softmax_part(const sh_kernels *kn) {
+    int keys = upto(150);
+    float *y = output(keys + 2);
+    fill_scores(y, keys);
+    kn->softmax_part(y, keys, y + keys, y + keys + 1);
+}
+
+static void case_max_sum_exp(const sh_kernels *kn) {
+    int n = upto(1024);
+    float *x = floats(n, 1), *y = output(2);
+    fill_scores(x, n);
+    kn->max_sum_exp(x, n, y, y + 1);
+}
+
+static void case_weighted_sum(const sh_kernels *kn) {
+    int hd = upto(150), rows = upto(9), keys = upto(60), ldo = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
+    const float *p = floats((rows - 1) * lds + keys, 1), *v = floats(keys * hd, 2);
+    kn->weighted_sum(output((rows - 1) * ldo + hd), (size_t)ldo, p, (size_t)lds, rows, v, keys, hd);
+}
+
+static void case_merge(const sh_kernels *kn) {
+    int hd = upto(150);
+    const float *ob = floats(hd, 3);
+    float *oa = output(hd + 2);
+    oa[hd] = value(50);
+    oa[hd + 1] = 3.5f;
+    float mb = rnd() % 4 ? value(50) : -INFINITY;
+    kn->merge(oa, oa + hd, oa + hd + 1, ob, mb, 7.25f, hd);
+}
+
+static void case_exp(const sh_kernels *kn) {
+    int n = upto(200);
+    const float *x = odd_floats(n);
+    kn->exp(output(n), x, n);
+}
+
+static void case_sincos(const sh_kernels *kn) {
+    int n = upto(200);
+    float *x = odd_floats(n), *y = output(2 * n);
+    for (int i = 0; i < n; i++) x[i] *= rnd() % 2 ? 1.0f : 1e5f;
+    kn->sincos(y, y + n, x, n);
+}
+
+static const struct {
+    const char *name;
+    void (*run)(const sh_kernels *kn);
+} cases[] = {
+    {"gemm", case_gemm},
+    {"gemm, wide", case_gemm_wide},
+    {"rmsnorm", case_rmsnorm},
+    {"rope", case_rope},
+    {"gelu_mul", case_gelu_mul},
+    {"add", case_add},
+    {"scale", case_scale},
+    {"axpy", case_axpy},
+    {"softcap", case_softcap},
+    {"from_bf16", case_from_bf16},
+    {"to_bf16", case_to_bf16},
+    {"scores", case_scores},
+    {"softmax_part", case_softmax_part},
+    {"max_sum_exp", case_max_sum_exp},
+    {"weighted_sum", case_weighted_sum},
+    {"merge", case_merge},
+    {"exp", case_exp},
+    {"sincos", case_sincos},
+};
+
+/* ---- tests ------------------------------------------------------------------------------------------------------- */
+
+static const sh_kernels *level(const char *name) {
+    const sh_kernels *kn = NULL;
+    return sh_kernels_get(name, &kn) == SH_OK ? kn : NULL;
+}
+
+static bool equal(const float *a, const float *b, int n, int *where) {
+    for (int i = 0; i < n; i++) {
+        if (memcmp(a + i, b + i, 4) != 0 && !(isnan(a[i]) && isnan(b[i]))) {
+            *where = i;
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool same_as_ref(const sh_kernels *kn, const sh_kernels *ref, int c, uint64_t s) {
+    seed = s;
+    cases[c].run(ref);
+    float *want = result;
+    int n = n_result, where = 0;
+    seed = s;
+    cases[c].run(kn);
+    bool is = n == n_result && equal(want, result, n, &where);
+    if (!is) {
+        printf("\n    %s %s, seed %llu: at %d of %d: %a, plain C %a\n", kn->isa, cases[c].name, (unsigned long long)s,
+               where - BORDER, n - 2 * BORDER, (double)result[where], (double)want[where]);
+    }
+    release_all();
+    return is;
+}
+
+/* blas has its own order of sums in gemm: everything else must be equal there too. */
+static void test_levels_equal_ref(void) {
+    const sh_kernels *ref = level("ref");
+    CU_ASSERT_PTR_NOT_NULL_FATAL(ref);
+    for (int l = 1; sh_kernels_levels[l]; l++) {
+        const sh_kernels *kn = level(sh_kernels_levels[l]);
+        if (!kn) {
+            printf("\n    %s: not on this CPU\n", sh_kernels_levels[l]);
+            continue;
+        }
+        CU_ASSERT_STRING_EQUAL(kn->isa, sh_kernels_levels[l]);
+        for (int c = 0; c < (int)(sizeof cases / sizeof *cases); c++) {
+            bool sums = strncmp(cases[c].name, "gemm", 4) == 0;
+            if (sums && strcmp(kn->isa, "blas") == 0) continue;
+            int rounds = strcmp(cases[c].name, "gemm, wide") == 0 ? 3 : ROUNDS;
+            for (int i = 0; i < rounds; i++) {
+                bool is = same_as_ref(kn, ref, c, 0x9e3779b97f4a7c15u * (uint64_t)(i + 1) + (uint64_t)c);
+                CU_ASSERT(is);
+                if (!is) break;
+            }
+        }
+    }
+}
+
+/* A table whose add is wrong in one element past a tail must be caught: the comparison itself can fail. */
+static void wrong_add(float *y, const float *x, int n) {
+    for (int i = 0; i <= n; i++) y[i] += i < n ? x[i] : 1;
+}
+
+static void test_comparison_can_fail(void) {
+    sh_kernels bad = *level("ref");
+    bad.isa = "deliberately wrong";
+    bad.add = wrong_add;
+    for (int c = 0; c < (int)(sizeof cases / sizeof *cases); c++) {
+        if (strcmp(cases[c].name, "add") == 0) CU_ASSERT_FALSE(same_as_ref(&bad, level("ref"), c, 12345));
+    }
+}
+
+static float plain_dot(const float *x, const uint16_t *w, int k) {
+    float acc = 0;
+    for (int i = 0; i < k; i++) {
+        uint32_t u = (uint32_t)w[i] << 16;
+        float f;
+        memcpy(&f, &u, 4);
+        acc = fmaf(x[i], f, acc);
+    }
+    return acc;
+}
+
+/* The product is the sum in order of K of the matrix as it was before packing, packed in two pieces. */
+static void test_gemm_is_the_plain_sum(void) {
+    enum { N = 77, K = 131, LD = 140, M = 3 };
+    static uint16_t src[N * LD];
+    static float x[M * K], y[M * N];
+    seed = 77;
+    for (int i = 0; i < N * LD; i++) src[i] = (uint16_t)((rnd() & 0x80ff) | 0x3e00);
+    for (int i = 0; i < M * K; i++) x[i] = value(2);
+    uint32_t *d = guarded(sh_wmat_bytes(N, K));
+    sh_pack_bf16(d, src, LD, N, K, 1, 3);
+    sh_pack_bf16(d, src, LD, N, K, 0, 1);
+    sh_wmat w = {.n = N, .k = K, .data = d};
+    for (int l = 0; sh_kernels_levels[l]; l++) {
+        const sh_kernels *kn = level(sh_kernels_levels[l]);
+        if (!kn) continue;
+        bool exact = strcmp(kn->isa, "blas") != 0, is = true;
+        kn->gemm(&w, 0, 3, x, K, M, y, N);
+        for (int r = 0; r < M; r++) {
+            for (int i = 0; i < N; i++) {
+                float want = plain_dot(x + r * K, src + i * LD, K), got = y[r * N + i];
+                is = is && (exact ? got == want : fabsf(got - want) < 1e-3f);
+            }
+        }
+        CU_ASSERT(is);
+    }
+    release_all();
+}
+
+/* Distance in units of the last place of f32. */
+static double ulps(float got, double want) {
+    if (got == (float)want) return 0;
+    int e;
+    (void)frexp(want, &e);
+    return fabs((double)got - want) / ldexp(1, (e < -125 ? -125 : e) - 24);
+}
+
+static double worse(double a, double b) {
+    return a > b ? a : b;
+}
+
+/* The stated errors (docs/decisions/0002-arithmetic.md): exp 1.1 ulp, tanh 2.5, sin and cos 0.51, log 0.51;
+ * gelu 3e-7 of max(1, |x|). Other levels have the same bits. */
+static void test_elementary_functions(void) {
+    const sh_kernels *kn = level("ref");
+    double e = 0, t = 0, g = 0, s = 0, l = 0;
+    for (float x = -104; x < 89; x += 0.00217f) {
+        float y;
+        kn->exp(&y, &x, 1);
+        e = worse(e, ulps(y, exp((double)x)));
+    }
+    for (float x = -12; x < 12; x += 0.00029f) {
+        float y = x, one = 1;
+        kn->softcap(&y, 1, 1);
+        t = worse(t, ulps(y, tanh((double)x)));
+        kn->gelu_mul(&y, &x, &one, 1);
+        double u = sqrt(2 / M_PI) * ((double)x + 0.044715 * (double)x * (double)x * (double)x);
+        g = worse(g, fabs((double)y - 0.5 * (double)x * (1 + tanh(u))) / fmax(1, fabs((double)x)));
+    }
+    for (float x = 1e-7f; x < 3e38f; x *= 1.0003f) {
+        float sn, cs;
+        kn->sincos(&sn, &cs, &x, 1);
+        s = worse(s, worse(ulps(sn, sin((double)x)), ulps(cs, cos((double)x))));
+    }
+    for (int i = 1; i < 2000; i++) l = worse(l, ulps(sh_logf((float)i * 0x1p-149f), log(i * 0x1p-149)));
+    for (float x = 1e-37f; x < 3e38f; x *= 1.0007f) l = worse(l, ulps(sh_logf(x), log((double)x)));
+    printf("\n    ulp: exp %.3f, tanh %.3f, sin and cos %.3f, log %.3f; gelu %.2g\n", e, t, s, l, g);
+    CU_ASSERT(e < 1.1 && t < 2.5 && s < 0.51 && l < 0.51 && g < 3e-7);
+    CU_ASSERT(sh_expf(0) == 1 && sh_expf(-INFINITY) == 0 && sh_expf(INFINITY) == INFINITY && isnan(sh_expf(NAN)));
+    CU_ASSERT(sh_logf(0) == -INFINITY && isnan(sh_logf(-1)) && sh_logf(1) == 0 && sh_logf(INFINITY) == INFINITY);
+}
+
+/* Attention entries mean what they say: against double precision. */
+static void test_attention_meaning(void) {
+    enum { HD = 40, KEYS = 37 };
+    float q[HD], k[KEYS * HD], s[KEYS], o[HD], m, l;
+    const sh_kernels *kn;
+    CU_ASSERT_EQUAL_FATAL(sh_kernels_select(&kn), SH_OK);
+    seed = 5;
+    for (int i = 0; i < HD; i++) q[i] = value(1);
+    for (int i = 0; i < KEYS * HD; i++) k[i] = value(1);
+    kn->scores(s, KEYS, q, HD, 1, k, KEYS, HD);
+    double want[HD] = {0}, sum = 0, top = -1e9;
+    double d[KEYS];
+    for (int j = 0; j < KEYS; j++) {
+        d[j] = 0;
+        for (int i = 0; i < HD; i++) d[j] += (double)q[i] * (double)k[j * HD + i];
+        CU_ASSERT(fabs((double)s[j] - d[j]) < 1e-5);
+        top = d[j] > top ? d[j] : top;
+    }
+    for (int j = 0; j < KEYS; j++) {
+        sum += exp(d[j] - top);
+        for (int i = 0; i < HD; i++) want[i] += exp(d[j] - top) * (double)k[j * HD + i];
+    }
+    /* in two segments, merged */
+    float s2[KEYS], o2[HD], m2, l2;
+    memcpy(s2, s, sizeof s2);
+    kn->softmax_part(s, 20, &m, &l);
+    kn->weighted_sum(o, HD, s, KEYS, 1, k, 20, HD);
+    kn->softmax_part(s2 + 20, KEYS - 20, &m2, &l2);
+    kn->weighted_sum(o2, HD, s2 + 20, KEYS, 1, k + 20 * HD, KEYS - 20, HD);
+    kn->merge(o, &m, &l, o2, m2, l2, HD);
+    CU_ASSERT(fabs((double)m - top) < 1e-5 && fabs((double)l / sum - 1) < 1e-5);
+    for (int i = 0; i < HD; i++) CU_ASSERT(fabs((double)o[i] / (double)l - want[i] / sum) < 1e-5);
+}
+
+/* Bytes do not depend on threads, on the number of rows, or on whether matrices run together. */
+static void test_linear_invariance(void) {
+    enum { N = 150, N2 = 70, K = 333, M = 41 };
+    const sh_kernels *kn;
+    CU_ASSERT_EQUAL_FATAL(sh_kernels_select(&kn), SH_OK);
+    seed = 99;
+    sh_wmat w = random_wmat(N, K), w2 = random_wmat(N2, K);
+    const float *x = floats(M * K, 2);
+    float *want = guarded(M * N * 4), *want2 = guarded(M * N2 * 4), *y = guarded(M * N * 4), *y2 = guarded(M * N2 * 4);
+    level("ref")->gemm(&w, 0, sh_wmat_panels(N), x, K, M, want, N);
+    level("ref")->gemm(&w2, 0, sh_wmat_panels(N2), x, K, M, want2, N2);
+    static const int threads[] = {1, 2, 3, 7};
+    static const int rows[] = {1, 2, 5, 7, 12, 13, 40, 41};
+    for (int t = 0; t < 4; t++) {
+        sh_team *team;
+        CU_ASSERT_EQUAL_FATAL(sh_team_create(threads[t], NULL, 0, &team), SH_OK);
+        CU_ASSERT_EQUAL(sh_team_size(team), threads[t]);
+        for (int i = 0; i < 8; i++) {
+            int first = M - rows[i];
+            memset(y, 0, M * N * 4);
+            sh_linear(team, kn, &w, x + first * K, K, rows[i], y + first * N, N);
+            CU_ASSERT(memcmp(y + first * N, want + first * N, (size_t)(rows[i] * N) * 4) == 0);
+            memset(y, 0, M * N * 4);
+            memset(y2, 0, M * N2 * 4);
+            sh_linear_multi(team, kn, 2, (const sh_wmat *const[]){&w, &w2}, x, K, rows[i], (float *const[]){y, y2},
+                            (const size_t[]){N, N2});
+            CU_ASSERT(memcmp(y, want, (size_t)(rows[i] * N) * 4) == 0);
+            CU_ASSERT(memcmp(y2, want2, (size_t)(rows[i] * N2) * 4) == 0);
+        }
+        sh_team_destroy(&team);
+        CU_ASSERT_PTR_NULL(team);
+    }
+    release_all();
+}
+
+static void note_member(void *arg, int member, int size) {
+    int *seen = arg;
+    seen[member] += size;
+}
+
+static void test_team(void) {
+    sh_team *team = NULL;
+    CU_ASSERT_EQUAL(sh_team_create(0, NULL, 0, &team), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_team_create(2, (const int[]){-3}, 1, &team), SH_EINPUT);
+    CU_ASSERT_PTR_NULL(team);
+    int seen[3] = {0};
+    CU_ASSERT_EQUAL_FATAL(sh_team_create(3, (const int[]){0}, 1, &team), SH_OK);
+    for (int i = 0; i < 100; i++) sh_team_run(team, note_member, seen);
+    CU_ASSERT(seen[0] == 300 && seen[1] == 300 && seen[2] == 300);
+    sh_team_destroy(&team);
+    int covered = 0;
+    for (int i = 0; i < 7; i++) {
+        int lo, hi;
+        sh_team_share(100, i, 7, &lo, &hi);
+        CU_ASSERT(lo == covered && hi - lo >= 14 && hi - lo <= 15);
+        covered = hi;
+    }
+    CU_ASSERT_EQUAL(covered, 100);
+}
+
+static void test_select(void) {
+    const sh_kernels *kn = NULL;
+    CU_ASSERT_EQUAL(sh_kernels_get("mmx", &kn), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "instruction set 'mmx' is unknown: allowed are ref, avx2, avx512, blas");
+    setenv("SHOAL_ISA", "ref", 1);
+    CU_ASSERT_EQUAL(sh_kernels_select(&kn), SH_OK);
+    CU_ASSERT_STRING_EQUAL(kn->isa, "ref");
+    setenv("SHOAL_ISA", "sse9", 1);
+    CU_ASSERT_EQUAL(sh_kernels_select(&kn), SH_EINPUT);
+    CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "SHOAL_ISA"));
+    unsetenv("SHOAL_ISA");
+    CU_ASSERT_EQUAL(sh_kernels_select(&kn), SH_OK);
+    CU_ASSERT_STRING_NOT_EQUAL(kn->isa, "blas");
+}
+
+int main(void) {
+    if (CU_initialize_registry() != CUE_SUCCESS) return 1;
+    CU_pSuite s = CU_add_suite("kernels", NULL, NULL);
+    CU_add_test(s, "levels equal plain C", test_levels_equal_ref);
+    CU_add_test(s, "the comparison can fail", test_comparison_can_fail);
+    CU_add_test(s, "gemm is the plain sum", test_gemm_is_the_plain_sum);
+    CU_add_test(s, "elementary functions", test_elementary_functions);
+    CU_add_test(s, "attention entries", test_attention_meaning);
+    CU_add_test(s, "sh_linear invariance", test_linear_invariance);
+    CU_add_test(s, "team", test_team);
+    CU_add_test(s, "selection", test_select);
+    CU_basic_set_mode(CU_BRM_VERBOSE);
+    CU_basic_run_tests();
+    unsigned failed = CU_get_number_of_failures() + CU_get_number_of_suites_failed();
+    CU_cleanup_registry();
+    return failed ? 1 : 0;
+}
