@@ -17,9 +17,6 @@
 #define SH_BUILD_FLAGS ""
 #endif
 
-#pragma weak sh_kernels_select
-#pragma weak sh_kernels_get
-
 #define ASK(type, name) ((type)(uintptr_t)dlsym(RTLD_DEFAULT, name))
 
 static void from_string(char *to, const char *symbol) {
@@ -88,7 +85,7 @@ int sh_facts_libraries(sh_library_fact *f, int max) {
 void sh_facts_isa(char *to, size_t size) {
     static const char *const levels[] = {"ref", "avx2", "avx512", "blas"};
     const sh_kernels *k = NULL;
-    if (!sh_kernels_select || sh_kernels_select(&k) != SH_OK) {
+    if (sh_kernels_select(&k) != SH_OK) {
         snprintf(to, size, "none: %s", sh_error_text());
         return;
     }

@@ -21,6 +21,7 @@
 #include "cli/session.h"
 #include "common/clock.h"
 #include "common/file.h"
+#include "common/hash.h"
 #include "common/log.h"
 
 static const char usage[] =
@@ -135,13 +136,23 @@ static sh_status refuse_tasks(void) {
     return SH_OK;
 }
 
+/* Results on standard output have no name to keep the job beside: the same command in the same folder finds the same
+ * store. */
+static void name_by_command(const run *r, char *to, size_t size) {
+    char here[PATH_MAX];
+    uint64_t h = getcwd(here, sizeof here) ? sh_hash64(0, here, strlen(here)) : 0;
+    for (int i = 0; i < r->argc; i++) h = sh_hash64(h, r->argv[i], strlen(r->argv[i]) + 1);
+    const char *tmp = getenv("TMPDIR");
+    snprintf(to, size, "%s/shoal-run-%016llx", tmp && *tmp ? tmp : "/tmp", (unsigned long long)h);
+}
+
 static sh_status check_output(run *r) {
     if (!r->output) SH_FAIL(SH_EINPUT, "-o: is missing: give the file for the results, or - for standard output");
     bool standard = strcmp(r->output, "-") == 0;
-    if (standard && !r->store)
-        SH_FAIL(SH_EINPUT, "-o: - needs --store: give a folder that keeps the job while it runs");
-    int n = snprintf(r->store_path, sizeof r->store_path, "%s%s", r->store ? r->store : r->output,
-                     r->store ? "" : ".store");
+    char named[PATH_MAX];
+    if (standard && !r->store) name_by_command(r, named, sizeof named);
+    const char *base = r->store ? r->store : standard ? named : r->output;
+    int n = snprintf(r->store_path, sizeof r->store_path, "%s%s", base, r->store ? "" : ".store");
     if (n >= (int)sizeof r->store_path - 16) SH_FAIL(SH_EINPUT, "-o: %.80s…: path too long", r->output);
     snprintf(r->spool, sizeof r->spool, "%.*s/input.jsonl", PATH_MAX - 16, r->store_path);
     bool store_there = sh_file_exists(r->store_path);

@@ -11,15 +11,15 @@
 #include <sys/wait.h>
 #include <unistd.h>
 #include "cli/collect.h"
+#include "cli/commands.h"
 #include "cli/logtail.h"
 #include "common/clock.h"
 #include "common/file.h"
 #include "coordinator/supervise.h"
 
-#define JOB_NAME        "run"
-#define STATUS_CALL_MS  1000
-#define SUBMIT_CALL_MS  30000
-#define EXIT_SUPERSEDED 75 /* of the coordinator: a newer run has claimed the store */
+#define JOB_NAME       "run"
+#define STATUS_CALL_MS 1000
+#define SUBMIT_CALL_MS 30000
 
 /* One of the two supervised processes: its tries since the last progress. */
 typedef struct attempt {
@@ -275,7 +275,7 @@ static sh_status renew_coordinator(sh_session *s) {
     if (!first) {
         sh_child_end(&s->coordinator, 0); /* one that does not answer cannot save anything either */
         end_group(s);
-        if (WIFEXITED(s->coordinator.status) && WEXITSTATUS(s->coordinator.status) == EXIT_SUPERSEDED)
+        if (WIFEXITED(s->coordinator.status) && WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED)
             SH_FAIL(SH_ESTATE, "%s: a newer run has taken it over", s->o.store->path);
         SH_TRY(note_failure(s, &s->of_coordinator, "coordinator"));
         while (sh_now() < s->of_coordinator.not_before && !*s->o.interrupted) sh_sleep(0.02);
@@ -287,7 +287,7 @@ static sh_status renew_coordinator(sh_session *s) {
     if (WIFEXITED(s->coordinator.status) && !silent) {
         describe(s, &s->coordinator,
                  &s->of_coordinator); /* ended by itself before it began: trying again would not help */
-        if (WEXITSTATUS(s->coordinator.status) == EXIT_SUPERSEDED)
+        if (WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED)
             SH_FAIL(SH_ESTATE, "%s: a newer run has taken it over", s->o.store->path);
         SH_FAIL(SH_EPEER, "coordinator: %s", s->of_coordinator.reason);
     }

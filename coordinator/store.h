@@ -47,12 +47,12 @@ const char *sh_job_state_name(sh_job_state s);
 typedef struct sh_job {
     uint64_t id; /* from 1; 0: not stored yet */
     char *name;
-    char *options; /* packed JobOptions as lowercase hexadecimal: compared when the name is used again */
+    char *options; /* what decides the answers, as text: compared when the name is used again */
     sh_job_state state;
     bool closed;       /* all lines are there */
     uint64_t accepted; /* non-empty lines on disk */
     uint64_t last;     /* number of the last of them */
-    uint64_t chain;    /* hash over all of them: sh_job_chain */
+    uint64_t chain;    /* hash over all of them: sh_line_chain of proto/client.h */
     uint64_t done, errors, tokens_in, tokens_out;
     char *failure; /* why it cannot go on, or NULL */
 } sh_job;

@@ -87,5 +87,7 @@ sh_layer_count sh_config_layer_count(const sh_config *c, int layer);
 /* Elements of the matrices of one layer (what a decode step reads of it, its rows of per_layer_model_projection included);
  * experts counted whole. */
 int64_t sh_layer_params(const sh_config *c, int layer);
+/* Bytes of anonymous memory that sh_weights_load (weights.h) holds for layers [first, last): for budgets, before loading. */
+size_t sh_weights_estimate(const sh_config *c, int first, int last);
 
 #endif

@@ -50,8 +50,6 @@ sh_status sh_weights_load(const char *model_dir, const sh_config *c, int first, 
 struct sh_tensors;
 sh_status sh_weights_check(const char *model_dir, const sh_config *c, struct sh_tensors *t);
 void sh_weights_destroy(sh_weights **w);
-/* Bytes of anonymous memory that sh_weights_load would hold: for budgets, before loading. */
-size_t sh_weights_estimate(const sh_config *c, int first, int last);
 
 /* Row `id` of embed_tokens × sqrt(hidden) → out [hidden]. Stage 0 only. */
 void sh_weights_embed(const sh_weights *w, int id, float *out);

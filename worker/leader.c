@@ -330,14 +330,24 @@ static sh_status pause_youngest(sh_leader *l) {
     return SH_OK;
 }
 
-/* Admits waiting sequences by age while the pages of their known tokens are open. Beside others one page more per running
- * sequence must be left, so that who comes in is not paused by the next page border of its elders. */
+/* Running sequences that will hold more pages of a kind than they do now. */
+static int32_t growing(const sh_leader *l, int k) {
+    int32_t n = 0, window = k == SH_KV_SLIDING ? (l->o.window - 1) / SH_PAGE_TOKENS + 2 : INT32_MAX;
+    for (int i = 0; i < l->n_running; i++) {
+        const sh_seq *s = l->running[i];
+        n += s->kv[k].n + s->kv[k].promise < min32(window, pages_for(s->cap));
+    }
+    return n;
+}
+
+/* Admits waiting sequences by age while the pages of their known tokens are open. A page for each sequence that grows must
+ * be left, so that who comes in is not paused by the next page border of its elders. */
 static void admit(sh_leader *l) {
     while (l->waiting && l->n_running < l->o.max_seqs) {
         sh_seq *s = l->waiting;
         if (s->flights > 0) return; /* paused a moment ago: its last token is still on its way */
         for (int k = 0; k < SH_KV_KINDS; k++)
-            if (l->o.kind[k] && outstanding(l, s, k) + l->n_running > sh_pages_open(&l->pool[k])) return;
+            if (l->o.kind[k] && outstanding(l, s, k) + growing(l, k) > sh_pages_open(&l->pool[k])) return;
         for (int k = 0; k < SH_KV_KINDS; k++) set_promise(l, s, k, outstanding(l, s, k));
         l->waiting = s->next;
         l->n_waiting--;

@@ -29,12 +29,14 @@ struct sh_stage {
     sh_model *model;
     size_t descriptor_max, recv_bytes, send_bytes;
     uint8_t *recv;   /* from the stage before; rank 0: answers of the last */
+    size_t received; /* bytes of descriptor in it */
     sending *sends;
     int n_sends, next_send;
     sh_buf encoded;  /* rank 0: the descriptor */
     sh_batch batch;  /* ranks above 0: the descriptor decoded */
     sh_token *tokens; /* rank 0: [max_rows] */
     uint64_t steps;
+    double exchange; /* seconds */
     /* last stage */
     sh_tokenizer *tokenizer;
     sh_sampler *sampler;
@@ -205,7 +207,9 @@ static sh_status claim_send(sh_stage *s, sending **out) {
 
 static sh_status forward_on(sh_stage *s, const sh_batch *b, const void *descriptor, size_t len, const void *in) {
     sending *to = NULL;
+    double t0 = sh_now();
     SH_TRY(claim_send(s, &to));
+    s->exchange += sh_now() - t0;
     size_t at = align64(len), n = cut_bytes(&s->o, s->o.last, b->n_rows, b->n_kept);
     memcpy(to->block, descriptor, len);
     memset(to->block + len, 0, at - len);
@@ -273,16 +277,18 @@ sh_status sh_stage_lead(sh_stage *s, const sh_batch *b) {
     return step(s, b, s->encoded.data, s->encoded.len, NULL);
 }
 
-sh_status sh_stage_serve(sh_stage *s, bool *worked) {
+sh_status sh_stage_receive(sh_stage *s, bool *got) {
     int source = 0, from = s->link->rank - 1;
     size_t len = 0, used = 0;
-    *worked = false;
-    SH_TRY(sh_stage_progress(s));
     bool found = false;
+    SH_TRY(sh_stage_progress(s));
     SH_TRY(s->link->ops->probe(s->link, from, SH_TAG_BATCH, &found, &source, &len));
+    *got = found;
     if (!found) return SH_OK;
     if (len > s->recv_bytes) SH_FAIL(SH_EPEER, "micro-batch of %zu bytes from rank %d: room is %zu", len, from, s->recv_bytes);
+    double t0 = sh_now();
     SH_TRY(s->link->ops->recv(s->link, from, SH_TAG_BATCH, s->recv, len));
+    s->exchange += sh_now() - t0;
     SH_TRY(sh_batch_decode(&s->batch, s->recv, len, &used));
     const sh_batch *b = &s->batch;
     size_t need = cut_bytes(&s->o, s->o.first, b->n_rows, b->n_kept);
@@ -290,8 +296,12 @@ sh_status sh_stage_serve(sh_stage *s, bool *worked) {
         len != align64(used) + need)
         SH_FAIL(SH_EPEER, "micro-batch of %d rows, %zu bytes of descriptor and %zu in all from rank %d: not what it should be",
                 b->n_rows, used, len, from);
-    *worked = true;
-    return step(s, b, s->recv, used, s->recv + align64(used));
+    s->received = used;
+    return SH_OK;
+}
+
+sh_status sh_stage_serve(sh_stage *s) {
+    return step(s, &s->batch, s->recv, s->received, s->recv + align64(s->received));
 }
 
 sh_status sh_stage_answer(sh_stage *s, bool *got, uint64_t *at, const sh_token **tokens, int *n) {
@@ -315,6 +325,10 @@ sh_status sh_stage_answer(sh_stage *s, bool *got, uint64_t *at, const sh_token *
     }
     *got = found;
     return SH_OK;
+}
+
+double sh_stage_exchange_seconds(const sh_stage *s) {
+    return s->exchange;
 }
 
 uint64_t sh_stage_steps(const sh_stage *s) {

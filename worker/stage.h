@@ -40,11 +40,13 @@ bool sh_stage_is_idle(const sh_stage *s); /* no send of its own is open */
 
 /* Rank 0: runs a micro-batch of the leader's. In a group of one its answer is taken by sh_stage_answer at once. */
 sh_status sh_stage_lead(sh_stage *s, const sh_batch *b);
-/* Ranks above 0: takes and runs one micro-batch if one has come (*worked). */
-sh_status sh_stage_serve(sh_stage *s, bool *worked);
+/* Ranks above 0: takes one micro-batch if one has come (*got); then serve runs it. */
+sh_status sh_stage_receive(sh_stage *s, bool *got);
+sh_status sh_stage_serve(sh_stage *s);
 /* Rank 0: the last stage's answer, if one has come. *tokens is borrowed until the next call. */
 sh_status sh_stage_answer(sh_stage *s, bool *got, uint64_t *step, const sh_token **tokens, int *n);
 
+double sh_stage_exchange_seconds(const sh_stage *s); /* in and around the link, waiting for the next stage included */
 uint64_t sh_stage_steps(const sh_stage *s); /* micro-batches finished */
 const sh_model *sh_stage_model(const sh_stage *s);
 

@@ -106,7 +106,7 @@ typedef struct chain {
     sh_model *stage[MAX_STAGES];
     int n_stages, first[MAX_STAGES + 1];
     sh_kv_type kv;
-    int max_context, max_rows, next_page, n_pages;
+    int max_context, max_rows, next_page, n_pages, window; /* of the sliding layers */
     uint8_t *blocks[2];
     size_t block_bytes[2];
     float *hidden; /* [max_rows, hidden] final output of the last step's kept rows */
@@ -129,6 +129,8 @@ static inline chain chain_open(const chain_options *o) {
     MUST(sh_config_load(o->dir, &ch.c));
     ch.n_pages = o->max_seqs * (o->max_context / SH_PAGE_TOKENS + 1);
     ch.first[ch.n_stages] = ch.c.n_layers;
+    for (int i = 0; i < ch.c.n_layers; i++)
+        if (ch.c.layer[i].window > ch.window) ch.window = ch.c.layer[i].window;
     size_t biggest = 0;
     for (int i = 0; i < ch.n_stages; i++) {
         ch.first[i] = i ? o->cuts[i - 1] : 0;
@@ -190,8 +192,11 @@ static inline int chain_step(chain *ch, seq *seqs, int n, const int *take, const
                         .row0 = b.n_rows,
                         .kept0 = b.n_kept};
         for (int k = 0; k < SH_KV_KINDS; k++) {
-            sp->pages[k] = s->pages;
-            sp->n_pages[k] = s->n_pages;
+            /* pages before the window are gone */
+            int w = k == SH_KV_SLIDING ? ch->window : 0;
+            sp->page0[k] = w > 0 && s->done >= w ? (s->done - w + 1) / SH_PAGE_TOKENS : 0;
+            sp->n_pages[k] = (s->done + take[i] - 1) / SH_PAGE_TOKENS + 1 - sp->page0[k];
+            sp->pages[k] = s->pages + sp->page0[k];
         }
         memcpy(b.ids + b.n_rows, s->ids + s->done, (size_t)take[i] * sizeof(int32_t));
         b.n_rows += take[i];

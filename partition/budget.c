@@ -1,0 +1,182 @@
+/* From bytes to KV pages, and what a rank needs. See plan.h and docs/decisions/0006-plan-and-kv-budget.md. */
+#include "partition/plan.h"
+
+#include <stdlib.h>
+
+#define PAGE_TOKENS  32   /* SH_PAGE_TOKENS of model/batch.h, which this folder does not see; plan_test compares them */
+#define USUAL_TOKENS 2048 /* what a sequence is expected to hold when pages are divided between the kinds */
+#define MIB          ((uint64_t)1 << 20)
+
+static int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+static int64_t pages_of(int64_t tokens) {
+    return (tokens + PAGE_TOKENS - 1) / PAGE_TOKENS;
+}
+
+static int widest_window(const sh_config *c) {
+    int w = 0;
+    for (int i = 0; i < c->n_layers; i++)
+        if (c->layer[i].kind == SH_KV_SLIDING && c->layer[i].window > w) w = c->layer[i].window;
+    return w;
+}
+
+/* One stage: bytes of a page of each kind (0: the stage stores none of it), and what it may spend. */
+typedef struct stage {
+    int64_t page[SH_KV_KINDS];
+    int64_t budget;
+} stage;
+
+/* Pages that matter for one sequence. */
+typedef struct demand {
+    int64_t longest; /* global pages of the longest sequence */
+    int64_t usual;   /* global pages of a usual one */
+    int64_t window;  /* sliding pages of a decoding sequence */
+    int64_t chunk;   /* sliding pages that prompt rows under way need besides, for the group */
+} demand;
+
+static demand demand_of(const sh_config *c, const sh_kv_limits *l) {
+    int64_t w = widest_window(c);
+    demand d = {.longest = pages_of(l->max_context)};
+    d.usual = pages_of(min64(l->max_context, max64(2 * w, USUAL_TOKENS)));
+    if (w == 0) return d;
+    d.window = min64((w - 1) / PAGE_TOKENS + 2, d.longest); /* W positions, wherever the page borders fall */
+    d.chunk = min64(pages_of(l->chunk) + 1, d.longest - d.window);
+    return d;
+}
+
+static stage stage_of(const sh_config *c, sh_kv_type type, int first, int last, uint64_t budget) {
+    stage s = {.budget = budget > (uint64_t)1 << 60 ? (int64_t)1 << 60 : (int64_t)budget};
+    for (int k = 0; k < SH_KV_KINDS; k++)
+        s.page[k] = (int64_t)sh_config_kv_bytes(c, type, (sh_kv_kind)k, first, last) * PAGE_TOKENS;
+    return s;
+}
+
+/* Most pages of a kind that fit every stage beside n pages of the other kind. */
+static int64_t most(const stage *s, int n_stages, sh_kv_kind kind, int64_t n_other, int64_t cap) {
+    int64_t n = cap;
+    for (int i = 0; i < n_stages; i++) {
+        int64_t left = s[i].budget - n_other * s[i].page[1 - kind];
+        if (s[i].page[kind]) n = min64(n, max64(left, 0) / s[i].page[kind]);
+    }
+    return n;
+}
+
+/* Sequences whose windows may have room: each with a usual number of global pages, and leaving a quarter of the budget
+ * (or all the longest sequence wants) to global pages. */
+static int64_t sequences(const stage *s, int n_stages, const demand *d, int max_seqs) {
+    int64_t m = max_seqs;
+    for (int i = 0; i < n_stages; i++) {
+        int64_t slide = s[i].page[SH_KV_SLIDING], full = s[i].page[SH_KV_GLOBAL], b = s[i].budget - d->chunk * slide;
+        int64_t each = d->window * slide + d->usual * full;
+        if (each) m = min64(m, max64(b, 0) / each);
+        b -= min64(d->longest * full, s[i].budget / 4);
+        if (slide) m = min64(m, max64(b, 0) / (d->window * slide));
+    }
+    return max64(m, 1);
+}
+
+static sh_status refuse(const stage *s, int n_stages, const demand *d, int64_t full) {
+    for (int i = 0; i < n_stages; i++) {
+        int64_t least = (d->window + d->chunk) * s[i].page[SH_KV_SLIDING] + full * s[i].page[SH_KV_GLOBAL];
+        if (least > s[i].budget)
+            SH_FAIL(SH_EMEMORY,
+                    "rank %d: %.1f MiB for KV are too few: one sequence needs at least %.1f MiB: raise --kv-memory, "
+                    "lower --chunk or "
+                    "--max-context, or use more ranks",
+                    i, (double)s[i].budget / (double)MIB, (double)least / (double)MIB);
+    }
+    return SH_OK;
+}
+
+static sh_status divide(const sh_config *c, const sh_kv_limits *l, const stage *s, int n_stages, sh_kv_plan *out) {
+    demand d = demand_of(c, l);
+    int64_t least = pages_of(min64(l->chunk, l->max_context)); /* of the global kind: one prompt chunk */
+    SH_TRY(refuse(s, n_stages, &d, least));
+    int64_t m = sequences(s, n_stages, &d, l->max_seqs);
+    int64_t slide_cap = d.window ? min64(l->max_seqs * d.window + d.chunk, INT32_MAX / 2) : 0;
+    int64_t full_cap = min64(l->max_seqs * d.longest, INT32_MAX / 2);
+    int64_t slide = min64(m * d.window + d.chunk, slide_cap);
+    int64_t full = most(s, n_stages, SH_KV_GLOBAL, slide, full_cap);
+    if (d.window) slide = most(s, n_stages, SH_KV_SLIDING, full, slide_cap); /* what rounding and caps left over */
+    *out = (sh_kv_plan){.pages = {[SH_KV_GLOBAL] = (int32_t)full, [SH_KV_SLIDING] = (int32_t)slide},
+                        .tokens = (int32_t)min64(l->max_context, full * PAGE_TOKENS),
+                        .seqs = (int32_t)m};
+    return SH_OK;
+}
+
+sh_status sh_plan_kv(const sh_config *c, const sh_kv_limits *l, int first, int last, uint64_t budget, sh_kv_plan *out) {
+    stage s = stage_of(c, l->type, first, last, budget);
+    return divide(c, l, &s, 1, out);
+}
+
+sh_status sh_plan_kv_group(const sh_config *c, const sh_kv_limits *l, const Shoal__Plan *p, const uint64_t *budget,
+                           sh_kv_plan *out) {
+    stage *s = calloc(p->n_rank, sizeof *s);
+    if (!s) SH_FAIL(SH_EMEMORY, "plan: no memory for %zu ranks", p->n_rank);
+    for (size_t i = 0; i < p->n_rank; i++) s[i] = stage_of(c, l->type, p->rank[i]->first, p->rank[i]->last, budget[i]);
+    sh_status st = divide(c, l, s, (int)p->n_rank, out);
+    free(s);
+    return st;
+}
+
+sh_status sh_plan_kv_limits(const Shoal__Plan *p, sh_kv_limits *out) {
+    sh_kv_limits l = {.max_seqs = p->max_seqs, .max_context = p->max_context, .chunk = p->chunk};
+    SH_TRY(sh_kv_type_parse(p->kv, &l.type));
+    *out = l;
+    return SH_OK;
+}
+
+uint64_t sh_plan_kv_bytes(const sh_config *c, sh_kv_type type, int first, int last, const int32_t pages[SH_KV_KINDS]) {
+    uint64_t n = 0;
+    for (int k = 0; k < SH_KV_KINDS; k++)
+        n += sh_config_kv_bytes(c, type, (sh_kv_kind)k, first, last) * PAGE_TOKENS * (uint64_t)pages[k];
+    return n;
+}
+
+/* --- a rank's memory -----------------------------------------------------------------------------------------------
+ */
+
+/* Floats that one row needs at once in the layers of a stage: the streams, the widest projections, the experts' rows.
+ */
+static uint64_t row_floats(const sh_config *c, int first, int last) {
+    uint64_t widest = 0;
+    for (int i = first; i < last; i++) {
+        const sh_layer *l = &c->layer[i];
+        uint64_t n = (uint64_t)l->head_dim * (uint64_t)(2 * l->heads + 2 * l->kv_heads) + 2 * (uint64_t)l->ff;
+        if (l->moe) n += (uint64_t)c->top_k * (uint64_t)(2 * c->expert_ff + 2 * c->hidden) + (uint64_t)c->experts;
+        if (n > widest) widest = n;
+    }
+    return widest + 10 * (uint64_t)c->hidden + 4 * (uint64_t)c->ple;
+}
+
+sh_plan_memory sh_plan_rank_memory(const sh_config *c, const Shoal__Plan *p, int rank) {
+    int first = p->rank[rank]->first, last = p->rank[rank]->last;
+    uint64_t rows = (uint64_t)p->max_seqs + (uint64_t)p->chunk, flights = p->n_rank;
+    sh_plan_memory m = {.weights = sh_weights_estimate(c, first, last)};
+    m.scratch = rows * 4 * row_floats(c, first, last);
+    m.scratch += flights * rows * 4 * 2 * (uint64_t)c->hidden; /* blocks that cross the cuts */
+    if (last == c->n_layers) m.scratch += (uint64_t)p->max_seqs * 4 * (uint64_t)c->vocab; /* logits */
+    m.reserve = 64 * MIB + m.weights / 50;
+    return m;
+}
+
+sh_status sh_plan_kv_budget(const sh_config *c, const Shoal__Plan *p, int rank, uint64_t available, uint64_t *out) {
+    sh_plan_memory m = sh_plan_rank_memory(c, p, rank);
+    uint64_t need = m.weights + m.scratch + m.reserve + p->kv_memory;
+    if (need < p->kv_memory || need >= available)
+        SH_FAIL(SH_EMEMORY,
+                "rank %d (layers %d to %d): needs %.1f MiB of memory (weights %.1f, work %.1f, reserve %.1f, KV "
+                "%s%.1f) and may use "
+                "%.1f MiB: use more ranks or more memory",
+                rank, p->rank[rank]->first, p->rank[rank]->last - 1, (double)need / (double)MIB,
+                (double)m.weights / (double)MIB, (double)m.scratch / (double)MIB, (double)m.reserve / (double)MIB,
+                p->kv_memory ? "" : "more than ", (double)p->kv_memory / (double)MIB, (double)available / (double)MIB);
+    *out = p->kv_memory ? p->kv_memory : available - need;
+    return SH_OK;
+}

@@ -1,0 +1,69 @@
+/*
+ * Plans of a group: which rank holds which layers, and how its KV memory is divided. Pure functions of the model's
+ * configuration and of numbers: no files, no MPI, no clock. The plan itself is the message Shoal__Plan
+ * (proto/group.proto); how a budget becomes pages is in docs/decisions/0006-plan-and-kv-budget.md.
+ */
+#ifndef SH_PARTITION_PLAN_H
+#define SH_PARTITION_PLAN_H
+
+#include "common/buf.h"
+#include "model/config.h"
+#include "proto/group.pb-c.h"
+
+typedef struct sh_plan_request {
+    int ranks;        /* 0: as the cuts say, one without cuts */
+    const char *cuts; /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
+    sh_mode mode;
+    sh_kv_type kv;
+    int threads;        /* per rank; 0: the rank's CPU set */
+    int max_seqs;       /* 0: 32 per stage, at most 256 */
+    int chunk;          /* 0: 512 */
+    int max_context;    /* 0: the model's */
+    uint64_t kv_memory; /* bytes per rank; 0: what is left */
+} sh_plan_request;
+
+/* Makes a checked plan; freed by sh_plan_free. Errors name the option, the value and what is possible. */
+sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out);
+void sh_plan_free(Shoal__Plan **p); /* also what protobuf unpacked */
+/* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */
+sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
+/* "pipeline of 4 stages: layers 0-1 | 2-3 | 4 | 5 + head" */
+sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out);
+/* First layers of stages 1 … ranks−1, in cut[], such that the dearest stage is as cheap as possible. Cost is weight
+ * bytes read per step, the head's on the last stage included. 1 ≤ ranks ≤ layers. */
+sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut);
+/* Elements of weights that a step reads on a stage: the cost above. */
+int64_t sh_plan_cost(const sh_config *c, int first, int last);
+
+/* What a sequence may ask of the KV pool. */
+typedef struct sh_kv_limits {
+    sh_kv_type type;
+    int max_seqs, max_context, chunk;
+} sh_kv_limits;
+/* The page counts of a group: the same on every rank. */
+typedef struct sh_kv_plan {
+    int32_t pages[SH_KV_KINDS]; /* 0 for a kind that no layer has */
+    int32_t tokens;             /* what one sequence may hold at most: ≤ max_context */
+    int32_t seqs;               /* sequences of usual length at once: for the summary */
+} sh_kv_plan;
+sh_status sh_plan_kv_limits(const Shoal__Plan *p, sh_kv_limits *out);
+/* Pages for one stage [first, last) with `budget` bytes. SH_EMEMORY names the least that would do. */
+sh_status sh_plan_kv(const sh_config *c, const sh_kv_limits *l, int first, int last, uint64_t budget, sh_kv_plan *out);
+/* Pages for all stages of a plan: the best that fits the budget [n_rank] of each. */
+sh_status sh_plan_kv_group(const sh_config *c, const sh_kv_limits *l, const Shoal__Plan *p, const uint64_t *budget,
+                           sh_kv_plan *out);
+/* Bytes that a stage's pool takes with these pages. */
+uint64_t sh_plan_kv_bytes(const sh_config *c, sh_kv_type type, int first, int last, const int32_t pages[SH_KV_KINDS]);
+
+/* Memory of one rank, before anything is allocated. */
+typedef struct sh_plan_memory {
+    uint64_t weights; /* exact */
+    uint64_t scratch; /* activations, logits, message buffers: an estimate from above */
+    uint64_t reserve; /* left alone: the program, MPI, page tables */
+} sh_plan_memory;
+sh_plan_memory sh_plan_rank_memory(const sh_config *c, const Shoal__Plan *p, int rank);
+/* The KV budget of a rank that may use `available` bytes: plan.kv_memory where given, else what is left. SH_EMEMORY
+ * says what the rank needs and has. */
+sh_status sh_plan_kv_budget(const sh_config *c, const Shoal__Plan *p, int rank, uint64_t available, uint64_t *out);
+
+#endif

@@ -1,0 +1,161 @@
+/* The option parser: every kind of value, every way to write it, and the exact messages of what is refused. */
+#include <CUnit/Basic.h>
+#include <stdlib.h>
+#include <string.h>
+#include "cli/options.h"
+#include "common/status.h"
+
+static sh_shared_options shared;
+static const char *text;
+static bool flag;
+
+static sh_status parse(int argc, char **argv, int *operands) {
+    sh_option t[SH_OPTIONS_MAX];
+    int n = sh_options_shared(&shared, t);
+    t[n++] = (sh_option){"output", 'o', SH_OPTION_TEXT, &text, "FILE", "where to"};
+    t[n++] = (sh_option){"wait", 'w', SH_OPTION_FLAG, &flag, NULL, "until the end"};
+    return sh_options_parse(t, n, argc, argv, operands);
+}
+
+#define ARGS(...)                                                                                                      \
+    char *argv[] = {(char[]){"run"}, __VA_ARGS__};                                                                     \
+    int argc = (int)(sizeof argv / sizeof *argv), operands = 0
+#define S(x)                                                                                                           \
+    (char[]) {                                                                                                         \
+        x                                                                                                              \
+    }
+
+static void test_ways_to_write(void) {
+    ARGS(S("-n"), S("4"), S("--mode=exact"), S("in"), S("-oout"), S("--kv-mem"), S("1.5GiB"), S("-w"), S("--"),
+         S("--mode"));
+    CU_ASSERT_EQUAL_FATAL(parse(argc, argv, &operands), SH_OK);
+    CU_ASSERT_EQUAL(shared.ranks, 4);
+    CU_ASSERT_EQUAL(sh_options_mode(&shared), SH_MODE_EXACT);
+    CU_ASSERT_EQUAL(sh_options_kv(&shared), SH_KV_F32); /* by mode */
+    CU_ASSERT_EQUAL(shared.kv_memory, 1610612736u);
+    CU_ASSERT_STRING_EQUAL(text, "out");
+    CU_ASSERT_TRUE(flag);
+    CU_ASSERT_EQUAL_FATAL(operands, 2);
+    CU_ASSERT_STRING_EQUAL(argv[1], "in");
+    CU_ASSERT_STRING_EQUAL(argv[2], "--mode");
+}
+
+static void test_defaults(void) {
+    ARGS(S("-o"), S("x"));
+    CU_ASSERT_EQUAL_FATAL(parse(argc, argv, &operands), SH_OK);
+    CU_ASSERT_EQUAL(sh_options_mode(&shared), SH_MODE_BF16);
+    CU_ASSERT_EQUAL(sh_options_kv(&shared), SH_KV_BF16);
+    CU_ASSERT_EQUAL(shared.ranks, 0);
+    CU_ASSERT_PTR_NULL(shared.cuts);
+}
+
+static void test_sizes(void) {
+    static const struct {
+        const char *text;
+        uint64_t bytes;
+    } good[] = {{"0", 0},         {"512", 512},         {"64KiB", 65536}, {"64K", 65536}, {"8GiB", 1ull << 33},
+                {"2MB", 2000000}, {"1TiB", 1ull << 40}, {"0.5M", 524288}};
+    static const char *const bad[] = {"", "-1", "8gib", "GiB", "1e3x", "99999999TiB", "1 GiB", "nan", "+1"};
+    uint64_t v;
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        CU_ASSERT_EQUAL(sh_options_size(good[i].text, &v), SH_OK);
+        CU_ASSERT_EQUAL(v, good[i].bytes);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        v = 77;
+        CU_ASSERT_EQUAL(sh_options_size(bad[i], &v), SH_EINPUT);
+        CU_ASSERT_EQUAL(v, 77);
+    }
+}
+
+static void test_refused(void) {
+    static const struct {
+        const char *option, *value, *message;
+    } all[] = {
+        {"--mode", "fp16", "--mode: 'fp16' is not provided: allowed are exact, bf16"},
+        {"--kv", "q8", "--kv: 'q8' is not provided: allowed are f32, bf16"},
+        {"-n", "0", "-n: 0 is out of range: allowed are 1 to 4096"},
+        {"-n", "two", "-n: 'two' is not a whole number: allowed are 1 to 4096"},
+        {"--ranks", "99999999999999999999",
+         "--ranks: '99999999999999999999' is not a whole number: allowed are 1 to 4096"},
+        {"--seed", "-1", "--seed: '-1' is not a whole number: allowed are 0 to 18446744073709551615"},
+        {"--cuts", "5,5",
+         "--cuts: '5,5' is not a list of layers: allowed are increasing whole numbers from 1, such as 5,9"},
+        {"--cuts", "5,",
+         "--cuts: '5,' is not a list of layers: allowed are increasing whole numbers from 1, such as 5,9"},
+        {"--cuts", "0",
+         "--cuts: '0' is not a list of layers: allowed are increasing whole numbers from 1, such as 5,9"},
+        {"--kv-memory", "much",
+         "--kv-memory: 'much' is not a size: allowed are bytes with KiB, MiB, GiB, TiB, KB, MB, GB or TB, such as "
+         "8GiB"},
+        {"--tp", "2", "--tp: 2 is not provided yet: allowed is 1"},
+        {"--replicas", "x", "--replicas: 'x' is not a whole number: allowed is 1"},
+        {"--plan", "p.json", "--plan: is not provided yet: give -n and --cuts"},
+        {"--model", "", "--model: the value is empty: give MODEL"},
+        {"--max-", "3", "--max-: can mean --max-context or --max-seqs: write it out"},
+        {"--frobnicate", "3", "--frobnicate: no such option: --help lists them"},
+        {"-x", "3", "-x: no such option: --help lists them"},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        char o[64], v[64];
+        snprintf(o, sizeof o, "%s", all[i].option);
+        snprintf(v, sizeof v, "%s", all[i].value);
+        ARGS(o, v);
+        CU_ASSERT_NOT_EQUAL(parse(argc, argv, &operands), SH_OK);
+        CU_ASSERT_STRING_EQUAL(sh_error_text(), all[i].message);
+    }
+    ARGS(S("-n"));
+    CU_ASSERT_EQUAL(parse(argc, argv, &operands), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "-n: the value is missing: give N");
+    char *with_value[] = {(char[]){"run"}, S("--wait=yes")};
+    CU_ASSERT_EQUAL(parse(2, with_value, &operands), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "--wait: takes no value: 'yes' was given");
+}
+
+static void test_one_is_none(void) {
+    ARGS(S("--ep"), S("1"), S("--tp=1"), S("--cp"), S("1"), S("--replicas"), S("1"));
+    CU_ASSERT_EQUAL(parse(argc, argv, &operands), SH_OK);
+}
+
+static void ranks_of(const char *n, const char *pp, const char *cuts, int want, const char *message) {
+    char a[16], b[16], c[64];
+    snprintf(a, sizeof a, "-n%s", n);
+    snprintf(b, sizeof b, "--pp=%s", pp);
+    snprintf(c, sizeof c, "--cuts=%s", cuts);
+    char *argv[4] = {(char[]){"run"}};
+    int argc = 1, operands, got = -7;
+    if (*n) argv[argc++] = a;
+    if (*pp) argv[argc++] = b;
+    if (*cuts) argv[argc++] = c;
+    CU_ASSERT_EQUAL_FATAL(parse(argc, argv, &operands), SH_OK);
+    sh_status st = sh_options_ranks(&shared, &got);
+    CU_ASSERT_EQUAL(st == SH_OK, message == NULL);
+    CU_ASSERT_EQUAL(got, message ? -7 : want);
+    if (message) CU_ASSERT_STRING_EQUAL(sh_error_text(), message);
+}
+
+static void test_ranks(void) {
+    ranks_of("", "", "", 0, NULL);
+    ranks_of("3", "", "", 3, NULL);
+    ranks_of("", "2", "", 2, NULL);
+    ranks_of("", "", "2,4,6", 4, NULL);
+    ranks_of("4", "4", "2,4,6", 4, NULL);
+    ranks_of("3", "2", "", 0, "--pp: 2 stages do not fit -n 3: every rank is one stage for now");
+    ranks_of("2", "", "2,4,6", 0, "--cuts: '2,4,6' makes 4 stages, but 2 ranks are asked for: give 1 cuts or -n 4");
+}
+
+int main(void) {
+    CU_initialize_registry();
+    CU_pSuite s = CU_add_suite("options", NULL, NULL);
+    CU_add_test(s, "ways to write", test_ways_to_write);
+    CU_add_test(s, "defaults", test_defaults);
+    CU_add_test(s, "sizes", test_sizes);
+    CU_add_test(s, "refused", test_refused);
+    CU_add_test(s, "one is none", test_one_is_none);
+    CU_add_test(s, "ranks", test_ranks);
+    CU_basic_set_mode(CU_BRM_VERBOSE);
+    CU_basic_run_tests();
+    unsigned bad = CU_get_number_of_failures() + CU_get_number_of_tests_failed();
+    CU_cleanup_registry();
+    return bad ? 1 : 0;
+}

@@ -1,0 +1,225 @@
+/* The parts of `shoal run` that need no process: launcher command lines, counting the input, reading the log, the
+ * closing table. */
+#include <CUnit/Basic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include "cli/input.h"
+#include "cli/launch.h"
+#include "cli/logtail.h"
+#include "cli/progress.h"
+#include "common/file.h"
+#include "common/json.h"
+#include "proto/group.pb-c.h"
+
+static char folder[4096];
+
+static const char *path_of(const char *name) {
+    static char path[4200];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    return path;
+}
+
+static void write_file(const char *name, const void *p, size_t n, const char *mode) {
+    FILE *f = fopen(path_of(name), mode);
+    CU_ASSERT_PTR_NOT_NULL_FATAL(f);
+    CU_ASSERT_EQUAL(fwrite(p, 1, n, f), n);
+    fclose(f);
+}
+
+/* argv as one line. */
+static const char *joined(const sh_launch *l, char *to, size_t size) {
+    to[0] = 0;
+    for (int i = 0; i < l->argc; i++) {
+        size_t n = strlen(to);
+        snprintf(to + n, size - n, "%s%s", i ? " " : "", l->argv[i]);
+    }
+    return to;
+}
+
+static bool has_env(const sh_launch *l, const char *entry) {
+    for (int i = 0; i < l->n_env; i++)
+        if (strcmp(l->env[i], entry) == 0) return true;
+    return false;
+}
+
+static void test_launch(void) {
+    char line[2048];
+    sh_launch l;
+    sh_launch_options o = {.program = "/bin/shoal",
+                           .endpoint = "ipc:///t/c1",
+                           .group = "g",
+                           .mark = "SHOAL_RUN=/s",
+                           .ranks = 1,
+                           .tmp = "/t",
+                           .shm = "/dev/shm/x"};
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_STRING_EQUAL(joined(&l, line, sizeof line),
+                           "/bin/shoal worker --connect ipc:///t/c1 --group g --link local -n 1");
+    CU_ASSERT_TRUE(has_env(&l, "SHOAL_RUN=/s"));
+    CU_ASSERT_TRUE(has_env(&l, "SHOAL_GROUP=g"));
+    CU_ASSERT_PTR_NULL(l.argv[l.argc]);
+    sh_launch_release(&l);
+
+    o.ranks = 4, o.threads = 2, o.root = o.crowded = true;
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_STRING_EQUAL(joined(&l, line, sizeof line),
+                           "mpirun --oversubscribe --bind-to none -n 4 /bin/shoal worker --connect ipc:///t/c1 "
+                           "--group g --threads 2");
+    CU_ASSERT_TRUE(has_env(&l, "OMPI_ALLOW_RUN_AS_ROOT=1"));
+    CU_ASSERT_TRUE(has_env(&l, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"));
+    CU_ASSERT_TRUE(has_env(&l, "OMPI_MCA_mpi_yield_when_idle=1"));
+    CU_ASSERT_TRUE(has_env(&l, "OMPI_MCA_btl=self,vader"));
+    CU_ASSERT_TRUE(has_env(&l, "OMPI_MCA_orte_tmpdir_base=/t"));
+    sh_launch_release(&l);
+
+    setenv("OMPI_MCA_btl", "self,tcp", 1); /* the user's setting wins */
+    o.hosts = "a,b:2", o.keys = "/s/keys";
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_PTR_NOT_NULL(strstr(joined(&l, line, sizeof line), "--host a,b:2 -x SHOAL_RUN -x SHOAL_GROUP"));
+    CU_ASSERT_PTR_NOT_NULL(strstr(line, "--keys /s/keys"));
+    CU_ASSERT_FALSE(has_env(&l, "OMPI_MCA_btl=self,vader,tcp"));
+    CU_ASSERT_FALSE(has_env(&l, "OMPI_MCA_orte_tmpdir_base=/t")); /* the other hosts have no such folder */
+    sh_launch_release(&l);
+    unsetenv("OMPI_MCA_btl");
+
+    o.launcher = "local";
+    CU_ASSERT_EQUAL(sh_launch_make(&o, &l), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(),
+                           "--hosts: 'a,b:2' does not go with --launcher local: leave one of them out");
+    o.hosts = NULL, o.launcher = "srun --mpi=pmix -n $SHOAL_RANKS";
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_STRING_EQUAL(l.argv[2], "exec srun --mpi=pmix -n $SHOAL_RANKS \"$@\"");
+    CU_ASSERT_TRUE(has_env(&l, "SHOAL_RANKS=4"));
+    sh_launch_release(&l);
+}
+
+static void test_input(void) {
+    static const char text[] = "{}\n\n  \t\r\nlast without end";
+    sh_input a, b;
+    write_file("in", text, sizeof text - 1, "w");
+    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &a), SH_OK);
+    CU_ASSERT_EQUAL(a.lines, 2);
+    CU_ASSERT_EQUAL(a.bytes, sizeof text - 1);
+    write_file("in", "x", 1, "a");
+    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &b), SH_OK);
+    CU_ASSERT_NOT_EQUAL(a.hash, b.hash);
+    write_file("in", "\n \n\n", 4, "w");
+    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &a), SH_OK);
+    CU_ASSERT_EQUAL(a.lines, 0);
+    CU_ASSERT_EQUAL(sh_input_scan("/no/such/file", "", &a), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "-i: /no/such/file: cannot be opened: No such file or directory");
+    CU_ASSERT_EQUAL(sh_input_scan("/", "", &a), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(),
+                           "-i: /: is a folder: allowed is a file of requests, one JSON object a line");
+
+    /* the hash is of the bytes, however a pipe cuts them */
+    char *big = malloc(3 << 20);
+    for (int i = 0; i < 3 << 20; i++) big[i] = (char)(i * 31 % 127);
+    write_file("in", big, 3 << 20, "w");
+    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &a), SH_OK);
+    char command[9000], spool[4200];
+    snprintf(command, sizeof command, "{ head -c 100001; sleep 0.05; cat; } < %s", path_of("in"));
+    snprintf(spool, sizeof spool, "%s/spool", folder);
+    FILE *p = popen(command, "r");
+    CU_ASSERT_PTR_NOT_NULL_FATAL(p);
+    int kept = dup(0);
+    dup2(fileno(p), 0);
+    CU_ASSERT_EQUAL(sh_input_scan("-", spool, &b), SH_OK);
+    dup2(kept, 0);
+    close(kept);
+    pclose(p);
+    CU_ASSERT_EQUAL(a.hash, b.hash);
+    CU_ASSERT_EQUAL(a.lines, b.lines);
+    char *copy = NULL;
+    size_t n = 0;
+    CU_ASSERT_EQUAL_FATAL(sh_file_read(spool, 4 << 20, &copy, &n), SH_OK);
+    CU_ASSERT_EQUAL(n, 3 << 20);
+    CU_ASSERT_EQUAL(memcmp(copy, big, n), 0);
+    free(copy);
+    free(big);
+}
+
+static void add_log(const char *text) {
+    write_file("log", text, strlen(text), "a");
+}
+
+static void test_logtail(void) {
+    sh_logtail t;
+    char why[200];
+    add_log("shoal: warning: old\n");
+    sh_logtail_open(&t, path_of("log"));
+    CU_ASSERT_PTR_NULL(sh_logtail_next_warning(&t));
+    CU_ASSERT_FALSE(sh_logtail_reason(&t, why, sizeof why));
+    add_log("mpirun: noise\nshoal rank 1: warning: first\nshoal: warning: sec");
+    CU_ASSERT_STRING_EQUAL(sh_logtail_next_warning(&t), "first");
+    CU_ASSERT_PTR_NULL(sh_logtail_next_warning(&t)); /* not whole yet */
+    add_log("ond\n");
+    CU_ASSERT_STRING_EQUAL(sh_logtail_next_warning(&t), "second");
+    sh_logtail_mark(&t);
+    add_log("There are not enough slots\n-----\n");
+    CU_ASSERT_TRUE(sh_logtail_reason(&t, why, sizeof why));
+    CU_ASSERT_STRING_EQUAL(why, "There are not enough slots");
+    add_log("shoal rank 0: error: model.safetensors: cut short\nmpirun has exited\n");
+    CU_ASSERT_TRUE(sh_logtail_reason(&t, why, sizeof why));
+    CU_ASSERT_STRING_EQUAL(why, "model.safetensors: cut short");
+    sh_logtail_close(&t);
+}
+
+static void test_closing(void) {
+    sh_outcomes o = {0};
+    sh_outcomes_add(&o, 200), sh_outcomes_add(&o, 400), sh_outcomes_add(&o, 200);
+    Shoal__StageTimes times = SHOAL__STAGE_TIMES__INIT;
+    times.rank = 1, times.has_weights = times.has_idle = times.has_bytes = 1;
+    times.weights = 3, times.idle = 1, times.bytes = 6000000000u;
+    uint8_t packed[64];
+    ProtobufCBinaryData b = {shoal__stage_times__pack(&times, packed), packed};
+    Shoal__GroupState g = SHOAL__GROUP_STATE__INIT;
+    g.times = &b, g.n_times = 1;
+    Shoal__GroupState *gp = &g;
+    Shoal__JobReply r = SHOAL__JOB_REPLY__INIT;
+    r.group = &gp, r.n_group = 1;
+    sh_closing c = {.output = "out",
+                    .outcomes = &o,
+                    .tokens_in = 100,
+                    .tokens_out = 50,
+                    .tokens_in_now = 100,
+                    .tokens_out_now = 50,
+                    .wall = 6,
+                    .computing = 5,
+                    .last = &r,
+                    .bandwidth = 4e9};
+    sh_buf text;
+    sh_buf_init(&text, 0);
+    CU_ASSERT_EQUAL_FATAL(sh_closing_text(&c, false, &text), SH_OK);
+    const char *s = (const char *)text.data;
+    CU_ASSERT_PTR_NOT_NULL(strstr(s, "requests   3: 2 answered, 1 refused (400)\n"));
+    CU_ASSERT_PTR_NOT_NULL(strstr(s, "speed      20.0 tokens/s in, 10.0 tokens/s out\n"));
+    CU_ASSERT_PTR_NOT_NULL(strstr(s, "75 %"));
+    CU_ASSERT_PTR_NOT_NULL(strstr(s, "2.0 GB/s, 50 % of this machine's"));
+    sh_buf_clear(&text);
+    CU_ASSERT_EQUAL_FATAL(sh_closing_text(&c, true, &text), SH_OK);
+    json_t *j = NULL;
+    CU_ASSERT_EQUAL_FATAL(sh_json_parse("closing", (const char *)text.data, text.len - 1, &j), SH_OK);
+    CU_ASSERT_EQUAL(json_integer_value(json_object_get(json_object_get(j, "requests"), "400")), 1);
+    json_decref(j);
+    sh_buf_release(&text);
+}
+
+int main(void) {
+    const char *tmp = getenv("TMPDIR");
+    snprintf(folder, sizeof folder, "%s/parts-XXXXXX", tmp ? tmp : "/tmp");
+    if (!mkdtemp(folder)) return 1;
+    CU_initialize_registry();
+    CU_pSuite s = CU_add_suite("parts of run", NULL, NULL);
+    CU_add_test(s, "launch", test_launch);
+    CU_add_test(s, "input", test_input);
+    CU_add_test(s, "log", test_logtail);
+    CU_add_test(s, "closing", test_closing);
+    CU_basic_set_mode(CU_BRM_VERBOSE);
+    CU_basic_run_tests();
+    unsigned bad = CU_get_number_of_failures() + CU_get_number_of_tests_failed();
+    CU_cleanup_registry();
+    SH_IGNORE(sh_path_remove(folder));
+    return bad ? 1 : 0;
+}

@@ -1,0 +1,361 @@
+/*
+ * One rank from hello to leave: welcome, resources, loading, then the leader's loop on rank 0 and the stage's loop elsewhere.
+ * The scheduler, the stage and the uplink are files of their own; this one only connects them.
+ */
+#include "worker/worker.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "common/file.h"
+#include "common/hash.h"
+#include "common/log.h"
+#include "partition/machine.h"
+#include "partition/plan.h"
+#include "worker/backoff.h"
+#include "worker/group.h"
+#include "worker/stage.h"
+#include "worker/uplink.h"
+
+#define LEAVE_SECONDS 3.0 /* for what is in flight, and for the others */
+#define BEAT_SECONDS  0.05
+
+typedef struct rank {
+    sh_link *link;
+    const sh_worker_options *o;
+    sh_uplink *uplink;
+    const Shoal__Plan *plan; /* borrowed from the welcome, as is model_dir */
+    const char *model_dir;
+    sh_config *config;
+    sh_machine *machine;
+    sh_machine_part part;
+    sh_mode mode;
+    sh_kv_type kv;
+    sh_leader_options schedule;
+    sh_stage *stage;
+    sh_leader *leader; /* rank 0 */
+    sh_batch batch;    /* rank 0 */
+    sh_backoff idle;
+    double beat_at;
+    uint64_t answers; /* rank 0: micro-batches come back */
+} rank;
+
+/* ---- start-up --------------------------------------------------------------------------------------------------------- */
+
+static sh_status check_alive(void *arg) {
+    const rank *r = arg;
+    sh_uplink_state s = sh_uplink_look(r->uplink);
+    if (s == SH_UPLINK_LEAVE) SH_FAIL(SH_ECANCELLED, "told to leave: %s", sh_uplink_reason(r->uplink));
+    if (s == SH_UPLINK_ORPHAN) SH_FAIL(SH_EPEER, "%s", sh_uplink_reason(r->uplink));
+    return SH_OK;
+}
+
+static sh_status read_plan(rank *r) {
+    const Shoal__Welcome *w = NULL;
+    SH_TRY(sh_uplink_welcome(r->uplink, &w));
+    r->plan = w->plan;
+    r->model_dir = w->model;
+    r->config = calloc(1, sizeof *r->config);
+    if (!r->config) SH_FAIL(SH_EMEMORY, "no memory for the configuration");
+    SH_TRY(sh_config_load(r->model_dir, r->config));
+    SH_TRY(sh_plan_check(r->config, r->plan));
+    if ((int)r->plan->n_rank != r->link->size)
+        SH_FAIL(SH_EPEER, "plan: %zu ranks: this group has %d", r->plan->n_rank, r->link->size);
+    SH_TRY(sh_mode_parse(r->plan->mode, &r->mode));
+    SH_TRY(sh_kv_type_parse(r->plan->kv, &r->kv));
+    r->schedule = (sh_leader_options){.stages = r->link->size,
+                                      .max_seqs = r->plan->max_seqs,
+                                      .chunk = r->plan->chunk,
+                                      .max_context = r->plan->max_context};
+    sh_leader_options_model(&r->schedule, r->config);
+    return SH_OK;
+}
+
+typedef struct neighbour { /* what ranks tell each other to share a node */
+    char host[128];
+    uint64_t cpu_set; /* hash of the CPUs that the process may use */
+} neighbour;
+
+/* This rank's CPUs and memory. Ranks of one node share what the process may use, unless the launcher gave each its own. */
+static sh_status share_node(rank *r) {
+    const sh_alive alive = {check_alive, r};
+    neighbour me = {0};
+    r->machine = calloc(1, sizeof *r->machine);
+    neighbour *all = calloc((size_t)r->link->size, sizeof *all);
+    sh_status st = SH_OK;
+    if (!r->machine || !all) st = sh_error_set(SH_EMEMORY, __FILE__, __LINE__, "no memory for the machine description");
+    if (st == SH_OK) st = sh_machine_read(NULL, r->machine);
+    if (st == SH_OK && r->o->n_cpus > 0) {
+        r->machine->n_cpus = r->o->n_cpus < SH_MAX_CPUS ? r->o->n_cpus : SH_MAX_CPUS;
+        memcpy(r->machine->cpus, r->o->cpus, (size_t)r->machine->n_cpus * sizeof(int));
+    }
+    if (st == SH_OK) {
+        if (gethostname(me.host, sizeof me.host - 1) != 0) snprintf(me.host, sizeof me.host, "unknown");
+        me.cpu_set = sh_hash64(0, r->machine->cpus, (size_t)r->machine->n_cpus * sizeof(int));
+        st = sh_group_exchange(r->link, &me, sizeof me, all, &alive);
+    }
+    int n = 0, mine = 0;
+    bool bound = false;
+    for (int i = 0; st == SH_OK && i < r->link->size; i++) {
+        if (strncmp(all[i].host, me.host, sizeof me.host) != 0) continue;
+        if (i == r->link->rank) mine = n;
+        bound = bound || all[i].cpu_set != me.cpu_set;
+        n++;
+    }
+    free(all);
+    if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
+    r->part = bound ? sh_machine_share_bound(r->machine, n) : sh_machine_share(r->machine, mine, n);
+    return SH_OK;
+}
+
+/* The same page counts on every rank, from every rank's budget. */
+static sh_status agree_pages(rank *r) {
+    const sh_alive alive = {check_alive, r};
+    uint64_t mine = 0;
+    sh_kv_limits limits;
+    sh_kv_plan kv;
+    SH_TRY(sh_plan_kv_budget(r->config, r->plan, r->link->rank, r->part.memory, &mine));
+    SH_TRY(sh_plan_kv_limits(r->plan, &limits));
+    uint64_t *all = calloc((size_t)r->link->size, sizeof *all);
+    if (!all) SH_FAIL(SH_EMEMORY, "no memory for the budgets");
+    sh_status st = sh_group_exchange(r->link, &mine, sizeof mine, all, &alive);
+    if (st == SH_OK) st = sh_plan_kv_group(r->config, &limits, r->plan, all, &kv);
+    free(all);
+    if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
+    memcpy(r->schedule.pages, kv.pages, sizeof kv.pages);
+    return SH_OK;
+}
+
+static sh_status load(rank *r) {
+    const Shoal__PlanRank *layers = r->plan->rank[r->link->rank];
+    int threads = r->o->threads > 0 ? r->o->threads : r->plan->threads;
+    sh_stage_options o = {.model_dir = r->model_dir,
+                          .config = r->config,
+                          .mode = r->mode,
+                          .kv_type = r->kv,
+                          .first = layers->first,
+                          .last = layers->last,
+                          .threads = threads > 0 ? threads : r->part.n_cpus,
+                          .cpus = r->part.cpus,
+                          .n_cpus = r->part.n_cpus,
+                          .schedule = &r->schedule,
+                          .link = r->link};
+    SH_TRY(sh_stage_create(&o, &r->stage));
+    if (r->link->rank > 0) return SH_OK;
+    SH_TRY(sh_leader_create(&r->schedule, &r->leader));
+    return sh_batch_create(sh_leader_descriptor_bytes(&r->schedule), &r->batch);
+}
+
+/* Hash of what decides a group's results beside the requests. */
+static sh_status fingerprint(const rank *r, uint64_t *out) {
+    char path[4096], *text = NULL;
+    size_t len = 0;
+    if (snprintf(path, sizeof path, "%s/config.json", r->model_dir) >= (int)sizeof path)
+        SH_FAIL(SH_EINPUT, "%s: the path is too long", r->model_dir);
+    SH_TRY(sh_file_read(path, SH_MAX_CONFIG_BYTES, &text, &len));
+    uint64_t h = sh_hash64(0, text, len);
+    free(text);
+    h = sh_hash64(h, r->plan->mode, strlen(r->plan->mode));
+    *out = sh_hash64(h, r->plan->kv, strlen(r->plan->kv));
+    return SH_OK;
+}
+
+static sh_status announce(rank *r) {
+    const sh_alive alive = {check_alive, r};
+    const char *isa = sh_model_kernels(sh_stage_model(r->stage))->isa, *note = NULL;
+    bool blas = strcmp(isa, "blas") == 0, any = blas;
+    bool *all = calloc((size_t)r->link->size, sizeof *all);
+    if (!all) SH_FAIL(SH_EMEMORY, "no memory for the notes");
+    sh_status st = sh_group_exchange(r->link, &blas, sizeof blas, all, &alive); /* also: everyone has loaded */
+    for (int i = 0; st == SH_OK && i < r->link->size; i++) any = any || all[i];
+    free(all);
+    if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
+    const Shoal__PlanRank *p = r->plan->rank[r->link->rank];
+    sh_info("layers %d-%d loaded: %.1f MiB of weights, %d threads, %s kernels", p->first, p->last - 1,
+            (double)sh_model_weight_bytes(sh_stage_model(r->stage)) / 1048576.0,
+            sh_team_size(sh_model_team((sh_model *)sh_stage_model(r->stage))), isa);
+    if (r->link->rank > 0) return SH_OK;
+    if (any) note = "SHOAL_ISA=blas: results are not invariant";
+    uint64_t print = 0;
+    SH_TRY(fingerprint(r, &print));
+    return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), r->schedule.max_seqs, print, r->config->vocab, note);
+}
+
+/* ---- both loops ----------------------------------------------------------------------------------------------------------- */
+
+/* Refreshes the heartbeat: around every step, and now and then while waiting. */
+static void beat(rank *r, bool busy, bool now_please) {
+    double now = sh_now();
+    if (!now_please && now - r->beat_at < BEAT_SECONDS) return;
+    r->beat_at = now;
+    sh_model_times t = sh_model_time(sh_stage_model(r->stage));
+    uint64_t steps = sh_stage_steps(r->stage);
+    sh_beat b = {.step = steps + r->answers,
+                 .busy = busy,
+                 .weights = t.weights,
+                 .attention = t.attention,
+                 .experts = t.experts,
+                 .other = t.other,
+                 .exchange = sh_stage_exchange_seconds(r->stage),
+                 .idle = r->idle.idle,
+                 .bytes = steps * sh_model_weight_bytes(sh_stage_model(r->stage)),
+                 .sent = r->link->sent_bytes};
+    if (r->leader) {
+        sh_leader_state s = sh_leader_look(r->leader);
+        b.leader = true;
+        b.busy = busy || s.in_flight > 0;
+        b.running = s.running;
+        b.waiting = s.waiting;
+        b.kv_free = s.kv_free;
+    }
+    sh_uplink_beat(r->uplink, &b);
+}
+
+/* ---- rank 0 ----------------------------------------------------------------------------------------------------------------- */
+
+static void emit(void *arg, uint64_t key, const sh_token *t) {
+    const rank *r = arg;
+    sh_uplink_token(r->uplink, key, t);
+}
+
+static sh_status take_inbox(rank *r) {
+    sh_inbox in;
+    while (sh_uplink_take(r->uplink, &in)) {
+        if (in.kind == SH_INBOX_CANCEL) {
+            sh_leader_cancel(r->leader, in.key);
+            continue;
+        }
+        bool known = false;
+        sh_status st = sh_leader_add(r->leader, &in.seq, &known);
+        if (st == SH_ELIMIT) sh_uplink_reject(r->uplink, in.key, sh_error_text());
+        sh_seq_destroy(&in.seq); /* NULL when the leader took it */
+        if (st != SH_OK && st != SH_ELIMIT) return sh_error_pass(st, __FILE__, __LINE__);
+    }
+    return SH_OK;
+}
+
+static sh_status take_answers(rank *r, bool *worked) {
+    for (bool got = true; got;) {
+        uint64_t step = 0;
+        const sh_token *tokens = NULL;
+        int n = 0;
+        SH_TRY(sh_stage_answer(r->stage, &got, &step, &tokens, &n));
+        if (!got) break;
+        SH_TRY(sh_leader_apply(r->leader, step, tokens, n, emit, r));
+        r->answers++;
+        *worked = true;
+    }
+    return SH_OK;
+}
+
+static sh_status lead_step(rank *r, bool *worked) {
+    bool made = false;
+    if (!sh_stage_has_room(r->stage)) return SH_OK;
+    SH_TRY(sh_leader_next(r->leader, &r->batch, &made));
+    if (!made) return SH_OK;
+    beat(r, true, true); /* busy from here on, should the step get stuck */
+    SH_TRY(sh_stage_lead(r->stage, &r->batch));
+    *worked = true;
+    return SH_OK;
+}
+
+/* Told to leave: what is in flight comes home, then the word goes down the pipeline. */
+static sh_status lead_out(rank *r) {
+    sh_backoff wait = {0};
+    for (double until = sh_now() + LEAVE_SECONDS; sh_leader_look(r->leader).in_flight > 0;) {
+        bool worked = false;
+        SH_TRY(sh_stage_progress(r->stage));
+        SH_TRY(take_answers(r, &worked));
+        if (sh_now() > until) SH_FAIL(SH_ECANCELLED, "left with micro-batches in flight");
+        if (!worked) sh_backoff_wait(&wait);
+    }
+    if (sh_group_pass_leave(r->link, LEAVE_SECONDS) != SH_OK) SH_FAIL(SH_ECANCELLED, "left before the next rank did");
+    return SH_OK;
+}
+
+static sh_status lead(rank *r) {
+    for (;;) {
+        bool worked = false;
+        sh_uplink_state s = sh_uplink_look(r->uplink);
+        if (s == SH_UPLINK_ORPHAN) SH_FAIL(SH_EPEER, "%s", sh_uplink_reason(r->uplink));
+        if (s == SH_UPLINK_LEAVE) return lead_out(r);
+        SH_TRY(take_inbox(r));
+        SH_TRY(sh_stage_progress(r->stage));
+        SH_TRY(take_answers(r, &worked));
+        SH_TRY(lead_step(r, &worked));
+        beat(r, false, worked);
+        if (worked)
+            sh_backoff_reset(&r->idle);
+        else
+            sh_backoff_wait(&r->idle);
+    }
+}
+
+/* ---- the other ranks -------------------------------------------------------------------------------------------------------- */
+
+/* The word to leave comes from the rank before, after the last micro-batch. One who hears only the coordinator's waits a
+ * little for it. */
+static sh_status serve(rank *r) {
+    double told_at = 0;
+    for (;;) {
+        bool worked = false, leave = false;
+        sh_uplink_state s = sh_uplink_look(r->uplink);
+        if (s == SH_UPLINK_ORPHAN) SH_FAIL(SH_EPEER, "%s", sh_uplink_reason(r->uplink));
+        if (s == SH_UPLINK_LEAVE && told_at <= 0) told_at = sh_now();
+        SH_TRY(sh_stage_receive(r->stage, &worked));
+        if (worked) {
+            beat(r, true, true); /* busy from here on, should the step get stuck */
+            SH_TRY(sh_stage_serve(r->stage));
+        }
+        if (!worked) SH_TRY(sh_group_told_leave(r->link, &leave));
+        if (leave) break;
+        if (told_at > 0 && sh_now() - told_at > 2 * LEAVE_SECONDS) SH_FAIL(SH_ECANCELLED, "left alone");
+        beat(r, false, worked);
+        if (worked)
+            sh_backoff_reset(&r->idle);
+        else
+            sh_backoff_wait(&r->idle);
+    }
+    if (sh_group_pass_leave(r->link, LEAVE_SECONDS) != SH_OK) SH_FAIL(SH_ECANCELLED, "left before the next rank did");
+    return SH_OK;
+}
+
+/* ---- life --------------------------------------------------------------------------------------------------------------------- */
+
+static sh_status live(rank *r) {
+    SH_TRY(read_plan(r));
+    SH_TRY(share_node(r));
+    SH_TRY(agree_pages(r));
+    SH_TRY(load(r));
+    SH_TRY(announce(r));
+    return r->link->rank == 0 ? lead(r) : serve(r);
+}
+
+static void release(rank *r) {
+    sh_leader_destroy(&r->leader);
+    sh_batch_release(&r->batch);
+    if (r->stage && sh_stage_is_idle(r->stage)) sh_stage_destroy(&r->stage); /* else the link still reads its buffers */
+    free(r->config);
+    free(r->machine);
+}
+
+sh_status sh_worker_run(sh_link *link, const sh_worker_options *o) {
+    rank *r = calloc(1, sizeof *r);
+    if (!r) SH_FAIL(SH_EMEMORY, "no memory for a rank");
+    r->link = link;
+    r->o = o;
+    sh_uplink_options up = {.endpoint = o->endpoint, .keys = o->keys, .group = o->group, .rank = link->rank, .size = link->size};
+    sh_status st = sh_uplink_start(&up, &r->uplink);
+    if (st == SH_OK) st = live(r);
+    char fault[1200];
+    snprintf(fault, sizeof fault, "rank %d: %s", link->rank, sh_error_text());
+    bool failed = st != SH_OK && st != SH_ECANCELLED;
+    if (failed) sh_debug("%s (%s)", fault, sh_error_trail());
+    sh_uplink_stop(&r->uplink, failed ? fault : NULL);
+    release(r);
+    free(r);
+    if (failed) return sh_error_prefix(st, "rank %d", link->rank);
+    return st;
+}
