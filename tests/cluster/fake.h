@@ -64,7 +64,7 @@ typedef struct fake_rank {
     sh_wire_peer peer;
     bool known;
     uint64_t step;
-    int beats, hellos;
+    int beats, hellos, pid;
 } fake_rank;
 
 typedef struct fake {
@@ -237,6 +237,7 @@ static inline void fake_take(fake *f, const sh_wire_peer *from, const Shoal__Fro
         r->peer = *from;
         r->known = true;
         r->hellos++;
+        r->pid = m->hello->pid;
         fake_welcome(f, m->hello->rank);
     }
     int rank = fake_rank_of(f, from);

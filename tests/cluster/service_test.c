@@ -1,6 +1,6 @@
 /*
- * How a group behaves towards its coordinator: work refused, cancelled and forgotten; a coordinator that falls silent, comes
- * back with a new epoch, or stays away; a KV pool so small that sequences are paused; faults that are told.
+ * How a group behaves towards its coordinator: work refused, cancelled and forgotten; a coordinator that falls silent,
+ * comes back with a new epoch, or stays away; a KV pool so small that sequences are paused; faults that are told.
  */
 #include "partition/plan.h"
 #include "tests/cluster/fake.h"
@@ -96,7 +96,7 @@ static void test_refused(const fake *base) {
     f.plan.max_context = 256;
     add_some(&f, 3, 60);
     for (int i = 0; i < 400; i++) ids[i] = 20 + i;
-    fake_add(&f, ids, 200, 57);               /* 257 tokens */
+    fake_add(&f, ids, 200, 57);                  /* 257 tokens */
     fake_add(&f, ids, 200, 1)->prompt[3] = 2048; /* beyond the vocabulary */
     fake_add(&f, ids, 10, 5)->sampling.logprobs = 99;
     fake_start_threads(&f);
@@ -105,7 +105,8 @@ static void test_refused(const fake *base) {
         "prompt of 200 tokens and max_tokens 57 make 257: this group can hold 256 tokens of one sequence",
         "prompt: token 3 is 2048: the vocabulary has ids 0 to 2047", "logprobs: 99: -1 to 20 are allowed"};
     for (int i = 0; i < 3; i++) {
-        CHECK(f.work[3 + i].rejected && !strcmp(f.work[3 + i].reason, why[i]), "refusal %d: '%s'", i, f.work[3 + i].reason);
+        CHECK(f.work[3 + i].rejected && !strcmp(f.work[3 + i].reason, why[i]), "refusal %d: '%s'", i,
+              f.work[3 + i].reason);
         CHECK(fake_same(&f.work[i], &base->work[i]), "refused: request %d differs", i);
     }
     end_group(&f, SH_OK);
