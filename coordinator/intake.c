@@ -318,7 +318,7 @@ static sh_status settle_lengths(const sh_intake *in, sh_reading *rd) {
         return sh_refuse(rd, 400, "invalid_value",
                          "%s: 0 generates nothing: allowed are 1 or more, or 0 together with echo",
                          rd->max_tokens >= 0 ? "max_tokens" : "max_completion_tokens");
-    if (room < (max == 0 ? 0 : 1))
+    if (room < 1)
         return sh_refuse(rd, 413, "context_length_exceeded",
                          "%s: %lld tokens: allowed are %d, the context less one token to generate", input, n,
                          in->max_context - 1);
@@ -330,7 +330,8 @@ static sh_status settle_lengths(const sh_intake *in, sh_reading *rd) {
         max = in->options.default_max_tokens > 0 && in->options.default_max_tokens < room
                   ? in->options.default_max_tokens
                   : room;
-    p->max_tokens = (int32_t)max;
+    rd->r->score_only = max == 0; /* a step ends with a token, so one is made and left out of the row */
+    p->max_tokens = max == 0 ? 1 : (int32_t)max;
     if (p->min_tokens > p->max_tokens)
         return sh_refuse(rd, 400, "invalid_value",
                          "min_tokens: %d: allowed are 0 to %d, the most that may be generated", p->min_tokens,

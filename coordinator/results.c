@@ -283,7 +283,8 @@ static sh_status add_choice(row *w) {
         TRY_STR(w->to, "null");
     else
         SH_TRY(w->r->chat ? add_chat_logprobs(w) : add_completion_logprobs(w));
-    SH_TRY(sh_buf_printf(w->to, ",\"finish_reason\":\"%s\"", finish_name(w->o->finish)));
+    SH_TRY(sh_buf_printf(w->to, ",\"finish_reason\":\"%s\"",
+                         finish_name(w->r->score_only ? SH_FINISH_LENGTH : w->o->finish)));
     if (w->r->return_token_ids) {
         TRY_STR(w->to, ",\"token_ids\":");
         SH_TRY(sh_row_ids(w->to, w->o->id, (size_t)w->n));
@@ -338,6 +339,7 @@ static sh_status make(row *w, const char *model, int64_t created) {
 sh_status sh_result_row(const sh_intake *in, const sh_request *r, const sh_output *o, int64_t created, sh_buf *to) {
     row w = {.tok = sh_intake_tokenizer(in), .r = r, .o = o, .to = to, .n = o->n};
     while (w.n > 0 && o->id[w.n - 1] < 0) w.n--; /* an end without a token */
+    if (r->score_only) w.n = 0;
     sh_buf_init(&w.prompt, 0);
     sh_buf_init(&w.text, 0);
     sh_buf_init(&w.piece, 0);

@@ -93,7 +93,7 @@ static void test_fields(void) {
     CU_ASSERT_EQUAL(r.sampling.logprobs, 0);
     sh_request_release(&r);
     r = ask(in, 'c', "\"max_tokens\":0,\"echo\":true,\"logprobs\":1");
-    CU_ASSERT(r.status == 0 && r.sampling.max_tokens == 0 && r.sampling.score_prompt);
+    CU_ASSERT(r.status == 0 && r.score_only && r.sampling.max_tokens == 1 && r.sampling.score_prompt);
     sh_request_release(&r);
 }
 

@@ -168,13 +168,15 @@ static void test_scoring(void) {
     sh_request r =
         request("{\"custom_id\":\"a\",\"prompt\":[10,500,501],\"echo\":true,\"logprobs\":0,\"max_tokens\":0}");
     float score[2] = {-1.5f, -2.25f};
-    sh_output o = {.finish = SH_FINISH_LENGTH, .text_len = -1, .score = score, .n_scores = 2};
+    int32_t extra = 600; /* what is generated beyond the scores is no part of the row */
+    sh_output o = {.id = &extra, .n = 1, .finish = SH_FINISH_STOP, .text_len = -1, .score = score, .n_scores = 2};
     json_t *j = row_of(&r, &o);
     const json_t *l = at(j, "response.body.choices.0.logprobs");
     CU_ASSERT_EQUAL(json_array_size(at(l, "token_logprobs")), 3);
     CU_ASSERT(json_is_null(at(l, "token_logprobs.0")) && json_number_value(at(l, "token_logprobs.2")) == -2.25);
     CU_ASSERT(json_is_null(at(l, "top_logprobs")));
     CU_ASSERT_EQUAL(json_integer_value(at(j, "response.body.usage.completion_tokens")), 0);
+    CU_ASSERT_STRING_EQUAL(text_at(j, "response.body.choices.0.finish_reason"), "length");
     CU_ASSERT(!strncmp(text_at(j, "response.body.choices.0.text"), "<bos>", 5)); /* nothing of the prompt is hidden */
     json_decref(j);
     sh_request_release(&r);
