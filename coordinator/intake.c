@@ -33,6 +33,11 @@ static char *last_part(const char *path) {
     return strndup(path + at, n - at);
 }
 
+void sh_intake_set_options(sh_intake *in, const sh_intake_options *o) {
+    in->options = *o;
+    in->max_context = o->max_context > 0 ? o->max_context : in->config.max_context;
+}
+
 static sh_status load(sh_intake *in, const char *model_dir) {
     SH_TRY(sh_config_load(model_dir, &in->config));
     SH_TRY(sh_generation_load(model_dir, &in->config, &in->generation));
@@ -40,7 +45,7 @@ static sh_status load(sh_intake *in, const char *model_dir) {
     SH_TRY(sh_chat_load(model_dir, &in->chat));
     in->name = last_part(model_dir);
     if (!in->name) SH_FAIL(SH_EMEMORY, "no memory for a name");
-    in->max_context = in->options.max_context > 0 ? in->options.max_context : in->config.max_context;
+    sh_intake_set_options(in, &in->options);
     return SH_OK;
 }
 

@@ -21,6 +21,8 @@ typedef struct sh_intake_options {
 typedef struct sh_intake sh_intake;
 sh_status sh_intake_create(const char *model_dir, const sh_intake_options *o, sh_intake **out);
 void sh_intake_destroy(sh_intake **in);
+/* Other options from here on: jobs differ in theirs, and share the model's files. */
+void sh_intake_set_options(sh_intake *in, const sh_intake_options *o);
 const sh_tokenizer *sh_intake_tokenizer(const sh_intake *in);
 const char *sh_intake_model_name(const sh_intake *in); /* the checkpoint directory's own name */
 
