@@ -29,8 +29,7 @@ static void test_philox(void) { /* known answers of Random123's kat_vectors */
               sh_draw_uniform(1, 0, 5) != sh_draw_uniform(2, 0, 5));
 }
 
-/* --- filters against a plain sort
- * ------------------------------------------------------------------------------------------ */
+/* --- filters against a plain sort --- */
 
 typedef struct entry {
     float y;
@@ -148,8 +147,7 @@ static void test_bad_logits(void) {
     sh_draw_destroy(&d);
 }
 
-/* --- the draw
- * ------------------------------------------------------------------------------------------------------------- */
+/* --- the draw --- */
 
 /* Chi-square of `draws` positions against exact probabilities, for a row whose six likely ids sit in different
  * segments. */
@@ -190,8 +188,7 @@ static void test_draw_is_fair(void) {
     sh_draw_destroy(&d);
 }
 
-/* --- sequences
- * -------------------------------------------------------------------------------------------------------------- */
+/* --- sequences --- */
 
 enum { VOCAB = 2048, CONTEXT = 256 };
 
