@@ -164,6 +164,27 @@ static void test_completion_logprobs(void) {
     sh_ids_release(&ids);
 }
 
+/* A begin token that the tokenizer put before the string is among the tokens, not in the text. */
+static void test_echo_with_bos(void) {
+    sh_intake *base = NULL, *keep = in;
+    sh_intake_options o = {0};
+    CU_ASSERT_EQUAL_FATAL(sh_intake_create(MODELS "26b-a4b-sharded", &o, &base), SH_OK);
+    in = base;
+    sh_request r = request("{\"custom_id\":\"a\",\"prompt\":\"ab cd\",\"echo\":true,\"logprobs\":0,\"max_tokens\":0}");
+    sh_output out = {.finish = SH_FINISH_LENGTH, .text_len = -1};
+    json_t *j = row_of(&r, &out);
+    const json_t *l = at(j, "response.body.choices.0.logprobs");
+    CU_ASSERT_STRING_EQUAL(text_at(j, "response.body.choices.0.text"), "ab cd");
+    CU_ASSERT_STRING_EQUAL(text_at(l, "tokens.0"), "<bos>");
+    CU_ASSERT_EQUAL(json_integer_value(at(l, "text_offset.0")), 0);
+    CU_ASSERT_EQUAL(json_integer_value(at(l, "text_offset.1")), 0);
+    CU_ASSERT(json_integer_value(at(l, "text_offset.2")) > 0);
+    json_decref(j);
+    sh_request_release(&r);
+    in = keep;
+    sh_intake_destroy(&base);
+}
+
 static void test_scoring(void) {
     sh_request r =
         request("{\"custom_id\":\"a\",\"prompt\":[10,500,501],\"echo\":true,\"logprobs\":0,\"max_tokens\":0}");
@@ -356,6 +377,7 @@ int main(void) {
     CU_add_test(s, "names follow content", test_names_follow_content);
     CU_add_test(s, "stops", test_stops);
     CU_add_test(s, "completion logprobs", test_completion_logprobs);
+    CU_add_test(s, "echo with bos", test_echo_with_bos);
     CU_add_test(s, "scoring", test_scoring);
     CU_add_test(s, "chat", test_chat);
     CU_add_test(s, "tool calls", test_tool_calls);
