@@ -54,14 +54,20 @@ static void hwloc_version(char *to) {
         snprintf(to, SH_FACTS_MAX, "not found");
 }
 
+/* "OpenBLAS 0.3.21 …; core Haswell", "" when the library is missing; the library is opened only for this. */
+static const char *openblas_line(void) {
+    static char text[SH_FACTS_MAX];
+    SH_IGNORE(sh_blas_check(text, sizeof text));
+    return text;
+}
+
 static void openblas_version(char *to) {
-    char *(*f)(void) = ASK(char *(*)(void), "openblas_get_config");
-    snprintf(to, SH_FACTS_MAX, "%.150s", f ? f() : "not found");
+    snprintf(to, SH_FACTS_MAX, "%s", *openblas_line() ? openblas_line() : "not found");
 }
 
 const char *sh_facts_blas_core(void) {
-    char *(*f)(void) = ASK(char *(*)(void), "openblas_get_corename");
-    return f ? f() : "";
+    const char *core = strstr(openblas_line(), "; core ");
+    return core ? core + strlen("; core ") : "";
 }
 
 int sh_facts_libraries(sh_library_fact *f, int max) {

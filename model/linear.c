@@ -1,7 +1,18 @@
 /* Splits matrix products over a team. Knows nothing of the arithmetic: any split gives the same bits. */
 #include "model/linear.h"
 
-#define ROW_BLOCK 512 /* rows per piece of work */
+#include <stdatomic.h>
+
+/*
+ * Few rows are bound by memory: each member streams one contiguous share of the panels. Many rows are bound by
+ * arithmetic: the work is cut into pieces (some panels × some rows) that members take as they come, so that one that is
+ * held up by other work on its CPU does not hold up the rest.
+ */
+#define STREAM_ROWS  24 /* up to here shares, above pieces */
+#define PIECE_PANELS 24 /* most panels of a piece; fewer when that leaves members idle, but not less than … */
+#define LEAST_PANELS 8
+#define LEAST_ROWS   48
+#define PIECES_EACH  4 /* pieces per member to aim at */
 
 typedef struct product {
     const sh_kernels *kn;
@@ -11,36 +22,68 @@ typedef struct product {
     size_t ldx;
     float *const *y;
     const size_t *ldy;
+    int panels, rows, across, pieces; /* of a piece; pieces side by side along panels; all */
+    atomic_int next;
 } product;
 
-/* Panels [lo, hi) of the matrices laid end to end. */
-static void run_panels(const product *p, int lo, int hi) {
+/* Panels [lo, hi) of the matrices laid end to end, rows [r0, r1). */
+static void run_part(const product *p, int lo, int hi, int r0, int r1) {
+    const float *x = p->x + (size_t)r0 * p->ldx;
     for (int i = 0, first = 0; i < p->count; i++) {
         int n = sh_wmat_panels(p->w[i]->n);
         int a = lo > first ? lo - first : 0, b = hi - first < n ? hi - first : n;
-        if (a < b) {
-            for (int r = 0; r < p->m; r += ROW_BLOCK) {
-                int rows = p->m - r < ROW_BLOCK ? p->m - r : ROW_BLOCK;
-                p->kn->gemm(p->w[i], a, b, p->x + (size_t)r * p->ldx, p->ldx, rows, p->y[i] + (size_t)r * p->ldy[i],
-                            p->ldy[i]);
-            }
-        }
+        if (a < b) p->kn->gemm(p->w[i], a, b, x, p->ldx, r1 - r0, p->y[i] + (size_t)r0 * p->ldy[i], p->ldy[i]);
         first += n;
     }
 }
 
-static void member_run(void *arg, int member, int size) {
+static void share_run(void *arg, int member, int size) {
     const product *p = arg;
     int lo, hi;
     sh_team_share(p->total, member, size, &lo, &hi);
-    run_panels(p, lo, hi);
+    run_part(p, lo, hi, 0, p->m);
+}
+
+static void pieces_run(void *arg, int member, int size) {
+    product *p = arg;
+    (void)member;
+    (void)size;
+    for (;;) {
+        int i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed);
+        if (i >= p->pieces) return;
+        int lo = i % p->across * p->panels, r0 = i / p->across * p->rows;
+        run_part(p, lo, lo + p->panels < p->total ? lo + p->panels : p->total, r0,
+                 r0 + p->rows < p->m ? r0 + p->rows : p->m);
+    }
+}
+
+static int clamp(int v, int lo, int hi) {
+    return v < lo ? lo : v > hi ? hi : v;
+}
+
+static int parts(int n, int of) {
+    return (n + of - 1) / of;
+}
+
+static void cut_pieces(product *p, int members) {
+    int want = members * PIECES_EACH;
+    p->panels = clamp(parts(p->total, want), LEAST_PANELS, PIECE_PANELS);
+    p->across = parts(p->total, p->panels);
+    p->rows = clamp(parts(p->m, parts(want, p->across)), LEAST_ROWS, p->m > LEAST_ROWS ? p->m : LEAST_ROWS);
+    p->pieces = p->across * parts(p->m, p->rows);
 }
 
 void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const float *x, size_t ldx,
                      int m, float *const *y, const size_t *ldy) {
     product p = {.kn = kn, .count = count, .m = m, .w = w, .x = x, .ldx = ldx, .y = y, .ldy = ldy};
     for (int i = 0; i < count; i++) p.total += sh_wmat_panels(w[i]->n);
-    if (m > 0) sh_team_run(t, member_run, &p);
+    if (m <= 0 || p.total == 0) return;
+    if (m <= STREAM_ROWS || sh_team_size(t) == 1) {
+        sh_team_run(t, share_run, &p);
+    } else {
+        cut_pieces(&p, sh_team_size(t));
+        sh_team_run(t, pieces_run, &p);
+    }
 }
 
 void sh_linear(sh_team *t, const sh_kernels *kn, const sh_wmat *w, const float *x, size_t ldx, int m, float *y,

@@ -17,12 +17,12 @@
 #include "worker/ledger.h"
 
 enum {
-    OUTBOX = 8192,            /* tokens on their way from the main thread */
+    OUTBOX = 8192, /* tokens on their way from the main thread */
     TOKENS_PER_MESSAGE = 4096,
-    TICK_MS = 10,             /* tokens wait at most this long, so that they travel in company */
+    TICK_MS = 10, /* tokens wait at most this long, so that they travel in company */
     FIRST_WAIT_MS = 120000,
-    FIRST_BEAT_MS = 1000,     /* pace of hellos before the welcome says otherwise */
-    GRACE_MS = 10000          /* a main thread that does not leave in this time is stuck */
+    FIRST_BEAT_MS = 1000, /* pace of hellos before the welcome says otherwise */
+    GRACE_MS = 10000      /* a main thread that does not leave in this time is stuck */
 };
 
 typedef struct out_item {
@@ -73,7 +73,8 @@ struct sh_uplink {
     bool said_ready;
 };
 
-/* ---- the thread: sending -------------------------------------------------------------------------------------------- */
+/* ---- the thread: sending --------------------------------------------------------------------------------------------
+ */
 
 static sh_status send_packed(sh_uplink *u, const Shoal__FromRank *m) {
     sh_buf_clear(&u->buf);
@@ -174,7 +175,8 @@ static sh_status send_tokens(sh_uplink *u) {
     }
 }
 
-/* ---- the thread: hearing --------------------------------------------------------------------------------------------- */
+/* ---- the thread: hearing
+ * --------------------------------------------------------------------------------------------- */
 
 static void end_service(sh_uplink *u, sh_uplink_state why, const char *reason) {
     if (atomic_load(&u->state) != SH_UPLINK_SERVING) return;
@@ -247,7 +249,8 @@ static sh_status take_work(sh_uplink *u, const Shoal__Work *w) {
     sh_status st = read_sampling(w->sampling, sampling);
     int scored = w->has_scored ? w->scored : 0;
     if (st == SH_OK)
-        st = sh_seq_create(w->key, w->prompt, w->n_prompt, w->generated, w->n_generated, sampling, scored, u->vocab, &s);
+        st =
+            sh_seq_create(w->key, w->prompt, w->n_prompt, w->generated, w->n_generated, sampling, scored, u->vocab, &s);
     bool logprobs = sampling->logprobs >= 0;
     free(sampling);
     if (st != SH_OK) return say_rejected(u, w->key, sh_error_text());
@@ -310,7 +313,8 @@ static sh_status hear(sh_uplink *u) {
     }
 }
 
-/* ---- the thread: time --------------------------------------------------------------------------------------------------- */
+/* ---- the thread: time
+ * --------------------------------------------------------------------------------------------------- */
 
 static sh_status keep_time(sh_uplink *u) {
     double now = sh_now(), silent = (now - u->heard) * 1e3;
@@ -375,7 +379,8 @@ static void *uplink_main(void *arg) {
     return NULL;
 }
 
-/* ---- the main thread's side ------------------------------------------------------------------------------------------------ */
+/* ---- the main thread's side
+ * ------------------------------------------------------------------------------------------------ */
 
 static void release(sh_uplink *u) {
     for (in_item *i = u->in_head, *next; i; i = next) {
@@ -463,7 +468,8 @@ sh_status sh_uplink_welcome(sh_uplink *u, const Shoal__Welcome **out) {
     return SH_OK;
 }
 
-sh_status sh_uplink_ready(sh_uplink *u, int kv_tokens, int max_seqs, uint64_t fingerprint, int vocab, const char *note) {
+sh_status sh_uplink_ready(sh_uplink *u, int kv_tokens, int max_seqs, uint64_t fingerprint, int vocab,
+                          const char *note) {
     char *copy = note ? strdup(note) : NULL;
     if (note && !copy) SH_FAIL(SH_EMEMORY, "no memory for a note");
     pthread_mutex_lock(&u->lock);

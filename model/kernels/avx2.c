@@ -8,8 +8,9 @@
 #define SH_WS_VECS 2
 #include "model/kernels/rows.h"
 
-#define FEW_ROWS    3    /* up to here weights are streamed once */
+#define FEW_ROWS    2    /* up to here weights are streamed once */
 #define TILE_ROWS   6    /* 12 sums of half a panel, two weight registers, one broadcast */
+#define TILE_STRIDE 8    /* of packed rows */
 #define K_BLOCK     256  /* inputs per pass: 16 KiB of a panel and 6 KiB of packed rows stay in L1 */
 #define PANEL_BLOCK 12   /* panels whose K_BLOCK stays in L2 while all rows pass */
 #define AHEAD       2048 /* bytes */
@@ -88,9 +89,6 @@ static void gemm_few(const sh_wmat *w, int p0, int p1, const float *x, size_t ld
     case 2:
         stream_rows(w, p0, p1, x, ldx, 2, 1, y, ldy);
         break;
-    case 3:
-        stream_rows(w, p0, p1, x, ldx, 3, 1, y, ldy);
-        break;
     default:
         break;
     }
@@ -98,17 +96,19 @@ static void gemm_few(const sh_wmat *w, int p0, int p1, const float *x, size_t ld
 
 /* ---- many rows: bound by arithmetic ------------------------------------------------------------------------------ */
 
-/* `rows` packed rows (xt[kk][r]) times one K block of half a panel (8 words of each 16: outputs h·8 … and 16 + h·8 …,
- * of which lo and hi exist); the sums wait in y between blocks. */
+/* `rows` packed rows (xt[kk · TILE_STRIDE + r]) times one K block of half a panel (8 words of each 16: outputs h·8 …
+ * and 16 + h·8 …, of which lo and hi exist); the sums wait in y between blocks. `ahead`: bytes to the weights that come
+ * next, fetched meanwhile; 0 when they are near already. */
 SH_INLINE void block_tile(const uint32_t *d, const float *xt, int kb, int rows, float *y, size_t ldy, int lo, int hi,
-                          bool first) {
+                          bool first, size_t ahead) {
     __m256 acc[TILE_ROWS][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         acc[r][0] = first ? _mm256_setzero_ps() : load8_n(y + (size_t)r * ldy, lo);
         acc[r][1] = first ? _mm256_setzero_ps() : load8_n(y + (size_t)r * ldy + 16, hi);
     }
-    for (int kk = 0; kk < kb; kk++, d += SH_LANES, xt += rows) {
+    for (int kk = 0; kk < kb; kk++, d += SH_LANES, xt += TILE_STRIDE) {
+        _mm_prefetch((const char *)d + ahead, _MM_HINT_T0);
         __m256i u = load8(d);
         __m256 a = widen_lo(u), c = widen_hi(u);
 #pragma GCC unroll 8
@@ -125,36 +125,31 @@ SH_INLINE void block_tile(const uint32_t *d, const float *xt, int kb, int rows, 
     }
 }
 
-static void block_rows(int rows, const uint32_t *d, const float *xt, int kb, float *y, size_t ldy, int n, bool first) {
+static void block_rows(int rows, const uint32_t *d, const float *xt, int kb, float *y, size_t ldy, int n, bool first,
+                       size_t ahead) {
     for (int h = 0; h < 16; h += 8) { /* n: outputs of the panel that exist */
         int lo = n - h, hi = n - h - 16;
 #define TILE(c)                                                                                                        \
     case c:                                                                                                            \
-        block_tile(d + h, xt, kb, c, y + h, ldy, lo, hi, first);                                                       \
+        block_tile(d + h, xt, kb, c, y + h, ldy, lo, hi, first, ahead);                                                \
         break;
         switch (rows) { TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) default : break; }
 #undef TILE
     }
 }
 
-/* xt[kk][r] = x[r][kk]: one stream for the inner loop instead of one per row. */
-static void pack_rows(float *xt, const float *x, size_t ldx, int rows, int kb) {
-    for (int r = 0; r < rows; r++) {
-        for (int kk = 0; kk < kb; kk++) xt[(size_t)kk * (size_t)rows + (size_t)r] = x[(size_t)r * ldx + (size_t)kk];
-    }
-}
-
 static void gemm_many(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, int m, float *y, size_t ldy) {
-    float xt[K_BLOCK * TILE_ROWS] __attribute__((aligned(64)));
+    float xt[K_BLOCK * TILE_STRIDE] __attribute__((aligned(64)));
     int tiles = (m + TILE_ROWS - 1) / TILE_ROWS; /* as even as possible, so that no short tile is left over */
     for (int k0 = 0; k0 < w->k; k0 += K_BLOCK) {
         int kb = w->k - k0 < K_BLOCK ? w->k - k0 : K_BLOCK;
         for (int t = 0; t < tiles; t++) {
             int r0 = (int)((long)m * t / tiles), rows = (int)((long)m * (t + 1) / tiles) - r0;
-            pack_rows(xt, x + (size_t)r0 * ldx + (size_t)k0, ldx, rows, kb);
+            pack_rows(xt, TILE_STRIDE, x + (size_t)r0 * ldx + (size_t)k0, ldx, rows, kb);
             for (int p = p0; p < p1; p++) {
                 block_rows(rows, w->data + ((size_t)p * (size_t)w->k + (size_t)k0) * SH_LANES, xt, kb,
-                           y + (size_t)r0 * ldy + (size_t)p * SH_PANEL, ldy, w->n - p * SH_PANEL, k0 == 0);
+                           y + (size_t)r0 * ldy + (size_t)p * SH_PANEL, ldy, w->n - p * SH_PANEL, k0 == 0,
+                           t == 0 ? (size_t)w->k * 64 : 0);
             }
         }
     }

@@ -39,14 +39,14 @@ SH_INLINE void stream_tile(const sh_wmat *w, int p, int panels, const float *x, 
     size_t k = (size_t)w->k;
     const uint32_t *d = w->data + (size_t)p * k * SH_LANES;
     __m512 acc[FEW_ROWS][4][2];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
         for (int i = 0; i < panels; i++) acc[r][i][0] = acc[r][i][1] = _mm512_setzero_ps();
     }
     for (size_t kk = 0; kk < k; kk++) {
         __m512 b[FEW_ROWS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < rows; r++) b[r] = _mm512_set1_ps(x[(size_t)r * ldx + kk]);
 #pragma GCC unroll 4
         for (int i = 0; i < panels; i++) {
@@ -54,7 +54,7 @@ SH_INLINE void stream_tile(const sh_wmat *w, int p, int panels, const float *x, 
             _mm_prefetch((const char *)q + AHEAD, _MM_HINT_T0);
             __m512i u = _mm512_loadu_si512(q);
             __m512 lo = widen_lo(u), hi = widen_hi(u);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int r = 0; r < rows; r++) {
                 acc[r][i][0] = _mm512_fmadd_ps(b[r], lo, acc[r][i][0]);
                 acc[r][i][1] = _mm512_fmadd_ps(b[r], hi, acc[r][i][1]);
@@ -65,7 +65,7 @@ SH_INLINE void stream_tile(const sh_wmat *w, int p, int panels, const float *x, 
     for (int i = 0; i < panels; i++) {
         halves mask = panel_masks(w, p + i);
         float *out = y + (size_t)(p + i) * SH_PANEL;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             _mm512_mask_storeu_ps(out + (size_t)r * ldy, mask.lo, acc[r][i][0]);
             _mm512_mask_storeu_ps(out + (size_t)r * ldy + 16, mask.hi, acc[r][i][1]);
@@ -82,35 +82,29 @@ SH_INLINE void stream_rows(const sh_wmat *w, int p0, int p1, const float *x, siz
 }
 
 static void gemm_few(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, int m, float *y, size_t ldy) {
+#define ROWS(n, panels)                                                                                                \
+    case n:                                                                                                            \
+        stream_rows(w, p0, p1, x, ldx, n, panels, y, ldy);                                                             \
+        break
     switch (m) {
-    case 1:
-        stream_rows(w, p0, p1, x, ldx, 1, 4, y, ldy);
-        break;
-    case 2:
-        stream_rows(w, p0, p1, x, ldx, 2, 4, y, ldy);
-        break;
-    case 3:
-        stream_rows(w, p0, p1, x, ldx, 3, 2, y, ldy);
-        break;
-    case 4:
-        stream_rows(w, p0, p1, x, ldx, 4, 2, y, ldy);
-        break;
-    case 5:
-        stream_rows(w, p0, p1, x, ldx, 5, 2, y, ldy);
-        break;
-    case 6:
-        stream_rows(w, p0, p1, x, ldx, 6, 2, y, ldy);
-        break;
+        ROWS(1, 4);
+        ROWS(2, 4);
+        ROWS(3, 2);
+        ROWS(4, 2);
+        ROWS(5, 2);
+        ROWS(6, 2);
     default:
         break;
     }
+#undef ROWS
 }
 
 /* ---- many rows: bound by arithmetic ------------------------------------------------------------------------------ */
 
-/* `rows` packed rows (xt[kk][r]) times one K block of one panel; the sums wait in y between blocks. */
+/* `rows` packed rows (xt[kk · TILE_ROWS + r]) times one K block of one panel; the sums wait in y between blocks.
+ * `ahead`: bytes to the weights that come next, fetched meanwhile; 0 when they are near already. */
 SH_INLINE void block_tile(const uint32_t *d, const float *xt, int kb, int rows, float *y, size_t ldy, halves mask,
-                          bool first) {
+                          bool first, size_t ahead) {
     __m512 acc[TILE_ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
@@ -121,7 +115,8 @@ SH_INLINE void block_tile(const uint32_t *d, const float *xt, int kb, int rows, 
             acc[r][1] = _mm512_maskz_loadu_ps(mask.hi, y + (size_t)r * ldy + 16);
         }
     }
-    for (int kk = 0; kk < kb; kk++, d += SH_LANES, xt += rows) {
+    for (int kk = 0; kk < kb; kk++, d += SH_LANES, xt += TILE_ROWS) {
+        _mm_prefetch((const char *)d + ahead, _MM_HINT_T0);
         __m512i u = _mm512_loadu_si512(d);
         __m512 lo = widen_lo(u), hi = widen_hi(u);
 #pragma GCC unroll 16
@@ -139,23 +134,16 @@ SH_INLINE void block_tile(const uint32_t *d, const float *xt, int kb, int rows, 
 }
 
 static void block_rows(int rows, const uint32_t *d, const float *xt, int kb, float *y, size_t ldy, halves mask,
-                       bool first) {
+                       bool first, size_t ahead) {
 #define TILE(n)                                                                                                        \
     case n:                                                                                                            \
-        block_tile(d, xt, kb, n, y, ldy, mask, first);                                                                 \
+        block_tile(d, xt, kb, n, y, ldy, mask, first, ahead);                                                          \
         break;
     switch (rows) {
         TILE(1)
         TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) default : break;
     }
 #undef TILE
-}
-
-/* xt[kk][r] = x[r][kk]: one stream for the inner loop instead of one per row. */
-static void pack_rows(float *xt, const float *x, size_t ldx, int rows, int kb) {
-    for (int r = 0; r < rows; r++) {
-        for (int kk = 0; kk < kb; kk++) xt[(size_t)kk * (size_t)rows + (size_t)r] = x[(size_t)r * ldx + (size_t)kk];
-    }
 }
 
 static void gemm_many(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, int m, float *y, size_t ldy) {
@@ -165,10 +153,11 @@ static void gemm_many(const sh_wmat *w, int p0, int p1, const float *x, size_t l
         int kb = w->k - k0 < K_BLOCK ? w->k - k0 : K_BLOCK;
         for (int t = 0; t < tiles; t++) {
             int r0 = (int)((long)m * t / tiles), rows = (int)((long)m * (t + 1) / tiles) - r0;
-            pack_rows(xt, x + (size_t)r0 * ldx + (size_t)k0, ldx, rows, kb);
+            pack_rows(xt, TILE_ROWS, x + (size_t)r0 * ldx + (size_t)k0, ldx, rows, kb);
             for (int p = p0; p < p1; p++) {
                 block_rows(rows, w->data + ((size_t)p * (size_t)w->k + (size_t)k0) * SH_LANES, xt, kb,
-                           y + (size_t)r0 * ldy + (size_t)p * SH_PANEL, ldy, panel_masks(w, p), k0 == 0);
+                           y + (size_t)r0 * ldy + (size_t)p * SH_PANEL, ldy, panel_masks(w, p), k0 == 0,
+                           t == 0 ? (size_t)w->k * 64 : 0);
             }
         }
     }
@@ -194,11 +183,11 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
     const float *kp[8];
 #pragma GCC unroll 16
     for (int i = 0; i < SH_LANES; i++) acc[i] = _mm512_setzero_ps();
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < keys; j++) kp[j] = k + (size_t)(j < some ? j : some - 1) * (size_t)hd;
     int d = 0;
     for (; d + SH_LANES <= hd; d += SH_LANES) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < keys; j++) {
             __m512 b = _mm512_loadu_ps(kp[j] + d);
 #pragma GCC unroll 4
@@ -210,7 +199,7 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
     }
     if (d < hd) {
         __mmask16 m = lanes(hd - d);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < keys; j++) {
             __m512 b = _mm512_maskz_loadu_ps(m, kp[j] + d);
 #pragma GCC unroll 4

@@ -89,7 +89,16 @@ extern const char *const sh_kernels_levels[];
 void sh_kernels_fill_ref(sh_kernels *t);
 void sh_kernels_fill_avx2(sh_kernels *t);
 void sh_kernels_fill_avx512(sh_kernels *t);
-void sh_kernels_fill_blas(sh_kernels *t);
+void sh_kernels_fill_blas(sh_kernels *t); /* after sh_blas_load */
+
+/* Opens OpenBLAS, once per process; SH_EUNSUPPORTED when it is missing. Where it does not know the CPU and falls back
+ * to kernels of an old one, it is opened again with OPENBLAS_CORETYPE set to what the CPU has. Not before it is needed:
+ * its start costs memory. Set no environment from other threads meanwhile. */
+sh_status sh_blas_load(void);
+/* For `shoal doctor`: loads OpenBLAS and writes one line, version and core, to text[n]. SH_EUNSUPPORTED (with the
+ * reason in sh_error_text, and text written too unless the library is missing) when it is missing or runs an old CPU's
+ * kernels. */
+sh_status sh_blas_check(char *text, size_t n);
 
 /* One exp and one log for scalar callers (sampler): the same polynomial as the table's. */
 float sh_expf(float x);

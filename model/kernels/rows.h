@@ -21,6 +21,29 @@ SH_INLINE void put(float *y, v16 a, int c) {
     }
 }
 
+/* xt[kk · stride + r] = x[r][kk] for kk < kb: one stream for the inner loop of gemm instead of one per row. stride is a
+ * multiple of 4, at least `rows`. Up to three columns past `rows` hold copies of the last row and are not used. */
+SH_INLINE void pack_rows(float *xt, int stride, const float *x, size_t ldx, int rows, int kb) {
+    for (int r = 0; r < rows; r += 4) {
+        const float *row[4];
+        for (int i = 0; i < 4; i++) row[i] = x + (size_t)(r + i < rows ? r + i : rows - 1) * ldx;
+        float *to = xt + r;
+        int kk = 0;
+        for (; kk + 4 <= kb; kk += 4, to += 4 * stride) {
+            __m128 a = _mm_loadu_ps(row[0] + kk), b = _mm_loadu_ps(row[1] + kk);
+            __m128 c = _mm_loadu_ps(row[2] + kk), d = _mm_loadu_ps(row[3] + kk);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            _mm_storeu_ps(to, a);
+            _mm_storeu_ps(to + stride, b);
+            _mm_storeu_ps(to + 2 * stride, c);
+            _mm_storeu_ps(to + 3 * stride, d);
+        }
+        for (; kk < kb; kk++, to += stride) {
+            for (int i = 0; i < 4; i++) to[i] = row[i][kk];
+        }
+    }
+}
+
 /* ---- elementary functions ---------------------------------------------------------------------------------------- */
 
 /* Returns exp(r) − 1; *t gets n + SH_ROUND_F, where x = n·ln 2 + r. */

@@ -13,7 +13,7 @@ const char *const sh_kernels_levels[] = {"ref", "avx2", "avx512", "blas", NULL};
 
 static sh_kernels tables[LEVELS];
 static bool present[LEVELS];
-static pthread_once_t once = PTHREAD_ONCE_INIT;
+static pthread_once_t once = PTHREAD_ONCE_INIT, once_blas = PTHREAD_ONCE_INIT;
 
 /* Fills `t` with the best native kernels up to `level` and says whether the CPU has that level. */
 static bool fill_native(sh_kernels *t, int level) {
@@ -37,16 +37,24 @@ static void build(void) {
         present[i] = fill_native(&tables[i], i);
         tables[i].isa = sh_kernels_levels[i];
     }
+}
+
+static void build_blas(void) {
     (void)fill_native(&tables[BLAS], AVX512);
     sh_kernels_fill_blas(&tables[BLAS]);
     tables[BLAS].isa = sh_kernels_levels[BLAS];
-    present[BLAS] = true;
 }
 
 sh_status sh_kernels_get(const char *isa, const sh_kernels **out) {
     pthread_once(&once, build);
     for (int i = 0; i < LEVELS; i++) {
         if (strcmp(isa, sh_kernels_levels[i]) != 0) continue;
+        if (i == BLAS) {
+            SH_TRY(sh_blas_load());
+            pthread_once(&once_blas, build_blas);
+            *out = &tables[i];
+            return SH_OK;
+        }
         if (!present[i]) {
             SH_FAIL(SH_EUNSUPPORTED, "instruction set '%s': this CPU lacks it: the best here is %s", isa,
                     present[AVX2] ? "avx2" : "ref");

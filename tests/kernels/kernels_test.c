@@ -525,6 +525,9 @@ static void test_select(void) {
     setenv("SHOAL_ISA", "sse9", 1);
     CU_ASSERT_EQUAL(sh_kernels_select(&kn), SH_EINPUT);
     CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "SHOAL_ISA"));
+    char line[300] = "";
+    CU_ASSERT_EQUAL(sh_blas_check(line, sizeof line), SH_OK);
+    CU_ASSERT_PTR_NOT_NULL(strstr(line, "; core "));
     unsetenv("SHOAL_ISA");
     CU_ASSERT_EQUAL(sh_kernels_select(&kn), SH_OK);
     CU_ASSERT_STRING_NOT_EQUAL(kn->isa, "blas");
