@@ -16,9 +16,7 @@
 #include "cli/facts.h"
 #include "cli/options.h"
 #include "common/file.h"
-#if __has_include("partition/machine.h")
 #include "partition/machine.h"
-#endif
 
 #define SOCKET_PATH_MOST 107 /* sun_path less its 0 */
 
@@ -120,7 +118,7 @@ static void check_folders(void) {
 }
 
 static void check_system(void) {
-    char a[256], b[256];
+    char a[256];
     struct utsname u;
     if (uname(&u) == 0) say(GOOD, "system", NULL, "%s %s, %s", u.sysname, u.release, u.machine);
     first_line("/sys/kernel/mm/transparent_hugepage/enabled", a, sizeof a);
@@ -131,21 +129,26 @@ static void check_system(void) {
     if (getrlimit(RLIMIT_NOFILE, &r) == 0)
         say(r.rlim_cur >= 256 ? GOOD : SLOW, "open files", "ulimit -n 1024", "limit %llu",
             (unsigned long long)r.rlim_cur);
-    first_line("/sys/fs/cgroup/cpu.max", a, sizeof a);
-    first_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", b, sizeof b);
-    if (*a)
-        say(GOOD, "CPU quota", NULL, "%s (cgroup v2: microseconds, period)", a);
-    else if (*b)
-        say(GOOD, "CPU quota", NULL, "%s", atoll(b) > 0 ? b : "none");
 }
 
-#if __has_include("partition/machine.h")
-static void check_machine(void) {}
-#else
+/* CPUs and memory that a run may use, and where each limit comes from. */
 static void check_machine(void) {
-    say(GOOD, "CPUs", NULL, "%ld", sysconf(_SC_NPROCESSORS_ONLN));
+    static sh_machine m;
+    sh_buf text;
+    sh_buf_init(&text, 0);
+    if (sh_machine_read(NULL, &m) != SH_OK || sh_machine_print(&m, &text) != SH_OK) {
+        say(MISSING, "machine", "mount /proc and /sys", "%s", sh_error_text());
+    } else {
+        char *rest = (char *)text.data;
+        for (char *line = strsep(&rest, "\n"); line; line = strsep(&rest, "\n"))
+            if (*line) printf("%-8s%s\n", "ok", line);
+        const sh_memory_limit *least = &m.limit[m.memory_from];
+        if (m.memory < (uint64_t)256 << 20)
+            say(SLOW, "memory", "raise the limit named here, or end other programs", "%.0f MiB are left by %s (%s)",
+                (double)m.memory / 0x1p20, least->name, least->source);
+    }
+    sh_buf_release(&text);
 }
-#endif
 
 static void check_demo(void) {
     const char *model = sh_demo_model();

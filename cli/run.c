@@ -16,13 +16,13 @@
 #include <unistd.h>
 #include "cli/commands.h"
 #include "cli/input.h"
-#include "cli/nodes.h"
 #include "cli/options.h"
 #include "cli/session.h"
 #include "common/clock.h"
 #include "common/file.h"
 #include "common/hash.h"
 #include "common/log.h"
+#include "partition/machine.h"
 
 static const char usage[] =
     "Usage: shoal run -m MODEL -i requests.jsonl -o results.jsonl [-n RANKS] [options]\n"
@@ -178,10 +178,10 @@ static sh_status check_ranks(run *r) {
     static sh_config config; /* a large table */
     SH_TRY(sh_config_load(r->model, &config));
     SH_TRY(sh_options_ranks(&r->shared, &r->ranks));
-    sh_nodes nodes;
-    sh_nodes_read(&nodes);
-    r->cpus = nodes.cpus;
-    if (!r->ranks) r->ranks = nodes.numa < config.n_layers ? nodes.numa : config.n_layers;
+    static sh_machine machine;
+    SH_TRY(sh_machine_read(NULL, &machine));
+    r->cpus = machine.n_cpus;
+    if (!r->ranks) r->ranks = machine.n_numa < config.n_layers ? machine.n_numa : config.n_layers;
     if (r->ranks > config.n_layers)
         SH_FAIL(SH_EINPUT, "-n: %d ranks are more than the %d layers of the model: allowed are 1 to %d", r->ranks,
                 config.n_layers, config.n_layers);

@@ -19,7 +19,7 @@
 
 #define JOB_NAME       "run"
 #define STATUS_CALL_MS 1000
-#define SUBMIT_CALL_MS 30000
+#define SUBMIT_CALL_MS 10000
 
 /* One of the two supervised processes: its tries since the last progress. */
 typedef struct attempt {
@@ -281,8 +281,10 @@ static sh_status renew_coordinator(sh_session *s) {
         while (sh_now() < s->of_coordinator.not_before && !*s->o.interrupted) sh_sleep(0.02);
     }
     sh_status st = start_coordinator(s);
-    if (st == SH_OK || st == SH_ECANCELLED) return st;
-    bool silent = sh_child_poll(&s->coordinator);
+    if (st != SH_EPEER) return st;
+    double until = sh_now() + 1;
+    while (sh_child_poll(&s->coordinator) && sh_now() < until) sh_sleep(0.01); /* its pipe closes just before it ends */
+    bool silent = s->coordinator.running;
     if (silent) sh_child_end(&s->coordinator, SH_RUN_GRACE);
     if (WIFEXITED(s->coordinator.status) && !silent) {
         describe(s, &s->coordinator,

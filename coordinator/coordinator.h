@@ -13,9 +13,9 @@ typedef struct sh_coordinator_options {
     const char *endpoint; /* ipc://… or tcp://… */
     const char *keys;     /* key folder or NULL */
     const char *store;    /* store directory; this incarnation claims STORE/<epoch>/ */
-    bool run;             /* under `shoal run`: ranks of an older epoch are told to leave; a shutdown request is honoured */
+    bool run; /* under `shoal run`: ranks of an older epoch are told to leave; a shutdown request is honoured */
     /* what a group's plan is made of; 0 or NULL: chosen here */
-    const char *cuts;     /* "5,9": first layers of stages 1, 2, … */
+    const char *cuts; /* "5,9": first layers of stages 1, 2, … */
     int pp;
     sh_mode mode;
     sh_kv_type kv;
@@ -26,8 +26,8 @@ typedef struct sh_coordinator_options {
     int progress_ms; /* token progress is saved at least this often; 0: 2000 */
 } sh_coordinator_options;
 
-/* Runs until shut down by a client (run only), SIGTERM or SIGINT. ready_fd (−1: none): one line, the bound endpoint, is written
- * there once requests are accepted. */
+/* Runs until shut down by a client (run only), SIGTERM or SIGINT. ready_fd (−1: none): one line, the bound endpoint, is
+ * written there once requests are accepted. */
 sh_status sh_coordinator_run(const sh_coordinator_options *o, int ready_fd);
 
 #endif

@@ -43,8 +43,7 @@ bool sh_field_integer(const json_t *v, int64_t *out) {
     return whole;
 }
 
-/* --- kinds of fields
- * ----------------------------------------------------------------------------------------------------- */
+/* --- kinds of fields --- */
 
 static sh_status take_int(sh_reading *rd, const json_t *body, const char *name, int64_t min, int64_t max,
                           int64_t *out) {
@@ -83,8 +82,7 @@ static sh_status not_provided(sh_reading *rd, const char *name, const char *allo
     return sh_refuse(rd, 400, "unsupported_field", "%s: is not provided yet: %s", name, allowed);
 }
 
-/* --- accepted and without effect
- * ----------------------------------------------------------------------------------------- */
+/* --- accepted and without effect --- */
 
 static sh_status take_model(sh_reading *rd, const json_t *body, const char *name, const json_t *v) {
     (void)body;
@@ -106,8 +104,7 @@ static sh_status take_stream(sh_reading *rd, const json_t *body, const char *nam
     return SH_OK;
 }
 
-/* --- input
- * --------------------------------------------------------------------------------------------------------------- */
+/* --- input --- */
 
 static sh_status take_messages(sh_reading *rd, const json_t *body, const char *name, const json_t *v) {
     (void)body;
@@ -185,8 +182,7 @@ static sh_status take_prompt(sh_reading *rd, const json_t *body, const char *nam
     return SH_OK;
 }
 
-/* --- lengths and sampling
- * ------------------------------------------------------------------------------------------------ */
+/* --- lengths and sampling --- */
 
 static sh_status take_max_tokens(sh_reading *rd, const json_t *body, const char *name, const json_t *v) {
     (void)v;
@@ -247,8 +243,7 @@ static sh_status take_ignore_eos(sh_reading *rd, const json_t *body, const char 
     return take_bool(rd, body, name, &rd->r->sampling.ignore_eos);
 }
 
-/* --- ends
- * ---------------------------------------------------------------------------------------------------------------- */
+/* --- ends --- */
 
 static sh_status add_stop(sh_reading *rd, const char *name, const json_t *v) {
     sh_sampling *p = &rd->r->sampling;
@@ -294,8 +289,7 @@ static sh_status take_stop_ids(sh_reading *rd, const json_t *body, const char *n
     return SH_OK;
 }
 
-/* --- what is reported
- * ---------------------------------------------------------------------------------------------------- */
+/* --- what is reported --- */
 
 static sh_status take_logprobs(sh_reading *rd, const json_t *body, const char *name, const json_t *v) {
     (void)v;
@@ -321,8 +315,7 @@ static sh_status take_return_ids(sh_reading *rd, const json_t *body, const char 
     return take_bool(rd, body, name, &rd->r->return_token_ids);
 }
 
-/* --- understood and not provided, neutral values apart
- * ------------------------------------------------------------------- */
+/* --- understood and not provided, neutral values apart --- */
 
 static sh_status neutral(sh_reading *rd, const json_t *body, const char *name, double value) {
     double x = value;

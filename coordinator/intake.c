@@ -23,8 +23,7 @@ struct sh_intake {
     int max_context;
 };
 
-/* --- creation
- * ------------------------------------------------------------------------------------------------------------ */
+/* --- creation --- */
 
 static char *last_part(const char *path) {
     size_t n = strlen(path);
@@ -34,6 +33,11 @@ static char *last_part(const char *path) {
     return strndup(path + at, n - at);
 }
 
+void sh_intake_set_options(sh_intake *in, const sh_intake_options *o) {
+    in->options = *o;
+    in->max_context = o->max_context > 0 ? o->max_context : in->config.max_context;
+}
+
 static sh_status load(sh_intake *in, const char *model_dir) {
     SH_TRY(sh_config_load(model_dir, &in->config));
     SH_TRY(sh_generation_load(model_dir, &in->config, &in->generation));
@@ -41,7 +45,7 @@ static sh_status load(sh_intake *in, const char *model_dir) {
     SH_TRY(sh_chat_load(model_dir, &in->chat));
     in->name = last_part(model_dir);
     if (!in->name) SH_FAIL(SH_EMEMORY, "no memory for a name");
-    in->max_context = in->options.max_context > 0 ? in->options.max_context : in->config.max_context;
+    sh_intake_set_options(in, &in->options);
     return SH_OK;
 }
 
@@ -83,8 +87,7 @@ void sh_request_release(sh_request *r) {
     *r = (sh_request){0};
 }
 
-/* --- the line
- * ------------------------------------------------------------------------------------------------------------ */
+/* --- the line --- */
 
 static int depth(const json_t *j, int left) {
     if (left == 0) return 1;
@@ -141,8 +144,7 @@ static sh_status parse_line(sh_reading *rd, const char *text, size_t len, uint64
     return SH_OK;
 }
 
-/* --- the envelope
- * -------------------------------------------------------------------------------------------------------- */
+/* --- the envelope --- */
 
 static sh_status take_custom_id(sh_reading *rd, const json_t *line) {
     const json_t *v = json_object_get(line, "custom_id");
@@ -219,8 +221,7 @@ static sh_status open_line(sh_reading *rd, json_t *line, uint64_t number, json_t
     return SH_OK;
 }
 
-/* --- what the fields decide together
- * --------------------------------------------------------------------------------------- */
+/* --- what the fields decide together --- */
 
 static void set_defaults(const sh_intake *in, sh_sampling *p) {
     const sh_generation *g = &in->generation;
@@ -268,6 +269,7 @@ static sh_status make_chat_prompt(const sh_intake *in, sh_reading *rd) {
     sh_buf text;
     sh_buf_init(&text, (size_t)256 << 20);
     const json_t *tools = rd->no_tools ? NULL : rd->tools;
+    rd->r->tools = tools != NULL;
     sh_status st = sh_chat_render(&in->chat, rd->messages, tools, rd->thinking, true, &text);
     if (st == SH_OK)
         st = sh_tokenizer_encode(in->tok, text.data ? (const char *)text.data : "", text.len, false, &rd->r->prompt);
@@ -313,7 +315,7 @@ static sh_status settle_lengths(const sh_intake *in, sh_reading *rd) {
         return sh_refuse(rd, 400, "invalid_value",
                          "%s: 0 generates nothing: allowed are 1 or more, or 0 together with echo",
                          rd->max_tokens >= 0 ? "max_tokens" : "max_completion_tokens");
-    if (room < (max == 0 ? 0 : 1))
+    if (room < 1)
         return sh_refuse(rd, 413, "context_length_exceeded",
                          "%s: %lld tokens: allowed are %d, the context less one token to generate", input, n,
                          in->max_context - 1);
@@ -325,7 +327,8 @@ static sh_status settle_lengths(const sh_intake *in, sh_reading *rd) {
         max = in->options.default_max_tokens > 0 && in->options.default_max_tokens < room
                   ? in->options.default_max_tokens
                   : room;
-    p->max_tokens = (int32_t)max;
+    rd->r->score_only = max == 0; /* a step ends with a token, so one is made and left out of the row */
+    p->max_tokens = max == 0 ? 1 : (int32_t)max;
     if (p->min_tokens > p->max_tokens)
         return sh_refuse(rd, 400, "invalid_value",
                          "min_tokens: %d: allowed are 0 to %d, the most that may be generated", p->min_tokens,
@@ -374,8 +377,7 @@ static sh_status read_body(const sh_intake *in, sh_reading *rd, json_t *body) {
     return SH_OK;
 }
 
-/* --- entry
- * --------------------------------------------------------------------------------------------------------------- */
+/* --- entry --- */
 
 /* The text up to the first colon, when it looks like a field. */
 static void find_param(const char *message, char *param, size_t size) {

@@ -1,7 +1,7 @@
 /*
- * Intake: one JSON line → a request that can run, or the reason why not. A pure function of (line, model's files, options):
- * the same line always gives the same request, so only the line need be stored. Validates every field of the OpenAI batch
- * format that is provided, refuses the others by name, renders chat, tokenises.
+ * Intake: one JSON line → a request that can run, or the reason why not. A pure function of (line, model's files,
+ * options): the same line always gives the same request, so only the line need be stored. Validates every field of the
+ * OpenAI batch format that is provided, refuses the others by name, renders chat, tokenises.
  */
 #ifndef SH_COORDINATOR_INTAKE_H
 #define SH_COORDINATOR_INTAKE_H
@@ -21,15 +21,20 @@ typedef struct sh_intake_options {
 typedef struct sh_intake sh_intake;
 sh_status sh_intake_create(const char *model_dir, const sh_intake_options *o, sh_intake **out);
 void sh_intake_destroy(sh_intake **in);
+/* Other options from here on: jobs differ in theirs, and share the model's files. */
+void sh_intake_set_options(sh_intake *in, const sh_intake_options *o);
 const sh_tokenizer *sh_intake_tokenizer(const sh_intake *in);
 const char *sh_intake_model_name(const sh_intake *in); /* the checkpoint directory's own name */
 
 typedef struct sh_request {
-    char *custom_id;   /* NULL: the line has no usable one */
-    uint64_t hash;     /* of the line's content (and the options that decide the answer): with custom_id, the key of a result */
-    uint64_t number;   /* line number, from 1 */
-    bool chat;         /* /v1/chat/completions, else /v1/completions */
+    char *custom_id; /* NULL: the line has no usable one */
+    uint64_t
+        hash; /* of the line's content (and the options that decide the answer): with custom_id, the key of a result */
+    uint64_t number; /* line number, from 1 */
+    bool chat;       /* /v1/chat/completions, else /v1/completions */
     bool echo, return_token_ids;
+    bool tools;        /* tools were offered: calls in the output are read */
+    bool score_only;   /* max_tokens 0: one token is generated (sampling.max_tokens is 1) and left out of the row */
     char *model;       /* as the request names it, or NULL */
     char *prompt_text; /* completions with a string prompt, for echo; else NULL */
     sh_ids prompt;

@@ -23,7 +23,8 @@ struct sh_jobs {
     sh_buf row;
 };
 
-/* --- options as text ----------------------------------------------------------------------------------------------- */
+/* --- options as text -----------------------------------------------------------------------------------------------
+ */
 
 static const char *const option_names[] = {"--seed", "--default-max-tokens", "--max-context", "--lenient"};
 enum { N_OPTIONS = 4 };
@@ -54,11 +55,13 @@ static sh_status options_compare(const char *name, const sh_intake_options *have
     options_split(want, b);
     for (int i = 0; i < N_OPTIONS; i++)
         if (a[i] != b[i])
-            SH_FAIL(SH_EINPUT, "job %s: %s was %lld when it began: it cannot go on with %lld", name, option_names[i], a[i], b[i]);
+            SH_FAIL(SH_EINPUT, "job %s: %s was %lld when it began: it cannot go on with %lld", name, option_names[i],
+                    a[i], b[i]);
     return SH_OK;
 }
 
-/* --- life ---------------------------------------------------------------------------------------------------------- */
+/* --- life ----------------------------------------------------------------------------------------------------------
+ */
 
 static sh_status add_entry(void *ctx, sh_job *job) {
     sh_jobs *j = ctx;
@@ -152,7 +155,8 @@ int sh_jobs_warnings(const sh_jobs *j, uint64_t after, char *text[SH_WARNINGS], 
     return n;
 }
 
-/* --- answers ------------------------------------------------------------------------------------------------------- */
+/* --- answers -------------------------------------------------------------------------------------------------------
+ */
 
 static void settle(sh_job_entry *e) {
     sh_job *job = &e->job;
@@ -176,25 +180,28 @@ sh_status sh_jobs_answer(sh_jobs *j, uint64_t key, uint64_t job, uint64_t number
 sh_status sh_jobs_refuse(sh_jobs *j, const sh_stored_request *r, int status, const char *code, const char *param,
                          const char *message) {
     sh_buf_clear(&j->row);
-    SH_TRY(sh_result_error_row(r->custom_id, r->hash, r->number, status, code, message, param, (int64_t)time(NULL), &j->row));
+    SH_TRY(sh_result_error_row(r->custom_id, r->hash, r->number, status, code, message, param, (int64_t)time(NULL),
+                               &j->row));
     return sh_jobs_answer(j, r->key, r->job, r->number, &j->row, false, 0);
 }
 
-/* --- submit -------------------------------------------------------------------------------------------------------- */
+/* --- submit --------------------------------------------------------------------------------------------------------
+ */
 
 static sh_status check_name(const char *name) {
     size_t n = strlen(name);
-    if (n < 1 || n > SH_MAX_JOB_NAME)
-        SH_FAIL(SH_EINPUT, "name: %zu bytes: allowed are 1 to %d", n, SH_MAX_JOB_NAME);
+    if (n < 1 || n > SH_MAX_JOB_NAME) SH_FAIL(SH_EINPUT, "name: %zu bytes: allowed are 1 to %d", n, SH_MAX_JOB_NAME);
     for (const char *c = name; *c; c++)
-        if ((unsigned char)*c < 32 || *c == 127) SH_FAIL(SH_EINPUT, "name: a control character at byte %td is not allowed", c - name);
+        if ((unsigned char)*c < 32 || *c == 127)
+            SH_FAIL(SH_EINPUT, "name: a control character at byte %td is not allowed", c - name);
     return SH_OK;
 }
 
 static sh_status go_on(sh_job_entry *e, const sh_intake_options *want) {
     sh_job *job = &e->job;
     SH_TRY(options_compare(job->name, &e->options, want));
-    if (job->state == SH_JOB_CANCELLED) SH_FAIL(SH_EINPUT, "job %s was cancelled: submit it under another name", job->name);
+    if (job->state == SH_JOB_CANCELLED)
+        SH_FAIL(SH_EINPUT, "job %s was cancelled: submit it under another name", job->name);
     if (job->state == SH_JOB_FAILED) {
         job->state = job->closed ? SH_JOB_RUNNING : SH_JOB_RECEIVING;
         free(job->failure);
@@ -211,7 +218,8 @@ sh_status sh_jobs_submit_open(sh_jobs *j, const char *name, const Shoal__JobOpti
     if (o && o->has_seed) want.seed = o->seed;
     if (o && o->has_default_max_tokens) want.default_max_tokens = o->default_max_tokens;
     if (o && o->has_lenient) want.lenient = o->lenient;
-    if (want.default_max_tokens < 0) SH_FAIL(SH_EINPUT, "default_max_tokens: %d: allowed are 0 or more", want.default_max_tokens);
+    if (want.default_max_tokens < 0)
+        SH_FAIL(SH_EINPUT, "default_max_tokens: %d: allowed are 0 or more", want.default_max_tokens);
     for (int i = 0; i < j->n; i++)
         if (strcmp(j->entry[i]->job.name, name) == 0) {
             SH_TRY(go_on(j->entry[i], &want));
@@ -248,7 +256,8 @@ static sh_status add_request(sh_jobs *j, sh_job_entry *e, const Shoal__Line *lin
     warn(j, e, r->warning);
     if (twice) {
         char text[SH_MAX_CUSTOM_ID + 100];
-        snprintf(text, sizeof text, "custom_id: \"%s\" is that of an earlier line: allowed is each once in a job", q.custom_id);
+        snprintf(text, sizeof text, "custom_id: \"%s\" is that of an earlier line: allowed is each once in a job",
+                 q.custom_id);
         q.custom_id = NULL;
         return sh_jobs_refuse(j, &q, 400, "duplicate_custom_id", "custom_id", text);
     }
@@ -263,7 +272,8 @@ sh_status sh_jobs_submit_lines(sh_jobs *j, sh_job_entry *e, Shoal__Line *const *
         if (e->job.state != SH_JOB_RECEIVING)
             SH_FAIL(SH_EINPUT, "job %s is %s: it takes no more lines", e->job.name, sh_job_state_name(e->job.state));
         sh_request r = {0};
-        sh_status st = sh_intake_line(j->intake, (const char *)line[i]->text.data, line[i]->text.len, line[i]->number, &r);
+        sh_status st =
+            sh_intake_line(j->intake, (const char *)line[i]->text.data, line[i]->text.len, line[i]->number, &r);
         j->uncommitted = true;
         if (st == SH_OK) st = add_request(j, e, line[i], &r);
         sh_request_release(&r);
@@ -282,7 +292,8 @@ sh_status sh_jobs_submit_close(sh_jobs *j, sh_job_entry *e) {
     return SH_OK;
 }
 
-/* --- ends ---------------------------------------------------------------------------------------------------------- */
+/* --- ends ----------------------------------------------------------------------------------------------------------
+ */
 
 sh_status sh_jobs_cancel(sh_jobs *j, sh_job_entry *e) {
     (void)j;
@@ -320,9 +331,13 @@ static sh_status sweep_job(sh_jobs *j, sh_job_entry *e, sweep *s) {
     *s = (sweep){0};
     sh_status st = sh_store_pending(j->store, e->job.id, e->sweep, SWEEP_ROWS, collect, s);
     for (int i = 0; i < s->n; i++) {
-        sh_stored_request q = {.key = s->row[i].key, .job = e->job.id, .number = s->row[i].number, .hash = s->row[i].hash,
+        sh_stored_request q = {.key = s->row[i].key,
+                               .job = e->job.id,
+                               .number = s->row[i].number,
+                               .hash = s->row[i].hash,
                                .custom_id = s->row[i].custom_id};
-        if (st == SH_OK) st = sh_jobs_refuse(j, &q, 499, "cancelled", "", "the job was cancelled before this request was answered");
+        if (st == SH_OK)
+            st = sh_jobs_refuse(j, &q, 499, "cancelled", "", "the job was cancelled before this request was answered");
         free(s->row[i].custom_id);
     }
     SH_TRY(st);
@@ -361,6 +376,12 @@ sh_status sh_jobs_fail(sh_jobs *j, const char *why) {
         e->dirty = true;
     }
     return SH_OK;
+}
+
+bool sh_jobs_is_dirty(const sh_jobs *j) {
+    bool dirty = sh_store_is_dirty(j->store);
+    for (int i = 0; !dirty && i < j->n; i++) dirty = j->entry[i]->dirty;
+    return dirty;
 }
 
 sh_status sh_jobs_commit(sh_jobs *j) {

@@ -1,6 +1,6 @@
 /*
- * Jobs: their names, lines, counts and answers. Everything here is written through the store's open transaction; counts are
- * kept in memory, so that a status costs nothing. Knows nothing of groups.
+ * Jobs: their names, lines, counts and answers. Everything here is written through the store's open transaction; counts
+ * are kept in memory, so that a status costs nothing. Knows nothing of groups.
  */
 #ifndef SH_COORDINATOR_JOBS_H
 #define SH_COORDINATOR_JOBS_H
@@ -16,9 +16,9 @@
 typedef struct sh_job_entry {
     sh_job job;
     sh_intake_options options;
-    uint64_t live; /* tokens that came in and are not in job.tokens_out: not stored yet */
-    bool dirty;    /* the stored row is older than this one */
-    bool warned;   /* once per job and incarnation */
+    uint64_t live;  /* tokens that came in and are not in job.tokens_out: not stored yet */
+    bool dirty;     /* the stored row is older than this one */
+    bool warned;    /* once per job and incarnation */
     uint64_t sweep; /* cancelled: requests up to this key are answered; UINT64_MAX: all */
 } sh_job_entry;
 
@@ -53,6 +53,7 @@ sh_status sh_jobs_sweep(sh_jobs *j, bool *more);
 /* Marks all unfinished jobs as failed. They go on when submitted again. */
 sh_status sh_jobs_fail(sh_jobs *j, const char *why);
 
+bool sh_jobs_is_dirty(const sh_jobs *j);
 /* Writes counts that changed, then commits. */
 sh_status sh_jobs_commit(sh_jobs *j);
 void sh_jobs_fill(const sh_job_entry *e, Shoal__JobCounts *c); /* texts borrowed */

@@ -11,6 +11,7 @@
 
 #include "common/hash.h"
 #include "coordinator/rowtext.h"
+#include "coordinator/toolcall.h"
 
 #define TRY_STR(to, s) SH_TRY(sh_buf_add_str((to), (s)))
 
@@ -20,14 +21,15 @@ typedef struct row {
     const sh_request *r;
     const sh_output *o;
     int n; /* generated tokens */
+    uint64_t key;
     sh_buf *to;
     sh_buf prompt, text, piece; /* echoed prompt; generated text; one token */
+    sh_buf calls;               /* tool calls as members of a JSON array */
     size_t reasoning;           /* bytes of text that belong to the thought channel */
     bool thought;               /* the output begins with the thought channel */
 } row;
 
-/* --- text
- * ---------------------------------------------------------------------------------------------------------------- */
+/* --- text --- */
 
 /* An id without text is no failure: the padding of the vocabulary has none, and a model may yet choose it. */
 static sh_status unless_unknown(sh_status st) {
@@ -57,18 +59,53 @@ static int text_tokens(const row *w) {
     return stop ? w->n - 1 : w->n;
 }
 
-/* w->text, cut before a stop string, and for chat how much of it is the thought channel. */
+/* One tool call's ids (without its marks) → w->calls, or, when they are none, their text → w->text. */
+static sh_status add_call(row *w, const int32_t *id, int n) {
+    SH_CLEANUP(sh_buf_release) sh_buf name = {0}, arguments = {0};
+    bool ok;
+    sh_buf_clear(&w->piece);
+    SH_TRY(add_text(w->tok, id, (size_t)n, false, &w->piece));
+    const char *s = w->piece.data ? (const char *)w->piece.data : "";
+    SH_TRY(sh_toolcall_parse(s, w->piece.len, &name, &arguments, &ok));
+    if (!ok) return add_text(w->tok, id, (size_t)n, true, &w->text);
+    SH_TRY(sh_buf_printf(
+        &w->calls, "%s{\"id\":\"call_%016llx\",\"type\":\"function\",\"function\":{\"name\":", w->calls.len ? "," : "",
+        (unsigned long long)sh_hash64(w->key, &w->calls.len, sizeof w->calls.len)));
+    SH_TRY(sh_row_string(&w->calls, name.data, name.len));
+    SH_TRY(sh_buf_add_str(&w->calls, ",\"arguments\":"));
+    SH_TRY(sh_row_string(&w->calls, arguments.data, arguments.len));
+    return sh_buf_add_str(&w->calls, "}}");
+}
+
+/* What is said, ids [from, n), apart from the tool calls in it. */
+static sh_status add_said(row *w, int from, int n) {
+    const int32_t *id = w->o->id;
+    int32_t open = sh_tokenizer_id(w->tok, "<|tool_call>"), close = sh_tokenizer_id(w->tok, "<tool_call|>");
+    int i = from;
+    while (i < n) {
+        int begin = i, end;
+        while (begin < n && id[begin] != open) begin++;
+        for (end = begin; end < n && id[end] != close;) end++;
+        if (open < 0 || end == n) break; /* no call that is whole */
+        SH_TRY(add_text(w->tok, id + i, (size_t)(begin - i), true, &w->text));
+        SH_TRY(add_call(w, id + begin + 1, end - begin - 1));
+        i = end + 1;
+    }
+    return add_text(w->tok, id + i, (size_t)(n - i), true, &w->text);
+}
+
+/* w->text, cut before a stop string; for chat also how much of it is the thought channel, and the tool calls out of it.
+ */
 static sh_status make_text(row *w) {
-    int n = text_tokens(w), close = -1;
+    int n = text_tokens(w), close = 0;
     const int32_t *id = w->o->id;
     int32_t begin = sh_tokenizer_id(w->tok, "<|channel>"), end = sh_tokenizer_id(w->tok, "<channel|>");
-    if (w->r->chat && n > 0 && begin >= 0 && id[0] == begin) {
-        w->thought = true;
-        for (close = 0; close < n && id[close] != end;) close++;
-        SH_TRY(add_text(w->tok, id, (size_t)close, true, &w->text));
-        w->reasoning = w->text.len;
-    }
-    sh_buf_clear(&w->text);
+    w->thought = w->r->chat && n > 0 && begin >= 0 && id[0] == begin;
+    while (w->thought && close < n && id[close] != end) close++;
+    SH_TRY(add_text(w->tok, id, (size_t)close, true, &w->text));
+    w->reasoning = w->text.len;
+    if (w->r->chat && w->r->tools && w->o->text_len < 0) return add_said(w, close, n);
+    sh_buf_clear(&w->text); /* as one piece: bytes before and after the mark may make one character */
     SH_TRY(add_text(w->tok, id, (size_t)n, true, &w->text));
     if (w->o->text_len >= 0 && (size_t)w->o->text_len < w->text.len) w->text.len = (size_t)w->o->text_len;
     if (w->reasoning > w->text.len) w->reasoning = w->text.len;
@@ -80,8 +117,7 @@ static sh_status make_prompt(row *w) {
     return add_text(w->tok, w->r->prompt.id, w->r->prompt.n, false, &w->prompt);
 }
 
-/* --- tokens in log-probabilities
- * ------------------------------------------------------------------------------------------- */
+/* --- tokens in log-probabilities --- */
 
 /* w->piece: the bytes of a token. */
 static sh_status load_piece(row *w, int32_t id) {
@@ -244,20 +280,27 @@ static sh_status add_completion_logprobs(row *w) {
     return sh_buf_add_str(w->to, "]}");
 }
 
-/* --- objects
- * --------------------------------------------------------------------------------------------------------------- */
+/* --- objects --- */
 
 /* The message of a chat: what was thought apart from what is said. The channel's name, "thought" and a line break, is
  * markup. */
 static sh_status add_message(row *w) {
     const char *s = w->text.data ? (const char *)w->text.data : "";
     TRY_STR(w->to, "\"message\":{\"role\":\"assistant\",\"content\":");
-    SH_TRY(sh_row_string(w->to, s + w->reasoning, w->text.len - w->reasoning));
+    if (w->calls.len && w->text.len == w->reasoning)
+        TRY_STR(w->to, "null");
+    else
+        SH_TRY(sh_row_string(w->to, s + w->reasoning, w->text.len - w->reasoning));
     if (w->thought) {
         static const char name[] = "thought\n";
         size_t skip = w->reasoning >= sizeof name - 1 && !memcmp(s, name, sizeof name - 1) ? sizeof name - 1 : 0;
         TRY_STR(w->to, ",\"reasoning_content\":");
         SH_TRY(sh_row_string(w->to, s + skip, w->reasoning - skip));
+    }
+    if (w->calls.len) {
+        TRY_STR(w->to, ",\"tool_calls\":[");
+        SH_TRY(sh_buf_add(w->to, w->calls.data, w->calls.len));
+        TRY_STR(w->to, "]");
     }
     return sh_buf_add_str(w->to, "}");
 }
@@ -271,8 +314,10 @@ static sh_status add_completion_text(row *w) {
     return sh_row_string(w->to, all.data, all.len);
 }
 
-static const char *finish_name(sh_finish f) {
-    return f == SH_FINISH_LENGTH ? "length" : f == SH_FINISH_CANCEL ? "cancelled" : "stop";
+static const char *finish_name(const row *w) {
+    if (w->r->score_only || w->o->finish == SH_FINISH_LENGTH) return "length";
+    if (w->o->finish == SH_FINISH_CANCEL) return "cancelled";
+    return w->calls.len ? "tool_calls" : "stop";
 }
 
 static sh_status add_choice(row *w) {
@@ -283,7 +328,7 @@ static sh_status add_choice(row *w) {
         TRY_STR(w->to, "null");
     else
         SH_TRY(w->r->chat ? add_chat_logprobs(w) : add_completion_logprobs(w));
-    SH_TRY(sh_buf_printf(w->to, ",\"finish_reason\":\"%s\"", finish_name(w->o->finish)));
+    SH_TRY(sh_buf_printf(w->to, ",\"finish_reason\":\"%s\"", finish_name(w)));
     if (w->r->return_token_ids) {
         TRY_STR(w->to, ",\"token_ids\":");
         SH_TRY(sh_row_ids(w->to, w->o->id, (size_t)w->n));
@@ -310,10 +355,10 @@ static sh_status open_row(const char *custom_id, uint64_t key, int status, sh_bu
                          (unsigned long long)sh_mix64(key));
 }
 
-static sh_status add_body(row *w, const char *model, uint64_t key, int64_t created) {
+static sh_status add_body(row *w, const char *model, int64_t created) {
     SH_TRY(sh_buf_printf(
         w->to, "{\"id\":\"%s-%016llx\",\"object\":\"%s\",\"created\":%lld,\"model\":", w->r->chat ? "chatcmpl" : "cmpl",
-        (unsigned long long)key, w->r->chat ? "chat.completion" : "text_completion", (long long)created));
+        (unsigned long long)w->key, w->r->chat ? "chat.completion" : "text_completion", (long long)created));
     SH_TRY(sh_row_string(w->to, model, strlen(model)));
     TRY_STR(w->to, ",\"choices\":[");
     SH_TRY(add_choice(w));
@@ -327,31 +372,33 @@ static sh_status add_body(row *w, const char *model, uint64_t key, int64_t creat
 }
 
 static sh_status make(row *w, const char *model, int64_t created) {
-    uint64_t key = row_key(w->r->custom_id, w->r->hash);
     if (w->r->echo) SH_TRY(make_prompt(w));
     SH_TRY(make_text(w));
-    SH_TRY(open_row(w->r->custom_id, key, 200, w->to));
-    SH_TRY(add_body(w, model, key, created));
+    SH_TRY(open_row(w->r->custom_id, w->key, 200, w->to));
+    SH_TRY(add_body(w, model, created));
     return sh_buf_add_str(w->to, "},\"error\":null}");
 }
 
 sh_status sh_result_row(const sh_intake *in, const sh_request *r, const sh_output *o, int64_t created, sh_buf *to) {
-    row w = {.tok = sh_intake_tokenizer(in), .r = r, .o = o, .to = to, .n = o->n};
+    row w = {
+        .tok = sh_intake_tokenizer(in), .r = r, .o = o, .to = to, .n = o->n, .key = row_key(r->custom_id, r->hash)};
     while (w.n > 0 && o->id[w.n - 1] < 0) w.n--; /* an end without a token */
+    if (r->score_only) w.n = 0;
     sh_buf_init(&w.prompt, 0);
     sh_buf_init(&w.text, 0);
     sh_buf_init(&w.piece, 0);
+    sh_buf_init(&w.calls, 0);
     size_t before = to->len;
     sh_status st = make(&w, r->model ? r->model : sh_intake_model_name(in), created);
     if (st != SH_OK) to->len = before; /* no half row */
     sh_buf_release(&w.prompt);
     sh_buf_release(&w.text);
     sh_buf_release(&w.piece);
+    sh_buf_release(&w.calls);
     return st;
 }
 
-/* --- errors
- * ---------------------------------------------------------------------------------------------------------------- */
+/* --- errors --- */
 
 static const char *error_type(int status) {
     return status >= 500 ? "server_error" : status == 499 ? "cancelled" : "invalid_request_error";

@@ -1,12 +1,12 @@
-/* Results: a request and its tokens → one row in OpenAI's batch output format. Each row but its `created` is a function of
- * request, weights, mode and KV type. */
+/* Results: a request and its tokens → one row in OpenAI's batch output format. Each row but its `created` is a function
+ * of request, weights, mode and KV type. */
 #ifndef SH_COORDINATOR_RESULTS_H
 #define SH_COORDINATOR_RESULTS_H
 
 #include "coordinator/intake.h"
 
-/* Everything known about the generated tokens (and scores of prompt tokens 1 … n_scores). Arrays borrowed; logprob, n_top, top may
- * be NULL when not asked for. top has SH_MAX_TOP_LOGPROBS entries per token. */
+/* Everything known about the generated tokens (and scores of prompt tokens 1 … n_scores). Arrays borrowed; logprob,
+ * n_top, top may be NULL when not asked for. top has SH_MAX_TOP_LOGPROBS entries per token. */
 typedef struct sh_output {
     const int32_t *id;
     const float *logprob;

@@ -4,7 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* --- arrays -------------------------------------------------------------------------------------------------------- */
+/* --- arrays --------------------------------------------------------------------------------------------------------
+ */
 
 static sh_status grow(void *array, size_t size, int32_t cap) {
     void **p = array, *q = realloc(*p, size * (size_t)cap);
@@ -45,23 +46,27 @@ static void scores_put(sh_scores *s, const Shoal__Tokens *t, size_t i) {
     s->n++;
 }
 
-/* --- taking tokens ------------------------------------------------------------------------------------------------- */
+/* --- taking tokens -------------------------------------------------------------------------------------------------
+ */
 
 static sh_status check_message(const sh_running *r, const Shoal__Tokens *t, int32_t have, int32_t first, int32_t most) {
     const sh_sampling *s = &r->request.sampling;
     bool score = t->has_score && t->score;
     size_t n = t->n_id;
     if (t->offset < first || n > (size_t)most || (size_t)t->offset > (size_t)most + (size_t)first - n)
-        SH_FAIL(SH_EPEER, "tokens of request %llu: places %d + %zu are outside of %d to %d", (unsigned long long)r->key, t->offset,
-                n, first, most + first - 1);
+        SH_FAIL(SH_EPEER, "tokens of request %llu: places %d + %zu are outside of %d to %d", (unsigned long long)r->key,
+                t->offset, n, first, most + first - 1);
     if (t->offset > have + first)
-        SH_FAIL(SH_EPEER, "tokens of request %llu begin at %d where %d is due", (unsigned long long)r->key, t->offset, have + first);
+        SH_FAIL(SH_EPEER, "tokens of request %llu begin at %d where %d is due", (unsigned long long)r->key, t->offset,
+                have + first);
     bool values = s->logprobs >= 0 || score;
     if ((values && t->n_logprob != n) || (t->n_top && t->n_top != n))
-        SH_FAIL(SH_EPEER, "tokens of request %llu come without the log-probabilities asked for", (unsigned long long)r->key);
+        SH_FAIL(SH_EPEER, "tokens of request %llu come without the log-probabilities asked for",
+                (unsigned long long)r->key);
     for (size_t i = 0; i < t->n_top; i++)
         if (t->top[i]->n_id != t->top[i]->n_logprob || t->top[i]->n_id > SH_MAX_TOP_LOGPROBS)
-            SH_FAIL(SH_EPEER, "tokens of request %llu carry %zu alternatives", (unsigned long long)r->key, t->top[i]->n_id);
+            SH_FAIL(SH_EPEER, "tokens of request %llu carry %zu alternatives", (unsigned long long)r->key,
+                    t->top[i]->n_id);
     if (t->has_finish && (t->finish < SH_FINISH_NONE || t->finish > SH_FINISH_CANCEL))
         SH_FAIL(SH_EPEER, "tokens of request %llu end with %d", (unsigned long long)r->key, t->finish);
     return SH_OK;
@@ -92,11 +97,12 @@ sh_status sh_running_take(sh_running *r, const Shoal__Tokens *t, int *added) {
     return SH_OK;
 }
 
-/* --- storing ------------------------------------------------------------------------------------------------------- */
+/* --- storing -------------------------------------------------------------------------------------------------------
+ */
 
 /* The entries [from, n) as one Tokens message; the parts are borrowed from r, the tops from `tops`. */
-static sh_status fill_message(sh_running *r, bool score, Shoal__Tokens *t, Shoal__TopLogprobs **list, Shoal__TopLogprobs *top,
-                              int32_t *flat_id, float *flat_logprob) {
+static sh_status fill_message(sh_running *r, bool score, Shoal__Tokens *t, Shoal__TopLogprobs **list,
+                              Shoal__TopLogprobs *top, int32_t *flat_id, float *flat_logprob) {
     sh_scores *s = score ? &r->prompt : &r->tokens;
     int32_t from = s->saved, n = s->n - from;
     t->key = r->key;
@@ -167,7 +173,8 @@ static sh_status load_part(void *ctx, const void *p, size_t n) {
     return st;
 }
 
-/* --- life ---------------------------------------------------------------------------------------------------------- */
+/* --- life ----------------------------------------------------------------------------------------------------------
+ */
 
 sh_status sh_running_create(const sh_intake *in, sh_store *s, const sh_stored_request *q, sh_running **out) {
     sh_running *r = calloc(1, sizeof *r);
@@ -199,7 +206,8 @@ void sh_running_destroy(sh_running **rp) {
     *rp = NULL;
 }
 
-/* --- what is made of it -------------------------------------------------------------------------------------------- */
+/* --- what is made of it --------------------------------------------------------------------------------------------
+ */
 
 static void fill_sampling(const sh_sampling *s, Shoal__Sampling *to, ProtobufCBinaryData stop[SH_MAX_STOPS]) {
     to->temperature = s->temperature;

@@ -1,6 +1,7 @@
 /*
- * A request in hand: parsed, with its tokens so far. It exists from the moment the request is given to a group until its
- * result is in the store. Takes Tokens messages idempotently, keeps progress in the store, makes Work and the result row.
+ * A request in hand: parsed, with its tokens so far. It exists from the moment the request is given to a group until
+ * its result is in the store. Takes Tokens messages idempotently, keeps progress in the store, makes Work and the
+ * result row.
  */
 #ifndef SH_COORDINATOR_RUNNING_H
 #define SH_COORDINATOR_RUNNING_H
@@ -23,9 +24,9 @@ typedef struct sh_running {
     uint64_t key, job;
     int group; /* number of the group that has it; −1: none, waits to be given out */
     sh_request request;
-    sh_ids ids;         /* generated tokens */
-    sh_scores tokens;   /* of generated tokens; tokens.n == ids.n */
-    sh_scores prompt;   /* of prompt tokens 1 … prompt.n */
+    sh_ids ids;       /* generated tokens */
+    sh_scores tokens; /* of generated tokens; tokens.n == ids.n */
+    sh_scores prompt; /* of prompt tokens 1 … prompt.n */
     sh_finish finish;
     int32_t text_len;
 } sh_running;

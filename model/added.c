@@ -62,7 +62,8 @@ sh_status sh_added_add(sh_added *a, const sh_added_token *t, const char *text, s
         node = child;
     }
     a->token[a->n] = *t;
-    a->node[node].token = a->n++;
+    if (a->node[node].token < 0) a->node[node].token = a->n;
+    a->n++;
     return SH_OK;
 }
 
@@ -130,6 +131,7 @@ static bool find_match(const sh_added *a, sh_added_walk *w, const char *text, si
             if (begin < w->start) begin = w->start; /* an earlier match has taken them */
         }
         if (t->rstrip) end = space_after(text, end, n);
+        if (begin >= end) continue; /* an earlier rstrip has swallowed it whole */
         *out = (sh_added_part){begin, end, t->id};
         return true;
     }

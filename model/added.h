@@ -37,7 +37,7 @@ typedef struct sh_added_part {
 
 void sh_added_init(sh_added *a);
 void sh_added_release(sh_added *a);
-/* Adds a token under the text that is to be looked for (1 to SH_MAX_ADDED_TOKEN bytes; the later of two equal texts
+/* Adds a token under the text that is to be looked for (1 to SH_MAX_ADDED_TOKEN bytes; the earlier of two equal texts
  * counts). */
 sh_status sh_added_add(sh_added *a, const sh_added_token *t, const char *text, size_t n);
 /* Where a walk over a text stands; {0} at first. */

@@ -79,8 +79,7 @@ void sh_draw_destroy(sh_draw **d) {
     *d = NULL;
 }
 
-/* --- order
- * ------------------------------------------------------------------------------------------------------------- */
+/* --- order --- */
 
 /* Larger keys come first: larger value, then lower id. Adding 0 makes −0 and 0 one value. */
 static uint64_t key_of(float value, int32_t id) {
@@ -226,8 +225,7 @@ static int best_keys(sh_draw *d, int want) {
     return n;
 }
 
-/* --- log-sum-exp
- * ------------------------------------------------------------------------------------------------------- */
+/* --- log-sum-exp --- */
 
 /* Max and sum of each segment of x; a segment without a possible entry has max −∞ and sum 0. */
 static void segments(sh_draw *d, const float *x) {
@@ -271,8 +269,7 @@ int sh_draw_top(sh_draw *d, const float *x, sh_lse l, int k, sh_top_logprob *out
     return n;
 }
 
-/* --- choice
- * ------------------------------------------------------------------------------------------------------------ */
+/* --- choice --- */
 
 sh_status sh_draw_greedy(sh_draw *d, const float *x, int32_t *id) {
     float max;
@@ -393,8 +390,7 @@ sh_status sh_draw_id(sh_draw *d, const float *x, const sh_sampling *p, double u,
     return SH_OK;
 }
 
-/* --- random numbers
- * ---------------------------------------------------------------------------------------------------- */
+/* --- random numbers --- */
 
 void sh_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
     uint32_t c[4] = {counter[0], counter[1], counter[2], counter[3]}, k0 = key[0], k1 = key[1];

@@ -166,25 +166,24 @@ static sh_status add_kv_kind(const sh_config *c, sh_kv_kind kind, sh_buf *out) {
                          sh_config_kv_bytes(c, SH_KV_F32, kind, 0, c->n_layers), k_eq_v ? "  K = V: one tensor" : "");
 }
 
+static sh_status add_kv_length(const sh_config *c, int tokens, const char *note, sh_buf *out) {
+    char a[24], b[24], n[24];
+    snprintf(n, sizeof n, tokens % 1024 ? "%d" : "%dk", tokens % 1024 ? tokens : tokens / 1024);
+    return sh_buf_printf(out, "  %-8s %12s %12s%s\n", n,
+                         sh_inspect_bytes(sh_inspect_kv_sequence(c, SH_KV_BF16, 0, c->n_layers, tokens), a),
+                         sh_inspect_bytes(sh_inspect_kv_sequence(c, SH_KV_F32, 0, c->n_layers, tokens), b), note);
+}
+
 static sh_status add_kv(const sh_config *c, sh_buf *out) {
     SH_TRY(sh_buf_printf(out, "\nKV bytes per token\n  %-8s %6s %12s %12s %12s %12s\n", "layer", "stored", "one, bf16",
                          "one, f32", "all, bf16", "all, f32"));
     SH_TRY(add_kv_kind(c, SH_KV_SLIDING, out));
     SH_TRY(add_kv_kind(c, SH_KV_GLOBAL, out));
     SH_TRY(sh_buf_printf(out, "\nKV of one sequence\n  %-8s %12s %12s\n", "tokens", "bf16", "f32"));
-    static const int64_t length[] = {8192, 32768, 131072};
-    for (int i = 0; i < 3; i++) {
-        char a[24], b[24], n[24];
-        if (length[i] > c->max_context) continue;
-        snprintf(n, sizeof n, "%lldk", (long long)length[i] / 1024);
-        SH_TRY(sh_buf_printf(out, "  %-8s %12s %12s\n", n,
-                             sh_inspect_bytes(sh_inspect_kv_sequence(c, SH_KV_BF16, 0, c->n_layers, length[i]), a),
-                             sh_inspect_bytes(sh_inspect_kv_sequence(c, SH_KV_F32, 0, c->n_layers, length[i]), b)));
-    }
-    char a[24], b[24];
-    return sh_buf_printf(out, "  %-8d %12s %12s  the model's longest\n", c->max_context,
-                         sh_inspect_bytes(sh_inspect_kv_sequence(c, SH_KV_BF16, 0, c->n_layers, c->max_context), a),
-                         sh_inspect_bytes(sh_inspect_kv_sequence(c, SH_KV_F32, 0, c->n_layers, c->max_context), b));
+    static const int length[] = {8192, 32768, 131072};
+    for (int i = 0; i < 3; i++)
+        if (length[i] < c->max_context) SH_TRY(add_kv_length(c, length[i], "", out));
+    return add_kv_length(c, c->max_context, "  the model's longest", out);
 }
 
 sh_status sh_inspect_config(const sh_config *c, sh_buf *out) {

@@ -94,8 +94,7 @@ void sh_sampler_drop(sh_sampler *s, uint64_t seq) {
     if (q) q->used = false;
 }
 
-/* --- generated text
- * ------------------------------------------------------------------------------------------------------ */
+/* --- generated text --- */
 
 /* Where the earliest stop string begins among those that end after `old` bytes of text; −1: none. */
 static int64_t find_stop(const sh_sampling *p, const char *text, size_t len, size_t old) {
@@ -138,8 +137,7 @@ static bool has_id(const int32_t *ids, int n, int32_t id) {
     return false;
 }
 
-/* --- start
- * --------------------------------------------------------------------------------------------------------------- */
+/* --- start --- */
 
 static sh_status check_start(const sh_sampler *s, const sh_seq_start *b) {
     const sh_sampling *p = b->sampling;
@@ -196,8 +194,7 @@ sh_status sh_sampler_start(sh_sampler *s, const sh_seq_start *b) {
     return SH_OK;
 }
 
-/* --- step
- * ---------------------------------------------------------------------------------------------------------------- */
+/* --- step --- */
 
 static void ban(float *logits, int vocab, const int32_t *ids, int n) {
     for (int i = 0; i < n; i++)

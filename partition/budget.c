@@ -155,13 +155,42 @@ static uint64_t row_floats(const sh_config *c, int first, int last) {
     return widest + 10 * (uint64_t)c->hidden + 4 * (uint64_t)c->ple;
 }
 
+/* One micro-batch as it crosses a cut: hidden states, embeddings, K/V rows of producers. */
+static uint64_t block_bytes(const sh_config *c, int cut, uint64_t rows) {
+    uint64_t n = 4 * (uint64_t)c->hidden * (c->ple ? 2 : 1);
+    for (int i = 0; i < cut; i++)
+        if (sh_config_kv_crosses(c, i, cut)) n += 4 * (uint64_t)sh_layer_kv_values(&c->layer[i]);
+    return rows * n;
+}
+
+/* Cosines and sines of every position, one table per layer kind. */
+static uint64_t rope_bytes(const sh_config *c, uint64_t positions) {
+    uint64_t pairs[SH_KV_KINDS] = {0};
+    for (int i = 0; i < c->n_layers; i++) {
+        uint64_t n = (uint64_t)c->layer[i].rotated_pairs;
+        if (n > pairs[c->layer[i].kind]) pairs[c->layer[i].kind] = n;
+    }
+    return 8 * positions * (pairs[0] + pairs[1]);
+}
+
+static uint64_t widest_head(const sh_config *c) {
+    int n = 0;
+    for (int i = 0; i < c->n_layers; i++)
+        if (c->layer[i].head_dim > n) n = c->layer[i].head_dim;
+    return (uint64_t)n;
+}
+
 sh_plan_memory sh_plan_rank_memory(const sh_config *c, const Shoal__Plan *p, int rank) {
     int first = p->rank[rank]->first, last = p->rank[rank]->last;
-    uint64_t rows = (uint64_t)p->max_seqs + (uint64_t)p->chunk, flights = p->n_rank;
+    uint64_t seqs = (uint64_t)p->max_seqs, rows = seqs + (uint64_t)p->chunk, context = (uint64_t)p->max_context;
+    uint64_t threads = p->threads ? (uint64_t)p->threads : 16, vocab = (uint64_t)c->vocab;
     sh_plan_memory m = {.weights = sh_weights_estimate(c, first, last)};
-    m.scratch = rows * 4 * row_floats(c, first, last);
-    m.scratch += flights * rows * 4 * 2 * (uint64_t)c->hidden; /* blocks that cross the cuts */
-    if (last == c->n_layers) m.scratch += (uint64_t)p->max_seqs * 4 * (uint64_t)c->vocab; /* logits */
+    m.scratch = rows * 4 * row_floats(c, first, last) + rope_bytes(c, context);
+    m.scratch += threads * 8192 * widest_head(c); /* attention: blocks of rows, keys and partial sums */
+    m.scratch += 4 * (MIB + seqs * 1024 + rows * 8 + context * 4);             /* descriptors of micro-batches */
+    m.scratch += block_bytes(c, first, rows) + 4 * block_bytes(c, last, rows); /* in, and out until sent */
+    if (last == c->n_layers)
+        m.scratch += 64 * vocab + 512 * vocab + seqs * context * 4; /* logits, tokenizer, scored prompts */
     m.reserve = 64 * MIB + m.weights / 50;
     return m;
 }

@@ -1,7 +1,8 @@
 /*
- * The link between ranks that are threads of one process: every parallel test runs on it, under a debugger or a sanitizer.
- * A message is a pointer to the sender's bytes until the receiver copies them, which is MPI's rendezvous at its strictest:
- * a sender that reuses its buffer early is caught here. Ranks poll; nothing here waits but the barrier, which yields.
+ * The link between ranks that are threads of one process: every parallel test runs on it, under a debugger or a
+ * sanitizer. A message is a pointer to the sender's bytes until the receiver copies them, which is MPI's rendezvous at
+ * its strictest: a sender that reuses its buffer early is caught here. Ranks poll; nothing here waits but the barrier,
+ * which yields.
  */
 #include "proto/link.h"
 #include "common/limits.h"

@@ -1,7 +1,7 @@
 /*
- * The link between ranks that are MPI processes; the only file that sees MPI. Non-blocking two-sided messages only: what is
- * left of a job whose peer died must never hang in a blocking call (docs/operations.md). Counts in MPI are int, so a long message is one
- * element of a derived type: whole blocks of 1 MiB, then the rest.
+ * The link between ranks that are MPI processes; the only file that sees MPI. Non-blocking two-sided messages only:
+ * what is left of a job whose peer died must never hang in a blocking call (docs/operations.md). Counts in MPI are int,
+ * so a long message is one element of a derived type: whole blocks of 1 MiB, then the rest.
  */
 #include "common/clock.h"
 #include "proto/link.h"
@@ -95,7 +95,8 @@ static sh_status mpi_probe(sh_link *base, int from, int tag, bool *found, int *s
 }
 
 static sh_status mpi_recv(sh_link *base, int from, int tag, void *p, size_t len) {
-    if (from < 0 || from >= base->size) SH_FAIL(SH_EINPUT, "receive from rank %d: ranks are 0 to %d", from, base->size - 1);
+    if (from < 0 || from >= base->size)
+        SH_FAIL(SH_EINPUT, "receive from rank %d: ranks are 0 to %d", from, base->size - 1);
     int count = 0, flag = 0;
     bool made = false;
     MPI_Datatype type = MPI_BYTE;

@@ -14,7 +14,8 @@ static sh_status finish_send(sh_link *l, int req, const sh_alive *alive, double 
         SH_TRY(l->ops->test(l, req, &done));
         if (done) break;
         if (alive) SH_TRY(alive->check(alive->arg));
-        if (until > 0 && sh_now() > until) SH_FAIL(SH_EPEER, "rank %d: the next rank does not take the word to leave", l->rank);
+        if (until > 0 && sh_now() > until)
+            SH_FAIL(SH_EPEER, "rank %d: the next rank does not take the word to leave", l->rank);
         sh_backoff_wait(&wait);
     }
     return SH_OK;
@@ -27,7 +28,8 @@ static sh_status take(sh_link *l, int from, void *p, size_t bytes, const sh_aliv
         size_t len = 0;
         SH_TRY(l->ops->probe(l, from, SH_TAG_CONTROL, &found, &source, &len));
         if (found) {
-            if (len != bytes) SH_FAIL(SH_EPEER, "control message of %zu bytes from rank %d: %zu were expected", len, from, bytes);
+            if (len != bytes)
+                SH_FAIL(SH_EPEER, "control message of %zu bytes from rank %d: %zu were expected", len, from, bytes);
             return l->ops->recv(l, from, SH_TAG_CONTROL, p, len);
         }
         if (alive) SH_TRY(alive->check(alive->arg));

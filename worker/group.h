@@ -1,6 +1,6 @@
 /*
- * What the ranks of a group tell each other outside the step loop: a record each before they begin, and to leave at the end.
- * All on the control tag, by polling, so that a rank that waits still notices when it must end.
+ * What the ranks of a group tell each other outside the step loop: a record each before they begin, and to leave at the
+ * end. All on the control tag, by polling, so that a rank that waits still notices when it must end.
  */
 #ifndef SH_WORKER_GROUP_H
 #define SH_WORKER_GROUP_H

@@ -87,13 +87,16 @@ size_t sh_leader_descriptor_bytes(const sh_leader_options *o) {
            pages * 4 + start_room(o);
 }
 
-/* ---- life --------------------------------------------------------------------------------------------------------- */
+/* ---- life ---------------------------------------------------------------------------------------------------------
+ */
 
 static sh_status check_options(const sh_leader_options *o) {
-    if (o->stages < 1 || o->stages > SH_MAX_RANKS) SH_FAIL(SH_EINPUT, "stages: %d: 1 to %d are allowed", o->stages, SH_MAX_RANKS);
+    if (o->stages < 1 || o->stages > SH_MAX_RANKS)
+        SH_FAIL(SH_EINPUT, "stages: %d: 1 to %d are allowed", o->stages, SH_MAX_RANKS);
     if (o->max_seqs < 1 || o->max_seqs > SH_MAX_SEQS)
         SH_FAIL(SH_EINPUT, "max_seqs: %d: 1 to %d are allowed", o->max_seqs, SH_MAX_SEQS);
-    if (o->chunk < 1 || o->chunk > SH_MAX_CHUNK) SH_FAIL(SH_EINPUT, "chunk: %d: 1 to %d are allowed", o->chunk, SH_MAX_CHUNK);
+    if (o->chunk < 1 || o->chunk > SH_MAX_CHUNK)
+        SH_FAIL(SH_EINPUT, "chunk: %d: 1 to %d are allowed", o->chunk, SH_MAX_CHUNK);
     if (o->max_context < 1) SH_FAIL(SH_EINPUT, "max_context: %d: 1 or more are allowed", o->max_context);
     if (o->in_flight < 0) SH_FAIL(SH_EINPUT, "in_flight: %d: 0 or more are allowed", o->in_flight);
     if (o->vocab < 1) SH_FAIL(SH_EINPUT, "vocab: %d: 1 or more are allowed", o->vocab);
@@ -161,7 +164,8 @@ void sh_leader_destroy(sh_leader **p) {
 sh_status sh_leader_check(const sh_leader *l, const sh_seq *s) {
     int32_t most = sh_leader_capacity(&l->o);
     if (s->cap > most)
-        SH_FAIL(SH_ELIMIT, "prompt of %d tokens and max_tokens %d make %d: this group can hold %d tokens of one sequence",
+        SH_FAIL(SH_ELIMIT,
+                "prompt of %d tokens and max_tokens %d make %d: this group can hold %d tokens of one sequence",
                 s->n_prompt, s->sampling.max_tokens, s->cap, most);
     for (int32_t i = 0; i < s->n_tokens; i++)
         if (s->tokens[i] < 0 || s->tokens[i] >= l->o.vocab)
@@ -206,7 +210,8 @@ sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
     return SH_OK;
 }
 
-/* ---- pages of a sequence -------------------------------------------------------------------------------------------- */
+/* ---- pages of a sequence --------------------------------------------------------------------------------------------
+ */
 
 static sh_status give_front(sh_leader *l, sh_seq *s, int k, int32_t n) {
     sh_seq_pages *p = &s->kv[k];
@@ -277,7 +282,8 @@ static sh_status cover(sh_leader *l, sh_seq *s, int32_t end) {
     return SH_OK;
 }
 
-/* ---- coming and going ------------------------------------------------------------------------------------------------ */
+/* ---- coming and going
+ * ------------------------------------------------------------------------------------------------ */
 
 static void remove_running(sh_leader *l, const sh_seq *s) {
     int i = 0;
@@ -340,8 +346,8 @@ static int32_t growing(const sh_leader *l, int k) {
     return n;
 }
 
-/* Admits waiting sequences by age while the pages of their known tokens are open. A page for each sequence that grows must
- * be left, so that who comes in is not paused by the next page border of its elders. */
+/* Admits waiting sequences by age while the pages of their known tokens are open. A page for each sequence that grows
+ * must be left, so that who comes in is not paused by the next page border of its elders. */
 static void admit(sh_leader *l) {
     while (l->waiting && l->n_running < l->o.max_seqs) {
         sh_seq *s = l->waiting;
@@ -359,7 +365,8 @@ static void admit(sh_leader *l) {
     }
 }
 
-/* ---- making a micro-batch ---------------------------------------------------------------------------------------------- */
+/* ---- making a micro-batch
+ * ---------------------------------------------------------------------------------------------- */
 
 typedef struct making {
     sh_leader *l;
@@ -395,11 +402,8 @@ static int32_t rows_to_keep(const sh_seq *s, int32_t rows) {
 
 static void add_start(making *m, sh_seq *s) {
     sh_batch *b = m->b;
-    b->starts[b->n_starts++] = (sh_seq_start){.seq = s->id,
-                                              .sampling = &s->sampling,
-                                              .tokens = s->tokens,
-                                              .n_prompt = s->n_prompt,
-                                              .n_tokens = s->n_tokens};
+    b->starts[b->n_starts++] = (sh_seq_start){
+        .seq = s->id, .sampling = &s->sampling, .tokens = s->tokens, .n_prompt = s->n_prompt, .n_tokens = s->n_tokens};
     m->starts_left -= start_cost(s);
     s->started = true;
 }
@@ -426,7 +430,8 @@ static void add_span(making *m, sh_seq *s, int32_t rows, int32_t keep) {
     s->flights++;
 }
 
-/* Sequences with one known row to go (decode, or the end of a prompt): one row each of up to `most` of them, oldest first. */
+/* Sequences with one known row to go (decode, or the end of a prompt): one row each of up to `most` of them, oldest
+ * first. */
 static sh_status add_decodes(making *m, int most) {
     sh_leader *l = m->l;
     for (int i = 0; i < l->n_running && m->b->n_spans < most; i++) {
@@ -446,8 +451,8 @@ static sh_status add_decodes(making *m, int most) {
     return SH_OK;
 }
 
-/* Chunks of prompts (and of what paused sequences had generated), oldest first, within the row budget. Several chunks of one
- * prompt may be in flight: each stage meets them in order. */
+/* Chunks of prompts (and of what paused sequences had generated), oldest first, within the row budget. Several chunks
+ * of one prompt may be in flight: each stage meets them in order. */
 static sh_status add_prompts(making *m) {
     sh_leader *l = m->l;
     int32_t left = l->o.chunk;
@@ -475,7 +480,8 @@ static int decode_share(const sh_leader *l) {
 sh_status sh_leader_next(sh_leader *l, sh_batch *b, bool *made) {
     *made = false;
     if (l->n_flights == l->depth) return SH_OK;
-    making m = {.l = l, .b = b, .f = &l->flights[(l->oldest + l->n_flights) % l->depth], .starts_left = start_room(&l->o)};
+    making m = {
+        .l = l, .b = b, .f = &l->flights[(l->oldest + l->n_flights) % l->depth], .starts_left = start_room(&l->o)};
     admit(l);
     if (l->n_running == 0) return SH_OK;
     SH_TRY(begin(&m));
@@ -492,7 +498,8 @@ sh_status sh_leader_next(sh_leader *l, sh_batch *b, bool *made) {
     return SH_OK;
 }
 
-/* ---- taking the answer -------------------------------------------------------------------------------------------------- */
+/* ---- taking the answer
+ * -------------------------------------------------------------------------------------------------- */
 
 static sh_status finish(sh_leader *l, sh_seq *s) {
     if (s->state == SH_SEQ_RUNNING) {
@@ -520,8 +527,10 @@ static sh_status take_score(sh_seq *s, const sh_token *t, bool *fresh) {
 static sh_status take_token(sh_leader *l, sh_seq *s, const sh_token *t, bool *expected) {
     if (!*expected) SH_FAIL(SH_EPEER, "a token for a sequence that asked for none");
     if (t->index != s->n_tokens - s->n_prompt || s->n_tokens >= s->cap)
-        SH_FAIL(SH_EPEER, "token %d of a sequence that has %d of %d", t->index, s->n_tokens - s->n_prompt, s->cap - s->n_prompt);
-    if (t->id < 0 || t->id >= l->o.vocab) SH_FAIL(SH_EPEER, "token id %d: the vocabulary has 0 to %d", t->id, l->o.vocab - 1);
+        SH_FAIL(SH_EPEER, "token %d of a sequence that has %d of %d", t->index, s->n_tokens - s->n_prompt,
+                s->cap - s->n_prompt);
+    if (t->id < 0 || t->id >= l->o.vocab)
+        SH_FAIL(SH_EPEER, "token id %d: the vocabulary has 0 to %d", t->id, l->o.vocab - 1);
     if (t->finish == SH_FINISH_NONE && s->n_tokens + 1 == s->cap)
         SH_FAIL(SH_EPEER, "token %d is the last that was asked for and does not end its sequence", t->index);
     *expected = false;
@@ -549,12 +558,14 @@ sh_status sh_leader_apply(sh_leader *l, uint64_t step, const sh_token *tokens, i
                           void (*emit)(void *arg, uint64_t key, const sh_token *t), void *arg) {
     flight *f = &l->flights[l->oldest];
     if (l->n_flights == 0 || f->step != step)
-        SH_FAIL(SH_EPEER, "an answer to micro-batch %llu: %s is next", (unsigned long long)step, l->n_flights ? "another" : "none");
+        SH_FAIL(SH_EPEER, "an answer to micro-batch %llu: %s is next", (unsigned long long)step,
+                l->n_flights ? "another" : "none");
     int at = 0; /* answers come in span order */
     for (int i = 0; i < n; i++) {
         const sh_token *t = &tokens[i];
         while (at < f->n && f->seq[at]->id != t->seq) at++;
-        if (at == f->n) SH_FAIL(SH_EPEER, "a token for a sequence that is not in micro-batch %llu", (unsigned long long)step);
+        if (at == f->n)
+            SH_FAIL(SH_EPEER, "a token for a sequence that is not in micro-batch %llu", (unsigned long long)step);
         sh_seq *s = f->seq[at];
         if (s->state == SH_SEQ_DEAD) { /* cancelled meanwhile */
             f->sampled[at] = false;
@@ -569,15 +580,18 @@ sh_status sh_leader_apply(sh_leader *l, uint64_t step, const sh_token *tokens, i
     }
     for (int i = 0; i < f->n; i++)
         if (f->sampled[i] && f->seq[i]->state != SH_SEQ_DEAD)
-            SH_FAIL(SH_EPEER, "micro-batch %llu came back without a token that was asked for", (unsigned long long)step);
+            SH_FAIL(SH_EPEER, "micro-batch %llu came back without a token that was asked for",
+                    (unsigned long long)step);
     land(l, f);
     return SH_OK;
 }
 
-/* ---- looking on ---------------------------------------------------------------------------------------------------------- */
+/* ---- looking on
+ * ---------------------------------------------------------------------------------------------------------- */
 
 sh_leader_state sh_leader_look(const sh_leader *l) {
-    sh_leader_state s = {.running = l->n_running, .waiting = l->n_waiting, .in_flight = l->n_flights, .pauses = l->pauses};
+    sh_leader_state s = {
+        .running = l->n_running, .waiting = l->n_waiting, .in_flight = l->n_flights, .pauses = l->pauses};
     for (int k = 0; k < SH_KV_KINDS; k++) s.free[k] = l->pool[k].free;
     int k = l->o.kind[SH_KV_GLOBAL] ? SH_KV_GLOBAL : SH_KV_SLIDING;
     s.kv_free = (int64_t)sh_pages_open(&l->pool[k]) * SH_PAGE_TOKENS;
@@ -597,8 +611,8 @@ sh_status sh_leader_audit(const sh_leader *l) {
         }
         for (const sh_seq *s = l->waiting; s; s = s->next) held += s->kv[k].n;
         if (held + p->free != p->total || promised != p->promised || p->promised > p->free)
-            SH_FAIL(SH_ESTATE, "kind %d: %d pages held, %d free of %d; %d promised, %d on the books", k, held, p->free, p->total,
-                    promised, p->promised);
+            SH_FAIL(SH_ESTATE, "kind %d: %d pages held, %d free of %d; %d promised, %d on the books", k, held, p->free,
+                    p->total, promised, p->promised);
     }
     return SH_OK;
 }

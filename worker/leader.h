@@ -8,11 +8,11 @@
  *   sh_leader_apply                takes what the last stage answered to the oldest micro-batch in flight
  *
  * Why its books are right:
- *   1. A page belongs to one sequence. Every stage handles micro-batches in order, so a page given back while micro-batch n
- *      is made may be written by n already (the sequence that gave it back does not read it in n) and later.
- *   2. A prompt is admitted when pages for all of it are open; they are promised to it until taken. Decode takes open pages
- *      only, and pauses the youngest running sequence when there are none; so the oldest always gets on, and alone it fits
- *      (sh_leader_check).
+ *   1. A page belongs to one sequence. Every stage handles micro-batches in order, so a page given back while
+ * micro-batch n is made may be written by n already (the sequence that gave it back does not read it in n) and later.
+ *   2. A prompt is admitted when pages for all of it are open; they are promised to it until taken. Decode takes open
+ * pages only, and pauses the youngest running sequence when there are none; so the oldest always gets on, and alone it
+ * fits (sh_leader_check).
  *   3. Sequences are served and admitted by age; nobody overtakes a waiting one.
  * Nothing of this can enter a result: rows computed again give the same bytes, and random numbers depend on positions.
  */
@@ -24,10 +24,10 @@
 
 typedef struct sh_leader_options {
     int stages;
-    int in_flight;              /* micro-batches at once; 0: as many as stages */
-    int max_seqs;               /* sequences running at once */
-    int chunk;                  /* prompt rows of a micro-batch, at most */
-    int max_context;            /* tokens of one sequence */
+    int in_flight;   /* micro-batches at once; 0: as many as stages */
+    int max_seqs;    /* sequences running at once */
+    int chunk;       /* prompt rows of a micro-batch, at most */
+    int max_context; /* tokens of one sequence */
     int vocab;
     int window;                 /* widest window of the sliding layers; 0 when there are none */
     bool kind[SH_KV_KINDS];     /* kinds that the model's layers use */
@@ -61,15 +61,15 @@ void sh_leader_cancel(sh_leader *l, uint64_t key); /* unknown: nothing happens *
 /* Makes the next micro-batch in b (made by sh_batch_create with sh_leader_descriptor_bytes). *made false: nothing to do
  * now. What b borrows is valid until the next call on this leader. */
 sh_status sh_leader_next(sh_leader *l, sh_batch *b, bool *made);
-/* Applies the answer to the oldest micro-batch in flight, which must have this step number. emit is called with each new
- * token and each new prompt score, in order. SH_EPEER when the answer does not fit the question. */
+/* Applies the answer to the oldest micro-batch in flight, which must have this step number. emit is called with each
+ * new token and each new prompt score, in order. SH_EPEER when the answer does not fit the question. */
 sh_status sh_leader_apply(sh_leader *l, uint64_t step, const sh_token *tokens, int n,
                           void (*emit)(void *arg, uint64_t key, const sh_token *t), void *arg);
 
 typedef struct sh_leader_state {
     int running, waiting, in_flight;
-    int64_t kv_free;  /* tokens' worth of open pages: the scarcer kind */
-    uint64_t pauses;  /* sequences paused for want of pages, since creation */
+    int64_t kv_free; /* tokens' worth of open pages: the scarcer kind */
+    uint64_t pauses; /* sequences paused for want of pages, since creation */
     int32_t free[SH_KV_KINDS];
 } sh_leader_state;
 sh_leader_state sh_leader_look(const sh_leader *l);

@@ -106,7 +106,8 @@ void sh_ledger_rewind(sh_ledger *l) {
         for (entry *e = l->bucket[i]; e; e = e->next) e->tokens.sent = e->scores.sent = 0;
 }
 
-/* ---- messages ----------------------------------------------------------------------------------------------------- */
+/* ---- messages -----------------------------------------------------------------------------------------------------
+ */
 
 typedef struct part { /* one Tokens message with the arrays that it points to */
     Shoal__Tokens m;

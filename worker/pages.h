@@ -1,7 +1,7 @@
 /*
- * The page allocator of a group: numbers of KV pages of one kind, handed out by the leader and obeyed by every stage. It
- * keeps numbers only, never bytes. A promise sets pages aside without naming them, so that a prompt that was admitted can
- * always be finished. Pure: no I/O, no clock.
+ * The page allocator of a group: numbers of KV pages of one kind, handed out by the leader and obeyed by every stage.
+ * It keeps numbers only, never bytes. A promise sets pages aside without naming them, so that a prompt that was
+ * admitted can always be finished. Pure: no I/O, no clock.
  */
 #ifndef SH_WORKER_PAGES_H
 #define SH_WORKER_PAGES_H

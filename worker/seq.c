@@ -18,7 +18,8 @@ sh_status sh_seq_create(uint64_t key, const int32_t *prompt, size_t n_prompt, co
     if (sampling->max_tokens < 1 || (size_t)sampling->max_tokens > most)
         SH_FAIL(SH_EINPUT, "max_tokens: %d: 1 or more are allowed", sampling->max_tokens);
     if (n_generated >= (size_t)sampling->max_tokens)
-        SH_FAIL(SH_EINPUT, "generated: %zu tokens are there already: max_tokens is %d", n_generated, sampling->max_tokens);
+        SH_FAIL(SH_EINPUT, "generated: %zu tokens are there already: max_tokens is %d", n_generated,
+                sampling->max_tokens);
     if (scored < 0 || (size_t)scored >= n_prompt)
         SH_FAIL(SH_EINPUT, "scored: %d: the prompt has %zu tokens", scored, n_prompt);
     SH_TRY(check_ids(prompt, n_prompt, vocab, "prompt"));

@@ -19,24 +19,24 @@ typedef struct sh_seq_pages {
 
 typedef struct sh_seq {
     struct sh_seq *next;
-    uint64_t key;     /* the coordinator's number */
-    uint64_t id;      /* the leader's: order of arrival, never reused */
+    uint64_t key; /* the coordinator's number */
+    uint64_t id;  /* the leader's: order of arrival, never reused */
     sh_sampling sampling;
-    int32_t n_prompt; /* tokens [0, n_prompt) are the prompt */
-    int32_t n_tokens; /* known so far: prompt and generated */
-    int32_t cap;      /* n_prompt + max_tokens */
-    int32_t *tokens;  /* [cap] */
-    int32_t scored;   /* prompt tokens 1 … scored have their log-probability */
-    int32_t pos;      /* rows of positions below are scheduled */
-    int32_t flights;  /* micro-batches on their way that carry a span of it */
+    int32_t n_prompt;  /* tokens [0, n_prompt) are the prompt */
+    int32_t n_tokens;  /* known so far: prompt and generated */
+    int32_t cap;       /* n_prompt + max_tokens */
+    int32_t *tokens;   /* [cap] */
+    int32_t scored;    /* prompt tokens 1 … scored have their log-probability */
+    int32_t pos;       /* rows of positions below are scheduled */
+    int32_t flights;   /* micro-batches on their way that carry a span of it */
     bool sampling_now; /* its next token is on its way */
     bool started;      /* the last stage has (or will have, in order) its sampler state */
     sh_seq_state state;
     sh_seq_pages kv[SH_KV_KINDS];
 } sh_seq;
 
-/* A copy of a request as it arrives; `generated` are tokens of an earlier life. Numbers are checked: n_prompt ≥ 1, ids within
- * vocab, n_generated < max_tokens. */
+/* A copy of a request as it arrives; `generated` are tokens of an earlier life. Numbers are checked: n_prompt ≥ 1, ids
+ * within vocab, n_generated < max_tokens. */
 sh_status sh_seq_create(uint64_t key, const int32_t *prompt, size_t n_prompt, const int32_t *generated,
                         size_t n_generated, const sh_sampling *sampling, int scored, int vocab, sh_seq **out);
 void sh_seq_destroy(sh_seq **s);

@@ -1,9 +1,9 @@
 /*
  * The stage: buffers, the step, the sampler at the end. See stage.h.
  *
- * A message is the descriptor as the leader encoded it, zeros up to a multiple of 64, then the cut block. No send can wait for
- * ever: rank 0 starts a step only when a buffer is free; the last stage has one answer buffer per micro-batch in flight and one
- * more, so it never waits; hence each stage between is waited for by nobody who waits for it.
+ * A message is the descriptor as the leader encoded it, zeros up to a multiple of 64, then the cut block. No send can
+ * wait for ever: rank 0 starts a step only when a buffer is free; the last stage has one answer buffer per micro-batch
+ * in flight and one more, so it never waits; hence each stage between is waited for by nobody who waits for it.
  */
 #include "worker/stage.h"
 
@@ -32,8 +32,8 @@ struct sh_stage {
     size_t received; /* bytes of descriptor in it */
     sending *sends;
     int n_sends, next_send;
-    sh_buf encoded;  /* rank 0: the descriptor */
-    sh_batch batch;  /* ranks above 0: the descriptor decoded */
+    sh_buf encoded;   /* rank 0: the descriptor */
+    sh_batch batch;   /* ranks above 0: the descriptor decoded */
     sh_token *tokens; /* rank 0: [max_rows] */
     uint64_t steps;
     double exchange; /* seconds */
@@ -58,7 +58,8 @@ static size_t message_bytes(const sh_stage_options *o, int cut) {
     return align64(sh_leader_descriptor_bytes(o->schedule)) + cut_bytes(o, cut, rows, rows);
 }
 
-/* ---- creation ------------------------------------------------------------------------------------------------------- */
+/* ---- creation -------------------------------------------------------------------------------------------------------
+ */
 
 static bool ends_model(const sh_stage_options *o) {
     return o->last == o->config->n_layers;
@@ -169,7 +170,8 @@ void sh_stage_destroy(sh_stage **p) {
     *p = NULL;
 }
 
-/* ---- sending ----------------------------------------------------------------------------------------------------------- */
+/* ---- sending
+ * ----------------------------------------------------------------------------------------------------------- */
 
 sh_status sh_stage_progress(sh_stage *s) {
     for (int i = 0; i < s->n_sends; i++) {
@@ -203,7 +205,8 @@ static sh_status claim_send(sh_stage *s, sending **out) {
     return SH_OK;
 }
 
-/* ---- the step ------------------------------------------------------------------------------------------------------------ */
+/* ---- the step
+ * ------------------------------------------------------------------------------------------------------------ */
 
 static sh_status forward_on(sh_stage *s, const sh_batch *b, const void *descriptor, size_t len, const void *in) {
     sending *to = NULL;
@@ -285,16 +288,18 @@ sh_status sh_stage_receive(sh_stage *s, bool *got) {
     SH_TRY(s->link->ops->probe(s->link, from, SH_TAG_BATCH, &found, &source, &len));
     *got = found;
     if (!found) return SH_OK;
-    if (len > s->recv_bytes) SH_FAIL(SH_EPEER, "micro-batch of %zu bytes from rank %d: room is %zu", len, from, s->recv_bytes);
+    if (len > s->recv_bytes)
+        SH_FAIL(SH_EPEER, "micro-batch of %zu bytes from rank %d: room is %zu", len, from, s->recv_bytes);
     double t0 = sh_now();
     SH_TRY(s->link->ops->recv(s->link, from, SH_TAG_BATCH, s->recv, len));
     s->exchange += sh_now() - t0;
     SH_TRY(sh_batch_decode(&s->batch, s->recv, len, &used));
     const sh_batch *b = &s->batch;
     size_t need = cut_bytes(&s->o, s->o.first, b->n_rows, b->n_kept);
-    if (b->n_rows > sh_leader_max_rows(s->o.schedule) || b->n_spans > s->o.schedule->max_seqs || used > s->descriptor_max ||
-        len != align64(used) + need)
-        SH_FAIL(SH_EPEER, "micro-batch of %d rows, %zu bytes of descriptor and %zu in all from rank %d: not what it should be",
+    if (b->n_rows > sh_leader_max_rows(s->o.schedule) || b->n_spans > s->o.schedule->max_seqs ||
+        used > s->descriptor_max || len != align64(used) + need)
+        SH_FAIL(SH_EPEER,
+                "micro-batch of %d rows, %zu bytes of descriptor and %zu in all from rank %d: not what it should be",
                 b->n_rows, used, len, from);
     s->received = used;
     return SH_OK;

@@ -1,7 +1,8 @@
 /*
  * One stage of the pipeline: layers [first, last) of the model on one micro-batch after the other, in order. Takes
- * [descriptor | cut block] from the stage before, sends the same to the next; the last stage samples and sends tokens to rank 0.
- * Knows nothing of scheduling or of the coordinator. All buffers are made at creation: a step allocates nothing.
+ * [descriptor | cut block] from the stage before, sends the same to the next; the last stage samples and sends tokens
+ * to rank 0. Knows nothing of scheduling or of the coordinator. All buffers are made at creation: a step allocates
+ * nothing.
  */
 #ifndef SH_WORKER_STAGE_H
 #define SH_WORKER_STAGE_H
@@ -47,7 +48,7 @@ sh_status sh_stage_serve(sh_stage *s);
 sh_status sh_stage_answer(sh_stage *s, bool *got, uint64_t *step, const sh_token **tokens, int *n);
 
 double sh_stage_exchange_seconds(const sh_stage *s); /* in and around the link, waiting for the next stage included */
-uint64_t sh_stage_steps(const sh_stage *s); /* micro-batches finished */
+uint64_t sh_stage_steps(const sh_stage *s);          /* micro-batches finished */
 const sh_model *sh_stage_model(const sh_stage *s);
 
 #endif

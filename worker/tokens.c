@@ -88,7 +88,8 @@ static sh_status get_token(const uint8_t *p, size_t left, sh_token *t, size_t *u
                     .finish = p[25],
                     .n_top = n_top};
     for (int i = 0; i < n_top; i++)
-        t->top[i] = (sh_top_logprob){.id = (int32_t)get32(p + FIXED + 8 * i), .logprob = number(get32(p + FIXED + 8 * i + 4))};
+        t->top[i] =
+            (sh_top_logprob){.id = (int32_t)get32(p + FIXED + 8 * i), .logprob = number(get32(p + FIXED + 8 * i + 4))};
     *used = size;
     return SH_OK;
 }
@@ -98,7 +99,8 @@ sh_status sh_tokens_decode(const void *data, size_t len, sh_token *tokens, int m
     if (len < HEADER || get32(p + 4) != MAGIC || get32(p) != len)
         SH_FAIL(SH_EPEER, "tokens message of %zu bytes: no such message, or cut short", len);
     uint32_t count = get32(p + 16);
-    if (max < 0 || count > (uint32_t)max) SH_FAIL(SH_EPEER, "tokens message with %u tokens: %d were possible", count, max);
+    if (max < 0 || count > (uint32_t)max)
+        SH_FAIL(SH_EPEER, "tokens message with %u tokens: %d were possible", count, max);
     size_t at = HEADER;
     for (uint32_t i = 0; i < count; i++) {
         size_t used = 0;

@@ -17,12 +17,12 @@
 #include "worker/ledger.h"
 
 enum {
-    OUTBOX = 8192,            /* tokens on their way from the main thread */
+    OUTBOX = 8192, /* tokens on their way from the main thread */
     TOKENS_PER_MESSAGE = 4096,
-    TICK_MS = 10,             /* tokens wait at most this long, so that they travel in company */
+    TICK_MS = 10, /* tokens wait at most this long, so that they travel in company */
     FIRST_WAIT_MS = 120000,
-    FIRST_BEAT_MS = 1000,     /* pace of hellos before the welcome says otherwise */
-    GRACE_MS = 10000          /* a main thread that does not leave in this time is stuck */
+    FIRST_BEAT_MS = 1000, /* pace of hellos before the welcome says otherwise */
+    GRACE_MS = 10000      /* a main thread that does not leave in this time is stuck */
 };
 
 typedef struct out_item {
@@ -71,9 +71,11 @@ struct sh_uplink {
     double heard, said_hello, said_beat, ended;
     int beat_ms, orphan_ms;
     bool said_ready;
+    bool mute; /* said hello again: no tokens before the welcome, or a new coordinator would see a gap */
 };
 
-/* ---- the thread: sending -------------------------------------------------------------------------------------------- */
+/* ---- the thread: sending --------------------------------------------------------------------------------------------
+ */
 
 static sh_status send_packed(sh_uplink *u, const Shoal__FromRank *m) {
     sh_buf_clear(&u->buf);
@@ -95,6 +97,7 @@ static sh_status say_hello(sh_uplink *u) {
     Shoal__FromRank m = SHOAL__FROM_RANK__INIT;
     m.hello = &h;
     u->said_hello = sh_now();
+    u->mute = true;
     return send_packed(u, &m);
 }
 
@@ -166,15 +169,17 @@ static sh_status send_tokens(sh_uplink *u) {
         else
             SH_TRY(sh_ledger_add(u->ledger, item.key, &item.token));
     }
-    for (;;) {
+    while (!u->mute) {
         sh_buf_clear(&u->buf);
         SH_TRY(sh_ledger_pack(u->ledger, TOKENS_PER_MESSAGE, &u->buf));
-        if (u->buf.len == 0) return SH_OK;
+        if (u->buf.len == 0) break;
         SH_TRY(sh_wire_send(u->wire, NULL, SH_WIRE_GROUP, u->buf.data, u->buf.len));
     }
+    return SH_OK;
 }
 
-/* ---- the thread: hearing --------------------------------------------------------------------------------------------- */
+/* ---- the thread: hearing
+ * --------------------------------------------------------------------------------------------- */
 
 static void end_service(sh_uplink *u, sh_uplink_state why, const char *reason) {
     if (atomic_load(&u->state) != SH_UPLINK_SERVING) return;
@@ -247,7 +252,8 @@ static sh_status take_work(sh_uplink *u, const Shoal__Work *w) {
     sh_status st = read_sampling(w->sampling, sampling);
     int scored = w->has_scored ? w->scored : 0;
     if (st == SH_OK)
-        st = sh_seq_create(w->key, w->prompt, w->n_prompt, w->generated, w->n_generated, sampling, scored, u->vocab, &s);
+        st =
+            sh_seq_create(w->key, w->prompt, w->n_prompt, w->generated, w->n_generated, sampling, scored, u->vocab, &s);
     bool logprobs = sampling->logprobs >= 0;
     free(sampling);
     if (st != SH_OK) return say_rejected(u, w->key, sh_error_text());
@@ -271,11 +277,13 @@ static sh_status take_welcome(sh_uplink *u, Shoal__ToRank **m) {
     if (!atomic_load(&u->welcomed)) {
         u->welcome = w;
         u->first = *m;
+        u->mute = false;
         *m = NULL;
         atomic_store(&u->welcomed, true);
         return SH_OK;
     }
     sh_ledger_rewind(u->ledger);
+    u->mute = false;
     return say_ready(u);
 }
 
@@ -310,7 +318,8 @@ static sh_status hear(sh_uplink *u) {
     }
 }
 
-/* ---- the thread: time --------------------------------------------------------------------------------------------------- */
+/* ---- the thread: time
+ * --------------------------------------------------------------------------------------------------- */
 
 static sh_status keep_time(sh_uplink *u) {
     double now = sh_now(), silent = (now - u->heard) * 1e3;
@@ -375,7 +384,8 @@ static void *uplink_main(void *arg) {
     return NULL;
 }
 
-/* ---- the main thread's side ------------------------------------------------------------------------------------------------ */
+/* ---- the main thread's side
+ * ------------------------------------------------------------------------------------------------ */
 
 static void release(sh_uplink *u) {
     for (in_item *i = u->in_head, *next; i; i = next) {
@@ -463,7 +473,8 @@ sh_status sh_uplink_welcome(sh_uplink *u, const Shoal__Welcome **out) {
     return SH_OK;
 }
 
-sh_status sh_uplink_ready(sh_uplink *u, int kv_tokens, int max_seqs, uint64_t fingerprint, int vocab, const char *note) {
+sh_status sh_uplink_ready(sh_uplink *u, int kv_tokens, int max_seqs, uint64_t fingerprint, int vocab,
+                          const char *note) {
     char *copy = note ? strdup(note) : NULL;
     if (note && !copy) SH_FAIL(SH_EMEMORY, "no memory for a note");
     pthread_mutex_lock(&u->lock);

@@ -1,10 +1,11 @@
 /*
- * A rank's line to the coordinator: a thread that owns the ZeroMQ socket, says hello, keeps the heartbeat, takes work in and
- * sends tokens out, and notices when it is alone. The rank's main thread exchanges plain data with it and never waits for it.
+ * A rank's line to the coordinator: a thread that owns the ZeroMQ socket, says hello, keeps the heartbeat, takes work
+ * in and sends tokens out, and notices when it is alone. The rank's main thread exchanges plain data with it and never
+ * waits for it.
  *
- * Silence: after three heartbeats without an answer the rank says hello again, with the epoch that it knows; to a welcome (of
- * the same coordinator or of its successor) it answers with everything not yet acknowledged. After orphan_ms it gives up: one
- * line, and the main thread is told; if that is stuck, the process ends by _exit(3).
+ * Silence: after three heartbeats without an answer the rank says hello again, with the epoch that it knows; to a
+ * welcome (of the same coordinator or of its successor) it answers with everything not yet acknowledged. After
+ * orphan_ms it gives up: one line, and the main thread is told; if that is stuck, the process ends by _exit(3).
  */
 #ifndef SH_WORKER_UPLINK_H
 #define SH_WORKER_UPLINK_H

@@ -1,6 +1,6 @@
 /*
- * One rank from hello to leave: welcome, resources, loading, then the leader's loop on rank 0 and the stage's loop elsewhere.
- * The scheduler, the stage and the uplink are files of their own; this one only connects them.
+ * One rank from hello to leave: welcome, resources, loading, then the leader's loop on rank 0 and the stage's loop
+ * elsewhere. The scheduler, the stage and the uplink are files of their own; this one only connects them.
  */
 #include "worker/worker.h"
 
@@ -42,7 +42,8 @@ typedef struct rank {
     uint64_t answers; /* rank 0: micro-batches come back */
 } rank;
 
-/* ---- start-up --------------------------------------------------------------------------------------------------------- */
+/* ---- start-up
+ * --------------------------------------------------------------------------------------------------------- */
 
 static sh_status check_alive(void *arg) {
     const rank *r = arg;
@@ -78,7 +79,8 @@ typedef struct neighbour { /* what ranks tell each other to share a node */
     uint64_t cpu_set; /* hash of the CPUs that the process may use */
 } neighbour;
 
-/* This rank's CPUs and memory. Ranks of one node share what the process may use, unless the launcher gave each its own. */
+/* This rank's CPUs and memory. Ranks of one node share what the process may use, unless the launcher gave each its own.
+ */
 static sh_status share_node(rank *r) {
     const sh_alive alive = {check_alive, r};
     neighbour me = {0};
@@ -180,10 +182,12 @@ static sh_status announce(rank *r) {
     if (any) note = "SHOAL_ISA=blas: results are not invariant";
     uint64_t print = 0;
     SH_TRY(fingerprint(r, &print));
-    return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), r->schedule.max_seqs, print, r->config->vocab, note);
+    return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), r->schedule.max_seqs, print, r->config->vocab,
+                           note);
 }
 
-/* ---- both loops ----------------------------------------------------------------------------------------------------------- */
+/* ---- both loops
+ * ----------------------------------------------------------------------------------------------------------- */
 
 /* Refreshes the heartbeat: around every step, and now and then while waiting. */
 static void beat(rank *r, bool busy, bool now_please) {
@@ -213,7 +217,8 @@ static void beat(rank *r, bool busy, bool now_please) {
     sh_uplink_beat(r->uplink, &b);
 }
 
-/* ---- rank 0 ----------------------------------------------------------------------------------------------------------------- */
+/* ---- rank 0
+ * ----------------------------------------------------------------------------------------------------------------- */
 
 static void emit(void *arg, uint64_t key, const sh_token *t) {
     const rank *r = arg;
@@ -293,10 +298,11 @@ static sh_status lead(rank *r) {
     }
 }
 
-/* ---- the other ranks -------------------------------------------------------------------------------------------------------- */
+/* ---- the other ranks
+ * -------------------------------------------------------------------------------------------------------- */
 
-/* The word to leave comes from the rank before, after the last micro-batch. One who hears only the coordinator's waits a
- * little for it. */
+/* The word to leave comes from the rank before, after the last micro-batch. One who hears only the coordinator's waits
+ * a little for it. */
 static sh_status serve(rank *r) {
     double told_at = 0;
     for (;;) {
@@ -322,7 +328,9 @@ static sh_status serve(rank *r) {
     return SH_OK;
 }
 
-/* ---- life --------------------------------------------------------------------------------------------------------------------- */
+/* ---- life
+ * ---------------------------------------------------------------------------------------------------------------------
+ */
 
 static sh_status live(rank *r) {
     SH_TRY(read_plan(r));
@@ -346,7 +354,8 @@ sh_status sh_worker_run(sh_link *link, const sh_worker_options *o) {
     if (!r) SH_FAIL(SH_EMEMORY, "no memory for a rank");
     r->link = link;
     r->o = o;
-    sh_uplink_options up = {.endpoint = o->endpoint, .keys = o->keys, .group = o->group, .rank = link->rank, .size = link->size};
+    sh_uplink_options up = {
+        .endpoint = o->endpoint, .keys = o->keys, .group = o->group, .rank = link->rank, .size = link->size};
     sh_status st = sh_uplink_start(&up, &r->uplink);
     if (st == SH_OK) st = live(r);
     char fault[1200];

@@ -9,7 +9,7 @@ typedef struct sh_worker_options {
     const char *group;           /* the same on all ranks of the job */
     const int *cpus;             /* CPUs this rank may use; NULL: as the process */
     int n_cpus;
-    int threads;                 /* 0: as the plan says */
+    int threads; /* 0: as the plan says */
 } sh_worker_options;
 
 /* Runs one rank to its end (told to leave, orphaned, or failed: SH_EPEER, …). */

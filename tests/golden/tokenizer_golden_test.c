@@ -1,5 +1,6 @@
 /* Token ids and decoded text of the recorded goldens, every one equal: small tokenizers, the full Gemma 4 and Gemma 3
- * vocabularies (unpacked into a temporary folder), and the outputs of the demo batch, decoded at once and streamed. */
+ * vocabularies (unpacked into a temporary folder), small random ones of all supported kinds (tokenizer_extra.json, made
+ * by make_tokenizer_cases.py; a file made so may be given as argument), and the outputs of the demo batch. */
 #include <CUnit/Basic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,6 +19,13 @@ static void fail(const char *what, size_t i, const char *text) {
     CU_FAIL("golden differs");
 }
 
+static void fail_text(const char *what, size_t i, const sh_buf *got, const json_t *want) {
+    char text[512];
+    snprintf(text, sizeof text, "decoded '%.200s', not '%.200s'", got->data ? (const char *)got->data : "",
+             json_string_value(want));
+    fail(what, i, text);
+}
+
 static json_t *read_json(const char *path) {
     json_t *j = NULL;
     if (sh_json_read(path, 1 << 30, &j) != SH_OK) fail(path, 0, sh_error_text());
@@ -33,12 +41,15 @@ static bool ids_equal(const sh_ids *a, const json_t *b) {
 
 static void check_encode(const sh_tokenizer *t, const char *what, size_t i, const json_t *c) {
     const json_t *text = json_object_get(c, "text");
-    sh_ids ids = {0};
-    if (sh_tokenizer_encode(t, json_string_value(text), json_string_length(text), false, &ids) != SH_OK)
-        fail(what, i, sh_error_text());
-    else if (!ids_equal(&ids, json_object_get(c, "ids")))
-        fail(what, i, json_string_value(text));
-    sh_ids_release(&ids);
+    for (int special = 0; special < 2; special++) {
+        const json_t *want = json_object_get(c, special ? "ids_special" : "ids");
+        sh_ids ids = {0};
+        if (sh_tokenizer_encode(t, json_string_value(text), json_string_length(text), special, &ids) != SH_OK)
+            fail(what, i, sh_error_text());
+        else if (want && !ids_equal(&ids, want))
+            fail(what, i, json_string_value(text));
+        sh_ids_release(&ids);
+    }
 }
 
 /* decode() and the streaming form must both give `want`; what the stream has given is whole code points at each step.
@@ -61,7 +72,7 @@ static void check_decode(const sh_tokenizer *t, const char *what, size_t i, cons
         fail(what, i, sh_error_text());
     if (whole.len != json_string_length(want) ||
         (whole.len && memcmp(whole.data, json_string_value(want), whole.len) != 0))
-        fail(what, i, "decoded text differs");
+        fail_text(what, i, &whole, want);
     if (whole.len != stream.len || (whole.len && memcmp(whole.data, stream.data, whole.len) != 0))
         fail(what, i, "streamed text differs from decoded text");
     sh_buf_release(&whole);
@@ -69,9 +80,8 @@ static void check_decode(const sh_tokenizer *t, const char *what, size_t i, cons
     free(ids);
 }
 
-static void check_cases(const sh_tokenizer *t, const char *path) {
-    json_t *g = read_json(path), *cases = json_object_get(g, "cases"), *bytes = json_object_get(g, "byte_decode");
-    CU_ASSERT_TRUE(json_array_size(cases) >= 200);
+static void check_lists(const sh_tokenizer *t, const char *path, const json_t *g) {
+    const json_t *cases = json_object_get(g, "cases"), *bytes = json_object_get(g, "byte_decode");
     for (size_t i = 0; i < json_array_size(cases); i++) {
         const json_t *c = json_array_get(cases, i), *ids = json_object_get(c, "ids");
         check_encode(t, path, i, c);
@@ -85,7 +95,43 @@ static void check_cases(const sh_tokenizer *t, const char *path) {
         const json_t *c = json_array_get(bytes, i);
         check_decode(t, "byte_decode", i, json_object_get(c, "ids"), false, json_object_get(c, "decoded"));
     }
+}
+
+static void check_cases(const sh_tokenizer *t, const char *path) {
+    json_t *g = read_json(path);
+    CU_ASSERT_TRUE(json_array_size(json_object_get(g, "cases")) >= 200);
+    check_lists(t, path, g);
     json_decref(g);
+}
+
+static void make_folder(char *dir, size_t size) {
+    const char *tmp = getenv("TMPDIR");
+    snprintf(dir, size, "%s/shoal-tokenizer-XXXXXX", tmp ? tmp : "/tmp");
+    CU_ASSERT_PTR_NOT_NULL_FATAL(mkdtemp(dir));
+}
+
+static const char *extra = SH_TEST_DATA "/tokenizer_extra.json";
+
+static void test_extra(void) {
+    char dir[512], file[600];
+    make_folder(dir, sizeof dir);
+    snprintf(file, sizeof file, "%s/tokenizer.json", dir);
+    json_t *g = read_json(extra), *files = json_object_get(g, "files");
+    CU_ASSERT_TRUE(json_array_size(files) >= 20);
+    for (size_t i = 0; i < json_array_size(files); i++) {
+        const json_t *x = json_array_get(files, i);
+        char name[32];
+        snprintf(name, sizeof name, "file %zu", i);
+        sh_tokenizer *t = NULL;
+        CU_ASSERT_EQUAL_FATAL(json_dump_file(json_object_get(x, "tokenizer"), file, i % 2 ? JSON_ENSURE_ASCII : 0), 0);
+        if (sh_tokenizer_load(dir, &t) == SH_OK)
+            check_lists(t, name, x);
+        else
+            fail(name, 0, sh_error_text());
+        sh_tokenizer_destroy(&t);
+    }
+    json_decref(g);
+    CU_ASSERT_EQUAL(sh_path_remove(dir), SH_OK);
 }
 
 static void test_small(void) {
@@ -120,8 +166,8 @@ static void time_encode(const sh_tokenizer *t, const char *golden) {
 }
 
 static void check_real(const char *name) {
-    char dir[] = "/tmp/shoal-tokenizer-XXXXXX", cmd[1024], golden[512];
-    CU_ASSERT_PTR_NOT_NULL_FATAL(mkdtemp(dir));
+    char dir[512], cmd[2048], golden[512];
+    make_folder(dir, sizeof dir);
     snprintf(cmd, sizeof cmd, "gzip -dc '" SH_TEST_DATA "/real/%s_tokenizer.json.gz' > %s/tokenizer.json", name, dir);
     snprintf(golden, sizeof golden, SH_TEST_DATA "/text/golden/tokenizer_%s.json", name);
     CU_ASSERT_EQUAL_FATAL(system(cmd), 0);
@@ -168,9 +214,11 @@ static void test_demo(void) {
     sh_tokenizer_destroy(&t);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     if (CU_initialize_registry() != CUE_SUCCESS) return 1;
     CU_pSuite s = CU_add_suite("tokenizer goldens", NULL, NULL);
+    if (argc > 1) extra = argv[1];
+    CU_add_test(s, "random tokenizers", test_extra);
     CU_add_test(s, "small tokenizers", test_small);
     CU_add_test(s, "Gemma 4", test_gemma4);
     CU_add_test(s, "Gemma 3", test_gemma3);

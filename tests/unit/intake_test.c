@@ -49,8 +49,7 @@ static void expect(const sh_request *r, int status, const char *code, const char
     CU_ASSERT(ok);
 }
 
-/* --- what is accepted
- * ------------------------------------------------------------------------------------------------------ */
+/* --- what is accepted --- */
 
 static void test_defaults(void) {
     sh_request r = ask(in, 'c', "");
@@ -93,7 +92,7 @@ static void test_fields(void) {
     CU_ASSERT_EQUAL(r.sampling.logprobs, 0);
     sh_request_release(&r);
     r = ask(in, 'c', "\"max_tokens\":0,\"echo\":true,\"logprobs\":1");
-    CU_ASSERT(r.status == 0 && r.sampling.max_tokens == 0 && r.sampling.score_prompt);
+    CU_ASSERT(r.status == 0 && r.score_only && r.sampling.max_tokens == 1 && r.sampling.score_prompt);
     sh_request_release(&r);
 }
 
@@ -144,8 +143,7 @@ static void test_options(void) {
     sh_intake_destroy(&lenient);
 }
 
-/* --- what is refused
- * --------------------------------------------------------------------------------------------------------- */
+/* --- what is refused --- */
 
 typedef struct refusal {
     const char *line, *code, *param, *message;
@@ -424,8 +422,7 @@ static void test_no_template(void) {
     CU_ASSERT(strstr(sh_error_text(), "/nonexistent/model") != NULL);
 }
 
-/* --- mutated lines
- * ------------------------------------------------------------------------------------------------------------ */
+/* --- mutated lines --- */
 
 static void mutate(char *s, size_t *len, size_t room, uint64_t *rng) {
     static const char *const bits[] = {"\"",

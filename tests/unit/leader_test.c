@@ -1,7 +1,8 @@
 /*
- * The scheduler against a model of the stages that remembers what every KV page holds: random requests, pools, windows and
- * depths. Each row must find every position that it may see in the pages that its span names, every sequence must end, the
- * pool is never exceeded, nobody is overtaken for ever, and the last stage must know every sequence it samples.
+ * The scheduler against a model of the stages that remembers what every KV page holds: random requests, pools, windows
+ * and depths. Each row must find every position that it may see in the pages that its span names, every sequence must
+ * end, the pool is never exceeded, nobody is overtaken for ever, and the last stage must know every sequence it
+ * samples.
  */
 #include <CUnit/Basic.h>
 #include <stdlib.h>
@@ -32,9 +33,15 @@ typedef struct world {
     request r[MAX_SEQS];
     int n;
     /* what a stage holds: for each page and slot the (sequence, position) written last */
-    struct { uint64_t key; int32_t pos; } slot[SH_KV_KINDS][MAX_PAGES][SH_PAGE_TOKENS];
+    struct {
+        uint64_t key;
+        int32_t pos;
+    } slot[SH_KV_KINDS][MAX_PAGES][SH_PAGE_TOKENS];
     /* what the last stage's sampler knows */
-    struct { uint64_t id, key; int n_tokens, n_prompt; } known[MAX_KNOWN];
+    struct {
+        uint64_t id, key;
+        int n_tokens, n_prompt;
+    } known[MAX_KNOWN];
     int n_known;
     answer queue[MAX_DEPTH];
     int head, count;
@@ -204,8 +211,8 @@ static void add_request(world *w, int max_len) {
     if (r->score && r->n_prompt > 1 && draw(2)) r->scores = draw(r->n_prompt);
     sh_seq *s = NULL;
     bool known = true;
-    MUST(sh_seq_create(key, tokens, (size_t)r->n_prompt, tokens + r->n_prompt, (size_t)r->given, &sampling, r->scores, VOCAB,
-                       &s) == SH_OK);
+    MUST(sh_seq_create(key, tokens, (size_t)r->n_prompt, tokens + r->n_prompt, (size_t)r->given, &sampling, r->scores,
+                       VOCAB, &s) == SH_OK);
     if (!ok) return;
     MUST(sh_leader_add(w->leader, &s, &known) == SH_OK && !known && !s);
     if (s) sh_seq_destroy(&s);
@@ -309,7 +316,12 @@ static void test_random_worlds(void) {
 static void test_tight_pool(void) {
     uint64_t pauses = 0;
     for (uint64_t seed = 1; seed <= 10; seed++) {
-        sh_leader_options o = {.stages = 3, .max_seqs = 12, .chunk = 16, .max_context = 400, .vocab = VOCAB, .window = 40,
+        sh_leader_options o = {.stages = 3,
+                               .max_seqs = 12,
+                               .chunk = 16,
+                               .max_context = 400,
+                               .vocab = VOCAB,
+                               .window = 40,
                                .kind = {true, true}};
         for (int k = 0; k < SH_KV_KINDS; k++) o.pages[k] = sh_leader_peak(&o, (sh_kv_kind)k, 400) + 1;
         world_run(&o, seed, 40, false, &pauses);
@@ -330,22 +342,34 @@ static sh_status add_plain(sh_leader *l, uint64_t key, int n_prompt, int max_tok
 }
 
 static void test_never_fits(void) {
-    sh_leader_options o = {.stages = 1, .max_seqs = 4, .chunk = 8, .max_context = 1000, .vocab = VOCAB, .window = 16,
-                           .kind = {true, true}, .pages = {4, 10}};
+    sh_leader_options o = {.stages = 1,
+                           .max_seqs = 4,
+                           .chunk = 8,
+                           .max_context = 1000,
+                           .vocab = VOCAB,
+                           .window = 16,
+                           .kind = {true, true},
+                           .pages = {4, 10}};
     sh_leader *l = NULL;
     CU_ASSERT_FATAL(sh_leader_create(&o, &l) == SH_OK);
     CU_ASSERT_EQUAL(sh_leader_capacity(&o), 128);
     CU_ASSERT_EQUAL(add_plain(l, 100, 100, 28), SH_OK);
     CU_ASSERT_EQUAL(add_plain(l, 101, 100, 29), SH_ELIMIT);
-    CU_ASSERT_STRING_EQUAL(sh_error_text(),
-                           "prompt of 100 tokens and max_tokens 29 make 129: this group can hold 128 tokens of one sequence");
+    CU_ASSERT_STRING_EQUAL(
+        sh_error_text(),
+        "prompt of 100 tokens and max_tokens 29 make 129: this group can hold 128 tokens of one sequence");
     CU_ASSERT_EQUAL(sh_leader_look(l).waiting, 1);
     sh_leader_destroy(&l);
 }
 
 /* Twelve sequences in decode over three stages: three micro-batches of four rows, not one of twelve. */
 static void test_spread(void) {
-    sh_leader_options o = {.stages = 3, .max_seqs = 12, .chunk = 64, .max_context = 100, .vocab = VOCAB, .kind = {true, false},
+    sh_leader_options o = {.stages = 3,
+                           .max_seqs = 12,
+                           .chunk = 64,
+                           .max_context = 100,
+                           .vocab = VOCAB,
+                           .kind = {true, false},
                            .pages = {100, 0}};
     sh_leader *l = NULL;
     sh_batch b = {0};
@@ -369,7 +393,12 @@ static void ignore(void *arg, uint64_t key, const sh_token *t) {
 }
 
 static void test_wrong_answers(void) {
-    sh_leader_options o = {.stages = 2, .max_seqs = 4, .chunk = 64, .max_context = 100, .vocab = VOCAB, .kind = {true, false},
+    sh_leader_options o = {.stages = 2,
+                           .max_seqs = 4,
+                           .chunk = 64,
+                           .max_context = 100,
+                           .vocab = VOCAB,
+                           .kind = {true, false},
                            .pages = {100, 0}};
     for (int wrong = 0; wrong < 6; wrong++) {
         sh_leader *l = NULL;

@@ -136,6 +136,12 @@ static void test_check(void) {
     sh_plan_free(&p);
 }
 
+static void test_page(void) {
+    const int32_t one[SH_KV_KINDS] = {1, 1};
+    CU_ASSERT_EQUAL(sh_plan_kv_bytes(&e2b, SH_KV_BF16, 0, 35, one), (12288u + 6144u) * SH_PAGE_TOKENS);
+    CU_ASSERT_EQUAL(sh_plan_kv_bytes(&e2b, SH_KV_F32, 20, 35, one), 2 * (1024u + 2048u) * SH_PAGE_TOKENS);
+}
+
 static int pages_of(int tokens) {
     return (tokens + SH_PAGE_TOKENS - 1) / SH_PAGE_TOKENS;
 }
@@ -258,6 +264,7 @@ int main(void) {
     CU_add_test(s, "messages", test_messages);
     CU_add_test(s, "balance", test_balance);
     CU_add_test(s, "check", test_check);
+    CU_add_test(s, "page", test_page);
     CU_add_test(s, "kv", test_kv);
     CU_add_test(s, "kv example", test_kv_example);
     CU_add_test(s, "kv of a group", test_kv_group);

@@ -164,17 +164,40 @@ static void test_completion_logprobs(void) {
     sh_ids_release(&ids);
 }
 
+/* A begin token that the tokenizer put before the string is among the tokens, not in the text. */
+static void test_echo_with_bos(void) {
+    sh_intake *base = NULL, *keep = in;
+    sh_intake_options o = {0};
+    CU_ASSERT_EQUAL_FATAL(sh_intake_create(MODELS "26b-a4b-sharded", &o, &base), SH_OK);
+    in = base;
+    sh_request r = request("{\"custom_id\":\"a\",\"prompt\":\"ab cd\",\"echo\":true,\"logprobs\":0,\"max_tokens\":0}");
+    sh_output out = {.finish = SH_FINISH_LENGTH, .text_len = -1};
+    json_t *j = row_of(&r, &out);
+    const json_t *l = at(j, "response.body.choices.0.logprobs");
+    CU_ASSERT_STRING_EQUAL(text_at(j, "response.body.choices.0.text"), "ab cd");
+    CU_ASSERT_STRING_EQUAL(text_at(l, "tokens.0"), "<bos>");
+    CU_ASSERT_EQUAL(json_integer_value(at(l, "text_offset.0")), 0);
+    CU_ASSERT_EQUAL(json_integer_value(at(l, "text_offset.1")), 0);
+    CU_ASSERT(json_integer_value(at(l, "text_offset.2")) > 0);
+    json_decref(j);
+    sh_request_release(&r);
+    in = keep;
+    sh_intake_destroy(&base);
+}
+
 static void test_scoring(void) {
     sh_request r =
         request("{\"custom_id\":\"a\",\"prompt\":[10,500,501],\"echo\":true,\"logprobs\":0,\"max_tokens\":0}");
     float score[2] = {-1.5f, -2.25f};
-    sh_output o = {.finish = SH_FINISH_LENGTH, .text_len = -1, .score = score, .n_scores = 2};
+    int32_t extra = 600; /* what is generated beyond the scores is no part of the row */
+    sh_output o = {.id = &extra, .n = 1, .finish = SH_FINISH_STOP, .text_len = -1, .score = score, .n_scores = 2};
     json_t *j = row_of(&r, &o);
     const json_t *l = at(j, "response.body.choices.0.logprobs");
     CU_ASSERT_EQUAL(json_array_size(at(l, "token_logprobs")), 3);
     CU_ASSERT(json_is_null(at(l, "token_logprobs.0")) && json_number_value(at(l, "token_logprobs.2")) == -2.25);
     CU_ASSERT(json_is_null(at(l, "top_logprobs")));
     CU_ASSERT_EQUAL(json_integer_value(at(j, "response.body.usage.completion_tokens")), 0);
+    CU_ASSERT_STRING_EQUAL(text_at(j, "response.body.choices.0.finish_reason"), "length");
     CU_ASSERT(!strncmp(text_at(j, "response.body.choices.0.text"), "<bos>", 5)); /* nothing of the prompt is hidden */
     json_decref(j);
     sh_request_release(&r);
@@ -222,6 +245,60 @@ static void test_chat(void) {
     json_decref(j);
     sh_request_release(&r);
     sh_ids_release(&ids);
+}
+
+static json_t *chat_row(const char *text, const char *body) {
+    char line[512];
+    snprintf(line, sizeof line, "{\"custom_id\":\"a\",\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}]%s}", body);
+    sh_request r = request(line);
+    sh_ids ids = {0};
+    encode(text, &ids);
+    sh_output o = output(&ids);
+    o.finish = SH_FINISH_STOP;
+    json_t *j = row_of(&r, &o);
+    sh_request_release(&r);
+    sh_ids_release(&ids);
+    return j;
+}
+
+static void test_tool_calls(void) {
+    static const char tools[] = ",\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}]";
+    static const char two[] =
+        "<|channel>thought\nhm<channel|><|tool_call>call:get{city:<|\"|>S\xc3\xa3o "
+        "{1}<|\"|>,days:3,x:{a:[1.5,true,<|\"|>q<|\"|>],"
+        "<|\"|>b c<|\"|>:null},w:word}<tool_call|><|tool_call>call:g{}<tool_call|><|tool_response>";
+    json_t *j = chat_row(two, tools);
+    const json_t *m = at(j, "response.body.choices.0.message");
+    CU_ASSERT(json_is_null(at(m, "content")));
+    CU_ASSERT_STRING_EQUAL(text_at(m, "reasoning_content"), "hm");
+    CU_ASSERT_EQUAL(json_array_size(at(m, "tool_calls")), 2);
+    CU_ASSERT_STRING_EQUAL(text_at(m, "tool_calls.0.type"), "function");
+    CU_ASSERT_STRING_EQUAL(text_at(m, "tool_calls.0.function.name"), "get");
+    CU_ASSERT_STRING_EQUAL(
+        text_at(m, "tool_calls.0.function.arguments"),
+        "{\"city\":\"S\xc3\xa3o {1}\",\"days\":3,\"x\":{\"a\":[1.5,true,\"q\"],\"b c\":null},\"w\":\"word\"}");
+    CU_ASSERT_STRING_EQUAL(text_at(m, "tool_calls.1.function.arguments"), "{}");
+    CU_ASSERT(strcmp(text_at(m, "tool_calls.0.id"), text_at(m, "tool_calls.1.id")));
+    CU_ASSERT_STRING_EQUAL(text_at(j, "response.body.choices.0.finish_reason"), "tool_calls");
+    json_decref(j);
+    j = chat_row("Look: <|tool_call>call:g{a:1}<tool_call|>", ""); /* nobody offered tools */
+    CU_ASSERT_STRING_EQUAL(text_at(j, "response.body.choices.0.message.content"), "Look: call:g{a:1}");
+    CU_ASSERT_STRING_EQUAL(text_at(j, "response.body.choices.0.finish_reason"), "stop");
+    json_decref(j);
+    static const char *const broken[] = {
+        "call:g{a:1",        "call:g{a}",    "call:{a:1}",   "g{a:1}",    "call:g{a:[1}",
+        "call:g{a:<|\"|>x}", "call:g{a:1}x", "call:g{a:1,}", "call:g{,}", ""};
+    for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
+        char text[128];
+        snprintf(text, sizeof text, "So: <|tool_call>%s<tool_call|>", broken[i]);
+        j = chat_row(text, tools); /* no call: it stays text */
+        CU_ASSERT_PTR_NULL(at(j, "response.body.choices.0.message.tool_calls"));
+        CU_ASSERT(!strncmp(text_at(j, "response.body.choices.0.message.content"), "So: ", 4));
+        json_decref(j);
+    }
+    j = chat_row("So: <|tool_call>call:g{a:1}", tools); /* cut off */
+    CU_ASSERT_STRING_EQUAL(text_at(j, "response.body.choices.0.message.content"), "So: call:g{a:1}");
+    json_decref(j);
 }
 
 /* Every id, alone and after another one, makes a row that is valid JSON; also ids without text and unfinished UTF-8. */
@@ -300,8 +377,10 @@ int main(void) {
     CU_add_test(s, "names follow content", test_names_follow_content);
     CU_add_test(s, "stops", test_stops);
     CU_add_test(s, "completion logprobs", test_completion_logprobs);
+    CU_add_test(s, "echo with bos", test_echo_with_bos);
     CU_add_test(s, "scoring", test_scoring);
     CU_add_test(s, "chat", test_chat);
+    CU_add_test(s, "tool calls", test_tool_calls);
     CU_add_test(s, "all tokens", test_all_tokens);
     CU_add_test(s, "errors", test_errors);
     CU_add_test(s, "numbers and text", test_numbers_and_text);

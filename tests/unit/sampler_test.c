@@ -29,8 +29,7 @@ static void test_philox(void) { /* known answers of Random123's kat_vectors */
               sh_draw_uniform(1, 0, 5) != sh_draw_uniform(2, 0, 5));
 }
 
-/* --- filters against a plain sort
- * ------------------------------------------------------------------------------------------ */
+/* --- filters against a plain sort --- */
 
 typedef struct entry {
     float y;
@@ -148,8 +147,7 @@ static void test_bad_logits(void) {
     sh_draw_destroy(&d);
 }
 
-/* --- the draw
- * ------------------------------------------------------------------------------------------------------------- */
+/* --- the draw --- */
 
 /* Chi-square of `draws` positions against exact probabilities, for a row whose six likely ids sit in different
  * segments. */
@@ -190,8 +188,7 @@ static void test_draw_is_fair(void) {
     sh_draw_destroy(&d);
 }
 
-/* --- sequences
- * -------------------------------------------------------------------------------------------------------------- */
+/* --- sequences --- */
 
 enum { VOCAB = 2048, CONTEXT = 256 };
 
@@ -430,6 +427,50 @@ static void test_stop_rules(void) {
     sh_sampler_destroy(&s);
 }
 
+/* Generates ids chosen by the test; returns the last token. */
+static sh_token force(sh_sampler *s, const sh_sampling *p, const int *ids, int n) {
+    static float x[VOCAB];
+    run r;
+    sh_token t = {0};
+    begin(&r);
+    sh_seq_start b = {.seq = 8, .sampling = p, .tokens = r.tokens, .n_prompt = 4, .n_tokens = 4};
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_start(s, &b), SH_OK);
+    for (int i = 0; i < n && !t.finish; i++) {
+        int made = 0;
+        for (int j = 0; j < VOCAB; j++) x[j] = j == ids[i] ? 9 : 0;
+        CU_ASSERT_EQUAL_FATAL(sh_sampler_step(s, 8, 3 + i, x, &t, &made), SH_OK);
+        CU_ASSERT_EQUAL(t.id, ids[i]);
+    }
+    sh_sampler_drop(s, 8);
+    return t;
+}
+
+/* A stop string out of byte tokens: seen when the run ends, by another token or by the end of the sequence. */
+static void test_held_back_bytes(void) {
+    sh_sampler *s = NULL;
+    int c3 = sh_tokenizer_id(tok, "<0xC3>"), a9 = sh_tokenizer_id(tok, "<0xA9>"), other = sh_tokenizer_id(tok, "a");
+    CU_ASSERT_FATAL(c3 >= 0 && a9 >= 0 && other >= 0);
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, 1, CONTEXT, &s), SH_OK);
+    sh_sampling p = {.top_p = 1,
+                     .max_tokens = 9,
+                     .logprobs = -1,
+                     .n_stops = 1,
+                     .stop_len = {2},
+                     .stop = {"\xc3\xa9"},
+                     .eos = {3},
+                     .n_eos = 1};
+    sh_token t = force(s, &p, (int[]){other, c3, a9, other}, 4);
+    CU_ASSERT(t.index == 3 && t.finish == SH_FINISH_STOP && t.text_len == 1);
+    t = force(s, &p, (int[]){other, c3, a9, 3}, 4);
+    CU_ASSERT(t.index == 3 && t.finish == SH_FINISH_STOP && t.text_len == 1);
+    t = force(s, &p, (int[]){other, c3, other}, 3); /* half a character is none */
+    CU_ASSERT_EQUAL(t.finish, SH_FINISH_NONE);
+    p.max_tokens = 3;
+    t = force(s, &p, (int[]){other, c3, a9}, 3); /* the last token the length allows, and yet a stop */
+    CU_ASSERT(t.index == 2 && t.finish == SH_FINISH_STOP && t.text_len == 1);
+    sh_sampler_destroy(&s);
+}
+
 int main(void) {
     if (sh_kernels_select(&kn) != SH_OK || sh_tokenizer_load(SH_TEST_DATA "/text/models/e2b-like", &tok) != SH_OK) {
         fprintf(stderr, "%s\n", sh_error_text());
@@ -447,6 +488,7 @@ int main(void) {
     CU_add_test(s, "scores", test_scores);
     CU_add_test(s, "misuse", test_misuse);
     CU_add_test(s, "stop rules", test_stop_rules);
+    CU_add_test(s, "held back bytes", test_held_back_bytes);
     CU_basic_run_tests();
     int failed = (int)CU_get_number_of_failures();
     CU_cleanup_registry();

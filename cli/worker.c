@@ -1,0 +1,184 @@
+/* shoal worker: the ranks of a group. Normally started by mpirun, srun or `shoal run`; on its own it is a group of one.
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include "cli/commands.h"
+#include "cli/options.h"
+#include "common/log.h"
+#include "partition/machine.h"
+#include "worker/worker.h"
+
+static const char usage[] =
+    "Usage: mpirun -n RANKS shoal worker --connect ENDPOINT [OPTION]...\n"
+    "       shoal worker --connect ENDPOINT --link local [-n RANKS] [OPTION]...\n"
+    "Serves as one group: RANKS ranks that hold one replica of the model, each some of its layers. The coordinator\n"
+    "at ENDPOINT ('shoal serve' or 'shoal run') tells each rank its layers, sends requests and takes the tokens.\n"
+    "A group leaves when the coordinator ends it or is silent for too long. 'shoal run' starts its own groups; use "
+    "this\n"
+    "command to add groups to a 'shoal serve'.\n\n"
+    "  mpirun -n 4 shoal worker --connect tcp://head:5555 --keys ~/.shoal/keys     four ranks over MPI\n"
+    "  srun --mpi=pmix -n 4 shoal worker --connect tcp://head:5555 --keys ~/keys   the same under Slurm\n"
+    "  shoal worker --connect ipc:///run/user/1000/shoal/s --link local -n 2       two ranks in one process\n\n";
+
+static const char *const links[] = {"auto", "mpi", "local", NULL};
+enum { LINK_AUTO, LINK_MPI, LINK_LOCAL };
+
+typedef struct arguments {
+    const char *connect, *keys, *group, *cpus;
+    int link, ranks, threads;
+} arguments;
+
+/* MPI is touched only by a process that a launcher started as one of its ranks. */
+static bool launched(void) {
+    static const char *const names[] = {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (getenv(names[i])) return true;
+    return false;
+}
+
+/* "0-3,8,10-11" → numbers. */
+static sh_status parse_cpus(const char *s, int *cpus, int *n) {
+    int count = 0;
+    for (const char *p = s;;) {
+        char *end = NULL;
+        long lo = strtol(p, &end, 10), hi = lo;
+        bool good = end != p && *p >= '0' && *p <= '9';
+        if (good && *end == '-') {
+            p = end + 1;
+            hi = strtol(p, &end, 10);
+            good = end != p && *p >= '0' && *p <= '9';
+        }
+        if (!good || lo > hi || hi >= 1 << 20 || (*end && *end != ','))
+            SH_FAIL(SH_EINPUT, "--cpus: '%s': CPU numbers and ranges are allowed, as in 0-3,8", s);
+        if (hi - lo >= SH_MAX_CPUS - count) SH_FAIL(SH_EINPUT, "--cpus: more than %d CPUs", SH_MAX_CPUS);
+        while (lo <= hi) cpus[count++] = (int)lo++;
+        if (!*end) break;
+        p = end + 1;
+    }
+    *n = count;
+    return SH_OK;
+}
+
+/* Leaving in step lets MPI finish; everything else must not wait for ranks that may be gone. */
+static int leave(sh_link **link, sh_status st) {
+    if (st == SH_OK) {
+        sh_link_destroy(link);
+        return SH_EXIT_OK;
+    }
+    if (st == SH_ECANCELLED) _exit(SH_EXIT_OK);
+    sh_error("%s", sh_error_text());
+    _exit(SH_EXIT_RUN);
+}
+
+static int run_mpi(const sh_worker_options *o) {
+    sh_link *link = NULL;
+    if (sh_link_mpi_create(&link) != SH_OK) {
+        sh_error("%s", sh_error_text());
+        return SH_EXIT_RUN;
+    }
+    char who[32];
+    snprintf(who, sizeof who, "rank %d", link->rank);
+    sh_log_setup(SH_LOG_WARN, who);
+    return leave(&link, sh_worker_run(link, o));
+}
+
+typedef struct local_rank {
+    pthread_t thread;
+    sh_link *link;
+    const sh_worker_options *o;
+    int status;
+} local_rank;
+
+static void *local_main(void *arg) {
+    local_rank *r = arg;
+    r->status = leave(&r->link, sh_worker_run(r->link, r->o));
+    return NULL;
+}
+
+static int run_local(int n, const sh_worker_options *o) {
+    int status = SH_EXIT_OK;
+    sh_link **links_of = calloc((size_t)n, sizeof *links_of);
+    local_rank *ranks = calloc((size_t)n, sizeof *ranks);
+    if (!links_of || !ranks || sh_link_local_create(n, links_of) != SH_OK) {
+        sh_error("no local link of %d ranks: %s", n, sh_error_text());
+        free(links_of);
+        free(ranks);
+        return SH_EXIT_RUN;
+    }
+    for (int i = 0; i < n; i++) {
+        ranks[i] = (local_rank){.link = links_of[i], .o = o};
+        if (pthread_create(&ranks[i].thread, NULL, local_main, &ranks[i]) != 0) {
+            sh_error("no thread for rank %d of %d", i, n);
+            _exit(SH_EXIT_RUN); /* the ranks that run already cannot go on without it */
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        pthread_join(ranks[i].thread, NULL);
+        if (ranks[i].status > status) status = ranks[i].status;
+    }
+    free(links_of);
+    free(ranks);
+    return status;
+}
+
+static int run_worker(const arguments *a) {
+    static int cpus[SH_MAX_CPUS];
+    char group[160], host[128] = "";
+    sh_worker_options o = {.endpoint = a->connect, .keys = a->keys, .group = a->group, .threads = a->threads};
+    if (a->cpus && parse_cpus(a->cpus, cpus, &o.n_cpus) != SH_OK) return sh_options_complain("worker", SH_EXIT_USAGE);
+    o.cpus = o.n_cpus ? cpus : NULL;
+    bool mpi = a->link == LINK_MPI || (a->link == LINK_AUTO && launched());
+    if (mpi && a->ranks) {
+        fprintf(stderr,
+                "shoal worker: -n: %d ranks: over MPI the launcher decides, as in mpirun -n %d shoal worker …\n",
+                a->ranks, a->ranks);
+        return SH_EXIT_USAGE;
+    }
+    if (!o.group) { /* the same on all ranks: the launcher's own name of the job, if it has one */
+        const char *job = getenv("OMPI_MCA_ess_base_jobid"), *slurm = getenv("SLURM_JOB_ID");
+        if (gethostname(host, sizeof host - 1) != 0) host[0] = 0;
+        if (mpi && (job || slurm))
+            snprintf(group, sizeof group, "group-%s", job ? job : slurm);
+        else
+            snprintf(group, sizeof group, "%s-%d", host[0] ? host : "group", mpi ? (int)getppid() : (int)getpid());
+        o.group = group;
+    }
+    return mpi ? run_mpi(&o) : run_local(a->ranks ? a->ranks : 1, &o);
+}
+
+int sh_cmd_worker(int argc, char **argv) {
+    arguments a = {0};
+    sh_option t[] = {
+        {"connect", 0, SH_OPTION_TEXT, &a.connect, "ENDPOINT", "the coordinator: ipc://PATH or tcp://HOST:PORT", 0, 0,
+         NULL},
+        {"keys", 0, SH_OPTION_TEXT, &a.keys, "DIR", "key folder of 'shoal keygen'; needed for tcp://", 0, 0, NULL},
+        {"group", 0, SH_OPTION_TEXT, &a.group, "NAME", "the same on all ranks; default: the launcher's job", 0, 0,
+         NULL},
+        {"link", 0, SH_OPTION_CHOICE, &a.link, "LINK",
+         "auto (default: mpi under a launcher, else local), mpi, or local: ranks are threads of this process", 0, 0,
+         links},
+        {"ranks", 'n', SH_OPTION_INT, &a.ranks, "N", "ranks of a local link; default 1", 1, SH_MAX_RANKS, NULL},
+        {"threads", 0, SH_OPTION_INT, &a.threads, "N", "compute threads per rank; default: the plan's, else its CPUs",
+         1, 4096, NULL},
+        {"cpus", 0, SH_OPTION_TEXT, &a.cpus, "LIST",
+         "CPUs that this node's ranks share, as in 0-3,8; default: the process's", 0, 0, NULL},
+    };
+    int operands = 0;
+    int rc = sh_options_begin("worker", usage, t, (int)(sizeof t / sizeof *t), argc, argv, &operands);
+    if (rc >= 0) return rc;
+    if (operands) {
+        fprintf(stderr, "shoal worker: '%s': no operands are expected\n", argv[1]);
+        return SH_EXIT_USAGE;
+    }
+    if (!a.connect) {
+        fprintf(
+            stderr,
+            "shoal worker: --connect: the coordinator's endpoint is needed, as in ipc:///path or tcp://host:5555\n");
+        return SH_EXIT_USAGE;
+    }
+    sh_log_setup(SH_LOG_WARN, "worker");
+    return run_worker(&a);
+}

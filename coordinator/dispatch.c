@@ -1,0 +1,662 @@
+/* What is where. See dispatch.h. */
+#include "coordinator/dispatch.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include "common/clock.h"
+#include "common/log.h"
+#include "coordinator/group.h"
+#include "coordinator/running.h"
+
+#define BUCKETS      16384
+#define WINDOW       2  /* requests a leader holds: so many times what it can run at once */
+#define FETCH        64 /* lines taken from the store at once */
+#define DONE_AT_ONCE 1024
+
+typedef struct fetched { /* a line on its way from the store to a group */
+    sh_stored_request r;
+    char *text;
+} fetched;
+
+struct sh_dispatch {
+    const sh_coordinator_options *o;
+    const sh_config *config;
+    sh_store *store;
+    sh_intake *intake;
+    sh_jobs *jobs;
+    sh_wire *wire;
+    double silent;
+    sh_group **group;
+    int n, cap, last_number;
+    sh_running *bucket[BUCKETS];
+    sh_running **waiting; /* came back from lost groups; in the buckets too */
+    int n_waiting, cap_waiting;
+    uint64_t cursor; /* unanswered requests up to this key were taken from the store */
+    bool exhausted;  /* there are none behind it */
+    bool unsaved;    /* progress of requests that came back must be committed before they are given out again */
+    sh_buf out;
+};
+
+/* --- life ----------------------------------------------------------------------------------------------------------
+ */
+
+sh_status sh_dispatch_create(const sh_coordinator_options *o, const sh_config *config, sh_store *s, sh_intake *in,
+                             sh_jobs *jobs, sh_wire *wire, sh_dispatch **out) {
+    sh_dispatch *d = calloc(1, sizeof *d);
+    if (!d) SH_FAIL(SH_EMEMORY, "no memory for dispatch");
+    d->o = o, d->config = config, d->store = s, d->intake = in, d->jobs = jobs, d->wire = wire;
+    d->silent = 1e-3 * o->heartbeat_ms * SH_SILENT_BEATS;
+    sh_buf_init(&d->out, 0);
+    *out = d;
+    return SH_OK;
+}
+
+void sh_dispatch_destroy(sh_dispatch **dp) {
+    sh_dispatch *d = *dp;
+    if (!d) return;
+    for (int i = 0; i < BUCKETS; i++)
+        for (sh_running *r = d->bucket[i], *next; r; r = next) {
+            next = r->next;
+            sh_running_destroy(&r);
+        }
+    for (int i = 0; i < d->n; i++) sh_group_destroy(&d->group[i]);
+    free(d->group);
+    free(d->waiting);
+    sh_buf_release(&d->out);
+    free(d);
+    *dp = NULL;
+}
+
+/* --- requests by key -----------------------------------------------------------------------------------------------
+ */
+
+static sh_running *running_find(const sh_dispatch *d, uint64_t key) {
+    sh_running *r = d->bucket[key % BUCKETS];
+    while (r && r->key != key) r = r->next;
+    return r;
+}
+
+static void running_insert(sh_dispatch *d, sh_running *r) {
+    r->next = d->bucket[r->key % BUCKETS];
+    d->bucket[r->key % BUCKETS] = r;
+}
+
+static sh_group *group_by_number(const sh_dispatch *d, int number) {
+    for (int i = 0; i < d->n; i++)
+        if (d->group[i]->number == number) return d->group[i];
+    return NULL;
+}
+
+static void set_owner(sh_dispatch *d, sh_running *r, sh_group *g) {
+    sh_group *before = group_by_number(d, r->group);
+    if (before) before->given--;
+    r->group = g ? g->number : -1;
+    if (g) g->given++;
+}
+
+static void waiting_remove(sh_dispatch *d, const sh_running *r) {
+    for (int i = 0; i < d->n_waiting; i++)
+        if (d->waiting[i] == r) {
+            memmove(d->waiting + i, d->waiting + i + 1, (size_t)(d->n_waiting - i - 1) * sizeof *d->waiting);
+            d->n_waiting--;
+            return;
+        }
+}
+
+static sh_status waiting_add(sh_dispatch *d, sh_running *r) {
+    if (d->n_waiting == d->cap_waiting) {
+        int cap = d->cap_waiting ? d->cap_waiting * 2 : 64;
+        sh_running **p = realloc(d->waiting, (size_t)cap * sizeof *p);
+        if (!p) SH_FAIL(SH_EMEMORY, "no memory for waiting requests");
+        d->waiting = p;
+        d->cap_waiting = cap;
+    }
+    int at = d->n_waiting++; /* by age */
+    for (; at > 0 && d->waiting[at - 1]->key > r->key; at--) d->waiting[at] = d->waiting[at - 1];
+    d->waiting[at] = r;
+    return SH_OK;
+}
+
+/* Takes the request out of everything and frees it. */
+static void running_remove(sh_dispatch *d, sh_running *r) {
+    if (r->group < 0) waiting_remove(d, r);
+    set_owner(d, r, NULL);
+    sh_running **p = &d->bucket[r->key % BUCKETS];
+    while (*p != r) p = &(*p)->next;
+    *p = r->next;
+    sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
+    uint64_t unsaved = (uint64_t)(r->tokens.n - r->tokens.saved);
+    if (e && e->live >= unsaved) { /* what was counted as live is now in the job's count */
+        e->live -= unsaved;
+        e->job.tokens_out += unsaved;
+        e->dirty = true;
+    }
+    sh_running_destroy(&r);
+}
+
+static sh_status running_save(sh_dispatch *d, sh_running *r) {
+    int saved = 0;
+    if (sh_running_is_saved(r)) return SH_OK;
+    SH_TRY(sh_running_save(r, d->store, &saved));
+    sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
+    if (!e || e->live < (uint64_t)saved) return SH_OK;
+    e->live -= (uint64_t)saved;
+    e->job.tokens_out += (uint64_t)saved;
+    e->dirty = true;
+    return SH_OK;
+}
+
+sh_status sh_dispatch_save(sh_dispatch *d) {
+    for (int i = 0; i < BUCKETS; i++)
+        for (sh_running *r = d->bucket[i]; r; r = r->next) SH_TRY(running_save(d, r));
+    return SH_OK;
+}
+
+/* --- speaking to ranks ---------------------------------------------------------------------------------------------
+ */
+
+static sh_status send_packed(sh_dispatch *d, const sh_wire_peer *to, const Shoal__ToRank *m) {
+    sh_buf_clear(&d->out);
+    SH_TRY(sh_buf_reserve(&d->out, shoal__to_rank__get_packed_size(m)));
+    d->out.len = shoal__to_rank__pack(m, d->out.data);
+    return sh_wire_send(d->wire, to, SH_WIRE_GROUP, d->out.data, d->out.len);
+}
+
+/* A peer that is gone is noticed by its silence. */
+static void say(sh_dispatch *d, const sh_wire_peer *to, const Shoal__ToRank *m) {
+    if (to->len) SH_IGNORE(send_packed(d, to, m));
+}
+
+static void say_leave(sh_dispatch *d, const sh_wire_peer *to, const char *reason) {
+    Shoal__ToRank m = SHOAL__TO_RANK__INIT;
+    m.has_leave = m.leave = true;
+    m.reason = (char *)(uintptr_t)reason;
+    say(d, to, &m);
+}
+
+static void say_cancel(sh_dispatch *d, const sh_group *g, uint64_t key) {
+    Shoal__ToRank m = SHOAL__TO_RANK__INIT;
+    m.n_cancel = 1, m.cancel = &key;
+    say(d, &g->seat[0].peer, &m);
+}
+
+static void say_done(sh_dispatch *d, sh_group *g) {
+    for (int i = 0; i < g->n_done; i += DONE_AT_ONCE) {
+        Shoal__ToRank m = SHOAL__TO_RANK__INIT;
+        m.n_done = (size_t)(g->n_done - i < DONE_AT_ONCE ? g->n_done - i : DONE_AT_ONCE);
+        m.done = g->done + i;
+        say(d, &g->seat[0].peer, &m);
+    }
+    g->n_done = 0;
+}
+
+void sh_dispatch_leave(sh_dispatch *d, const char *reason) {
+    for (int i = 0; i < d->n; i++)
+        for (int k = 0; k < d->group[i]->size; k++) say_leave(d, &d->group[i]->seat[k].peer, reason);
+}
+
+/* --- groups --------------------------------------------------------------------------------------------------------
+ */
+
+static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault) {
+    if (g->state == SH_GROUP_LOST) {
+        sh_group_set_fault(g, fault);
+        return SH_OK;
+    }
+    sh_warn("group %s is lost: %s", g->name, fault);
+    sh_group_set_fault(g, fault);
+    g->state = SH_GROUP_LOST;
+    g->here = 0;
+    for (int i = 0; i < g->size; i++) say_leave(d, &g->seat[i].peer, fault);
+    for (int i = 0; i < BUCKETS; i++)
+        for (sh_running *r = d->bucket[i]; r; r = r->next) {
+            if (r->group != g->number) continue;
+            set_owner(d, r, NULL);
+            SH_TRY(running_save(d, r));
+            SH_TRY(waiting_add(d, r));
+            d->unsaved = true;
+        }
+    return SH_OK;
+}
+
+static void forget_lost(sh_dispatch *d) {
+    int lost = 0;
+    for (int i = d->n - 1; i >= 0; i--) {
+        if (d->group[i]->state != SH_GROUP_LOST || ++lost <= SH_LOST_KEPT) continue;
+        sh_group_destroy(&d->group[i]);
+        memmove(d->group + i, d->group + i + 1, (size_t)(d->n - i - 1) * sizeof *d->group);
+        d->n--;
+    }
+}
+
+/* Longest honest step: the dearest stage's arithmetic for a full micro-batch. */
+static double stall_time(const sh_dispatch *d, const Shoal__Plan *p) {
+    double most = 0;
+    for (size_t i = 0; i < p->n_rank; i++) {
+        double cost = (double)sh_plan_cost(d->config, p->rank[i]->first, p->rank[i]->last);
+        if (cost > most) most = cost;
+    }
+    return SH_STALL_LEAST + 2 * most * (p->chunk + p->max_seqs) / SH_STALL_FLOPS;
+}
+
+static sh_status group_plan(sh_dispatch *d, sh_group *g) {
+    const sh_coordinator_options *o = d->o;
+    if (o->pp > 0 && o->pp != g->size)
+        SH_FAIL(SH_EINPUT, "--pp %d: the group has %d ranks: allowed is as many stages as ranks", o->pp, g->size);
+    sh_plan_request q = {.ranks = g->size,
+                         .cuts = o->cuts,
+                         .mode = o->mode,
+                         .kv = o->kv,
+                         .threads = o->threads,
+                         .max_seqs = o->max_seqs,
+                         .chunk = o->chunk,
+                         .max_context = o->max_context,
+                         .kv_memory = o->kv_memory};
+    SH_TRY(sh_plan_make(d->config, &q, &g->plan));
+    g->stall = stall_time(d, g->plan);
+    sh_buf text;
+    sh_buf_init(&text, 0);
+    SH_TRY(sh_plan_print(d->config, g->plan, &text));
+    g->plan_text = sh_buf_take(&text);
+    return SH_OK;
+}
+
+static sh_status group_add(sh_dispatch *d, const Shoal__Hello *h, sh_group **out) {
+    forget_lost(d);
+    if (d->n == d->cap) {
+        int cap = d->cap ? d->cap * 2 : 8;
+        sh_group **p = realloc(d->group, (size_t)cap * sizeof *p);
+        if (!p) SH_FAIL(SH_EMEMORY, "no memory for a group");
+        d->group = p;
+        d->cap = cap;
+    }
+    sh_group *g = NULL;
+    SH_TRY(sh_group_create(h->group, h->size, ++d->last_number, &g));
+    g->born = sh_now();
+    d->group[d->n++] = g;
+    *out = g;
+    if (group_plan(d, g) == SH_OK) return SH_OK;
+    char why[1024];
+    snprintf(why, sizeof why, "%s", sh_error_text());
+    SH_TRY(group_lose(d, g, why));
+    /* In a run every group has this shape: none can ever serve. */
+    return d->o->run ? sh_jobs_fail(d->jobs, why) : SH_OK;
+}
+
+static sh_group *group_by_name(const sh_dispatch *d, const char *name) {
+    for (int i = 0; i < d->n; i++)
+        if (strcmp(d->group[i]->name, name) == 0) return d->group[i];
+    return NULL;
+}
+
+/* --- hearing -------------------------------------------------------------------------------------------------------
+ */
+
+static void say_welcome(sh_dispatch *d, const sh_group *g, const sh_wire_peer *to) {
+    Shoal__Welcome w = SHOAL__WELCOME__INIT;
+    w.epoch = sh_store_epoch(d->store);
+    w.model = (char *)(uintptr_t)d->o->model;
+    w.plan = g->plan;
+    w.heartbeat_ms = d->o->heartbeat_ms;
+    w.orphan_ms = d->o->orphan_ms;
+    w.has_seed = true;
+    w.seed = d->o->intake.seed;
+    Shoal__ToRank m = SHOAL__TO_RANK__INIT;
+    m.welcome = &w;
+    say(d, to, &m);
+}
+
+static bool hello_is_good(const Shoal__Hello *h) {
+    size_t n = strlen(h->group);
+    return h->size >= 1 && h->size <= SH_MAX_RANKS && h->rank >= 0 && h->rank < h->size && n >= 1 &&
+           n <= SH_MAX_GROUP_NAME;
+}
+
+static sh_status hear_hello(sh_dispatch *d, const sh_wire_peer *from, const Shoal__Hello *h) {
+    if (!hello_is_good(h)) {
+        say_leave(d, from, "hello: rank, size or group is not allowed");
+        return SH_OK;
+    }
+    if (d->o->run && h->has_epoch && h->epoch != sh_store_epoch(d->store)) {
+        say_leave(d, from, "this rank served another coordinator");
+        return SH_OK;
+    }
+    sh_group *g = group_by_name(d, h->group);
+    if (!g) SH_TRY(group_add(d, h, &g));
+    if (g->state == SH_GROUP_LOST || g->size != h->size) {
+        say_leave(d, from, g->state == SH_GROUP_LOST ? g->fault : "another rank of this group gave another size");
+        return SH_OK;
+    }
+    sh_rank_seat *seat = &g->seat[h->rank];
+    g->here += seat->peer.len == 0;
+    seat->peer = *from;
+    seat->pid = h->pid;
+    seat->heard = seat->moved = sh_now();
+    snprintf(seat->host, sizeof seat->host, "%s", h->host);
+    if (g->here == g->size && g->state == SH_GROUP_STARTING)
+        g->state = g->max_seqs > 0 ? SH_GROUP_READY : SH_GROUP_LOADING; /* ready already: it served our predecessor */
+    say_welcome(d, g, from);
+    return SH_OK;
+}
+
+/* The weights are the store's: another checkpoint would answer the rest of a job in another voice. */
+static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) {
+    char text[24];
+    snprintf(text, sizeof text, "%016" PRIx64, r->fingerprint);
+    sh_status st = sh_store_pin(d->store, "weights", text);
+    if (st == SH_EINPUT) {
+        char why[1024];
+        snprintf(why, sizeof why, "%s", sh_error_text());
+        SH_TRY(group_lose(d, g, why));
+        return d->o->run ? sh_jobs_fail(d->jobs, why) : SH_OK;
+    }
+    SH_TRY(st);
+    g->kv_tokens = r->kv_tokens;
+    g->max_seqs = r->max_seqs < 1 ? 1 : r->max_seqs > SH_MAX_SEQS ? SH_MAX_SEQS : r->max_seqs;
+    for (size_t i = 0; i < r->n_note; i++) sh_group_add_note(g, r->note[i]);
+    if (g->here == g->size) g->state = SH_GROUP_READY;
+    for (int i = 0; i < g->size; i++) g->seat[i].moved = sh_now();
+    return SH_OK;
+}
+
+static void hear_heartbeat(sh_dispatch *d, sh_group *g, int rank, const Shoal__Heartbeat *h) {
+    sh_rank_seat *s = &g->seat[rank];
+    if (h->step != s->step || !h->busy) s->moved = sh_now();
+    s->step = h->step;
+    s->busy = h->busy;
+    if (h->times) {
+        s->has_times = true;
+        s->times = *h->times;
+        s->times.rank = rank;
+        s->times.base.n_unknown_fields = 0;
+        s->times.base.unknown_fields = NULL;
+    }
+    if (rank == 0 && h->has_running) g->said_running = h->running;
+    Shoal__ToRank m = SHOAL__TO_RANK__INIT;
+    m.has_heartbeat = m.heartbeat = true;
+    say(d, &s->peer, &m);
+}
+
+typedef struct adoption {
+    sh_dispatch *d;
+    sh_running *r; /* NULL: it is answered already, or nobody wants it any more */
+    bool done;
+} adoption;
+
+static sh_status adopt(void *ctx, const sh_stored_request *q) {
+    adoption *a = ctx;
+    sh_job_entry *e = sh_jobs_find(a->d->jobs, q->job);
+    a->done = q->done;
+    if (q->done || !e || e->job.state == SH_JOB_CANCELLED) return SH_OK;
+    sh_jobs_use(a->d->jobs, e);
+    return sh_running_create(a->d->intake, a->d->store, q, &a->r);
+}
+
+/* Tokens of a request that this incarnation did not give out: its predecessor did. */
+static sh_status take_up(sh_dispatch *d, sh_group *g, uint64_t key, sh_running **out) {
+    adoption a = {.d = d};
+    bool found = false;
+    *out = NULL;
+    SH_TRY(sh_store_request_get(d->store, key, adopt, &a, &found));
+    if (a.done)
+        SH_TRY(sh_group_add_done(g, key));
+    else if (!a.r)
+        say_cancel(d, g, key);
+    if (!a.r) return SH_OK;
+    running_insert(d, a.r);
+    set_owner(d, a.r, g);
+    *out = a.r;
+    return SH_OK;
+}
+
+static sh_status answer(sh_dispatch *d, sh_running *r) {
+    sh_buf row;
+    sh_buf_init(&row, 0);
+    sh_status st = sh_running_row(r, d->intake, (int64_t)time(NULL), &row);
+    if (st == SH_OK) st = sh_jobs_answer(d->jobs, r->key, r->job, r->request.number, &row, true, r->request.prompt.n);
+    sh_buf_release(&row);
+    SH_TRY(st);
+    running_remove(d, r);
+    return SH_OK;
+}
+
+static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t) {
+    sh_running *r = running_find(d, t->key);
+    if (!r) SH_TRY(take_up(d, g, t->key, &r));
+    if (!r) return SH_OK;
+    int added = 0;
+    sh_status st = sh_running_take(r, t, &added);
+    if (st == SH_EPEER) {
+        sh_warn("group %s: %s", g->name,
+                sh_error_text()); /* dropped: the rank sends all again after its next welcome */
+        return SH_OK;
+    }
+    SH_TRY(st);
+    sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
+    if (e) e->live += (uint64_t)added;
+    if (r->finish == SH_FINISH_NONE) return SH_OK;
+    sh_group *owner = group_by_number(d, r->group);
+    if (owner && owner != g) say_cancel(d, owner, r->key);
+    SH_TRY(sh_group_add_done(g, r->key));
+    return answer(d, r);
+}
+
+static sh_status hear_rejected(sh_dispatch *d, sh_group *g, const Shoal__Rejected *j) {
+    sh_running *r = running_find(d, j->key);
+    if (!r || r->group != g->number) return SH_OK;
+    sh_stored_request q = {.key = r->key,
+                           .job = r->job,
+                           .number = r->request.number,
+                           .hash = r->request.hash,
+                           .custom_id = r->request.custom_id};
+    SH_TRY(sh_jobs_refuse(d->jobs, &q, 413, "too_long", "prompt", j->reason));
+    running_remove(d, r);
+    return SH_OK;
+}
+
+static sh_status hear_fault(sh_dispatch *d, sh_group *g, int rank, const Shoal__Fault *f) {
+    char text[1500];
+    snprintf(text, sizeof text, "rank %d (%s): %s", rank, g->seat[rank].host, f->text);
+    return group_lose(d, g, text);
+}
+
+sh_status sh_dispatch_hear(sh_dispatch *d, const sh_wire_peer *from, const Shoal__FromRank *m) {
+    if (m->hello) SH_TRY(hear_hello(d, from, m->hello));
+    sh_group *g = NULL;
+    int rank = -1;
+    for (int i = 0; i < d->n && rank < 0; i++) rank = sh_group_seat(g = d->group[i], from);
+    if (rank < 0) return SH_OK; /* a stranger is not answered: it will say hello */
+    if (g->state == SH_GROUP_LOST) {
+        if (m->fault) return hear_fault(d, g, rank, m->fault);
+        say_leave(d, from, g->fault);
+        return SH_OK;
+    }
+    g->seat[rank].heard = sh_now();
+    if (m->ready && rank == 0) SH_TRY(hear_ready(d, g, m->ready));
+    if (m->heartbeat) hear_heartbeat(d, g, rank, m->heartbeat);
+    for (size_t i = 0; rank == 0 && i < m->n_tokens; i++) SH_TRY(hear_tokens(d, g, m->tokens[i]));
+    for (size_t i = 0; rank == 0 && i < m->n_rejected; i++) SH_TRY(hear_rejected(d, g, m->rejected[i]));
+    return m->fault ? hear_fault(d, g, rank, m->fault) : SH_OK;
+}
+
+sh_status sh_dispatch_watch(sh_dispatch *d) {
+    double now = sh_now();
+    for (int i = 0; i < d->n; i++) {
+        char text[300];
+        sh_group *g = d->group[i];
+        if (g->state == SH_GROUP_LOST) continue;
+        bool dead = sh_group_is_dead(g, now, d->silent, text, sizeof text);
+        if (!dead && g->state == SH_GROUP_STARTING && now - g->born > SH_START_MOST) {
+            snprintf(text, sizeof text, "%d of %d ranks came within %.0f s", g->here, g->size, SH_START_MOST);
+            dead = true;
+        }
+        if (dead) SH_TRY(group_lose(d, g, text));
+    }
+    return SH_OK;
+}
+
+/* --- giving out ----------------------------------------------------------------------------------------------------
+ */
+
+typedef struct fetching {
+    sh_dispatch *d;
+    fetched line[FETCH];
+    int n;
+    uint64_t last;
+} fetching;
+
+static sh_status fetch_line(void *ctx, const sh_stored_request *r) {
+    fetching *f = ctx;
+    f->last = r->key;
+    if (running_find(f->d, r->key)) return SH_OK; /* adopted from a group, or came back from one */
+    char *text = malloc(r->len + 1);
+    if (!text) SH_FAIL(SH_EMEMORY, "no memory for a line of %zu bytes", r->len);
+    memcpy(text, r->line, r->len);
+    f->line[f->n] = (fetched){*r, text};
+    f->line[f->n].r.line = text;
+    f->line[f->n++].r.custom_id = NULL; /* of the statement that is open no longer; parsing gives it again */
+    return SH_OK;
+}
+
+static bool has_work(const sh_group *g) {
+    return g->state == SH_GROUP_READY && g->given < WINDOW * g->max_seqs;
+}
+
+/* The neediest leader. */
+static sh_group *next_group(const sh_dispatch *d) {
+    sh_group *best = NULL;
+    for (int i = 0; i < d->n; i++) {
+        sh_group *g = d->group[i];
+        if (has_work(g) && (!best || (int64_t)g->given * best->max_seqs < (int64_t)best->given * g->max_seqs)) best = g;
+    }
+    return best;
+}
+
+static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
+    sh_buf work;
+    sh_buf_init(&work, 0);
+    sh_status st = sh_running_work(r, &work);
+    if (st == SH_OK) st = sh_wire_send(d->wire, &g->seat[0].peer, SH_WIRE_GROUP, work.data, work.len);
+    sh_buf_release(&work);
+    if (st == SH_EPEER) {
+        char why[300];
+        snprintf(why, sizeof why, "rank 0 (%s): %s", g->seat[0].host, sh_error_text());
+        SH_TRY(waiting_add(d, r));
+        return group_lose(d, g, why);
+    }
+    SH_TRY(st);
+    set_owner(d, r, g);
+    return SH_OK;
+}
+
+/* A parsed line: to a group, or answered at once where there is nothing to compute. */
+static sh_status start(sh_dispatch *d, const sh_stored_request *q) {
+    sh_job_entry *e = sh_jobs_find(d->jobs, q->job);
+    sh_running *r = NULL;
+    if (!e) return SH_OK;
+    sh_jobs_use(d->jobs, e);
+    SH_TRY(sh_running_create(d->intake, d->store, q, &r));
+    running_insert(d, r);
+    if (r->request.status) {
+        sh_stored_request bad = *q;
+        bad.custom_id = r->request.custom_id;
+        SH_TRY(sh_jobs_refuse(d->jobs, &bad, r->request.status, r->request.code, r->request.param, r->request.message));
+        running_remove(d, r);
+        return SH_OK;
+    }
+    if (r->request.sampling.max_tokens == 0 && !r->request.sampling.score_prompt) {
+        r->finish = SH_FINISH_LENGTH;
+        return answer(d, r);
+    }
+    sh_group *g = next_group(d);
+    return g ? give(d, r, g) : waiting_add(d, r);
+}
+
+/* The oldest that came back and whose job did not fail. */
+static sh_running *next_waiting(const sh_dispatch *d) {
+    for (int i = 0; i < d->n_waiting; i++) {
+        const sh_job_entry *e = sh_jobs_find(d->jobs, d->waiting[i]->job);
+        if (e && e->job.state != SH_JOB_FAILED) return d->waiting[i];
+    }
+    return NULL;
+}
+
+static sh_status give_waiting(sh_dispatch *d) {
+    for (;;) {
+        sh_group *g = next_group(d);
+        sh_running *r = g ? next_waiting(d) : NULL;
+        if (!r) return SH_OK;
+        waiting_remove(d, r);
+        SH_TRY(give(d, r, g));
+    }
+}
+
+/* One page of lines from the store; those that found no room are fetched again later. */
+static sh_status give_page(sh_dispatch *d, fetching *f) {
+    SH_TRY(sh_store_pending(d->store, 0, d->cursor, FETCH, fetch_line, f));
+    if (f->last == 0) d->exhausted = true;
+    for (int i = 0; i < f->n; i++) {
+        if (!next_group(d)) return SH_OK;
+        SH_TRY(start(d, &f->line[i].r));
+        d->cursor = f->line[i].r.key;
+    }
+    if (f->last) d->cursor = f->last;
+    return SH_OK;
+}
+
+static sh_status give_fresh(sh_dispatch *d) {
+    while (!d->exhausted && next_group(d)) {
+        fetching *f = calloc(1, sizeof *f);
+        if (!f) SH_FAIL(SH_EMEMORY, "no memory for lines");
+        f->d = d;
+        sh_status st = give_page(d, f);
+        for (int i = 0; i < f->n; i++) free(f->line[i].text);
+        free(f);
+        SH_TRY(st);
+    }
+    return SH_OK;
+}
+
+sh_status sh_dispatch_after_commit(sh_dispatch *d) {
+    d->unsaved = false;
+    for (int i = 0; i < d->n; i++) say_done(d, d->group[i]);
+    SH_TRY(give_waiting(d));
+    return d->unsaved ? SH_OK : give_fresh(d);
+}
+
+bool sh_dispatch_has_news(const sh_dispatch *d) {
+    bool news = d->unsaved;
+    for (int i = 0; !news && i < d->n; i++) news = d->group[i]->n_done > 0;
+    return news;
+}
+
+void sh_dispatch_wake(sh_dispatch *d, bool from_start) {
+    d->exhausted = false;
+    if (from_start) d->cursor = 0;
+}
+
+void sh_dispatch_drop_job(sh_dispatch *d, uint64_t job) {
+    for (int i = 0; i < BUCKETS; i++)
+        for (sh_running *r = d->bucket[i], *next; r; r = next) {
+            next = r->next;
+            if (r->job != job) continue;
+            sh_group *g = group_by_number(d, r->group);
+            if (g) say_cancel(d, g, r->key);
+            running_remove(d, r);
+        }
+}
+
+int sh_dispatch_groups(const sh_dispatch *d) {
+    return d->n;
+}
+
+sh_status sh_dispatch_fill(const sh_dispatch *d, int i, Shoal__GroupState *g) {
+    return sh_group_fill(d->group[i], g);
+}
+
+void sh_dispatch_release_group(Shoal__GroupState *g) {
+    sh_group_release_state(g);
+}

@@ -1,0 +1,58 @@
+/* A worker group as the coordinator knows it: ranks, plan, signs of life. Private to dispatch. Sends nothing. */
+#ifndef SH_COORDINATOR_GROUP_H
+#define SH_COORDINATOR_GROUP_H
+
+#include "partition/plan.h"
+#include "proto/job.pb-c.h"
+#include "proto/wire.h"
+
+#define SH_MAX_GROUP_NAME 127
+#define SH_MAX_NOTES      16
+
+typedef struct sh_rank_seat {
+    sh_wire_peer peer; /* len 0: not here */
+    char host[64];
+    int pid;
+    double heard; /* last sign of life */
+    double moved; /* when its step number last changed, or it was last idle */
+    uint64_t step;
+    bool busy, has_times;
+    Shoal__StageTimes times;
+} sh_rank_seat;
+
+typedef enum sh_group_state { SH_GROUP_STARTING, SH_GROUP_LOADING, SH_GROUP_READY, SH_GROUP_LOST } sh_group_state;
+
+typedef struct sh_group {
+    int number; /* never reused */
+    char name[SH_MAX_GROUP_NAME + 1];
+    int size, here;
+    sh_rank_seat *seat; /* [size] */
+    sh_group_state state;
+    Shoal__Plan *plan;
+    char *plan_text, *fault;
+    char *note[SH_MAX_NOTES];
+    int n_notes;
+    int kv_tokens, max_seqs;
+    int given;        /* requests it has */
+    int said_running; /* as its leader's heartbeat says; −1: nothing yet */
+    double born;
+    double stall;   /* seconds */
+    uint64_t *done; /* keys to say `done` for, after the commit */
+    int n_done, cap_done;
+} sh_group;
+
+sh_status sh_group_create(const char *name, int size, int number, sh_group **out);
+void sh_group_destroy(sh_group **g);
+sh_status sh_group_add_done(sh_group *g, uint64_t key);
+/* The first text stays. */
+void sh_group_set_fault(sh_group *g, const char *text);
+void sh_group_add_note(sh_group *g, const char *text);
+/* Seat of a peer; −1: not of this group. */
+int sh_group_seat(const sh_group *g, const sh_wire_peer *p);
+const char *sh_group_state_name(sh_group_state s);
+/* A silent or stuck rank, described in text; false: all is well. */
+bool sh_group_is_dead(const sh_group *g, double now, double silent, char *text, size_t size);
+sh_status sh_group_fill(const sh_group *g, Shoal__GroupState *out);
+void sh_group_release_state(Shoal__GroupState *g);
+
+#endif

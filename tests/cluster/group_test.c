@@ -1,0 +1,143 @@
+/*
+ * Whole groups on the local link: n ranks as threads, a coordinator played by the test. The answers to the same
+ * requests must be the same bytes for every number of ranks, every cut, every --max-seqs and --chunk and with a KV pool
+ * so small that sequences are paused; greedy ones must be the reference's.
+ */
+#include "tests/cluster/fake.h"
+
+enum { MAX_IDS = 4096 };
+
+static json_t *golden(const char *name) {
+    char path[600];
+    json_t *j = NULL;
+    snprintf(path, sizeof path, "%s/text/golden/%s.json", SH_TEST_DATA, name);
+    MUST(sh_json_read(path, (size_t)64 << 20, &j));
+    return j;
+}
+
+/* The six greedy prompts; then the same prompts with temperatures, seeds, filters, scores, ends and earlier lives; then
+ * longer ones cut from the likelihood text. */
+static void add_requests(fake *f, const json_t *g) {
+    int32_t ids[MAX_IDS];
+    const json_t *greedy = json_object_get(g, "greedy");
+    int n_greedy = (int)json_array_size(greedy);
+    for (int i = 0; i < n_greedy; i++) {
+        int n = fake_ids(json_object_get(json_array_get(greedy, (size_t)i), "ids"), ids, MAX_IDS);
+        fake_add(f, ids, n, 32);
+    }
+    for (int i = 0; i < n_greedy; i++) {
+        int n = fake_ids(json_object_get(json_array_get(greedy, (size_t)i), "ids"), ids, MAX_IDS);
+        fake_work *w = fake_add(f, ids, n, 20 + 9 * i);
+        w->sampling.temperature = 0.7f + 0.2f * (float)i;
+        w->sampling.top_k = i % 2 ? 40 : 0;
+        w->sampling.top_p = i % 3 ? 0.95f : 1;
+        w->sampling.seed = 77 + (uint64_t)i;
+        w->sampling.score_prompt = i % 2;
+        w->sampling.logprobs = i % 3 == 2 ? -1 : i;
+        if (i == 2 || i == 3) w->n_given = 5, memcpy(w->given, ids, 5 * sizeof *ids);
+        if (i == 3) w->scored = 7;
+    }
+    int32_t text[MAX_IDS];
+    int n = fake_ids(json_object_get(json_object_get(g, "loglik"), "ids"), text, MAX_IDS);
+    CHECK(n >= 150, "the likelihood text has %d tokens", n);
+    for (int i = 0; i < 6 && n >= 150; i++) {
+        fake_work *w = fake_add(f, text + i, n - 20 * i - i, 12 + 20 * (i % 2));
+        w->sampling.temperature = i % 2 ? 1 : 0;
+        w->sampling.seed = (uint64_t)i;
+        w->sampling.score_prompt = i == 4;
+    }
+}
+
+typedef struct setting {
+    int n, cut[FAKE_RANKS + 1];
+    int max_seqs, chunk, threads;
+    uint64_t kv_memory;
+    const char *mode, *kv;
+} setting;
+
+static bool run_setting(const char *name, const json_t *g, const setting *s, fake *f) {
+    char model[600];
+    snprintf(model, sizeof model, "%s/text/models/%s", SH_TEST_DATA, name);
+    fake_open(f, model, s->n, s->cut, s->mode, s->kv);
+    f->plan.max_seqs = s->max_seqs;
+    f->plan.chunk = s->chunk;
+    f->plan.threads = s->threads;
+    f->plan.kv_memory = s->kv_memory;
+    add_requests(f, g);
+    fake_start_threads(f);
+    bool ok = fake_run(f, 120);
+    CHECK(ok, "%s on %d ranks did not answer: %s", name, s->n, f->fault);
+    fake_leave(f);
+    fake_join(f);
+    for (int i = 0; i < s->n; i++)
+        CHECK(f->rank[i].status == SH_OK, "rank %d of %d ended with %d: %s", i, s->n, f->rank[i].status,
+              f->rank[i].error);
+    return ok;
+}
+
+static void compare(const char *name, const json_t *g, const setting *s, const fake *base) {
+    fake f;
+    if (run_setting(name, g, s, &f))
+        for (int i = 0; i < f.n_work; i++)
+            CHECK(fake_same(&f.work[i], &base->work[i]),
+                  "%s request %d: %d ranks (first cut %d), max_seqs %d, chunk %d, KV %llu differ", name, i, s->n,
+                  s->cut[1], s->max_seqs, s->chunk, (unsigned long long)s->kv_memory);
+    fake_close(&f);
+}
+
+static void check_greedy(const char *name, const json_t *g, const fake *f) {
+    const json_t *greedy = json_object_get(g, "greedy");
+    for (size_t i = 0; i < json_array_size(greedy); i++) {
+        int32_t ids[64];
+        int n = fake_ids(json_object_get(json_array_get(greedy, i), "output_ids"), ids, 64);
+        CHECK(f->work[i].n == n && !memcmp(f->work[i].ids, ids, (size_t)n * sizeof *ids),
+              "%s greedy %zu: not the reference's", name, i);
+    }
+}
+
+static setting even(int layers, int n) {
+    setting s = {.n = n, .max_seqs = 8, .chunk = 64, .threads = 1, .mode = "exact", .kv = "f32"};
+    for (int i = 0; i <= n; i++) s.cut[i] = layers * i / n;
+    return s;
+}
+
+static void test_model(const char *name, int layers, bool every_cut) {
+    json_t *g = golden(name);
+    fake base;
+    setting one = even(layers, 1);
+    one.max_seqs = 1;
+    one.chunk = 512;
+    if (run_setting(name, g, &one, &base)) {
+        check_greedy(name, g, &base);
+        static const int ranks[] = {1, 2, 3, 4, 6};
+        for (int i = 0; i < 5; i++) {
+            setting s = even(layers, ranks[i]);
+            s.max_seqs = 1 + 5 * i;
+            s.chunk = i % 2 ? 7 : 64;
+            compare(name, g, &s, &base);
+        }
+        for (int cut = 1; every_cut && cut < layers; cut++) {
+            setting s = even(layers, 2);
+            s.cut[1] = cut;
+            s.max_seqs = 40;
+            compare(name, g, &s, &base);
+        }
+        setting tiny = even(layers, 3);
+        tiny.chunk = 1;
+        compare(name, g, &tiny, &base);
+        setting two = even(layers, 2);
+        two.threads = 2;
+        compare(name, g, &two, &base);
+    }
+    fake_close(&base);
+    json_decref(g);
+}
+
+int main(void) {
+    test_model("e2b-like", 15, true);
+    test_model("26b-a4b-like", 12, false);
+    test_model("31b-like", 12, false);
+    test_model("e4b-like", 12, false);
+    printf("%d checks, %d failed\n", checks, failures);
+    return failures ? 1 : 0;
+}
