@@ -18,7 +18,8 @@ static const char usage[] =
 typedef struct serve_options {
     sh_shared_options shared;
     const char *listen, *keys, *store;
-    int orphan, ready_fd;
+    int orphan, ready_fd; /* orphan 0: not given */
+    bool run;
 } serve_options;
 
 static int parse(int argc, char **argv, serve_options *s) {
@@ -34,7 +35,7 @@ static int parse(int argc, char **argv, serve_options *s) {
                          SH_OPTION_INT,
                          &s->orphan,
                          "SECONDS",
-                         "ranks leave when they hear nothing for so long (default 600)",
+                         "ranks leave when they hear nothing for so long (default 600; with --run 120)",
                          1,
                          1000000};
     t[n++] = (sh_option){"ready-fd",
@@ -45,6 +46,9 @@ static int parse(int argc, char **argv, serve_options *s) {
                          "write the endpoint as a line to this descriptor once requests are accepted",
                          0,
                          1 << 20};
+    t[n++] =
+        (sh_option){"run",   0,    SH_OPTION_FLAG,
+                    &s->run, NULL, "one job of 'shoal run': ends with it; ranks of an older epoch are told to leave"};
     int rc = sh_options_begin("serve", usage, t, n, argc, argv, &operands);
     if (rc >= 0) return rc;
     if (operands) {
@@ -59,17 +63,18 @@ static int parse(int argc, char **argv, serve_options *s) {
 }
 
 /* What the caller can mend by typing something else is bad usage; the rest could not run. */
-static int exit_status(sh_status st) {
+static int exit_status(sh_status st, bool run) {
     if (st == SH_OK) return SH_EXIT_OK;
-    if (st == SH_ESTATE) return SH_EXIT_INTERRUPTED; /* a newer one goes on */
+    if (st == SH_ESTATE) return run ? SH_EXIT_SUPERSEDED : SH_EXIT_INTERRUPTED; /* a newer one goes on */
     return st == SH_EINPUT || st == SH_ELIMIT ? SH_EXIT_USAGE : SH_EXIT_RUN;
 }
 
 int sh_cmd_serve(int argc, char **argv) {
-    serve_options s = {.store = "shoal.store", .orphan = 600, .ready_fd = -1};
+    serve_options s = {.store = "shoal.store", .ready_fd = -1};
     char model[PATH_MAX];
     int rc = parse(argc, argv, &s);
     if (rc >= 0) return rc;
+    if (!s.orphan) s.orphan = s.run ? 120 : 600;
     sh_log_setup(SH_LOG_INFO, "serve");
     sh_status st = sh_options_model(&s.shared, model, sizeof model);
     if (st != SH_OK) return sh_options_complain("serve", SH_EXIT_RUN);
@@ -79,6 +84,7 @@ int sh_cmd_serve(int argc, char **argv) {
         .endpoint = s.listen,
         .keys = s.keys,
         .store = s.store,
+        .run = s.run,
         .cuts = o->cuts,
         .pp = o->pp,
         .mode = sh_options_mode(o),
@@ -95,5 +101,5 @@ int sh_cmd_serve(int argc, char **argv) {
                    .lenient = o->lenient},
     };
     st = sh_coordinator_run(&c, s.ready_fd);
-    return st == SH_OK ? SH_EXIT_OK : sh_options_complain("serve", exit_status(st));
+    return st == SH_OK ? SH_EXIT_OK : sh_options_complain("serve", exit_status(st, s.run));
 }
