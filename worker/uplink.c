@@ -71,6 +71,7 @@ struct sh_uplink {
     double heard, said_hello, said_beat, ended;
     int beat_ms, orphan_ms;
     bool said_ready;
+    bool mute; /* said hello again: no tokens before the welcome, or a new coordinator would see a gap */
 };
 
 /* ---- the thread: sending --------------------------------------------------------------------------------------------
@@ -96,6 +97,7 @@ static sh_status say_hello(sh_uplink *u) {
     Shoal__FromRank m = SHOAL__FROM_RANK__INIT;
     m.hello = &h;
     u->said_hello = sh_now();
+    u->mute = true;
     return send_packed(u, &m);
 }
 
@@ -167,12 +169,13 @@ static sh_status send_tokens(sh_uplink *u) {
         else
             SH_TRY(sh_ledger_add(u->ledger, item.key, &item.token));
     }
-    for (;;) {
+    while (!u->mute) {
         sh_buf_clear(&u->buf);
         SH_TRY(sh_ledger_pack(u->ledger, TOKENS_PER_MESSAGE, &u->buf));
-        if (u->buf.len == 0) return SH_OK;
+        if (u->buf.len == 0) break;
         SH_TRY(sh_wire_send(u->wire, NULL, SH_WIRE_GROUP, u->buf.data, u->buf.len));
     }
+    return SH_OK;
 }
 
 /* ---- the thread: hearing
@@ -274,11 +277,13 @@ static sh_status take_welcome(sh_uplink *u, Shoal__ToRank **m) {
     if (!atomic_load(&u->welcomed)) {
         u->welcome = w;
         u->first = *m;
+        u->mute = false;
         *m = NULL;
         atomic_store(&u->welcomed, true);
         return SH_OK;
     }
     sh_ledger_rewind(u->ledger);
+    u->mute = false;
     return say_ready(u);
 }
 
