@@ -5,18 +5,7 @@
 #include "cli/commands.h"
 #include "cli/facts.h"
 
-#pragma weak sh_cmd_run
-#pragma weak sh_cmd_serve
-#pragma weak sh_cmd_worker
-#pragma weak sh_cmd_submit
-#pragma weak sh_cmd_status
-#pragma weak sh_cmd_watch
-#pragma weak sh_cmd_results
-#pragma weak sh_cmd_cancel
-#pragma weak sh_cmd_tokenize
-#pragma weak sh_cmd_detokenize
 #pragma weak sh_cmd_bench
-#pragma weak sh_cmd_keygen
 
 static const struct {
     const char *name, *help;

@@ -289,6 +289,7 @@ static int run_with_store(run *r) {
     sh_session_options so = {.program = r->program,
                              .model = r->model,
                              .input = strcmp(r->input, "-") ? r->input : r->spool,
+                             .lines = r->scanned.lines,
                              .shared = &r->shared,
                              .store = &r->folder,
                              .ordered = r->ordered,
@@ -339,6 +340,7 @@ int sh_cmd_run(int argc, char **argv) {
     if (rc < 0) {
         catch_signals();
         sh_progress_begin(&r.progress, (sh_progress_style)r.style);
+        r.progress.awaits_start = true;
         rc = run_job(&r);
     }
     free(typed);

@@ -159,6 +159,7 @@ static void stop(coordinator *c) {
 static sh_status tell_ready(const coordinator *c, int fd) {
     char line[600];
     int n = snprintf(line, sizeof line, "%s\n", sh_wire_endpoint(c->wire));
+    sh_info("epoch %" PRIu64 " accepts requests at %s", sh_store_epoch(c->store), sh_wire_endpoint(c->wire));
     if (fd >= 0 && write(fd, line, (size_t)n) != n)
         SH_FAIL(SH_EIO, "the parent process does not listen: %s", strerror(errno));
     return SH_OK;

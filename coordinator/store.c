@@ -135,6 +135,9 @@ static sh_status fail(sqlite3 *db, const char *path, const char *doing) {
     default:
         if (os == ENOSPC || os == EDQUOT || os == EFBIG)
             SH_FAIL(SH_EIO, "%s: cannot grow (%s): nothing was lost, make room and go on", path, strerror(os));
+        if (code == SQLITE_IOERR_WRITE || code == SQLITE_IOERR_FSYNC)
+            SH_FAIL(SH_EIO, "%s: %s: a write was refused (file size limit, quota or device): nothing was lost", path,
+                    doing);
         SH_FAIL(SH_EIO, "%s: %s: %s%s%s", path, doing, sqlite3_errmsg(db), os ? ": " : "", os ? strerror(os) : "");
     }
 }
