@@ -127,7 +127,7 @@ static sh_status say_beat(sh_uplink *u) {
     t.weights = b.weights, t.attention = b.attention, t.experts = b.experts;
     t.exchange = b.exchange, t.other = b.other, t.idle = b.idle;
     t.has_bytes = t.has_steps = t.has_sent = true;
-    t.bytes = b.bytes, t.steps = b.step, t.sent = b.sent;
+    t.bytes = b.bytes, t.steps = b.steps, t.sent = b.sent;
     Shoal__Heartbeat h = SHOAL__HEARTBEAT__INIT;
     h.step = b.step;
     h.busy = b.busy;

@@ -197,6 +197,7 @@ static void beat(rank *r, bool busy, bool now_please) {
     sh_model_times t = sh_model_time(sh_stage_model(r->stage));
     uint64_t steps = sh_stage_steps(r->stage);
     sh_beat b = {.step = steps + r->answers,
+                 .steps = steps,
                  .busy = busy,
                  .weights = t.weights,
                  .attention = t.attention,
