@@ -43,12 +43,13 @@ static sh_status check_job(const char *store, const char *path, const json_t *jo
     return SH_OK;
 }
 
+/* But for what a run puts there before it has the folder. */
 static bool folder_is_empty(const char *path) {
     DIR *d = opendir(path);
     int n = 0;
     for (struct dirent *e; d && (e = readdir(d));)
-        n +=
-            strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0 && strncmp(e->d_name, "job.json.tmp.", 13) != 0;
+        n += e->d_name[0] != '.' && strncmp(e->d_name, "job.json.tmp.", 13) != 0 &&
+             strncmp(e->d_name, SH_RUN_SPOOL, strlen(SH_RUN_SPOOL)) != 0;
     if (d) closedir(d);
     return d && n == 0;
 }

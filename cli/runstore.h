@@ -15,6 +15,7 @@
 #include <stdbool.h>
 #include "common/json.h"
 
+#define SH_RUN_SPOOL "input.jsonl"
 #define SH_RUN_GRACE 5.0 /* seconds between SIGTERM and SIGKILL */
 
 typedef struct sh_runstore {
