@@ -366,6 +366,7 @@ static void last_words(sh_uplink *u) {
 
 static void *uplink_main(void *arg) {
     sh_uplink *u = arg;
+    (void)pthread_setname_np(pthread_self(), "shoal-uplink");
     sh_status st = soften(u, say_hello(u));
     for (;;) {
         pthread_mutex_lock(&u->lock);
