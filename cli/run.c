@@ -322,7 +322,8 @@ static int run_job(run *r) {
     if (st == SH_OK) st = describe_job(r, &job);
     ssize_t n = readlink("/proc/self/exe", r->program, sizeof r->program - 1);
     if (st == SH_OK && n <= 0) st = sh_error_set(SH_EIO, __FILE__, __LINE__, "/proc/self/exe: %s", strerror(errno));
-    if (st == SH_OK) st = sh_runstore_open(r->store_path, job, &r->folder);
+    if (st == SH_OK)
+        st = sh_runstore_open(r->store_path, job, sh_launch_is_mpi(r->launcher, r->hosts, r->ranks), &r->folder);
     bool standard = strcmp(r->input, "-") == 0;
     if (st == SH_OK && standard && rename(r->fresh, r->spool) != 0)
         st = sh_error_set(SH_EIO, __FILE__, __LINE__, "%s: cannot be renamed: %s", r->fresh, strerror(errno));

@@ -80,10 +80,11 @@ def command_line(pid):
 
 
 def in_use(path):
-    for maps in glob.glob("/proc/[0-9]*/maps"):
+    """By a process that lives, which then is none of this test: mapped, or named in its environment."""
+    for place in glob.glob("/proc/[0-9]*/maps") + glob.glob("/proc/[0-9]*/environ"):
         try:
-            with open(maps) as f:
-                if path in f.read():
+            with open(place, "rb") as f:
+                if path.encode() in f.read():
                     return True
         except OSError:
             pass
@@ -115,7 +116,10 @@ def left_behind(mark, tmp, shm_before):
             pass
     found += [f"socket {s}" for s in sockets_in(tmp)]
     new = [os.path.join("/dev/shm", n) for n in set(os.listdir("/dev/shm")) - shm_before]
-    found += [f"shared memory {p}" for p in new if os.path.exists(p) and not in_use(p)]
+    left = lambda: [p for p in new if os.path.exists(p) and not in_use(p)]
+    if left():
+        time.sleep(2)  # another program may be just about to use or remove it
+    found += [f"shared memory {p}" for p in left()]
     return found
 
 
