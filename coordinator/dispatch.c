@@ -430,8 +430,8 @@ static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t
     int added = 0;
     sh_status st = sh_running_take(r, t, &added);
     if (st == SH_EPEER) {
-        sh_warn("group %s: %s", g->name,
-                sh_error_text()); /* dropped: the rank sends all again after its next welcome */
+        /* What was lost with a connection is missing here until the rank hears our welcome and sends all again. */
+        sh_debug("group %s: %s", g->name, sh_error_text());
         return SH_OK;
     }
     SH_TRY(st);
