@@ -120,7 +120,7 @@ static void show(sh_progress *p, const Shoal__JobReply *r) {
         v.state = strcmp(r->group[i]->state, "ready") == 0 ? "running" : "loading";
     }
     for (size_t i = 0; i < r->n_warning; i++) sh_progress_warn(p, "%s", r->warning[i]);
-    sh_progress_update(p, &v);
+    sh_progress_update(p, &v, false);
 }
 
 static bool is_over(const Shoal__JobCounts *c) {

@@ -271,7 +271,7 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {"kv", 0, SH_OPTION_CHOICE, &s->kv_at, "TYPE",
          "type of the KV cache: f32 or bf16 (default f32 with exact, else bf16)", .choices = kv_names},
         {"max-context", 0, SH_OPTION_INT, &s->max_context, "N",
-         "longest prompt and output together, in tokens (default: the model's)", 1, INT_MAX},
+         "longest prompt and output together, in tokens (default: the model's, at most 131072)", 1, INT_MAX},
         {"seed", 0, SH_OPTION_U64, &s->seed, "N", "for requests without a seed (default 0)"},
         {"default-max-tokens", 0, SH_OPTION_INT, &s->default_max_tokens, "N",
          "for requests without max_tokens (default: what the context leaves)", 1, INT_MAX},

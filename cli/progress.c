@@ -9,11 +9,13 @@
 #include "common/json.h"
 #include "proto/group.pb-c.h"
 
+#define QUIET_START 3.0 /* seconds */
+
 const char *const sh_progress_styles[] = {"auto", "bar", "plain", "json", "none", NULL};
 
 void sh_progress_begin(sh_progress *p, sh_progress_style style) {
     if (style == SH_PROGRESS_AUTO) style = isatty(STDERR_FILENO) ? SH_PROGRESS_BAR : SH_PROGRESS_PLAIN;
-    *p = (sh_progress){.style = style, .began = sh_now()};
+    *p = (sh_progress){.style = style, .born = sh_now()};
 }
 
 /* One write per line, so that lines of several processes do not mix. */
@@ -42,6 +44,7 @@ void sh_progress_say(sh_progress *p, const char *event, const char *fmt, ...) {
     char text[2048];
     va_list ap;
     if (p->style == SH_PROGRESS_NONE) return;
+    if (strcmp(event, "start") == 0) p->awaits_start = false;
     va_start(ap, fmt);
     vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
@@ -85,6 +88,7 @@ static void sample(sh_progress *p, const sh_progress_view *v, double now) {
 
 /* Seconds left by the requests answered so far in this run; −1: not known yet. */
 static double time_left(const sh_progress *p, const sh_progress_view *v, double now) {
+    if (v->total && v->done == v->total) return 0;
     uint64_t done = v->done - p->first.done;
     if (!done || now - p->began < 1) return -1;
     return (double)(v->total - v->done) * (now - p->began) / (double)done;
@@ -136,10 +140,11 @@ static void show_json(sh_progress *p, const sh_progress_view *v, double left) {
     json_decref(j);
 }
 
-void sh_progress_update(sh_progress *p, const sh_progress_view *v) {
+void sh_progress_update(sh_progress *p, const sh_progress_view *v, bool at_once) {
     double now = sh_now(), every = p->style == SH_PROGRESS_BAR ? 0.2 : p->style == SH_PROGRESS_JSON ? 1 : 5;
+    if (p->awaits_start && now - p->born < QUIET_START) return;
     sample(p, v, now);
-    if (p->style == SH_PROGRESS_NONE || (p->last_shown > 0 && now - p->last_shown < every)) return;
+    if (p->style == SH_PROGRESS_NONE || (!at_once && p->last_shown > 0 && now - p->last_shown < every)) return;
     p->last_shown = now;
     double left = time_left(p, v, now);
     if (p->style == SH_PROGRESS_JSON)

@@ -26,15 +26,16 @@ typedef struct sh_progress_view {
 typedef struct sh_progress {
     sh_progress_style style; /* never AUTO */
     bool bar_shown;
-    double began, last_shown, last_sampled;
+    bool awaits_start; /* set by the owner: nothing is drawn for some seconds until the "start" line was said */
+    double born, began, last_shown, last_sampled;
     sh_progress_view first, sampled; /* at the start of the rates, at the last sample */
     bool have_first;
     double rate_in, rate_out; /* tokens/s, smoothed over some seconds */
 } sh_progress;
 
 void sh_progress_begin(sh_progress *p, sh_progress_style style);
-/* Redraws when it is time to. */
-void sh_progress_update(sh_progress *p, const sh_progress_view *v);
+/* Redraws when it is time to; at_once: now. */
+void sh_progress_update(sh_progress *p, const sh_progress_view *v, bool at_once);
 /* A line above the bar: shown in every style but none; in JSON as {"event": …, "text": …}. */
 void sh_progress_say(sh_progress *p, const char *event, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 /* The same for what must be seen even with none: warnings and errors. */

@@ -16,6 +16,7 @@
 #include "common/clock.h"
 #include "common/file.h"
 #include "coordinator/supervise.h"
+#include "proto/group.pb-c.h"
 
 #define JOB_NAME       "run"
 #define STATUS_CALL_MS 1000
@@ -416,9 +417,9 @@ static sh_status ask_status(sh_session *s, bool *answered) {
     return SH_OK;
 }
 
-static void show(sh_session *s) {
+static void show(sh_session *s, bool at_once) {
     const Shoal__GroupState *g = our_group(s);
-    sh_progress_view v = {.total = s->total,
+    sh_progress_view v = {.total = s->total > s->o.lines ? s->total : s->o.lines,
                           .done = s->done,
                           .errors = s->errors,
                           .tokens_in = s->tokens_in,
@@ -428,7 +429,7 @@ static void show(sh_session *s) {
                           .state = s->group_ready ? ""
                                    : g            ? g->state
                                                   : "starting"};
-    sh_progress_update(s->o.progress, &v);
+    sh_progress_update(s->o.progress, &v, at_once);
 }
 
 /* One round; *finished when every request has its row and all of the input was taken. */
@@ -449,10 +450,35 @@ static sh_status work_round(sh_session *s, bool *finished) {
     *finished = s->finished && submit_now(s) == SUBMIT_DONE;
     if (*finished || !answered) return SH_OK;
     if (!s->finished) SH_TRY(tend_group(s));
-    show(s);
+    show(s, false);
     const char *warning;
     while ((warning = sh_logtail_next_warning(&s->tail))) sh_progress_warn(s->o.progress, "%s", warning);
     return SH_OK;
+}
+
+/* Stages whose times show work. */
+static int stages_reported(const Shoal__GroupState *g) {
+    int n = 0;
+    for (size_t i = 0; i < g->n_times; i++) {
+        Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, g->times[i].len, g->times[i].data);
+        if (!t) continue;
+        n += t->steps > 0;
+        shoal__stage_times__free_unpacked(t, NULL);
+    }
+    return n;
+}
+
+/* Ranks report their times once a second: a job that was over sooner waits for the first report, if anybody will read
+ * it. */
+static void await_times(sh_session *s) {
+    double until = sh_now() + 1.5;
+    bool answered = true;
+    while (s->o.progress->style != SH_PROGRESS_NONE && s->group_ready && sh_now() < until && answered) {
+        const Shoal__GroupState *g = our_group(s);
+        if (!g || stages_reported(g) >= s->o.ranks) return;
+        sh_sleep(0.05);
+        if (ask_status(s, &answered) != SH_OK) return;
+    }
 }
 
 sh_status sh_session_drive(sh_session *s) {
@@ -464,8 +490,10 @@ sh_status sh_session_drive(sh_session *s) {
         /* Short jobs are not made to wait for the next look; long ones are not looked at too often. */
         if (!finished) sh_sleep(sh_now() - began < 10 ? 0.02 : 0.1);
     }
+    show(s, true);
     if (s->work_began > 0) s->worked += sh_now() - s->work_began;
     s->work_began = 0;
+    await_times(s);
     return SH_OK;
 }
 

@@ -23,6 +23,7 @@ typedef struct sh_session_options {
     const char *program; /* shoal itself, absolute */
     const char *model;   /* absolute */
     const char *input;   /* file to submit */
+    uint64_t lines;      /* in it */
     const sh_shared_options *shared;
     sh_runstore *store;
     bool ordered;

@@ -35,7 +35,7 @@ static char *last_part(const char *path) {
 
 void sh_intake_set_options(sh_intake *in, const sh_intake_options *o) {
     in->options = *o;
-    in->max_context = o->max_context > 0 ? o->max_context : in->config.max_context;
+    in->max_context = o->max_context > 0 ? o->max_context : sh_config_usual_context(&in->config);
 }
 
 static sh_status load(sh_intake *in, const char *model_dir) {
@@ -317,11 +317,11 @@ static sh_status settle_lengths(const sh_intake *in, sh_reading *rd) {
                          rd->max_tokens >= 0 ? "max_tokens" : "max_completion_tokens");
     if (room < 1)
         return sh_refuse(rd, 413, "context_length_exceeded",
-                         "%s: %lld tokens: allowed are %d, the context less one token to generate", input, n,
+                         "%s: %lld tokens: allowed are %d, the context (--max-context) less one token to generate", input, n,
                          in->max_context - 1);
     if (max > room)
         return sh_refuse(rd, 413, "context_length_exceeded",
-                         "%s: %lld tokens and %lld to generate make %lld: allowed are %d together", input, n, max,
+                         "%s: %lld tokens and %lld to generate make %lld: allowed are %d together (--max-context)", input, n, max,
                          n + max, in->max_context);
     if (max < 0)
         max = in->options.default_max_tokens > 0 && in->options.default_max_tokens < room

@@ -46,6 +46,9 @@ typedef struct sh_config {
     sh_layer layer[SH_MAX_LAYERS];
 } sh_config;
 
+/* The longest context unless the user asks for another: the model's, at most SH_USUAL_CONTEXT (docs/decisions/0011). */
+int sh_config_usual_context(const sh_config *c);
+
 /* Defaults for requests: generation_config.json, where absent the values of config.json and neutral sampling. */
 typedef struct sh_generation {
     double temperature, top_p;

@@ -71,3 +71,7 @@ bool sh_config_kv_crosses(const sh_config *c, int layer, int cut) {
         if (c->layer[i].kv_from == layer) return true;
     return false;
 }
+
+int sh_config_usual_context(const sh_config *c) {
+    return c->max_context < SH_USUAL_CONTEXT ? c->max_context : SH_USUAL_CONTEXT;
+}

@@ -277,36 +277,67 @@ static int byte_of(const char *s, size_t n) {
     return v;
 }
 
-/* Text of a token after the decoder's replacements: in the vocabulary itself when none applies, else in `scratch`. */
-static sh_status piece_text(const sh_tokenizer *t, int id, sh_buf scratch[2], const char **s, size_t *n) {
+/* Room for a token's text after replacements: on the stack for all but absurd tokens, since the step loop must not
+ * allocate. */
+typedef struct sh_piece_room {
+    char small[2][256];
+    char *large[2];
+} sh_piece_room;
+
+static void release_room(sh_piece_room *r) {
+    free(r->large[0]);
+    free(r->large[1]);
+}
+
+static size_t count_hits(const char *s, size_t n, const sh_tok_text *what) {
+    size_t hits = 0;
+    for (const char *end = s + n; (s = memmem(s, (size_t)(end - s), what->s, what->n)); s += what->n) hits++;
+    return hits;
+}
+
+static void replace_into(char *to, const char *s, size_t n, const sh_tok_replace *r) {
+    const char *end = s + n;
+    for (const char *hit; (hit = memmem(s, (size_t)(end - s), r->from.s, r->from.n)); s = hit + r->from.n) {
+        memcpy(to, s, (size_t)(hit - s));
+        to += hit - s;
+        memcpy(to, r->to.s, r->to.n);
+        to += r->to.n;
+    }
+    memcpy(to, s, (size_t)(end - s));
+}
+
+/* Text of a token after the decoder's replacements: in the vocabulary itself when none applies, else in `room`. */
+static sh_status piece_text(const sh_tokenizer *t, int id, sh_piece_room *room, const char **s, size_t *n) {
+    room->large[0] = room->large[1] = NULL;
     const char *p = sh_vocab_text(&t->vocab, id, n);
     if (!p) SH_FAIL(SH_EINPUT, "token id %d: not in the vocabulary: allowed are 0 to %d", id, t->vocab.size - 1);
-    for (int i = 0; i < t->n_decoder; i++) {
+    for (int i = 0, k = 0; i < t->n_decoder; i++) {
         const sh_tok_replace *r = &t->decoder[i];
-        if (!memmem(p, *n, r->from.s, r->from.n)) continue;
-        sh_buf *to = &scratch[p == (const char *)scratch[0].data ? 1 : 0];
-        sh_buf_clear(to);
-        SH_TRY(replace_all(p, *n, &r->from, &r->to, to));
-        p = (const char *)to->data;
-        *n = to->len;
+        size_t hits = count_hits(p, *n, &r->from), size = *n - hits * r->from.n + hits * r->to.n;
+        if (hits == 0) continue;
+        char *to = room->small[k];
+        if (size > sizeof room->small[k]) {
+            to = realloc(room->large[k], size);
+            if (!to) SH_FAIL(SH_EMEMORY, "no memory for a token of %zu bytes", size);
+            room->large[k] = to;
+        }
+        replace_into(to, p, *n, r);
+        p = to;
+        *n = size;
+        k = 1 - k;
     }
     *s = p;
     return SH_OK;
 }
 
 sh_status sh_tokenizer_piece(const sh_tokenizer *t, int id, sh_buf *out) {
-    sh_buf scratch[2] = {{0}, {0}};
+    SH_CLEANUP(release_room) sh_piece_room room;
     const char *s;
     size_t n;
-    sh_status st = piece_text(t, id, scratch, &s, &n);
-    if (st == SH_OK) {
-        int b = t->bytes ? byte_of(s, n) : -1;
-        uint8_t byte = (uint8_t)b;
-        st = b >= 0 ? sh_buf_add(out, &byte, 1) : sh_buf_add(out, s, n);
-    }
-    sh_buf_release(&scratch[0]);
-    sh_buf_release(&scratch[1]);
-    return st;
+    SH_TRY(piece_text(t, id, &room, &s, &n));
+    int b = t->bytes ? byte_of(s, n) : -1;
+    uint8_t byte = (uint8_t)b;
+    return b >= 0 ? sh_buf_add(out, &byte, 1) : sh_buf_add(out, s, n);
 }
 
 void sh_detok_init(sh_detok *d, const sh_tokenizer *t, bool skip_special) {
@@ -358,22 +389,14 @@ static sh_status add_byte(sh_detok *d, uint8_t byte, sh_buf *out) {
 sh_status sh_detok_add(sh_detok *d, int id, sh_buf *out) {
     const sh_tokenizer *t = d->tok;
     if (d->skip_special && sh_tokenizer_is_special(t, id)) return SH_OK; /* an open run of bytes goes on behind it */
-    sh_buf scratch[2] = {{0}, {0}};
+    SH_CLEANUP(release_room) sh_piece_room room;
     const char *s;
     size_t n;
-    sh_status st = piece_text(t, id, scratch, &s, &n);
-    if (st == SH_OK) {
-        int byte = t->bytes ? byte_of(s, n) : -1;
-        if (byte >= 0) {
-            st = add_byte(d, (uint8_t)byte, out);
-        } else {
-            if (d->n_pending || d->bad) st = sh_detok_flush(d, out);
-            if (st == SH_OK) st = emit(d, s, n, out);
-        }
-    }
-    sh_buf_release(&scratch[0]);
-    sh_buf_release(&scratch[1]);
-    return st;
+    SH_TRY(piece_text(t, id, &room, &s, &n));
+    int byte = t->bytes ? byte_of(s, n) : -1;
+    if (byte >= 0) return add_byte(d, (uint8_t)byte, out);
+    if (d->n_pending || d->bad) SH_TRY(sh_detok_flush(d, out));
+    return emit(d, s, n, out);
 }
 
 sh_status sh_tokenizer_decode(const sh_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, sh_buf *out) {

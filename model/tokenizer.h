@@ -1,6 +1,6 @@
 /*
- * tokenizer.json (byte-fallback BPE, as Gemma's) → ids, and back. Added and special tokens by id from the files; nothing is
- * hard-coded. Immutable after loading: any number of threads may use one.
+ * tokenizer.json (byte-fallback BPE, as Gemma's) → ids, and back. Added and special tokens by id from the files;
+ * nothing is hard-coded. Immutable after loading: any number of threads may use one.
  */
 #ifndef SH_MODEL_TOKENIZER_H
 #define SH_MODEL_TOKENIZER_H
@@ -28,15 +28,15 @@ typedef struct sh_ids {
 void sh_ids_release(sh_ids *ids);
 sh_status sh_ids_add(sh_ids *ids, int32_t id);
 
-/* Appends the ids of UTF-8 text; special tokens written in it are recognised. add_bos: as the configuration says when true,
- * never when false. Invalid UTF-8 fails with the byte offset. */
+/* Appends the ids of UTF-8 text; special tokens written in it are recognised. add_bos: as the configuration says when
+ * true, never when false. Invalid UTF-8 fails with the byte offset. */
 sh_status sh_tokenizer_encode(const sh_tokenizer *t, const char *text, size_t len, bool add_special, sh_ids *out);
-/* Appends the text of ids; skip_special leaves special tokens out. A run of byte tokens that is not valid UTF-8 as a whole
- * becomes one U+FFFD per byte (a run longer than SH_DETOK_BYTES is judged in pieces of that size, so that it can be streamed:
- * what was already good stays). Unknown ids fail. */
+/* Appends the text of ids; skip_special leaves special tokens out. A run of byte tokens that is not valid UTF-8 as a
+ * whole becomes one U+FFFD per byte (a run longer than SH_DETOK_BYTES is judged in pieces of that size, so that it can
+ * be streamed: what was already good stays). Unknown ids fail. */
 sh_status sh_tokenizer_decode(const sh_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, sh_buf *out);
-/* Bytes that one token stands for by itself (for logprobs' `bytes` and `token` fields): a byte token gives its byte, which may
- * be half a character; a special token its name. Appends. */
+/* Bytes that one token stands for by itself (for logprobs' `bytes` and `token` fields): a byte token gives its byte,
+ * which may be half a character; a special token its name. Appends. */
 sh_status sh_tokenizer_piece(const sh_tokenizer *t, int id, sh_buf *out);
 
 /* Streaming detokenisation: equal to decode() of all ids once flushed; never emits half a code point. Owns nothing. */

@@ -150,7 +150,7 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     p->threads = r->threads;
     p->max_seqs = r->max_seqs ? r->max_seqs : ranks < 8 ? 32 * ranks : 256;
     p->chunk = r->chunk ? r->chunk : DEFAULT_CHUNK;
-    p->max_context = r->max_context ? r->max_context : c->max_context;
+    p->max_context = r->max_context ? r->max_context : sh_config_usual_context(c);
     p->kv_memory = r->kv_memory;
     sh_status st = sh_plan_check(c, p);
     if (st != SH_OK) {

@@ -71,6 +71,7 @@ struct sh_uplink {
     double heard, said_hello, said_beat, ended;
     int beat_ms, orphan_ms;
     bool said_ready;
+    bool mute; /* said hello again: no tokens before the welcome, or a new coordinator would see a gap */
 };
 
 /* ---- the thread: sending --------------------------------------------------------------------------------------------
@@ -96,6 +97,7 @@ static sh_status say_hello(sh_uplink *u) {
     Shoal__FromRank m = SHOAL__FROM_RANK__INIT;
     m.hello = &h;
     u->said_hello = sh_now();
+    u->mute = true;
     return send_packed(u, &m);
 }
 
@@ -125,7 +127,7 @@ static sh_status say_beat(sh_uplink *u) {
     t.weights = b.weights, t.attention = b.attention, t.experts = b.experts;
     t.exchange = b.exchange, t.other = b.other, t.idle = b.idle;
     t.has_bytes = t.has_steps = t.has_sent = true;
-    t.bytes = b.bytes, t.steps = b.step, t.sent = b.sent;
+    t.bytes = b.bytes, t.steps = b.steps, t.sent = b.sent;
     Shoal__Heartbeat h = SHOAL__HEARTBEAT__INIT;
     h.step = b.step;
     h.busy = b.busy;
@@ -167,12 +169,13 @@ static sh_status send_tokens(sh_uplink *u) {
         else
             SH_TRY(sh_ledger_add(u->ledger, item.key, &item.token));
     }
-    for (;;) {
+    while (!u->mute) {
         sh_buf_clear(&u->buf);
         SH_TRY(sh_ledger_pack(u->ledger, TOKENS_PER_MESSAGE, &u->buf));
-        if (u->buf.len == 0) return SH_OK;
+        if (u->buf.len == 0) break;
         SH_TRY(sh_wire_send(u->wire, NULL, SH_WIRE_GROUP, u->buf.data, u->buf.len));
     }
+    return SH_OK;
 }
 
 /* ---- the thread: hearing
@@ -185,6 +188,11 @@ static void end_service(sh_uplink *u, sh_uplink_state why, const char *reason) {
     pthread_mutex_unlock(&u->lock);
     u->ended = sh_now();
     atomic_store(&u->state, why);
+}
+
+/* Told to leave in the middle of something long: no fault. */
+static void die(const sh_uplink *u) {
+    _exit(atomic_load(&u->state) == SH_UPLINK_LEAVE ? 0 : 3);
 }
 
 static sh_status push_inbox(sh_uplink *u, const sh_inbox *item) {
@@ -274,11 +282,13 @@ static sh_status take_welcome(sh_uplink *u, Shoal__ToRank **m) {
     if (!atomic_load(&u->welcomed)) {
         u->welcome = w;
         u->first = *m;
+        u->mute = false;
         *m = NULL;
         atomic_store(&u->welcomed, true);
         return SH_OK;
     }
     sh_ledger_rewind(u->ledger);
+    u->mute = false;
     return say_ready(u);
 }
 
@@ -328,7 +338,7 @@ static sh_status keep_time(sh_uplink *u) {
         sh_warn("%s", text);
         end_service(u, SH_UPLINK_ORPHAN, text);
     }
-    if (u->ended > 0 && (now - u->ended) * 1e3 > GRACE_MS) _exit(3); /* the main thread is stuck */
+    if (u->ended > 0 && (now - u->ended) * 1e3 > GRACE_MS) die(u); /* the main thread is stuck */
     return SH_OK;
 }
 
@@ -361,6 +371,7 @@ static void last_words(sh_uplink *u) {
 
 static void *uplink_main(void *arg) {
     sh_uplink *u = arg;
+    (void)pthread_setname_np(pthread_self(), "shoal-uplink");
     sh_status st = soften(u, say_hello(u));
     for (;;) {
         pthread_mutex_lock(&u->lock);
@@ -372,7 +383,7 @@ static void *uplink_main(void *arg) {
             if (u->ended == 0) sh_error("%s", sh_error_text());
             end_service(u, SH_UPLINK_ORPHAN, sh_error_text());
             sh_sleep(TICK_MS * 1e-3);
-            if ((sh_now() - u->ended) * 1e3 > GRACE_MS) _exit(3);
+            if ((sh_now() - u->ended) * 1e3 > GRACE_MS) die(u);
         }
     }
     last_words(u);

@@ -104,11 +104,17 @@ static void check_cases(const sh_tokenizer *t, const char *path) {
     json_decref(g);
 }
 
+static void make_folder(char *dir, size_t size) {
+    const char *tmp = getenv("TMPDIR");
+    snprintf(dir, size, "%s/shoal-tokenizer-XXXXXX", tmp ? tmp : "/tmp");
+    CU_ASSERT_PTR_NOT_NULL_FATAL(mkdtemp(dir));
+}
+
 static const char *extra = SH_TEST_DATA "/tokenizer_extra.json";
 
 static void test_extra(void) {
-    char dir[] = "/tmp/shoal-tokenizer-XXXXXX", file[64];
-    CU_ASSERT_PTR_NOT_NULL_FATAL(mkdtemp(dir));
+    char dir[512], file[600];
+    make_folder(dir, sizeof dir);
     snprintf(file, sizeof file, "%s/tokenizer.json", dir);
     json_t *g = read_json(extra), *files = json_object_get(g, "files");
     CU_ASSERT_TRUE(json_array_size(files) >= 20);
@@ -160,8 +166,8 @@ static void time_encode(const sh_tokenizer *t, const char *golden) {
 }
 
 static void check_real(const char *name) {
-    char dir[] = "/tmp/shoal-tokenizer-XXXXXX", cmd[1024], golden[512];
-    CU_ASSERT_PTR_NOT_NULL_FATAL(mkdtemp(dir));
+    char dir[512], cmd[2048], golden[512];
+    make_folder(dir, sizeof dir);
     snprintf(cmd, sizeof cmd, "gzip -dc '" SH_TEST_DATA "/real/%s_tokenizer.json.gz' > %s/tokenizer.json", name, dir);
     snprintf(golden, sizeof golden, SH_TEST_DATA "/text/golden/tokenizer_%s.json", name);
     CU_ASSERT_EQUAL_FATAL(system(cmd), 0);

@@ -263,7 +263,7 @@ static void test_bad_values(void) {
         {'c', 400, "\"max_tokens\":3,\"max_completion_tokens\":4", "invalid_value", "max_completion_tokens",
          "max_completion_tokens: 4 differs from max_tokens 3: allowed is one of them"},
         {'c', 413, "\"max_tokens\":198", "context_length_exceeded", "prompt",
-         "prompt: 3 tokens and 198 to generate make 201: allowed are 200 together"},
+         "prompt: 3 tokens and 198 to generate make 201: allowed are 200 together (--max-context)"},
         {'c', 400, "\"max_tokens\":3,\"min_tokens\":4", "invalid_value", "min_tokens",
          "min_tokens: 4: allowed are 0 to 3, the most that may be generated"},
         {'c', 400, "\"top_p\":1.01", "invalid_value", "top_p",
@@ -380,7 +380,7 @@ static void test_limits(void) {
     CU_ASSERT_EQUAL(sh_buf_add_str(&b, "]}"), SH_OK);
     sh_request r = read_line(in, (const char *)b.data, b.len);
     expect(&r, 413, "context_length_exceeded", "prompt",
-           "prompt: 20001 tokens: allowed are 199, the context less one token to generate", "long prompt");
+           "prompt: 20001 tokens: allowed are 199, the context (--max-context) less one token to generate", "long prompt");
     sh_request_release(&r);
     sh_buf_clear(&b);
     for (int i = 0; i < 200; i++) CU_ASSERT_EQUAL(sh_buf_add_str(&b, "{\"prompt\":"), SH_OK);

@@ -28,10 +28,10 @@ static const char sound[] =
     " \"vocab\": {\"u\": 0, \"a\": 1, \"b\": 2, \"_\": 3, \"ab\": 4, \"ab_\": 5, \"<0xC3>\": 6, \"<0xA9>\": 7},"
     " \"merges\": [\"a b\", [\"ab\", \"_\"]]}}";
 
-static char dir[] = "/tmp/shoal-tokenizer-XXXXXX";
+static char dir[512];
 
 static void write_file(const char *name, const void *text, size_t n) {
-    char path[96];
+    char path[600];
     snprintf(path, sizeof path, "%s/%s", dir, name);
     FILE *f = fopen(path, "w");
     CU_ASSERT_PTR_NOT_NULL_FATAL(f);
@@ -139,7 +139,7 @@ static void test_config(void) {
         CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "tokenizer_config.json"));
     }
     CU_ASSERT_PTR_NULL(t);
-    char path[96];
+    char path[600];
     snprintf(path, sizeof path, "%s/tokenizer_config.json", dir);
     CU_ASSERT_EQUAL(unlink(path), 0);
 }
@@ -432,6 +432,8 @@ static void test_scan(void) {
 }
 
 int main(void) {
+    const char *tmp = getenv("TMPDIR");
+    snprintf(dir, sizeof dir, "%s/shoal-tokenizer-XXXXXX", tmp ? tmp : "/tmp");
     if (!mkdtemp(dir) || CU_initialize_registry() != CUE_SUCCESS) return 1;
     CU_pSuite s = CU_add_suite("tokenizer", NULL, NULL);
     CU_add_test(s, "scanner", test_scan);
