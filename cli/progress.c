@@ -79,6 +79,8 @@ static void sample(sh_progress *p, const sh_progress_view *v, double now) {
     }
     double dt = now - p->last_sampled;
     if (dt < 0.5) return;
+    if (v->tokens_in < p->sampled.tokens_in || v->tokens_out < p->sampled.tokens_out)
+        p->sampled = *v; /* a new coordinator counts from what was saved */
     double keep = p->rate_out + p->rate_in > 0 ? 1 / (1 + dt / 5) : 0;
     p->rate_in = keep * p->rate_in + (1 - keep) * (double)(v->tokens_in - p->sampled.tokens_in) / dt;
     p->rate_out = keep * p->rate_out + (1 - keep) * (double)(v->tokens_out - p->sampled.tokens_out) / dt;

@@ -383,7 +383,9 @@ static void take_counts(sh_session *s, const Shoal__JobCounts *c) {
     s->job = c->job;
     s->total = c->total, s->done = c->done, s->errors = c->errors;
     s->tokens_in = c->tokens_in, s->tokens_out = c->tokens_out;
-    if (!s->have_counts) s->first_in = c->tokens_in, s->first_out = c->tokens_out;
+    /* A new coordinator counts from what was saved: less than was seen before. */
+    if (!s->have_counts || c->tokens_in < s->first_in) s->first_in = c->tokens_in;
+    if (!s->have_counts || c->tokens_out < s->first_out) s->first_out = c->tokens_out;
     s->have_counts = true;
 }
 
