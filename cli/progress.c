@@ -91,8 +91,8 @@ static void sample(sh_progress *p, const sh_progress_view *v, double now) {
 /* Seconds left by the requests answered so far in this run; −1: not known yet. */
 static double time_left(const sh_progress *p, const sh_progress_view *v, double now) {
     if (v->total && v->done == v->total) return 0;
-    uint64_t done = v->done - p->first.done;
-    if (!done || now - p->began < 1) return -1;
+    int64_t done = (int64_t)(v->done - p->first.done);
+    if (done <= 0 || now - p->began < 1) return -1;
     return (double)(v->total - v->done) * (now - p->began) / (double)done;
 }
 

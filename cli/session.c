@@ -84,7 +84,7 @@ static sh_status note_failure(sh_session *s, attempt *a, const char *who) {
 static void describe(sh_session *s, const sh_child *c, attempt *a) {
     char how[128], why[768];
     sh_child_describe(c, how, sizeof how);
-    if (sh_logtail_reason(&s->tail, why, sizeof why))
+    if (sh_logtail_reason(&s->tail, WIFSIGNALED(c->status), why, sizeof why))
         snprintf(a->reason, sizeof a->reason, "%s: %s", how, why);
     else
         snprintf(a->reason, sizeof a->reason, "%s", how);
