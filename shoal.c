@@ -4,6 +4,7 @@
 #include <string.h>
 #include "cli/commands.h"
 #include "cli/facts.h"
+#include "model/team.h"
 
 #pragma weak sh_cmd_bench
 
@@ -78,6 +79,14 @@ static int unknown_command(const char *name) {
     return SH_EXIT_USAGE;
 }
 
+/* Commands that compute, themselves or in processes they start. */
+static bool runs_teams(const char *name) {
+    static const char *const those[] = {"run", "serve", "worker", "bench"};
+    for (size_t i = 0; i < sizeof those / sizeof *those; i++)
+        if (strcmp(name, those[i]) == 0) return true;
+    return false;
+}
+
 int main(int argc, char **argv) {
     if (argc < 2) {
         print_overview(stderr);
@@ -92,6 +101,7 @@ int main(int argc, char **argv) {
         sh_facts_print_version(stdout);
         return SH_EXIT_OK;
     }
+    if (runs_teams(name)) sh_team_prepare(argv);
     for (int i = 0; i < N_COMMANDS; i++)
         if (strcmp(name, commands[i].name) == 0) {
             int rc = commands[i].run ? commands[i].run(argc - 1, argv + 1) : SH_EXIT_RUN;

@@ -9,7 +9,7 @@ static const sh_layer global = {.head_dim = 512, .rotated_pairs = 64, .theta = 1
 
 static const sh_kernels *kernels(void) {
     const sh_kernels *kn = NULL;
-    CU_ASSERT_FATAL(sh_kernels_get("ref", &kn) == SH_OK);
+    CU_ASSERT_FATAL(sh_kernels_select(&kn) == SH_OK);
     return kn;
 }
 
