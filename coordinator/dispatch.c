@@ -201,13 +201,13 @@ void sh_dispatch_leave(sh_dispatch *d, const char *reason) {
 /* --- groups --------------------------------------------------------------------------------------------------------
  */
 
-static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault) {
-    if (g->state == SH_GROUP_LOST) {
-        sh_group_set_fault(g, fault);
-        return SH_OK;
-    }
-    sh_warn("group %s is lost: %s", g->name, fault);
-    sh_group_set_fault(g, fault);
+static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault, bool lasting) {
+    sh_group_set_fault(g, fault, lasting);
+    if (g->state == SH_GROUP_LOST) return SH_OK;
+    if (d->o->run)
+        sh_info("group %s is lost: %s", g->name, fault); /* its supervisor tells the user */
+    else
+        sh_warn("group %s is lost: %s", g->name, fault);
     g->state = SH_GROUP_LOST;
     g->here = 0;
     for (int i = 0; i < g->size; i++) say_leave(d, &g->seat[i].peer, fault);
@@ -292,7 +292,7 @@ static sh_status group_add(sh_dispatch *d, const Shoal__Hello *h, sh_group **out
     if (group_plan(d, g) == SH_OK) return SH_OK;
     char why[1024];
     snprintf(why, sizeof why, "%s", sh_error_text());
-    SH_TRY(group_lose(d, g, why));
+    SH_TRY(group_lose(d, g, why, true));
     /* In a run every group has this shape: none can ever serve. */
     return d->o->run ? sh_jobs_fail(d->jobs, why) : SH_OK;
 }
@@ -361,7 +361,7 @@ static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) 
     if (st == SH_EINPUT) {
         char why[1024];
         snprintf(why, sizeof why, "%s", sh_error_text());
-        SH_TRY(group_lose(d, g, why));
+        SH_TRY(group_lose(d, g, why, true));
         return d->o->run ? sh_jobs_fail(d->jobs, why) : SH_OK;
     }
     SH_TRY(st);
@@ -471,7 +471,7 @@ static sh_status hear_rejected(sh_dispatch *d, sh_group *g, const Shoal__Rejecte
 static sh_status hear_fault(sh_dispatch *d, sh_group *g, int rank, const Shoal__Fault *f) {
     char text[1500];
     snprintf(text, sizeof text, "rank %d (%s): %s", rank, g->seat[rank].host, f->text);
-    return group_lose(d, g, text);
+    return group_lose(d, g, text, f->has_lasting && f->lasting);
 }
 
 sh_status sh_dispatch_hear(sh_dispatch *d, const sh_wire_peer *from, const Shoal__FromRank *m) {
@@ -504,7 +504,7 @@ sh_status sh_dispatch_watch(sh_dispatch *d) {
             snprintf(text, sizeof text, "%d of %d ranks came within %.0f s", g->here, g->size, SH_START_MOST);
             dead = true;
         }
-        if (dead) SH_TRY(group_lose(d, g, text));
+        if (dead) SH_TRY(group_lose(d, g, text, false));
     }
     return SH_OK;
 }
@@ -556,7 +556,7 @@ static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
         char why[300];
         snprintf(why, sizeof why, "rank 0 (%s): %s", g->seat[0].host, sh_error_text());
         SH_TRY(waiting_add(d, r));
-        return group_lose(d, g, why);
+        return group_lose(d, g, why, false);
     }
     SH_TRY(st);
     set_owner(d, r, g);
