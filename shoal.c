@@ -4,6 +4,7 @@
 #include <string.h>
 #include "cli/commands.h"
 #include "cli/facts.h"
+#include "model/team.h"
 
 #pragma weak sh_cmd_bench
 
@@ -62,12 +63,28 @@ static int distance(const char *a, const char *b) {
 }
 
 static int unknown_command(const char *name) {
+    static const char *const later[][2] = {
+        {"plan", "'shoal inspect' tells what a model needs, the first line of a run its plan"},
+        {"drain", "'shoal cancel' ends a job; a killed group's requests go on elsewhere"}};
+    for (size_t i = 0; i < sizeof later / sizeof *later; i++)
+        if (strcmp(name, later[i][0]) == 0) {
+            fprintf(stderr, "shoal: '%s' is not provided yet: %s\n", name, later[i][1]);
+            return SH_EXIT_USAGE;
+        }
     int best = 0;
     for (int i = 1; i < N_COMMANDS; i++)
         if (distance(name, commands[i].name) < distance(name, commands[best].name)) best = i;
     fprintf(stderr, "shoal: '%s' is not a command: did you mean '%s'? 'shoal --help' lists them\n", name,
             commands[best].name);
     return SH_EXIT_USAGE;
+}
+
+/* Commands that compute, themselves or in processes they start. */
+static bool runs_teams(const char *name) {
+    static const char *const those[] = {"run", "serve", "worker", "bench"};
+    for (size_t i = 0; i < sizeof those / sizeof *those; i++)
+        if (strcmp(name, those[i]) == 0) return true;
+    return false;
 }
 
 int main(int argc, char **argv) {
@@ -84,6 +101,7 @@ int main(int argc, char **argv) {
         sh_facts_print_version(stdout);
         return SH_EXIT_OK;
     }
+    if (runs_teams(name)) sh_team_prepare(argv);
     for (int i = 0; i < N_COMMANDS; i++)
         if (strcmp(name, commands[i].name) == 0) {
             int rc = commands[i].run ? commands[i].run(argc - 1, argv + 1) : SH_EXIT_RUN;

@@ -72,9 +72,13 @@ static void mpirun_command(sh_launch *l, const sh_launch_options *o) {
     arg(l, "-n"), arg(l, text(l, "%d", o->ranks));
 }
 
+bool sh_launch_is_mpi(const char *launcher, const char *hosts, int ranks) {
+    return launcher ? strcmp(launcher, "local") != 0 : ranks > 1 || hosts;
+}
+
 sh_status sh_launch_make(const sh_launch_options *o, sh_launch *out) {
     sh_launch l = {0};
-    bool local = o->launcher ? strcmp(o->launcher, "local") == 0 : o->ranks == 1 && !o->hosts;
+    bool local = !sh_launch_is_mpi(o->launcher, o->hosts, o->ranks);
     if (local && o->hosts)
         SH_FAIL(SH_EINPUT, "--hosts: '%s' does not go with --launcher local: leave one of them out", o->hosts);
     if (o->mark) env(&l, o->mark);

@@ -29,6 +29,8 @@ typedef struct sh_launch {
     int n_owned;
 } sh_launch;
 
+/* Whether ranks are processes that speak MPI, by the same rule. */
+bool sh_launch_is_mpi(const char *launcher, const char *hosts, int ranks);
 sh_status sh_launch_make(const sh_launch_options *o, sh_launch *out);
 void sh_launch_release(sh_launch *l);
 

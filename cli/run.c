@@ -38,6 +38,7 @@ typedef struct run {
     bool ordered, keep_store, resume;
     int style;
     char model[PATH_MAX], model_name[320], program[PATH_MAX], store_path[PATH_MAX], spool[PATH_MAX];
+    char fresh[PATH_MAX + 8]; /* standard input as read now; becomes the spool when the store is this job's */
     int ranks, cpus;
     sh_input scanned;
     sh_runstore folder;
@@ -155,7 +156,8 @@ static sh_status check_output(run *r) {
     const char *base = r->store ? r->store : standard ? named : r->output;
     int n = snprintf(r->store_path, sizeof r->store_path, "%s%s", base, r->store ? "" : ".store");
     if (n >= (int)sizeof r->store_path - 16) SH_FAIL(SH_EINPUT, "-o: %.80s…: path too long", r->output);
-    snprintf(r->spool, sizeof r->spool, "%.*s/input.jsonl", PATH_MAX - 16, r->store_path);
+    snprintf(r->spool, sizeof r->spool, "%.*s/" SH_RUN_SPOOL, PATH_MAX - 16, r->store_path);
+    snprintf(r->fresh, sizeof r->fresh, "%s.new", r->spool);
     bool store_there = sh_file_exists(r->store_path);
     if (r->resume && !store_there) SH_FAIL(SH_EINPUT, "--resume: there is no %s to go on from", r->store_path);
     if (standard) return SH_OK;
@@ -234,7 +236,7 @@ static sh_status check_all(run *r) {
     if (!r->input) SH_FAIL(SH_EINPUT, "-i: is missing: give a file of requests, or - for standard input");
     SH_TRY(check_output(r));
     if (!sh_file_exists(r->store_path) && strcmp(r->input, "-") == 0) SH_TRY(sh_dir_make(r->store_path));
-    return sh_input_scan(r->input, r->spool, &r->scanned);
+    return sh_input_scan(r->input, r->fresh, &r->scanned);
 }
 
 static int complain(const run *r, sh_status st) {
@@ -340,8 +342,15 @@ static int run_job(run *r) {
     if (st == SH_OK) st = describe_job(r, &job);
     ssize_t n = readlink("/proc/self/exe", r->program, sizeof r->program - 1);
     if (st == SH_OK && n <= 0) st = sh_error_set(SH_EIO, __FILE__, __LINE__, "/proc/self/exe: %s", strerror(errno));
-    if (st == SH_OK) st = sh_runstore_open(r->store_path, job, &r->folder);
-    return st == SH_OK ? run_with_store(r) : complain(r, st);
+    if (st == SH_OK)
+        st = sh_runstore_open(r->store_path, job, sh_launch_is_mpi(r->launcher, r->hosts, r->ranks), &r->folder);
+    bool standard = strcmp(r->input, "-") == 0;
+    if (st == SH_OK && standard && rename(r->fresh, r->spool) != 0)
+        st = sh_error_set(SH_EIO, __FILE__, __LINE__, "%s: cannot be renamed: %s", r->fresh, strerror(errno));
+    if (st == SH_OK) return run_with_store(r);
+    int rc = complain(r, st);
+    if (standard) SH_IGNORE(sh_path_remove(r->fresh));
+    return rc;
 }
 
 int sh_cmd_run(int argc, char **argv) {

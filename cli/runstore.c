@@ -43,12 +43,13 @@ static sh_status check_job(const char *store, const char *path, const json_t *jo
     return SH_OK;
 }
 
+/* But for what a run puts there before it has the folder. */
 static bool folder_is_empty(const char *path) {
     DIR *d = opendir(path);
     int n = 0;
     for (struct dirent *e; d && (e = readdir(d));)
-        n +=
-            strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0 && strncmp(e->d_name, "job.json.tmp.", 13) != 0;
+        n += e->d_name[0] != '.' && strncmp(e->d_name, "job.json.tmp.", 13) != 0 &&
+             strncmp(e->d_name, SH_RUN_SPOOL, strlen(SH_RUN_SPOOL)) != 0;
     if (d) closedir(d);
     return d && n == 0;
 }
@@ -83,7 +84,7 @@ static sh_status settle_owner(const char *note, sh_runstore *s) {
 }
 
 /* The private folders: sockets and MPI's session files under TMPDIR, MPI's shared memory under /dev/shm. */
-static sh_status make_private(sh_runstore *s) {
+static sh_status make_private(sh_runstore *s, bool mpi) {
     const char *tmp = getenv("TMPDIR");
     if (!tmp || !*tmp) tmp = "/tmp";
     char ipc[PATH_MAX];
@@ -93,6 +94,7 @@ static sh_status make_private(sh_runstore *s) {
                 tmp, n + SOCKET_NAME_MOST, SOCKET_PATH_MOST);
     if (!mkdtemp(ipc)) SH_FAIL(SH_EIO, "TMPDIR: %s: no folder can be made in it: %s", tmp, strerror(errno));
     snprintf(s->ipc, sizeof s->ipc, "%s", ipc);
+    if (!mpi) return SH_OK;
     snprintf(s->shm, sizeof s->shm, "/dev/shm/shoal-XXXXXX");
     if (!mkdtemp(s->shm)) s->shm[0] = 0; /* MPI then chooses by itself */
     return SH_OK;
@@ -109,7 +111,7 @@ static sh_status write_owner(const char *note, const sh_runstore *s) {
     return st;
 }
 
-sh_status sh_runstore_open(const char *path, const json_t *job, sh_runstore *out) {
+sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_runstore *out) {
     sh_runstore s = {0};
     char file[PATH_MAX + 32], note[PATH_MAX + 32], gone[PATH_MAX + 32];
     s.existed = sh_file_exists(path);
@@ -132,7 +134,7 @@ sh_status sh_runstore_open(const char *path, const json_t *job, sh_runstore *out
     } else {
         SH_FAIL(SH_EINPUT, "%s: is not the store of a run: name another folder with --store", path);
     }
-    sh_status st = make_private(&s);
+    sh_status st = make_private(&s, mpi);
     if (st == SH_OK) st = write_owner(note, &s);
     if (st != SH_OK) {
         if (s.ipc[0]) SH_IGNORE(sh_path_remove(s.ipc));

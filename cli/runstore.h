@@ -15,6 +15,7 @@
 #include <stdbool.h>
 #include "common/json.h"
 
+#define SH_RUN_SPOOL "input.jsonl"
 #define SH_RUN_GRACE 5.0 /* seconds between SIGTERM and SIGKILL */
 
 typedef struct sh_runstore {
@@ -31,9 +32,9 @@ typedef struct sh_runstore {
  * Opens or makes the folder for the job described by `job` (an object of strings). Refuses a folder of another job
  * (naming what differs), one that is no run's store, and one whose `shoal run` still works (naming its pid). Ends the
  * processes and removes the private folders that a dead run left on this node, then writes down the caller as owner.
- * Makes the private folders under TMPDIR.
+ * Makes the private folders: under TMPDIR, with mpi in /dev/shm too.
  */
-sh_status sh_runstore_open(const char *path, const json_t *job, sh_runstore *out);
+sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_runstore *out);
 /* Removes the private folders and the owner's note; with `remove_all`, the whole folder, atomically as seen from
  * outside. */
 sh_status sh_runstore_close(sh_runstore *s, bool remove_all);

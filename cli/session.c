@@ -86,7 +86,7 @@ static sh_status note_failure(sh_session *s, attempt *a, const char *who) {
 static void describe(sh_session *s, const sh_child *c, attempt *a) {
     char how[128], why[768];
     sh_child_describe(c, how, sizeof how);
-    if (sh_logtail_reason(&s->tail, why, sizeof why))
+    if (sh_logtail_reason(&s->tail, WIFSIGNALED(c->status), why, sizeof why))
         snprintf(a->reason, sizeof a->reason, "%s: %s", how, why);
     else
         snprintf(a->reason, sizeof a->reason, "%s", how);
@@ -403,7 +403,9 @@ static void take_counts(sh_session *s, const Shoal__JobCounts *c) {
     s->job = c->job;
     s->total = c->total, s->done = c->done, s->errors = c->errors;
     s->tokens_in = c->tokens_in, s->tokens_out = c->tokens_out;
-    if (!s->have_counts) s->first_in = c->tokens_in, s->first_out = c->tokens_out;
+    /* A new coordinator counts from what was saved: less than was seen before. */
+    if (!s->have_counts || c->tokens_in < s->first_in) s->first_in = c->tokens_in;
+    if (!s->have_counts || c->tokens_out < s->first_out) s->first_out = c->tokens_out;
     s->have_counts = true;
 }
 

@@ -232,14 +232,25 @@ static void forget_lost(sh_dispatch *d) {
     }
 }
 
-/* Longest honest step: the dearest stage's arithmetic for a full micro-batch. */
+/* Multiply-adds of one row in a stage: its matrices, and attention over the longest context. */
+static double row_cost(const sh_config *c, const Shoal__Plan *p, const Shoal__PlanRank *stage) {
+    double cost = (double)sh_plan_cost(c, stage->first, stage->last);
+    for (int l = stage->first; l < stage->last; l++) {
+        const sh_layer *y = &c->layer[l];
+        int keys = y->window > 0 && y->window < p->max_context ? y->window : p->max_context;
+        cost += 2.0 * y->heads * y->head_dim * keys;
+    }
+    return cost;
+}
+
+/* Longer than any honest step: the dearest stage with a full micro-batch. */
 static double stall_time(const sh_dispatch *d, const Shoal__Plan *p) {
     double most = 0;
     for (size_t i = 0; i < p->n_rank; i++) {
-        double cost = (double)sh_plan_cost(d->config, p->rank[i]->first, p->rank[i]->last);
+        double cost = row_cost(d->config, p, p->rank[i]);
         if (cost > most) most = cost;
     }
-    return SH_STALL_LEAST + 2 * most * (p->chunk + p->max_seqs) / SH_STALL_FLOPS;
+    return SH_STALL_LEAST + most * (p->chunk + p->max_seqs) / SH_STALL_RATE;
 }
 
 static sh_status group_plan(sh_dispatch *d, sh_group *g) {
@@ -430,8 +441,8 @@ static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t
     int added = 0;
     sh_status st = sh_running_take(r, t, &added);
     if (st == SH_EPEER) {
-        sh_warn("group %s: %s", g->name,
-                sh_error_text()); /* dropped: the rank sends all again after its next welcome */
+        /* What was lost with a connection is missing here until the rank hears our welcome and sends all again. */
+        sh_debug("group %s: %s", g->name, sh_error_text());
         return SH_OK;
     }
     SH_TRY(st);

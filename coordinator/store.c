@@ -363,12 +363,13 @@ static sh_status store_start(sh_store *s, const char *dir) {
     SH_TRY(highest_epoch(s->dir, s->epoch, true, &before));
     sh_status st = fill_folder(s, folder, before);
     if (st != SH_OK) { /* what is left of a copy is of no use and may fill the disk; the epoch stays claimed */
-        char path[PATH_MAX + 64];
+        char path[PATH_MAX + 64], why[1024];
+        snprintf(why, sizeof why, "%s", sh_error_text());
         for (int i = 0; i < 2; i++) {
             snprintf(path, sizeof path, "%s/" TAKEN_NAME "%s", folder, i ? "-wal" : "");
             unlink(path);
         }
-        return st;
+        return sh_store_check_fence(s) == SH_ESTATE ? SH_ESTATE : sh_error_set(st, __FILE__, __LINE__, "%s", why);
     }
     SH_TRY(open_db(s->path, false, &s->db));
     char pragma[64];

@@ -15,7 +15,7 @@
 #include "common/clock.h"
 #include "model/gemma4_model.h"
 #include "model/linear.h"
-#include "model/rows.h"
+#include "model/row_loop.h"
 
 /* A loop over rows: what the callbacks below need to know. */
 typedef struct row_job {
@@ -67,7 +67,7 @@ static void norm_rows(void *arg, int lo, int hi) {
 /* y = rms(x, w) */
 static void norm(sh_model *m, const float *x, const float *w, int n, float *y) {
     row_job j = {.m = m, .x = (float *)x, .y = y, .norm = w}; /* x is only read */
-    sh_rows_run(m->team, n, (size_t)m->config.hidden, norm_rows, &j);
+    sh_row_loop_run(m->team, n, (size_t)m->config.hidden, norm_rows, &j);
 }
 
 static void residual_rows(void *arg, int lo, int hi) {
@@ -83,7 +83,7 @@ static void residual_rows(void *arg, int lo, int hi) {
 /* x = x + rms(y, w); y is spent. Every block output is normed whole before it joins the stream. */
 static void residual(sh_model *m, float *x, float *y, const float *w, int n) {
     row_job j = {.m = m, .x = x, .y = y, .norm = w};
-    sh_rows_run(m->team, n, 2 * (size_t)m->config.hidden, residual_rows, &j);
+    sh_row_loop_run(m->team, n, 2 * (size_t)m->config.hidden, residual_rows, &j);
 }
 
 static void scale_rows(void *arg, int lo, int hi) {
@@ -155,7 +155,7 @@ static void attention_block(sh_model *m, int layer) {
     norm(m, m->x, w->input_norm, m->n, m->h);
     project_heads(m, l, w);
     row_job j = {.m = m, .layer = layer, .l = l, .w = w};
-    sh_rows_run(m->team, m->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
+    sh_row_loop_run(m->team, m->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
     book(m, &m->times.other);
     sh_attention_run(m->attention, m->kv, l, w->k_norm, rope_of(m, layer), m->rows, m->n_row_spans, m->q);
     book(m, &m->times.attention);
@@ -175,7 +175,7 @@ static void dense(sh_model *m, const sh_layer *l, const sh_layer_weights *w, con
     sh_linear_multi(m->team, m->kn, 2, mats, h, (size_t)m->config.hidden, n, out, ld);
     book(m, &m->times.weights);
     row_job j = {.m = m, .x = m->gate, .y = m->up, .width = l->ff};
-    sh_rows_run(m->team, n, (size_t)l->ff, gelu_rows, &j);
+    sh_row_loop_run(m->team, n, (size_t)l->ff, gelu_rows, &j);
     project(m, &w->down, m->gate, n, y);
 }
 
@@ -212,7 +212,7 @@ static void feed_forward_rows(sh_model *m, int layer, int r0, int n) {
         sh_moe_end(m->moe, layer, w, m->z);
         book(m, &m->times.experts);
         row_job j = {.m = m, .w = w, .y = m->y, .z = m->z};
-        sh_rows_run(m->team, n, 3 * (size_t)H, join_rows, &j);
+        sh_row_loop_run(m->team, n, 3 * (size_t)H, join_rows, &j);
     }
     residual(m, x, m->y, w->post_ff_norm, n);
 }
@@ -245,7 +245,7 @@ static void ple_block(sh_model *m, int layer, int r0, int n) {
     project(m, &w->ple_model_proj, row(m->x0, r0, H), n, m->ple);
     project(m, &w->ple_gate, x, n, m->gate); /* reads x itself, without a norm */
     row_job j = {.m = m, .layer = layer, .ids = m->ids + r0};
-    sh_rows_run(m->team, n, 8 * (size_t)P, ple_rows, &j);
+    sh_row_loop_run(m->team, n, 8 * (size_t)P, ple_rows, &j);
     if (m->probe.ple) m->probe.ple(m->probe.arg, layer, m->ple, n, P);
     project(m, &w->ple_proj, m->gate, n, m->y);
     residual(m, x, m->y, w->post_ple_norm, n);
@@ -262,7 +262,7 @@ static void layer_run(sh_model *m, int layer) {
         if (m->config.ple) ple_block(m, layer, r, n);
     }
     row_job j = {.m = m, .w = weights_of(m, layer), .x = m->x};
-    sh_rows_run(m->team, m->n, (size_t)m->config.hidden, scale_rows, &j);
+    sh_row_loop_run(m->team, m->n, (size_t)m->config.hidden, scale_rows, &j);
     if (m->probe.hidden) m->probe.hidden(m->probe.arg, layer, m->x, m->n, m->config.hidden);
 }
 
@@ -288,7 +288,7 @@ static void begin_step(sh_model *m, const sh_batch *b, const void *in) {
     if (b->n_rows > 0) memcpy(m->ids, b->ids, (size_t)b->n_rows * sizeof *m->ids);
     if (m->options.first == 0) {
         row_job j = {.m = m};
-        sh_rows_run(m->team, m->n, (size_t)m->config.hidden, embed_rows, &j);
+        sh_row_loop_run(m->team, m->n, (size_t)m->config.hidden, embed_rows, &j);
         if (m->probe.hidden) m->probe.hidden(m->probe.arg, -1, m->x, m->n, m->config.hidden);
         return;
     }
@@ -322,7 +322,7 @@ void sh_model_logits(sh_model *m, const float *hidden, int n, float *logits) {
     project(m, &m->weights->head, hidden, n, logits);
     if (m->config.softcap > 0) {
         row_job j = {.m = m, .x = logits, .width = m->config.vocab};
-        sh_rows_run(m->team, n, (size_t)m->config.vocab, softcap_rows, &j);
+        sh_row_loop_run(m->team, n, (size_t)m->config.vocab, softcap_rows, &j);
     }
     book(m, &m->times.other);
 }

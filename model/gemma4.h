@@ -39,7 +39,9 @@ void sh_model_destroy(sh_model **m);
 size_t sh_model_cut_bytes(const sh_config *c, sh_kv_type type, int cut, int n_rows, int n_kept);
 
 /* Runs the stage. in: the block of this stage's first cut (NULL at layer 0). out: room for the block of its last cut,
- * or, when the stage ends the model, f32 [n_kept, hidden] after the final norm. Allocates nothing. */
+ * or, when the stage ends the model, f32 [n_kept, hidden] after the final norm. in must stay as it is until the return;
+ * in and out do not overlap. A batch that this stage cannot run (limits, ids, pages) is refused before anything is
+ * computed. Allocates nothing. */
 sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void *out);
 /* Soft-capped logits [n, vocab] of n rows of that final output. Last stage only. */
 void sh_model_logits(sh_model *m, const float *hidden, int n, float *logits);
@@ -65,6 +67,6 @@ const sh_kernels *sh_model_kernels(const sh_model *m);
 sh_team *sh_model_team(sh_model *m);
 const sh_config *sh_model_config(const sh_model *m);
 size_t sh_model_weight_bytes(const sh_model *m);
-const sh_kv_pool *sh_model_kv(const sh_model *m);
+sh_kv_pool *sh_model_kv(const sh_model *m);
 
 #endif

@@ -7,7 +7,7 @@
 #include <string.h>
 #include "common/mem.h"
 #include "model/linear.h"
-#include "model/rows.h"
+#include "model/row_loop.h"
 
 #define UNIT_PANELS 4   /* weight panels per piece of work */
 #define UNIT_ROWS   256 /* rows per matrix product */
@@ -158,9 +158,9 @@ void sh_moe_begin(sh_moe *m, int layer, const sh_layer_weights *w, const float *
     m->w = w;
     m->x = x;
     m->n = n;
-    sh_rows_run(m->team, n, h, router_input, m);
+    sh_row_loop_run(m->team, n, h, router_input, m);
     sh_linear(m->team, m->kn, &w->router, m->norm, h, n, m->logits, (size_t)m->config->experts);
-    sh_rows_run(m->team, n, h, route, m);
+    sh_row_loop_run(m->team, n, h, route, m);
     if (m->peers) m->peers->experts_begin(m->peers->ctx, layer, m->norm, m->ids, n);
 }
 
@@ -238,11 +238,11 @@ static void experts_local(sh_moe *m) {
     size_t h = (size_t)m->config->hidden, ff = (size_t)m->config->expert_ff;
     int places = m->n * m->config->top_k;
     group_rows(m);
-    sh_rows_run(m->team, m->n, h * (size_t)m->config->top_k, gather, m);
+    sh_row_loop_run(m->team, m->n, h * (size_t)m->config->top_k, gather, m);
     by_expert(m, m->w->expert_gate_up, m->rows, h, m->act, 2 * ff);
-    sh_rows_run(m->team, places, 2 * ff, activate, m);
+    sh_row_loop_run(m->team, places, 2 * ff, activate, m);
     by_expert(m, m->w->expert_down, m->act, 2 * ff, m->rows, h);
-    if (m->mode == SH_MODE_BF16) sh_rows_run(m->team, places, h, round_results, m);
+    if (m->mode == SH_MODE_BF16) sh_row_loop_run(m->team, places, h, round_results, m);
 }
 
 /* --- combination ---------------------------------------------------------------------------------------------------
@@ -269,5 +269,5 @@ void sh_moe_end(sh_moe *m, int layer, const sh_layer_weights *w, float *z) {
         m->peers->experts_end(m->peers->ctx, layer, m->rows, m->n);
     else
         experts_local(m);
-    sh_rows_run(m->team, m->n, (size_t)m->config->hidden * (size_t)m->config->top_k, combine, m);
+    sh_row_loop_run(m->team, m->n, (size_t)m->config->hidden * (size_t)m->config->top_k, combine, m);
 }

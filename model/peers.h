@@ -1,6 +1,7 @@
 /*
- * What a layer that is cut across ranks asks of the others. The model sees this table, never a rank; NULL means alone. The
- * members are filled by worker/ once expert and tensor parallelism exist; docs/decisions/0005 says what each will carry.
+ * What a layer that is cut across ranks asks of the others. The model sees this table, never a rank; NULL means alone.
+ * The members are filled by worker/ once expert and tensor parallelism exist; docs/decisions/0005 says what each will
+ * carry.
  */
 #ifndef SH_MODEL_PEERS_H
 #define SH_MODEL_PEERS_H

@@ -9,7 +9,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #include "common/limits.h"
+
+#define SPIN "4000" /* rounds: some 50 µs, longer than the serial parts between the products of a layer */
 
 struct sh_team {
     uint64_t id; /* unique within the process: tells a thread whether it is bound for this team */
@@ -36,6 +39,15 @@ sh_status sh_team_create(int threads, const int *cpus, int n_cpus, sh_team **out
     if (n_cpus > 0) memcpy(t->cpus, cpus, (size_t)n_cpus * sizeof(int));
     *out = t;
     return SH_OK;
+}
+
+void sh_team_prepare(char **argv) {
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    char self[4096];
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    if (n <= 0 || setenv("GOMP_SPINCOUNT", SPIN, 1) != 0) return;
+    self[n] = 0;
+    (void)execv(self, argv); /* returns only when it failed: the default spins longer, nothing else */
 }
 
 void sh_team_destroy(sh_team **t) {

@@ -1,4 +1,5 @@
-/* Waiting without burning a core that another rank needs: spin for 50 µs, then sleep, longer each time, up to 1 ms. */
+/* Waiting without burning a core that another rank needs: spin for 50 µs, then sleep, longer each time: up to 0.2 ms
+ * while work is likely to come soon, up to 1 ms after that. */
 #ifndef SH_WORKER_BACKOFF_H
 #define SH_WORKER_BACKOFF_H
 
@@ -21,7 +22,8 @@ static inline void sh_backoff_wait(sh_backoff *b) {
     double now = sh_now();
     if (b->since <= 0) b->since = now;
     if (now - b->since < 50e-6) return;
-    b->nap = b->nap <= 0 ? 20e-6 : b->nap < 0.6e-3 ? b->nap * 1.5 : 1e-3;
+    double most = now - b->since < 20e-3 ? 0.2e-3 : 1e-3;
+    b->nap = b->nap <= 0 ? 20e-6 : b->nap * 1.5 < most ? b->nap * 1.5 : most;
     sh_sleep(b->nap);
 }
 

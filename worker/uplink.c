@@ -127,7 +127,7 @@ static sh_status say_beat(sh_uplink *u) {
     t.weights = b.weights, t.attention = b.attention, t.experts = b.experts;
     t.exchange = b.exchange, t.other = b.other, t.idle = b.idle;
     t.has_bytes = t.has_steps = t.has_sent = true;
-    t.bytes = b.bytes, t.steps = b.step, t.sent = b.sent;
+    t.bytes = b.bytes, t.steps = b.steps, t.sent = b.sent;
     Shoal__Heartbeat h = SHOAL__HEARTBEAT__INIT;
     h.step = b.step;
     h.busy = b.busy;
@@ -188,6 +188,11 @@ static void end_service(sh_uplink *u, sh_uplink_state why, const char *reason) {
     pthread_mutex_unlock(&u->lock);
     u->ended = sh_now();
     atomic_store(&u->state, why);
+}
+
+/* Told to leave in the middle of something long: no fault. */
+static void die(const sh_uplink *u) {
+    _exit(atomic_load(&u->state) == SH_UPLINK_LEAVE ? 0 : 3);
 }
 
 static sh_status push_inbox(sh_uplink *u, const sh_inbox *item) {
@@ -333,7 +338,7 @@ static sh_status keep_time(sh_uplink *u) {
         sh_warn("%s", text);
         end_service(u, SH_UPLINK_ORPHAN, text);
     }
-    if (u->ended > 0 && (now - u->ended) * 1e3 > GRACE_MS) _exit(3); /* the main thread is stuck */
+    if (u->ended > 0 && (now - u->ended) * 1e3 > GRACE_MS) die(u); /* the main thread is stuck */
     return SH_OK;
 }
 
@@ -379,7 +384,7 @@ static void *uplink_main(void *arg) {
             if (u->ended == 0) sh_error("%s", sh_error_text());
             end_service(u, SH_UPLINK_ORPHAN, sh_error_text());
             sh_sleep(TICK_MS * 1e-3);
-            if ((sh_now() - u->ended) * 1e3 > GRACE_MS) _exit(3);
+            if ((sh_now() - u->ended) * 1e3 > GRACE_MS) die(u);
         }
     }
     last_words(u);

@@ -15,7 +15,7 @@
 #include "partition/machine.h"
 #include "partition/plan.h"
 #include "worker/backoff.h"
-#include "worker/group.h"
+#include "worker/ranks.h"
 #include "worker/stage.h"
 #include "worker/uplink.h"
 
@@ -97,7 +97,7 @@ static sh_status share_node(rank *r) {
     if (st == SH_OK) {
         if (gethostname(me.host, sizeof me.host - 1) != 0) snprintf(me.host, sizeof me.host, "unknown");
         me.cpu_set = sh_hash64(0, r->machine->cpus, (size_t)r->machine->n_cpus * sizeof(int));
-        st = sh_group_exchange(r->link, &me, sizeof me, all, &alive);
+        st = sh_ranks_exchange(r->link, &me, sizeof me, all, &alive);
     }
     int n = 0, mine = 0;
     bool bound = false;
@@ -133,7 +133,7 @@ static sh_status agree_pages(rank *r) {
     SH_TRY(sh_plan_kv_limits(r->plan, &limits));
     uint64_t *all = calloc((size_t)r->link->size, sizeof *all);
     if (!all) SH_FAIL(SH_EMEMORY, "no memory for the budgets");
-    sh_status st = sh_group_exchange(r->link, &mine, sizeof mine, all, &alive);
+    sh_status st = sh_ranks_exchange(r->link, &mine, sizeof mine, all, &alive);
     if (st == SH_OK) st = sh_plan_kv_group(r->config, &limits, r->plan, all, &kv);
     free(all);
     if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
@@ -181,7 +181,7 @@ static sh_status announce(rank *r) {
     bool blas = strcmp(isa, "blas") == 0, any = blas;
     bool *all = calloc((size_t)r->link->size, sizeof *all);
     if (!all) SH_FAIL(SH_EMEMORY, "no memory for the notes");
-    sh_status st = sh_group_exchange(r->link, &blas, sizeof blas, all, &alive); /* also: everyone has loaded */
+    sh_status st = sh_ranks_exchange(r->link, &blas, sizeof blas, all, &alive); /* also: everyone has loaded */
     for (int i = 0; st == SH_OK && i < r->link->size; i++) any = any || all[i];
     free(all);
     if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
@@ -208,6 +208,7 @@ static void beat(rank *r, bool busy, bool now_please) {
     sh_model_times t = sh_model_time(sh_stage_model(r->stage));
     uint64_t steps = sh_stage_steps(r->stage);
     sh_beat b = {.step = steps + r->answers,
+                 .steps = steps,
                  .busy = busy,
                  .weights = t.weights,
                  .attention = t.attention,
@@ -287,7 +288,7 @@ static sh_status lead_out(rank *r) {
         if (sh_now() > until) SH_FAIL(SH_ECANCELLED, "left with micro-batches in flight");
         if (!worked) sh_backoff_wait(&wait);
     }
-    if (sh_group_pass_leave(r->link, LEAVE_SECONDS) != SH_OK) SH_FAIL(SH_ECANCELLED, "left before the next rank did");
+    if (sh_ranks_pass_leave(r->link, LEAVE_SECONDS) != SH_OK) SH_FAIL(SH_ECANCELLED, "left before the next rank did");
     return SH_OK;
 }
 
@@ -326,7 +327,7 @@ static sh_status serve(rank *r) {
             beat(r, true, true); /* busy from here on, should the step get stuck */
             SH_TRY(sh_stage_serve(r->stage));
         }
-        if (!worked) SH_TRY(sh_group_told_leave(r->link, &leave));
+        if (!worked) SH_TRY(sh_ranks_told_leave(r->link, &leave));
         if (leave) break;
         if (told_at > 0 && sh_now() - told_at > 2 * LEAVE_SECONDS) SH_FAIL(SH_ECANCELLED, "left alone");
         beat(r, false, worked);
@@ -335,7 +336,7 @@ static sh_status serve(rank *r) {
         else
             sh_backoff_wait(&r->idle);
     }
-    if (sh_group_pass_leave(r->link, LEAVE_SECONDS) != SH_OK) SH_FAIL(SH_ECANCELLED, "left before the next rank did");
+    if (sh_ranks_pass_leave(r->link, LEAVE_SECONDS) != SH_OK) SH_FAIL(SH_ECANCELLED, "left before the next rank did");
     return SH_OK;
 }
 

@@ -192,6 +192,7 @@ static sh_status run(bench *b, int threads, const char *isa, const char *rows) {
 }
 
 int main(int argc, char **argv) {
+    sh_team_prepare(argv);
     static bench b = {.passes = 12};
     static const struct option options[] = {{"threads", required_argument, NULL, 't'},
                                             {"isa", required_argument, NULL, 'i'},

@@ -6,13 +6,15 @@
  */
 #include <CUnit/Basic.h>
 #include <math.h>
-#include <stdarg.h>
+#include <pthread.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include "model/kernels/kernels.h"
+#include "model/limits.h"
 #include "model/linear.h"
 
 #define ROUNDS 60
@@ -457,7 +459,7 @@ static void test_attention_meaning(void) {
 
 /* Bytes do not depend on threads, on the number of rows, or on whether matrices run together. */
 static void test_linear_invariance(void) {
-    enum { N = 150, N2 = 70, K = 333, M = 41 };
+    enum { N = 150, N2 = 70, K = 333, M = 130 };
     const sh_kernels *kn;
     CU_ASSERT_EQUAL_FATAL(sh_kernels_select(&kn), SH_OK);
     seed = 99;
@@ -467,7 +469,7 @@ static void test_linear_invariance(void) {
     level("ref")->gemm(&w, 0, sh_wmat_panels(N), x, K, M, want, N);
     level("ref")->gemm(&w2, 0, sh_wmat_panels(N2), x, K, M, want2, N2);
     static const int threads[] = {1, 2, 3, 7};
-    static const int rows[] = {1, 2, 5, 7, 12, 13, 40, 41};
+    static const int rows[] = {1, 2, 5, 7, 13, 41, 100, 130}; /* shares, pieces, pieces of rows */
     for (int t = 0; t < 4; t++) {
         sh_team *team;
         CU_ASSERT_EQUAL_FATAL(sh_team_create(threads[t], NULL, 0, &team), SH_OK);
@@ -515,6 +517,60 @@ static void test_team(void) {
     CU_ASSERT_EQUAL(covered, 100);
 }
 
+static void note_binding(void *arg, int member, int size) {
+    int *cpu = arg;
+    cpu_set_t set;
+    cpu[member] = -1;
+    if (pthread_getaffinity_np(pthread_self(), sizeof set, &set) != 0 || CPU_COUNT(&set) != 1) return;
+    for (int i = 0; i < CPU_SETSIZE; i++) {
+        if (CPU_ISSET((size_t)i, &set)) cpu[member] = i;
+    }
+    (void)size;
+}
+
+/* A rank: its own team, on one CPU after the other; *arg is the last CPU of the process's set. */
+static void *bound_rank(void *arg) {
+    int last = *(int *)arg, bad = 0, cpu[3];
+    for (int i = 0; i < 4; i++) {
+        sh_team *team;
+        const int cpus[] = {i % 2 ? last : 0, last};
+        if (sh_team_create(3, cpus, 2, &team) != SH_OK) return arg;
+        for (int k = 0; k < 5; k++) {
+            sh_team_run(team, note_binding, cpu);
+            bad += cpu[0] != cpus[0] || cpu[1] != last || cpu[2] != cpus[0];
+        }
+        sh_team_destroy(&team);
+    }
+    return bad ? arg : NULL;
+}
+
+/* Members sit where they were told, in two teams at once and in one after the other. */
+static void test_binding(void) {
+    cpu_set_t set;
+    CU_ASSERT_EQUAL_FATAL(sched_getaffinity(0, sizeof set, &set), 0);
+    if (!CPU_ISSET(0, &set)) return; /* a CPU set without CPU 0: nothing to bind to by that number */
+    int last = 0;
+    for (int i = 0; i < CPU_SETSIZE; i++) last = CPU_ISSET((size_t)i, &set) ? i : last;
+    pthread_t a, b;
+    void *wrong_a, *wrong_b;
+    CU_ASSERT_EQUAL_FATAL(pthread_create(&a, NULL, bound_rank, &last), 0);
+    CU_ASSERT_EQUAL_FATAL(pthread_create(&b, NULL, bound_rank, &last), 0);
+    pthread_join(a, &wrong_a);
+    pthread_join(b, &wrong_b);
+    CU_ASSERT(!wrong_a && !wrong_b);
+}
+
+static void test_limits(void) {
+    sh_team *team;
+    sh_limits lim = {0};
+    CU_ASSERT_EQUAL_FATAL(sh_team_create(2, NULL, 0, &team), SH_OK);
+    CU_ASSERT_EQUAL(sh_limits_measure(team, 1000, &lim), SH_EINPUT);
+    CU_ASSERT(lim.read_gbs == 0);
+    CU_ASSERT_EQUAL(sh_limits_measure(team, (size_t)8 << 20, &lim), SH_OK);
+    CU_ASSERT(lim.read_gbs > 0.05 && lim.read_gbs < 1e5 && lim.fma_gflops > 0.05 && lim.fma_gflops < 1e5);
+    sh_team_destroy(&team);
+}
+
 static void test_select(void) {
     const sh_kernels *kn = NULL;
     CU_ASSERT_EQUAL(sh_kernels_get("mmx", &kn), SH_EINPUT);
@@ -543,6 +599,8 @@ int main(void) {
     CU_add_test(s, "attention entries", test_attention_meaning);
     CU_add_test(s, "sh_linear invariance", test_linear_invariance);
     CU_add_test(s, "team", test_team);
+    CU_add_test(s, "binding", test_binding);
+    CU_add_test(s, "limits", test_limits);
     CU_add_test(s, "selection", test_select);
     CU_basic_set_mode(CU_BRM_VERBOSE);
     CU_basic_run_tests();

@@ -105,13 +105,13 @@ static void test_store(void) {
     snprintf(other, sizeof other, "%s/epoch", path);
     json_t *exact = job("exact"), *bf16 = job("bf16");
     sh_runstore s = {0}, again = {0};
-    CU_ASSERT_EQUAL_FATAL(sh_runstore_open(path, exact, &s), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_runstore_open(path, exact, true, &s), SH_OK);
     CU_ASSERT_FALSE(s.existed);
     CU_ASSERT_TRUE(sh_file_exists(s.ipc));
     CU_ASSERT_EQUAL(sh_dir_make(other), SH_OK);
 
     /* another job is refused by what differs, and nothing is touched */
-    CU_ASSERT_EQUAL(sh_runstore_open(path, bf16, &again), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_runstore_open(path, bf16, true, &again), SH_EINPUT);
     snprintf(want, sizeof want,
              "%s: belongs to another job: its --mode was exact, now it is bf16: finish that job, remove the folder, or "
              "name another one with --store",
@@ -123,7 +123,7 @@ static void test_store(void) {
     char ipc[4096];
     snprintf(ipc, sizeof ipc, "%s", s.ipc);
     CU_ASSERT_EQUAL_FATAL(start("exec sleep 60", s.mark, &left), SH_OK);
-    CU_ASSERT_EQUAL_FATAL(sh_runstore_open(path, exact, &again), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_runstore_open(path, exact, true, &again), SH_OK);
     CU_ASSERT_TRUE(again.existed);
     CU_ASSERT_EQUAL(again.ended, 1);
     CU_ASSERT_FALSE(sh_child_poll(&left));
@@ -135,7 +135,7 @@ static void test_store(void) {
 
     /* a folder of something else is not taken */
     CU_ASSERT_EQUAL(sh_dir_make(other), SH_OK);
-    CU_ASSERT_EQUAL(sh_runstore_open(path, exact, &again), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_runstore_open(path, exact, true, &again), SH_EINPUT);
     snprintf(want, sizeof want, "%s: is not the store of a run: name another folder with --store", path);
     CU_ASSERT_STRING_EQUAL(sh_error_text(), want);
     json_decref(exact), json_decref(bf16);
@@ -147,7 +147,7 @@ static void test_store_owner(void) {
     snprintf(path, sizeof path, "%s/owned.store", folder);
     json_t *j = job("exact");
     sh_runstore s = {0}, again = {0};
-    CU_ASSERT_EQUAL_FATAL(sh_runstore_open(path, j, &s), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_runstore_open(path, j, true, &s), SH_OK);
     char host[256] = "";
     CU_ASSERT_EQUAL(gethostname(host, sizeof host - 1), 0);
     int n =
@@ -158,7 +158,7 @@ static void test_store_owner(void) {
     CU_ASSERT_EQUAL(sh_file_writer_open(note, &w), SH_OK);
     CU_ASSERT_EQUAL(sh_file_writer_add(w, text, (size_t)n), SH_OK);
     CU_ASSERT_EQUAL(sh_file_writer_commit(&w), SH_OK);
-    CU_ASSERT_EQUAL(sh_runstore_open(path, j, &again), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_runstore_open(path, j, true, &again), SH_EINPUT);
     snprintf(want, sizeof want, "%s: shoal run with pid %d works on it: wait for it, or end it first (kill %d)", s.path,
              (int)getppid(), (int)getppid());
     CU_ASSERT_STRING_EQUAL(sh_error_text(), want);
@@ -168,7 +168,7 @@ static void test_store_owner(void) {
     memset(deep + 5, 'x', 120);
     char *tmp = getenv("TMPDIR"), *kept = tmp ? strdup(tmp) : NULL;
     setenv("TMPDIR", deep, 1);
-    CU_ASSERT_EQUAL(sh_runstore_open(path, j, &again), SH_ELIMIT);
+    CU_ASSERT_EQUAL(sh_runstore_open(path, j, true, &again), SH_ELIMIT);
     CU_ASSERT_PTR_NOT_NULL(
         strstr(sh_error_text(), "makes socket paths of 146 bytes: allowed are 107: set TMPDIR to a shorter path"));
     if (kept)

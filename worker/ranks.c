@@ -1,5 +1,5 @@
-/* Exchange of start-up records and the word to leave. See group.h. */
-#include "worker/group.h"
+/* Exchange of start-up records and the word to leave. See ranks.h. */
+#include "worker/ranks.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -37,7 +37,7 @@ static sh_status take(sh_link *l, int from, void *p, size_t bytes, const sh_aliv
     }
 }
 
-sh_status sh_group_exchange(sh_link *l, const void *mine, size_t bytes, void *all, const sh_alive *alive) {
+sh_status sh_ranks_exchange(sh_link *l, const void *mine, size_t bytes, void *all, const sh_alive *alive) {
     size_t total = bytes * (size_t)l->size;
     int req = 0;
     memcpy((char *)all + bytes * (size_t)l->rank, mine, bytes);
@@ -54,7 +54,7 @@ sh_status sh_group_exchange(sh_link *l, const void *mine, size_t bytes, void *al
     return SH_OK;
 }
 
-sh_status sh_group_pass_leave(sh_link *l, double seconds) {
+sh_status sh_ranks_pass_leave(sh_link *l, double seconds) {
     static const uint32_t word = LEAVE;
     int req = 0;
     if (l->rank == l->size - 1) return SH_OK;
@@ -62,7 +62,7 @@ sh_status sh_group_pass_leave(sh_link *l, double seconds) {
     return finish_send(l, req, NULL, sh_now() + seconds);
 }
 
-sh_status sh_group_told_leave(sh_link *l, bool *told) {
+sh_status sh_ranks_told_leave(sh_link *l, bool *told) {
     uint32_t word = 0;
     bool found = false;
     int source = 0;

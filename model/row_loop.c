@@ -1,8 +1,8 @@
-/* Sharing rows out. See rows.h. */
-#include "model/rows.h"
+/* Sharing rows out. See row_loop.h. */
+#include "model/row_loop.h"
 
 typedef struct job {
-    sh_rows_fn fn;
+    sh_row_loop_fn fn;
     void *arg;
     int n;
 } job;
@@ -14,9 +14,9 @@ static void run_share(void *arg, int member, int size) {
     if (lo < hi) j->fn(j->arg, lo, hi);
 }
 
-void sh_rows_run(sh_team *t, int n, size_t width, sh_rows_fn fn, void *arg) {
+void sh_row_loop_run(sh_team *t, int n, size_t width, sh_row_loop_fn fn, void *arg) {
     if (n <= 0) return;
-    if (n == 1 || (size_t)n * width < SH_ROWS_ALONE || sh_team_size(t) == 1) {
+    if (n == 1 || (size_t)n * width < SH_ROW_LOOP_ALONE || sh_team_size(t) == 1) {
         fn(arg, 0, n);
         return;
     }
