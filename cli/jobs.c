@@ -128,10 +128,10 @@ static bool is_over(const Shoal__JobCounts *c) {
     return strcmp(c->state, "done") == 0 || strcmp(c->state, "failed") == 0;
 }
 
-/* A coordinator that restarts is waited for. */
-static sh_status ask_patiently(asking *a, uint64_t job, Shoal__JobReply **reply) {
+/* A coordinator that restarts is waited for; one that was never heard is not. */
+static sh_status ask_patiently(asking *a, bool heard, uint64_t job, Shoal__JobReply **reply) {
     sh_status st = SH_EPEER;
-    for (int i = 0; i < PATIENT_TRIES && st == SH_EPEER; i++) {
+    for (int i = 0; i < (heard ? PATIENT_TRIES : 1) && st == SH_EPEER; i++) {
         if (!a->client) st = sh_client_open(a->connect, a->keys, a->timeout * 1000, &a->client);
         if (a->client) st = ask_status(a, job, reply);
         if (st == SH_EPEER) sh_client_close(&a->client); /* a late answer must not be taken for the next one */
@@ -152,9 +152,9 @@ static int outcome(const asking *a, const Shoal__JobCounts *c) {
 static int watch(asking *a, uint64_t job) {
     sh_progress p;
     sh_progress_begin(&p, (sh_progress_style)a->style);
-    for (;;) {
+    for (bool heard = false;; heard = true) {
         Shoal__JobReply *r = NULL;
-        sh_status st = ask_patiently(a, job, &r);
+        sh_status st = ask_patiently(a, heard, job, &r);
         if (st != SH_OK) {
             sh_progress_end(&p);
             return complain(a, st);

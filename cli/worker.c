@@ -29,7 +29,7 @@ enum { LINK_AUTO, LINK_MPI, LINK_LOCAL };
 
 typedef struct arguments {
     const char *connect, *keys, *group, *cpus;
-    int link, ranks, threads;
+    int link, ranks, threads, patience;
 } arguments;
 
 /* MPI is touched only by a process that a launcher started as one of its ranks. */
@@ -68,9 +68,9 @@ static int allowed_cpus(void) {
     return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
 }
 
-/* OpenMP's threads spin between two products, by default for milliseconds: good alone, ruinous where another rank needs the
- * core (two threads on one core were 100 times slower). libgomp reads its settings when the program is loaded, so the
- * program is loaded once more with them, before MPI is touched. What the user has set wins. */
+/* OpenMP's threads spin between two products, by default for milliseconds: good alone, ruinous where another rank needs
+ * the core (two threads on one core were 100 times slower). libgomp reads its settings when the program is loaded, so
+ * the program is loaded once more with them, before MPI is touched. What the user has set wins. */
 static void tame_openmp(const arguments *a, int n_cpus, int argc, char **argv) {
     if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
     const char *local = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
@@ -153,7 +153,11 @@ static int run_local(int n, const sh_worker_options *o) {
 static int run_worker(const arguments *a, int argc, char **argv) {
     static int cpus[SH_MAX_CPUS];
     char group[160], host[128] = "";
-    sh_worker_options o = {.endpoint = a->connect, .keys = a->keys, .group = a->group, .threads = a->threads};
+    sh_worker_options o = {.endpoint = a->connect,
+                           .keys = a->keys,
+                           .group = a->group,
+                           .threads = a->threads,
+                           .first_wait_ms = a->patience * 1000};
     if (a->cpus && parse_cpus(a->cpus, cpus, &o.n_cpus) != SH_OK) return sh_options_complain("worker", SH_EXIT_USAGE);
     o.cpus = o.n_cpus ? cpus : NULL;
     bool mpi = a->link == LINK_MPI || (a->link == LINK_AUTO && launched());
@@ -190,6 +194,8 @@ int sh_cmd_worker(int argc, char **argv) {
         {"ranks", 'n', SH_OPTION_INT, &a.ranks, "N", "ranks of a local link; default 1", 1, SH_MAX_RANKS, NULL},
         {"threads", 0, SH_OPTION_INT, &a.threads, "N", "compute threads per rank; default: the plan's, else its CPUs",
          1, 4096, NULL},
+        {"connect-timeout", 0, SH_OPTION_INT, &a.patience, "SECONDS",
+         "how long to wait for the coordinator's first word; default 120", 1, 86400, NULL},
         {"cpus", 0, SH_OPTION_TEXT, &a.cpus, "LIST",
          "CPUs that this node's ranks share, as in 0-3,8; default: the process's", 0, 0, NULL},
     };

@@ -56,6 +56,8 @@ static sh_status key_read(const char *dir, const char *name, bool secret, char o
                 sb.st_mode & 0777u);
     char *text = NULL;
     size_t n = 0;
+    if (!sh_file_exists(path))
+        SH_FAIL(SH_EINPUT, "%s: is not there: allowed is a key folder, made by `shoal keygen`", path);
     SH_TRY(sh_file_read(path, 4096, &text, &n));
     while (n && (text[n - 1] == '\n' || text[n - 1] == '\r')) text[--n] = 0;
     uint8_t raw[32];

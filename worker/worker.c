@@ -373,8 +373,12 @@ sh_status sh_worker_run(sh_link *link, const sh_worker_options *o) {
     if (!r) SH_FAIL(SH_EMEMORY, "no memory for a rank");
     r->link = link;
     r->o = o;
-    sh_uplink_options up = {
-        .endpoint = o->endpoint, .keys = o->keys, .group = o->group, .rank = link->rank, .size = link->size};
+    sh_uplink_options up = {.endpoint = o->endpoint,
+                            .keys = o->keys,
+                            .group = o->group,
+                            .first_wait_ms = o->first_wait_ms,
+                            .rank = link->rank,
+                            .size = link->size};
     sh_status st = sh_uplink_start(&up, &r->uplink);
     if (st == SH_OK) st = live(r);
     char fault[1200];

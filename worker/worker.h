@@ -9,7 +9,8 @@ typedef struct sh_worker_options {
     const char *group;           /* the same on all ranks of the job */
     const int *cpus;             /* CPUs this rank may use; NULL: as the process */
     int n_cpus;
-    int threads; /* 0: as the plan says */
+    int threads;       /* 0: as the plan says */
+    int first_wait_ms; /* how long to wait for the first welcome; 0: 120,000 */
 } sh_worker_options;
 
 /* Runs one rank to its end (told to leave, orphaned, or failed: SH_EPEER, …). */
