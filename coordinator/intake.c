@@ -317,12 +317,12 @@ static sh_status settle_lengths(const sh_intake *in, sh_reading *rd) {
                          rd->max_tokens >= 0 ? "max_tokens" : "max_completion_tokens");
     if (room < 1)
         return sh_refuse(rd, 413, "context_length_exceeded",
-                         "%s: %lld tokens: allowed are %d, the context (--max-context) less one token to generate", input, n,
-                         in->max_context - 1);
+                         "%s: %lld tokens: allowed are %d, the context (--max-context) less one token to generate",
+                         input, n, in->max_context - 1);
     if (max > room)
         return sh_refuse(rd, 413, "context_length_exceeded",
-                         "%s: %lld tokens and %lld to generate make %lld: allowed are %d together (--max-context)", input, n, max,
-                         n + max, in->max_context);
+                         "%s: %lld tokens and %lld to generate make %lld: allowed are %d together (--max-context)",
+                         input, n, max, n + max, in->max_context);
     if (max < 0)
         max = in->options.default_max_tokens > 0 && in->options.default_max_tokens < room
                   ? in->options.default_max_tokens
