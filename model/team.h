@@ -18,7 +18,8 @@ void sh_team_destroy(sh_team **t);
  * from the start. Returns when the environment has a setting (the user's or this one), or when that fails. */
 void sh_team_prepare(char **argv);
 int sh_team_size(const sh_team *t);
-/* Runs fn(arg, i, size) on every member and waits for all. A team of one calls fn directly, without OpenMP. */
+/* Runs fn(arg, i, size) for every member and waits for all; members must not wait for each other within fn, for those that
+ * share a CPU take turns on one thread. Where that is all of them, fn is called directly, without OpenMP. */
 void sh_team_run(sh_team *t, void (*fn)(void *arg, int member, int size), void *arg);
 /* [*lo, *hi) is member's share of n items, as even as possible, ascending. */
 static inline void sh_team_share(int n, int member, int size, int *lo, int *hi) {
