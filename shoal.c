@@ -63,6 +63,14 @@ static int distance(const char *a, const char *b) {
 }
 
 static int unknown_command(const char *name) {
+    static const char *const later[][2] = {
+        {"plan", "'shoal inspect' tells what a model needs, the first line of a run its plan"},
+        {"drain", "'shoal cancel' ends a job; a killed group's requests go on elsewhere"}};
+    for (size_t i = 0; i < sizeof later / sizeof *later; i++)
+        if (strcmp(name, later[i][0]) == 0) {
+            fprintf(stderr, "shoal: '%s' is not provided yet: %s\n", name, later[i][1]);
+            return SH_EXIT_USAGE;
+        }
     int best = 0;
     for (int i = 1; i < N_COMMANDS; i++)
         if (distance(name, commands[i].name) < distance(name, commands[best].name)) best = i;

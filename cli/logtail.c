@@ -52,7 +52,7 @@ const char *sh_logtail_next_warning(sh_logtail *t) {
     return found;
 }
 
-bool sh_logtail_reason(sh_logtail *t, char *to, size_t size) {
+bool sh_logtail_reason(sh_logtail *t, bool errors_only, char *to, size_t size) {
     char line[1024];
     bool found = false, error = false;
     off_t end = size_of(t->path), from = t->mark > end - REASON_BYTES ? t->mark : end - REASON_BYTES, at = from;
@@ -61,8 +61,9 @@ bool sh_logtail_reason(sh_logtail *t, char *to, size_t size) {
         while (next_line(f, line, sizeof line, &at)) {
             const char *e = strstr(line, "error: ");
             bool ours = strncmp(line, "shoal", 5) == 0 && e;
-            if (!ours && (error || strspn(line, " -") == strlen(line))) continue;
-            snprintf(to, size, "%s", ours ? e + 7 : line);
+            if (!ours && (errors_only || error || strspn(line, " -") == strlen(line))) continue;
+            const char *said = strncmp(line, "shoal ", 6) == 0 ? strstr(line, ": ") : NULL;
+            snprintf(to, size, "%s", ours ? e + 7 : said ? said + 2 : line);
             found = true;
             error |= ours;
         }

@@ -202,18 +202,16 @@ sh_status sh_options_parse(const sh_option *t, int n, int argc, char **argv, int
 static void print_wrapped(FILE *to, const char *text, int column, int indent) {
     while (*text) {
         size_t word = strcspn(text, " ");
-        if (column + (int)word + 1 > 100) {
+        if (column + 1 + (int)word > 100 && column > indent) {
             fprintf(to, "\n%*s", indent, "");
             column = indent;
+        } else if (column > indent) {
+            fputc(' ', to);
+            column++;
         }
         fprintf(to, "%.*s", (int)word, text);
         column += (int)word;
-        text += word;
-        if (*text == ' ') {
-            fputc(' ', to);
-            column++;
-            text++;
-        }
+        text += word + (text[word] == ' ');
     }
     fputc('\n', to);
 }
@@ -223,7 +221,7 @@ void sh_options_help(FILE *to, const sh_option *t, int n) {
     for (int k = 0; k < n; k++) {
         if (t[k].kind == SH_OPTION_LATER || !t[k].help) continue;
         if (t[k].kind == SH_OPTION_NOTE) {
-            fprintf(to, "\n%s\n", t[k].help);
+            fprintf(to, "%s%s\n", k ? "\n" : "", t[k].help);
             continue;
         }
         char head[96];

@@ -79,6 +79,8 @@ static void sample(sh_progress *p, const sh_progress_view *v, double now) {
     }
     double dt = now - p->last_sampled;
     if (dt < 0.5) return;
+    if (v->tokens_in < p->sampled.tokens_in || v->tokens_out < p->sampled.tokens_out)
+        p->sampled = *v; /* a new coordinator counts from what was saved */
     double keep = p->rate_out + p->rate_in > 0 ? 1 / (1 + dt / 5) : 0;
     p->rate_in = keep * p->rate_in + (1 - keep) * (double)(v->tokens_in - p->sampled.tokens_in) / dt;
     p->rate_out = keep * p->rate_out + (1 - keep) * (double)(v->tokens_out - p->sampled.tokens_out) / dt;
@@ -89,8 +91,8 @@ static void sample(sh_progress *p, const sh_progress_view *v, double now) {
 /* Seconds left by the requests answered so far in this run; −1: not known yet. */
 static double time_left(const sh_progress *p, const sh_progress_view *v, double now) {
     if (v->total && v->done == v->total) return 0;
-    uint64_t done = v->done - p->first.done;
-    if (!done || now - p->began < 1) return -1;
+    int64_t done = (int64_t)(v->done - p->first.done);
+    if (done <= 0 || now - p->began < 1) return -1;
     return (double)(v->total - v->done) * (now - p->began) / (double)done;
 }
 

@@ -23,6 +23,7 @@
 #include "common/hash.h"
 #include "common/log.h"
 #include "partition/machine.h"
+#include "partition/plan.h"
 
 static const char usage[] =
     "Usage: shoal run -m MODEL -i requests.jsonl -o results.jsonl [-n RANKS] [options]\n"
@@ -176,6 +177,24 @@ static sh_status check_output(run *r) {
     return SH_OK;
 }
 
+/* The coordinator makes the same plan; what is wrong with it is better said before anything is started. */
+static sh_status check_plan(const run *r, const sh_config *config) {
+    const sh_shared_options *o = &r->shared;
+    sh_plan_request q = {.ranks = r->ranks,
+                         .cuts = o->cuts,
+                         .mode = sh_options_mode(o),
+                         .kv = sh_options_kv(o),
+                         .threads = o->threads,
+                         .max_seqs = o->max_seqs,
+                         .chunk = o->chunk,
+                         .max_context = o->max_context,
+                         .kv_memory = o->kv_memory};
+    Shoal__Plan *plan = NULL;
+    SH_TRY(sh_plan_make(config, &q, &plan));
+    sh_plan_free(&plan);
+    return SH_OK;
+}
+
 static sh_status check_ranks(run *r) {
     static sh_config config; /* a large table */
     SH_TRY(sh_config_load(r->model, &config));
@@ -187,6 +206,7 @@ static sh_status check_ranks(run *r) {
     if (r->ranks > config.n_layers)
         SH_FAIL(SH_EINPUT, "-n: %d ranks are more than the %d layers of the model: allowed are 1 to %d", r->ranks,
                 config.n_layers, config.n_layers);
+    SH_TRY(check_plan(r, &config));
     char copy[PATH_MAX];
     snprintf(copy, sizeof copy, "%s", r->model);
     snprintf(r->model_name, sizeof r->model_name, "%.240s (%s, %d layers)", basename(copy), config.variant,

@@ -21,6 +21,7 @@
 #define JOB_NAME       "run"
 #define STATUS_CALL_MS 1000
 #define SUBMIT_CALL_MS 10000
+#define FAULT_WAIT     0.3 /* seconds for a group's last words to arrive by way of the coordinator */
 
 /* One of the two supervised processes: its tries since the last progress. */
 typedef struct attempt {
@@ -43,7 +44,8 @@ struct sh_session {
     char rank_endpoint[320]; /* as ranks reach it */
     char group_name[96], group_mark[112];
     sh_launch launch;
-    double group_started;
+    double group_started, group_gone; /* gone: when its launcher was seen to have ended; 0: not yet */
+    bool group_on;                    /* started, and not given up */
     bool group_seen, group_ready, said_first;
     sh_client *client;
     double heard;
@@ -84,7 +86,7 @@ static sh_status note_failure(sh_session *s, attempt *a, const char *who) {
 static void describe(sh_session *s, const sh_child *c, attempt *a) {
     char how[128], why[768];
     sh_child_describe(c, how, sizeof how);
-    if (sh_logtail_reason(&s->tail, why, sizeof why))
+    if (sh_logtail_reason(&s->tail, WIFSIGNALED(c->status), why, sizeof why))
         snprintf(a->reason, sizeof a->reason, "%s: %s", how, why);
     else
         snprintf(a->reason, sizeof a->reason, "%s", how);
@@ -266,7 +268,7 @@ static void end_group(sh_session *s) {
     if (s->group_mark[0]) (void)sh_process_end_marked(s->group_mark, 1.0); /* ranks whose launcher was killed */
     if (s->work_began > 0) s->worked += sh_now() - s->work_began;
     s->work_began = 0;
-    s->group_seen = s->group_ready = false;
+    s->group_on = s->group_seen = s->group_ready = false;
 }
 
 /* The coordinator is not there (any more): ends what is left of it and its group, and starts the next. */
@@ -327,7 +329,10 @@ static sh_status start_group(sh_session *s) {
         .argv = s->launch.argv, .env = s->launch.env, .log = s->o.store->log, .keep_fd = -1, .death_signal = SIGTERM};
     sh_logtail_mark(&s->tail);
     s->group_started = sh_now();
-    return sh_child_start(&spec, &s->group);
+    s->group_gone = 0;
+    SH_TRY(sh_child_start(&spec, &s->group));
+    s->group_on = true;
+    return SH_OK;
 }
 
 static const Shoal__GroupState *our_group(const sh_session *s) {
@@ -345,29 +350,39 @@ static void say_first_line(sh_session *s, const Shoal__GroupState *g) {
     s->said_first = true;
 }
 
-/* Ends and notes a group that is lost; the next round starts another. */
+/* Ends and notes a group that is lost; the next round starts another, unless its fault would come again. */
 static sh_status lose_group(sh_session *s, const char *why) {
-    bool ran = sh_child_poll(&s->group);
+    const Shoal__GroupState *g = our_group(s);
+    bool ran = sh_child_poll(&s->group), lasting = g && g->has_lasting && g->lasting;
     snprintf(s->of_group.reason, sizeof s->of_group.reason, "%s", why);
     end_group(s);
+    if (lasting) SH_FAIL(SH_EFORMAT, "%s", s->of_group.reason);
     if (!ran && !*why) describe(s, &s->group, &s->of_group);
     return note_failure(s, &s->of_group, "group");
 }
 
+/* The launcher has ended; why, its ranks have told the coordinator, if they could. */
+static sh_status mourn_group(sh_session *s, const char *fault) {
+    if (s->group_gone <= 0) s->group_gone = sh_now();
+    if (!fault && sh_now() - s->group_gone < FAULT_WAIT) return SH_OK;
+    return lose_group(s, fault ? fault : "");
+}
+
 static sh_status tend_group(sh_session *s) {
-    if (!s->group.pid || !s->group.running) {
+    if (!s->group_on) {
         if (s->groups && sh_now() < s->of_group.not_before) return SH_OK;
         return start_group(s);
     }
     const Shoal__GroupState *g = our_group(s);
-    if (!sh_child_poll(&s->group)) return lose_group(s, g && g->fault && *g->fault ? g->fault : "");
+    const char *fault = g && g->fault && *g->fault ? g->fault : NULL;
+    if (!sh_child_poll(&s->group)) return mourn_group(s, fault);
     if (!g) {
         if (s->group_seen) return lose_group(s, "the coordinator has given it up");
         if (sh_now() - s->group_started > SH_SESSION_CONNECT) return lose_group(s, "no rank connected within 60 s");
         return SH_OK;
     }
     s->group_seen = true;
-    if (strcmp(g->state, "lost") == 0) return lose_group(s, g->fault && *g->fault ? g->fault : "fell silent");
+    if (strcmp(g->state, "lost") == 0) return lose_group(s, fault ? fault : "fell silent");
     if (strcmp(g->state, "ready") == 0 && !s->group_ready) {
         s->group_ready = true;
         s->work_began = sh_now();
@@ -383,7 +398,9 @@ static void take_counts(sh_session *s, const Shoal__JobCounts *c) {
     s->job = c->job;
     s->total = c->total, s->done = c->done, s->errors = c->errors;
     s->tokens_in = c->tokens_in, s->tokens_out = c->tokens_out;
-    if (!s->have_counts) s->first_in = c->tokens_in, s->first_out = c->tokens_out;
+    /* A new coordinator counts from what was saved: less than was seen before. */
+    if (!s->have_counts || c->tokens_in < s->first_in) s->first_in = c->tokens_in;
+    if (!s->have_counts || c->tokens_out < s->first_out) s->first_out = c->tokens_out;
     s->have_counts = true;
 }
 

@@ -139,6 +139,7 @@ static sh_status start(coordinator *c) {
     SH_TRY(pin_options(c));
     SH_TRY(sh_store_commit(c->store));
     SH_TRY(sh_jobs_create(c->store, c->intake, &c->o.intake, &c->jobs));
+    if (c->o.run) sh_jobs_retry(c->jobs); /* typed again, what failed may have been mended */
     SH_TRY(listen_patiently(c));
     SH_TRY(sh_dispatch_create(&c->o, c->config, c->store, c->intake, c->jobs, c->wire, &c->dispatch));
     return sh_service_create(c->store, c->jobs, c->dispatch, c->wire, c->o.run, &c->service);

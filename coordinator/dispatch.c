@@ -201,13 +201,13 @@ void sh_dispatch_leave(sh_dispatch *d, const char *reason) {
 /* --- groups --------------------------------------------------------------------------------------------------------
  */
 
-static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault) {
-    if (g->state == SH_GROUP_LOST) {
-        sh_group_set_fault(g, fault);
-        return SH_OK;
-    }
-    sh_warn("group %s is lost: %s", g->name, fault);
-    sh_group_set_fault(g, fault);
+static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault, bool lasting) {
+    sh_group_set_fault(g, fault, lasting);
+    if (g->state == SH_GROUP_LOST) return SH_OK;
+    if (d->o->run)
+        sh_info("group %s is lost: %s", g->name, fault); /* its supervisor tells the user */
+    else
+        sh_warn("group %s is lost: %s", g->name, fault);
     g->state = SH_GROUP_LOST;
     g->here = 0;
     for (int i = 0; i < g->size; i++) say_leave(d, &g->seat[i].peer, fault);
@@ -232,14 +232,25 @@ static void forget_lost(sh_dispatch *d) {
     }
 }
 
-/* Longest honest step: the dearest stage's arithmetic for a full micro-batch. */
+/* Multiply-adds of one row in a stage: its matrices, and attention over the longest context. */
+static double row_cost(const sh_config *c, const Shoal__Plan *p, const Shoal__PlanRank *stage) {
+    double cost = (double)sh_plan_cost(c, stage->first, stage->last);
+    for (int l = stage->first; l < stage->last; l++) {
+        const sh_layer *y = &c->layer[l];
+        int keys = y->window > 0 && y->window < p->max_context ? y->window : p->max_context;
+        cost += 2.0 * y->heads * y->head_dim * keys;
+    }
+    return cost;
+}
+
+/* Longer than any honest step: the dearest stage with a full micro-batch. */
 static double stall_time(const sh_dispatch *d, const Shoal__Plan *p) {
     double most = 0;
     for (size_t i = 0; i < p->n_rank; i++) {
-        double cost = (double)sh_plan_cost(d->config, p->rank[i]->first, p->rank[i]->last);
+        double cost = row_cost(d->config, p, p->rank[i]);
         if (cost > most) most = cost;
     }
-    return SH_STALL_LEAST + 2 * most * (p->chunk + p->max_seqs) / SH_STALL_FLOPS;
+    return SH_STALL_LEAST + most * (p->chunk + p->max_seqs) / SH_STALL_RATE;
 }
 
 static sh_status group_plan(sh_dispatch *d, sh_group *g) {
@@ -281,7 +292,7 @@ static sh_status group_add(sh_dispatch *d, const Shoal__Hello *h, sh_group **out
     if (group_plan(d, g) == SH_OK) return SH_OK;
     char why[1024];
     snprintf(why, sizeof why, "%s", sh_error_text());
-    SH_TRY(group_lose(d, g, why));
+    SH_TRY(group_lose(d, g, why, true));
     /* In a run every group has this shape: none can ever serve. */
     return d->o->run ? sh_jobs_fail(d->jobs, why) : SH_OK;
 }
@@ -350,7 +361,7 @@ static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) 
     if (st == SH_EINPUT) {
         char why[1024];
         snprintf(why, sizeof why, "%s", sh_error_text());
-        SH_TRY(group_lose(d, g, why));
+        SH_TRY(group_lose(d, g, why, true));
         return d->o->run ? sh_jobs_fail(d->jobs, why) : SH_OK;
     }
     SH_TRY(st);
@@ -430,8 +441,8 @@ static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t
     int added = 0;
     sh_status st = sh_running_take(r, t, &added);
     if (st == SH_EPEER) {
-        sh_warn("group %s: %s", g->name,
-                sh_error_text()); /* dropped: the rank sends all again after its next welcome */
+        /* What was lost with a connection is missing here until the rank hears our welcome and sends all again. */
+        sh_debug("group %s: %s", g->name, sh_error_text());
         return SH_OK;
     }
     SH_TRY(st);
@@ -460,7 +471,7 @@ static sh_status hear_rejected(sh_dispatch *d, sh_group *g, const Shoal__Rejecte
 static sh_status hear_fault(sh_dispatch *d, sh_group *g, int rank, const Shoal__Fault *f) {
     char text[1500];
     snprintf(text, sizeof text, "rank %d (%s): %s", rank, g->seat[rank].host, f->text);
-    return group_lose(d, g, text);
+    return group_lose(d, g, text, f->has_lasting && f->lasting);
 }
 
 sh_status sh_dispatch_hear(sh_dispatch *d, const sh_wire_peer *from, const Shoal__FromRank *m) {
@@ -493,7 +504,7 @@ sh_status sh_dispatch_watch(sh_dispatch *d) {
             snprintf(text, sizeof text, "%d of %d ranks came within %.0f s", g->here, g->size, SH_START_MOST);
             dead = true;
         }
-        if (dead) SH_TRY(group_lose(d, g, text));
+        if (dead) SH_TRY(group_lose(d, g, text, false));
     }
     return SH_OK;
 }
@@ -545,7 +556,7 @@ static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
         char why[300];
         snprintf(why, sizeof why, "rank 0 (%s): %s", g->seat[0].host, sh_error_text());
         SH_TRY(waiting_add(d, r));
-        return group_lose(d, g, why);
+        return group_lose(d, g, why, false);
     }
     SH_TRY(st);
     set_owner(d, r, g);

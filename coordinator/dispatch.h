@@ -16,13 +16,11 @@
 #include "proto/group.pb-c.h"
 #include "proto/wire.h"
 
-#define SH_SILENT_BEATS 10 /* heartbeats missed in a row: the rank counts as dead */
-#define SH_STALL_LEAST                                                                                                 \
-    60.0                   /* seconds in which a busy rank finishes a step, plus what the step may honestly take: …  \
-                            */
-#define SH_STALL_FLOPS 2e9 /* … its arithmetic at this pessimistic rate */
-#define SH_START_MOST  120.0 /* seconds from the first rank's hello to the last one's */
-#define SH_LOST_KEPT   8     /* lost groups that a status still shows */
+#define SH_SILENT_BEATS 10    /* heartbeats missed in a row: the rank counts as dead */
+#define SH_STALL_LEAST  60.0  /* seconds for a busy rank to finish a step, plus what its arithmetic … */
+#define SH_STALL_RATE   1e9   /* … takes at so many multiply-adds a second: far below any machine's */
+#define SH_START_MOST   120.0 /* seconds from the first rank's hello to the last one's */
+#define SH_LOST_KEPT    8     /* lost groups that a status still shows */
 
 typedef struct sh_dispatch sh_dispatch;
 

@@ -45,8 +45,13 @@ sh_status sh_group_add_done(sh_group *g, uint64_t key) {
     return SH_OK;
 }
 
-void sh_group_set_fault(sh_group *g, const char *text) {
-    if (!g->fault) g->fault = strdup(text);
+void sh_group_set_fault(sh_group *g, const char *text, bool lasting) {
+    if (g->fault && (g->lasting || !lasting)) return;
+    char *copy = strdup(text);
+    if (!copy) return;
+    free(g->fault);
+    g->fault = copy;
+    g->lasting = lasting;
 }
 
 void sh_group_add_note(sh_group *g, const char *text) {
@@ -114,6 +119,7 @@ sh_status sh_group_fill(const sh_group *g, Shoal__GroupState *out) {
     s.note = (char **)(uintptr_t)g->note;
     s.fault = g->fault;
     s.plan = g->plan_text;
+    s.has_lasting = s.lasting = g->lasting;
     sh_status st = fill_times(g, &s);
     if (st != SH_OK) {
         sh_group_release_state(&s);

@@ -30,6 +30,7 @@ typedef struct sh_group {
     sh_group_state state;
     Shoal__Plan *plan;
     char *plan_text, *fault;
+    bool lasting; /* the fault would come again */
     char *note[SH_MAX_NOTES];
     int n_notes;
     int kv_tokens, max_seqs;
@@ -44,8 +45,8 @@ typedef struct sh_group {
 sh_status sh_group_create(const char *name, int size, int number, sh_group **out);
 void sh_group_destroy(sh_group **g);
 sh_status sh_group_add_done(sh_group *g, uint64_t key);
-/* The first text stays. */
-void sh_group_set_fault(sh_group *g, const char *text);
+/* The first text stays, but for that of a lasting fault: what the others say follows from it. */
+void sh_group_set_fault(sh_group *g, const char *text, bool lasting);
 void sh_group_add_note(sh_group *g, const char *text);
 /* Seat of a peer; −1: not of this group. */
 int sh_group_seat(const sh_group *g, const sh_wire_peer *p);

@@ -197,18 +197,22 @@ static sh_status check_name(const char *name) {
     return SH_OK;
 }
 
+/* A job that failed is tried again. */
+static void take_up(sh_job_entry *e) {
+    sh_job *job = &e->job;
+    job->state = job->closed ? SH_JOB_RUNNING : SH_JOB_RECEIVING;
+    free(job->failure);
+    job->failure = NULL;
+    e->dirty = true;
+    settle(e);
+}
+
 static sh_status go_on(sh_job_entry *e, const sh_intake_options *want) {
     sh_job *job = &e->job;
     SH_TRY(options_compare(job->name, &e->options, want));
     if (job->state == SH_JOB_CANCELLED)
         SH_FAIL(SH_EINPUT, "job %s was cancelled: submit it under another name", job->name);
-    if (job->state == SH_JOB_FAILED) {
-        job->state = job->closed ? SH_JOB_RUNNING : SH_JOB_RECEIVING;
-        free(job->failure);
-        job->failure = NULL;
-        e->dirty = true;
-        settle(e);
-    }
+    if (job->state == SH_JOB_FAILED) take_up(e);
     return SH_OK;
 }
 
@@ -269,6 +273,8 @@ sh_status sh_jobs_submit_lines(sh_jobs *j, sh_job_entry *e, Shoal__Line *const *
     sh_jobs_use(j, e);
     for (size_t i = 0; i < n; i++) {
         if (line[i]->number <= e->job.last) continue;
+        if (e->job.state == SH_JOB_FAILED)
+            SH_FAIL(SH_EINPUT, "job %s: %s", e->job.name, e->job.failure ? e->job.failure : "failed");
         if (e->job.state != SH_JOB_RECEIVING)
             SH_FAIL(SH_EINPUT, "job %s is %s: it takes no more lines", e->job.name, sh_job_state_name(e->job.state));
         sh_request r = {0};
@@ -376,6 +382,11 @@ sh_status sh_jobs_fail(sh_jobs *j, const char *why) {
         e->dirty = true;
     }
     return SH_OK;
+}
+
+void sh_jobs_retry(sh_jobs *j) {
+    for (int i = 0; i < j->n; i++)
+        if (j->entry[i]->job.state == SH_JOB_FAILED) take_up(j->entry[i]);
 }
 
 bool sh_jobs_is_dirty(const sh_jobs *j) {

@@ -52,6 +52,8 @@ sh_status sh_jobs_cancel(sh_jobs *j, sh_job_entry *e);
 sh_status sh_jobs_sweep(sh_jobs *j, bool *more);
 /* Marks all unfinished jobs as failed. They go on when submitted again. */
 sh_status sh_jobs_fail(sh_jobs *j, const char *why);
+/* Takes all of these up again. */
+void sh_jobs_retry(sh_jobs *j);
 
 bool sh_jobs_is_dirty(const sh_jobs *j);
 /* Writes counts that changed, then commits. */

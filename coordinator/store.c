@@ -37,6 +37,7 @@ enum {
     Q_COMMIT,
     Q_META_GET,
     Q_META_PUT,
+    Q_BEGUN,
     Q_JOB_INSERT,
     Q_JOB_UPDATE,
     Q_JOBS,
@@ -58,7 +59,8 @@ static const char *const sql[Q_COUNT] = {
     [Q_BEGIN] = "BEGIN IMMEDIATE",
     [Q_COMMIT] = "COMMIT",
     [Q_META_GET] = "SELECT value FROM meta WHERE key = ?1",
-    [Q_META_PUT] = "INSERT INTO meta(key, value) VALUES(?1, ?2)",
+    [Q_META_PUT] = "INSERT OR REPLACE INTO meta(key, value) VALUES(?1, ?2)",
+    [Q_BEGUN] = "SELECT EXISTS(SELECT 1 FROM result) OR EXISTS(SELECT 1 FROM progress)",
     [Q_JOB_INSERT] =
         "INSERT INTO job(name, options, state, closed, accepted, last, chain, done, errors, tokens_in, tokens_out, "
         "failure) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
@@ -476,17 +478,28 @@ sh_status sh_store_commit(sh_store *s) {
     return sh_store_check_fence(s);
 }
 
+/* Whether anything was computed: until then a store is bound to nothing. */
+static sh_status has_begun(sh_store *s, bool *begun) {
+    sqlite3_stmt *q = query(s, Q_BEGUN);
+    bool row;
+    SH_TRY(next(s, q, "cannot be read", &row));
+    *begun = row && sqlite3_column_int(q, 0);
+    sqlite3_reset(q);
+    return SH_OK;
+}
+
 sh_status sh_store_pin(sh_store *s, const char *key, const char *value) {
     sqlite3_stmt *q = query(s, Q_META_GET);
     bind_text(q, 1, key);
-    bool row;
+    bool row, begun = false;
     SH_TRY(next(s, q, "cannot be read", &row));
     char have[512] = "";
     if (row) snprintf(have, sizeof have, "%s", (const char *)sqlite3_column_text(q, 0));
     sqlite3_reset(q);
-    if (row && strcmp(have, value) != 0)
+    if (row && strcmp(have, value) == 0) return SH_OK;
+    if (row) SH_TRY(has_begun(s, &begun));
+    if (begun)
         SH_FAIL(SH_EINPUT, "%s: %s was %s when this store began: it cannot go on with %s", s->dir, key, have, value);
-    if (row) return SH_OK;
     SH_TRY(begin(s));
     q = query(s, Q_META_PUT);
     bind_text(q, 1, key);

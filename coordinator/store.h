@@ -29,7 +29,7 @@ sh_status sh_store_check_fence(const sh_store *s);
 /* Makes all that was written durable, then checks the fence: SH_OK means it is safe to acknowledge. */
 sh_status sh_store_commit(sh_store *s);
 bool sh_store_is_dirty(const sh_store *s);
-/* Writes `value` under `key` the first time; later a different value fails with SH_EINPUT:
+/* Writes `value` under `key`; once anything was computed, a different value fails with SH_EINPUT:
  * "STORE: KEY was A when this store began: it cannot go on with B". */
 sh_status sh_store_pin(sh_store *s, const char *key, const char *value);
 /* For tests of a full disk: the file may not grow beyond this many pages (4 KiB each). */

@@ -67,6 +67,6 @@ const sh_kernels *sh_model_kernels(const sh_model *m);
 sh_team *sh_model_team(sh_model *m);
 const sh_config *sh_model_config(const sh_model *m);
 size_t sh_model_weight_bytes(const sh_model *m);
-const sh_kv_pool *sh_model_kv(const sh_model *m);
+sh_kv_pool *sh_model_kv(const sh_model *m);
 
 #endif

@@ -161,7 +161,7 @@ size_t sh_model_weight_bytes(const sh_model *m) {
     return m->weights->bytes;
 }
 
-const sh_kv_pool *sh_model_kv(const sh_model *m) {
+sh_kv_pool *sh_model_kv(const sh_model *m) {
     return m->kv;
 }
 

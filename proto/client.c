@@ -210,6 +210,7 @@ static sh_status submit_lines(sh_client *c, reader *r, batch *b, uint64_t job) {
         s.n_line = b->n, s.line = b->list;
         if (b->n) SH_TRY(send_submit(c, &s, &open));
     }
+    while (open) SH_TRY(take_ack(c, &open)); /* a file of which a part was refused is not closed */
     Shoal__Submit last = SHOAL__SUBMIT__INIT;
     last.has_job = true, last.job = job;
     last.has_close = last.close = true;

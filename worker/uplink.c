@@ -57,7 +57,7 @@ struct sh_uplink {
     char *ready_note;
     int vocab;
     char fault[1024], reason[256];
-    bool has_fault;
+    bool has_fault, lasting;
     atomic_int state, n_in;
     atomic_bool welcomed;
 
@@ -364,6 +364,7 @@ static void last_words(sh_uplink *u) {
     if (!u->has_fault) return;
     Shoal__Fault f = SHOAL__FAULT__INIT;
     f.text = u->fault;
+    f.has_lasting = f.lasting = u->lasting;
     Shoal__FromRank m = SHOAL__FROM_RANK__INIT;
     m.fault = &f;
     SH_IGNORE(send_packed(u, &m));
@@ -444,12 +445,13 @@ sh_status sh_uplink_start(const sh_uplink_options *o, sh_uplink **out) {
     return SH_OK;
 }
 
-void sh_uplink_stop(sh_uplink **p, const char *fault) {
+void sh_uplink_stop(sh_uplink **p, const char *fault, bool lasting) {
     sh_uplink *u = *p;
     if (!u) return;
     pthread_mutex_lock(&u->lock);
     if (fault) snprintf(u->fault, sizeof u->fault, "%s", fault);
     u->has_fault = fault != NULL;
+    u->lasting = lasting;
     u->stop = true;
     pthread_mutex_unlock(&u->lock);
     uint64_t one = 1;

@@ -47,8 +47,8 @@ typedef struct sh_beat {
 } sh_beat;
 
 sh_status sh_uplink_start(const sh_uplink_options *o, sh_uplink **out);
-/* Sends what is left, then Fault{fault} unless NULL; ends the thread; frees. */
-void sh_uplink_stop(sh_uplink **u, const char *fault);
+/* Sends what is left, then Fault{fault, lasting} unless NULL; ends the thread; frees. */
+void sh_uplink_stop(sh_uplink **u, const char *fault, bool lasting);
 
 sh_uplink_state sh_uplink_look(const sh_uplink *u);
 /* Why it is no longer serving: borrowed, "" when nobody said. */

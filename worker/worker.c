@@ -40,6 +40,7 @@ typedef struct rank {
     sh_backoff idle;
     double beat_at;
     uint64_t answers; /* rank 0: micro-batches come back */
+    bool served;      /* all that may be wrong with files, plan and memory was found right */
 } rank;
 
 /* ---- start-up
@@ -339,6 +340,7 @@ static sh_status live(rank *r) {
     SH_TRY(agree_pages(r));
     SH_TRY(load(r));
     SH_TRY(announce(r));
+    r->served = true;
     return r->link->rank == 0 ? lead(r) : serve(r);
 }
 
@@ -348,6 +350,12 @@ static void release(rank *r) {
     if (r->stage && sh_stage_is_idle(r->stage)) sh_stage_destroy(&r->stage); /* else the link still reads its buffers */
     free(r->config);
     free(r->machine);
+}
+
+/* What would happen again to ranks that are started again. */
+static bool is_lasting(const rank *r, sh_status st) {
+    return !r->served &&
+           (st == SH_EINPUT || st == SH_EFORMAT || st == SH_EMEMORY || st == SH_ELIMIT || st == SH_EUNSUPPORTED);
 }
 
 sh_status sh_worker_run(sh_link *link, const sh_worker_options *o) {
@@ -360,10 +368,10 @@ sh_status sh_worker_run(sh_link *link, const sh_worker_options *o) {
     sh_status st = sh_uplink_start(&up, &r->uplink);
     if (st == SH_OK) st = live(r);
     char fault[1200];
-    snprintf(fault, sizeof fault, "rank %d: %s", link->rank, sh_error_text());
+    snprintf(fault, sizeof fault, "%s", sh_error_text());
     bool failed = st != SH_OK && st != SH_ECANCELLED;
-    if (failed) sh_debug("%s (%s)", fault, sh_error_trail());
-    sh_uplink_stop(&r->uplink, failed ? fault : NULL);
+    if (failed) sh_debug("rank %d: %s (%s)", link->rank, fault, sh_error_trail());
+    sh_uplink_stop(&r->uplink, failed ? fault : NULL, is_lasting(r, st));
     release(r);
     free(r);
     if (failed) return sh_error_prefix(st, "rank %d", link->rank);

@@ -150,7 +150,7 @@ static void test_logtail(void) {
     add_log("shoal: warning: old\n");
     sh_logtail_open(&t, path_of("log"));
     CU_ASSERT_PTR_NULL(sh_logtail_next_warning(&t));
-    CU_ASSERT_FALSE(sh_logtail_reason(&t, why, sizeof why));
+    CU_ASSERT_FALSE(sh_logtail_reason(&t, false, why, sizeof why));
     add_log("mpirun: noise\nshoal rank 1: warning: first\nshoal: warning: sec");
     CU_ASSERT_STRING_EQUAL(sh_logtail_next_warning(&t), "first");
     CU_ASSERT_PTR_NULL(sh_logtail_next_warning(&t)); /* not whole yet */
@@ -158,10 +158,14 @@ static void test_logtail(void) {
     CU_ASSERT_STRING_EQUAL(sh_logtail_next_warning(&t), "second");
     sh_logtail_mark(&t);
     add_log("There are not enough slots\n-----\n");
-    CU_ASSERT_TRUE(sh_logtail_reason(&t, why, sizeof why));
+    CU_ASSERT_TRUE(sh_logtail_reason(&t, false, why, sizeof why));
     CU_ASSERT_STRING_EQUAL(why, "There are not enough slots");
+    CU_ASSERT_FALSE(sh_logtail_reason(&t, true, why, sizeof why));
+    add_log("shoal serve: the disk is full\n");
+    CU_ASSERT_TRUE(sh_logtail_reason(&t, false, why, sizeof why));
+    CU_ASSERT_STRING_EQUAL(why, "the disk is full");
     add_log("shoal rank 0: error: model.safetensors: cut short\nmpirun has exited\n");
-    CU_ASSERT_TRUE(sh_logtail_reason(&t, why, sizeof why));
+    CU_ASSERT_TRUE(sh_logtail_reason(&t, false, why, sizeof why));
     CU_ASSERT_STRING_EQUAL(why, "model.safetensors: cut short");
     sh_logtail_close(&t);
 }

@@ -1,0 +1,335 @@
+/* shoal bench: how fast this machine runs a model, beside what its cores can do at best. Drives the model by drive.c,
+ * measures the limits by model/limits.h in turn with it, and prints a table or JSON. Compares nothing with other
+ * machines and stores nothing. docs/performance.md tells how to read the numbers. */
+#include <libgen.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include "cli/commands.h"
+#include "cli/drive.h"
+#include "cli/options.h"
+#include "common/clock.h"
+#include "common/json.h"
+#include "model/limits.h"
+#include "partition/machine.h"
+
+#define MAX_BATCHES 32
+#define MAX_ROUNDS  99
+#define LIMIT_BLOCK ((size_t)512 << 20) /* many times the last cache */
+
+static const char usage[] =
+    "Usage: shoal bench [-m MODEL] [options]\n"
+    "Times a model on this machine: one process, one rank, prompts and decode steps of random tokens, no\n"
+    "coordinator. Measures in every round what the same cores can do at best, then a prompt, then decode steps\n"
+    "at each batch size; prints the median round.\n\n"
+    "  prefill        one prompt of --prompt tokens; as in a run, only its last token asks for logits\n"
+    "  decode         one token for each of `batch` sequences that already hold such a prompt\n"
+    "  tokens/s       prompt tokens, or decoded tokens of all sequences, per second\n"
+    "  ms             milliseconds of the whole prompt, or of the median decode step\n"
+    "  GFLOP/s        10^9 multiplications and additions per second that the model needs (what was skipped and\n"
+    "                 what was computed for nothing is not counted)\n"
+    "  % of FMA       share of the f32 multiply-add rate measured on the same threads\n"
+    "  weights GB/s   10^9 bytes/s of weights that the steps had to read\n"
+    "  % of read      share of the memory read bandwidth measured on the same threads\n"
+    "  KV GB/s        10^9 bytes/s of keys and values attended to\n"
+    "  time in %      by cause: matrix products with weights, attention, experts, other (norms, activations,\n"
+    "                 embeddings, choice of the token)\n\n";
+
+static const char *const mode_names[] = {"exact", "bf16", NULL};
+static const char *const kv_names[] = {"f32", "bf16", NULL};
+
+typedef struct options {
+    const char *model, *batches, *layers;
+    int mode, kv, threads, prompt, generate, chunk, rounds;
+    bool json;
+} options;
+
+/* One line of the table: a prompt (batch 0) or decode at a batch size; a value per round. */
+typedef struct line {
+    int batch;
+    sh_drive_count count[MAX_ROUNDS];
+    double ms[MAX_ROUNDS], fma[MAX_ROUNDS], read[MAX_ROUNDS]; /* shares of that round's limits */
+} line;
+
+typedef struct bench {
+    options o;
+    char path[PATH_MAX];
+    sh_config config;
+    sh_machine machine;
+    int first, last, threads, rounds;
+    sh_drive *drive;
+    double load_seconds;
+    double read[MAX_ROUNDS], fma[MAX_ROUNDS]; /* limits */
+    line lines[MAX_BATCHES + 1];
+    int n_lines;
+} bench;
+
+/* --- what was asked for --------------------------------------------------------------------------------------------
+ */
+
+/* "1,8,32" */
+static sh_status parse_batches(bench *b) {
+    for (const char *p = b->o.batches;; p++) {
+        char *end;
+        long v = *p >= '0' && *p <= '9' ? strtol(p, &end, 10) : 0;
+        if (v < 1 || v > SH_MAX_SEQS || (*end && *end != ',') || b->n_lines > MAX_BATCHES)
+            SH_FAIL(SH_EINPUT, "--batch: '%s': up to %d numbers from 1 to %d are allowed, such as 1,8,32", b->o.batches,
+                    MAX_BATCHES, SH_MAX_SEQS);
+        b->lines[b->n_lines++].batch = (int)v;
+        if (!*end) return SH_OK;
+        p = end;
+    }
+}
+
+/* "0:6": layers 0 to 5 */
+static sh_status parse_layers(bench *b) {
+    b->first = 0;
+    b->last = b->config.n_layers;
+    if (!b->o.layers) return SH_OK;
+    int used = 0;
+    int n = sscanf(b->o.layers, "%d:%d%n", &b->first, &b->last, &used);
+    if (n != 2 || b->o.layers[used] || b->first < 0 || b->last <= b->first || b->last > b->config.n_layers)
+        SH_FAIL(SH_EINPUT, "--layers: '%s': A:B with 0 ≤ A < B ≤ %d is allowed, such as 0:%d", b->o.layers,
+                b->config.n_layers, b->config.n_layers);
+    return SH_OK;
+}
+
+static sh_status check(bench *b) {
+    sh_shared_options named = {.model = b->o.model};
+    SH_TRY(sh_options_model(&named, b->path, sizeof b->path));
+    SH_TRY(sh_config_load(b->path, &b->config));
+    SH_TRY(parse_batches(b));
+    SH_TRY(parse_layers(b));
+    if (b->o.prompt + b->o.generate >= b->config.max_context)
+        SH_FAIL(SH_EINPUT, "--prompt: %d tokens and %d more: the model's context is %d", b->o.prompt, b->o.generate,
+                b->config.max_context);
+    SH_TRY(sh_machine_read(NULL, &b->machine));
+    b->threads = b->o.threads ? b->o.threads : b->machine.n_cpus;
+    return SH_OK;
+}
+
+static sh_mode mode_of(const bench *b) {
+    return b->o.mode == 0 ? SH_MODE_EXACT : SH_MODE_BF16;
+}
+
+static sh_kv_type kv_of(const bench *b) {
+    int kv = b->o.kv < 0 ? b->o.mode : b->o.kv;
+    return kv == 0 ? SH_KV_F32 : SH_KV_BF16;
+}
+
+static sh_status load(bench *b) {
+    sh_drive_options d = {.model_dir = b->path,
+                          .config = &b->config,
+                          .mode = mode_of(b),
+                          .kv = kv_of(b),
+                          .first = b->first,
+                          .last = b->last,
+                          .threads = b->threads,
+                          .cpus = b->machine.cpus,
+                          .n_cpus = b->machine.n_cpus,
+                          .prompt = b->o.prompt,
+                          .generate = b->o.generate,
+                          .max_batch = 1,
+                          .chunk = b->o.chunk};
+    for (int i = 1; i < b->n_lines; i++)
+        if (b->lines[i].batch > d.max_batch) d.max_batch = b->lines[i].batch;
+    double t0 = sh_now();
+    SH_TRY(sh_drive_create(&d, &b->drive));
+    b->load_seconds = sh_now() - t0;
+    return SH_OK;
+}
+
+/* --- measuring -----------------------------------------------------------------------------------------------------
+ */
+
+/* Seconds that a line's figures are about, and how many tokens and steps they cover. */
+static double seconds_of(const line *l, const sh_drive_count *n) {
+    return l->batch ? n->median * n->steps : n->seconds;
+}
+
+static sh_status round_run(bench *b, int r) {
+    sh_limits lim;
+    SH_TRY(sh_limits_measure(sh_model_team(sh_drive_model(b->drive)), LIMIT_BLOCK, &lim));
+    b->read[r] = lim.read_gbs;
+    b->fma[r] = lim.fma_gflops;
+    for (int i = 0; i < b->n_lines; i++) {
+        line *l = &b->lines[i];
+        sh_drive_count *n = &l->count[r];
+        if (l->batch)
+            SH_TRY(sh_drive_decode(b->drive, l->batch, n));
+        else
+            SH_TRY(sh_drive_prefill(b->drive, n));
+        double s = seconds_of(l, n);
+        l->ms[r] = s * 1e3 / (l->batch ? n->steps : 1);
+        l->fma[r] = n->flops / s * 1e-9 / lim.fma_gflops;
+        l->read[r] = n->weight_bytes / s * 1e-9 / lim.read_gbs;
+    }
+    return SH_OK;
+}
+
+static sh_status measure(bench *b) {
+    sh_drive_count warm;
+    SH_TRY(sh_drive_prefill(b->drive, &warm)); /* touches the scratch, and starts the threads */
+    for (int r = 0; r < b->rounds; r++) SH_TRY(round_run(b, r));
+    return SH_OK;
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(const double *x, int n) {
+    double sorted[MAX_ROUNDS];
+    memcpy(sorted, x, (size_t)n * sizeof *x);
+    qsort(sorted, (size_t)n, sizeof *sorted, by_value);
+    return n % 2 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
+}
+
+/* What is shown of a line: medians over the rounds. */
+typedef struct summary {
+    double tokens_per_s, ms, gflops, fma_share, weight_gbs, read_share, kv_gbs;
+    double mean_ms;      /* over all steps of all rounds */
+    sh_model_times time; /* shares */
+} summary;
+
+static summary summarize(const line *l, int rounds) {
+    const sh_drive_count *n = &l->count[0]; /* tokens, steps and operations are the same in every round */
+    int units = l->batch ? n->steps : 1;
+    double ms = median(l->ms, rounds), s = ms * 1e-3 * units, all = 0, weights = 0;
+    summary x = {.tokens_per_s = n->tokens / s,
+                 .ms = ms,
+                 .gflops = n->flops / s * 1e-9,
+                 .fma_share = median(l->fma, rounds),
+                 .read_share = median(l->read, rounds),
+                 .kv_gbs = n->kv_bytes / s * 1e-9};
+    for (int r = 0; r < rounds; r++) {
+        const sh_drive_count *c = &l->count[r];
+        x.time.weights += c->times.weights / c->seconds / rounds;
+        x.time.attention += c->times.attention / c->seconds / rounds;
+        x.time.experts += c->times.experts / c->seconds / rounds;
+        all += c->seconds;
+        weights += c->weight_bytes / rounds;
+    }
+    x.weight_gbs = weights / s * 1e-9;
+    x.time.other = 1 - x.time.weights - x.time.attention - x.time.experts;
+    x.mean_ms = all * 1e3 / rounds / units;
+    return x;
+}
+
+/* --- telling -------------------------------------------------------------------------------------------------------
+ */
+
+static void print_table(const bench *b) {
+    sh_model *m = sh_drive_model(b->drive);
+    double bytes = (double)sh_model_weight_bytes(m);
+    printf("%s, layers %d to %d of %d, %s, KV in %s, %d threads, %s kernels\n", b->config.variant, b->first,
+           b->last - 1, b->config.n_layers, sh_mode_name(mode_of(b)), sh_kv_type_name(kv_of(b)), b->threads,
+           sh_model_kernels(m)->isa);
+    printf("loaded %.2f GB of weights in %.1f s (%.2f GB/s)\n", bytes * 1e-9, b->load_seconds,
+           bytes * 1e-9 / b->load_seconds);
+    printf("limits of these threads: reading %.1f GB/s, f32 multiply-add %.0f GFLOP/s (median of %d rounds)\n\n",
+           median(b->read, b->rounds), median(b->fma, b->rounds), b->rounds);
+    printf("                                             %% of   weights  %% of      KV           time in %%\n");
+    printf(
+        "               tokens/s        ms  GFLOP/s    FMA      GB/s  read    GB/s  weights attention experts other\n");
+    for (int i = 0; i < b->n_lines; i++) {
+        const line *l = &b->lines[i];
+        summary x = summarize(l, b->rounds);
+        printf("%-8s%5d  %9.1f %9.2f %8.1f %6.1f ", l->batch ? "decode" : "prefill", l->batch ? l->batch : b->o.prompt,
+               x.tokens_per_s, x.ms, x.gflops, 100 * x.fma_share);
+        if (l->batch)
+            printf("%9.1f %5.1f %7.2f", x.weight_gbs, 100 * x.read_share, x.kv_gbs);
+        else
+            printf("%9s %5s %7s", "-", "-", "-");
+        printf("  %7.1f %9.1f %7.1f %5.1f\n", 100 * x.time.weights, 100 * x.time.attention, 100 * x.time.experts,
+               100 * x.time.other);
+    }
+}
+
+static json_t *line_json(const bench *b, const line *l) {
+    summary x = summarize(l, b->rounds);
+    json_t *j = json_pack("{s:i, s:i, s:f, s:f, s:f, s:f, s:f, s:{s:f, s:f, s:f, s:f}}", "tokens", l->count[0].tokens,
+                          "steps", l->count[0].steps, "tokens_per_s", x.tokens_per_s, l->batch ? "step_ms" : "ms", x.ms,
+                          l->batch ? "mean_step_ms" : "mean_ms", x.mean_ms, "gflops", x.gflops, "fma_share",
+                          x.fma_share, "time_share", "weights", x.time.weights, "attention", x.time.attention,
+                          "experts", x.time.experts, "other", x.time.other);
+    if (!j || !l->batch) return j;
+    int bad = json_object_set_new(j, "batch", json_integer(l->batch));
+    bad += json_object_set_new(j, "weight_gbs", json_real(x.weight_gbs));
+    bad += json_object_set_new(j, "read_share", json_real(x.read_share));
+    bad += json_object_set_new(j, "kv_gbs", json_real(x.kv_gbs));
+    if (bad) sh_json_release(&j);
+    return j;
+}
+
+static sh_status print_json(const bench *b) {
+    sh_model *m = sh_drive_model(b->drive);
+    SH_CLEANUP(sh_json_release)
+    json_t *j = json_pack(
+        "{s:s, s:s, s:[i,i], s:s, s:s, s:i, s:s, s:i, s:i, s:i, s:{s:f, s:f}, s:{s:f, s:f}, s:o, s:[]}", "model",
+        b->path, "variant", b->config.variant, "layers", b->first, b->last, "mode", sh_mode_name(mode_of(b)), "kv",
+        sh_kv_type_name(kv_of(b)), "threads", b->threads, "isa", sh_model_kernels(m)->isa, "prompt", b->o.prompt,
+        "generate", b->o.generate, "rounds", b->rounds, "load", "seconds", b->load_seconds, "weight_bytes",
+        (double)sh_model_weight_bytes(m), "limits", "read_gbs", median(b->read, b->rounds), "fma_gflops",
+        median(b->fma, b->rounds), "prefill", line_json(b, &b->lines[0]), "decode");
+    if (!j) SH_FAIL(SH_EMEMORY, "bench: no memory for the report");
+    for (int i = 1; i < b->n_lines; i++)
+        if (json_array_append_new(json_object_get(j, "decode"), line_json(b, &b->lines[i])) != 0)
+            SH_FAIL(SH_EMEMORY, "bench: no memory for the report");
+    if (json_dumpf(j, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(6)) != 0)
+        SH_FAIL(SH_EIO, "standard output: cannot be written");
+    putchar('\n');
+    return SH_OK;
+}
+
+static int run(bench *b) {
+    b->n_lines = 1; /* the prompt */
+    if (check(b) != SH_OK) return sh_options_complain("bench", SH_EXIT_USAGE);
+    sh_status st = load(b);
+    if (st == SH_OK) st = measure(b);
+    if (st == SH_OK && b->o.json)
+        st = print_json(b);
+    else if (st == SH_OK)
+        print_table(b);
+    sh_drive_destroy(&b->drive);
+    return st == SH_OK ? SH_EXIT_OK : sh_options_complain("bench", SH_EXIT_RUN);
+}
+
+int sh_cmd_bench(int argc, char **argv) {
+    options o = {.batches = "1,8,32", .mode = 1, .kv = -1, .prompt = 512, .generate = 128, .chunk = 512, .rounds = 3};
+    sh_option t[] = {
+        {"model", 'm', SH_OPTION_TEXT, &o.model, "MODEL",
+         "Hugging Face checkpoint folder of a Gemma 4 model; tokenizer files are not needed (default: the demo model)"},
+        {"mode", 0, SH_OPTION_CHOICE, &o.mode, "MODE", "numeric mode: exact or bf16 (default bf16)",
+         .choices = mode_names},
+        {"kv", 0, SH_OPTION_CHOICE, &o.kv, "TYPE",
+         "type of the KV cache: f32 or bf16 (default f32 with exact, else bf16)", .choices = kv_names},
+        {"threads", 0, SH_OPTION_INT, &o.threads, "N", "compute threads (default: the cores of the CPU set)", 1, 1024},
+        {"prompt", 0, SH_OPTION_INT, &o.prompt, "N", "tokens of the prompt (default 512)", 1, 1 << 20},
+        {"generate", 0, SH_OPTION_INT, &o.generate, "N", "decode steps per round and batch size (default 128)", 1,
+         1 << 20},
+        {"batch", 0, SH_OPTION_TEXT, &o.batches, "LIST", "sequences decoded at once (default 1,8,32)"},
+        {"chunk", 0, SH_OPTION_INT, &o.chunk, "N", "prompt tokens per step (default 512)", 1, SH_MAX_CHUNK},
+        {"layers", 0, SH_OPTION_TEXT, &o.layers, "A:B",
+         "only layers A to B-1, as a pipeline stage would hold them: for models larger than memory"},
+        {"rounds", 0, SH_OPTION_INT, &o.rounds, "N", "rounds to take the median of (default 3)", 1, MAX_ROUNDS},
+        {"json", 0, SH_OPTION_FLAG, &o.json, .help = "print one JSON object instead of the table"},
+    };
+    int operands = 0, rc = sh_options_begin("bench", usage, t, sizeof t / sizeof *t, argc, argv, &operands);
+    if (rc >= 0) return rc;
+    if (operands > 0) {
+        fprintf(stderr, "shoal bench: '%s': no operands are allowed: give -m MODEL\n", argv[1]);
+        return SH_EXIT_USAGE;
+    }
+    bench *b = calloc(1, sizeof *b);
+    if (!b) {
+        fprintf(stderr, "shoal bench: no memory\n");
+        return SH_EXIT_RUN;
+    }
+    b->o = o;
+    b->rounds = o.rounds;
+    rc = run(b);
+    free(b);
+    return rc;
+}

@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""Inputs of unusual form through the whole of `shoal run`: a 50 MB line, invalid UTF-8, no final newline, CRLF, a million empty
+lines, NUL bytes, nothing at all. One row for each non-empty line, with the number of its line; the other requests are answered
+as if they were alone; memory does not grow with the longest line."""
+import json
+import os
+import resource
+import subprocess
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+import shoaltest as st
+
+MODEL = os.path.join(st.MODELS, "e2b-like")
+
+
+def good(cid):
+    return json.dumps(st.completion(cid, [2, 5, 7], max_tokens=4, ignore_eos=True, return_token_ids=True)).encode()
+
+
+def main():
+    check = st.Checks()
+    with st.Scratch() as s:
+        def run(name, data):
+            inp, out = s.file(name + ".jsonl"), s.file(name + ".out")
+            with open(inp, "wb") as f:
+                f.write(data)
+            p = subprocess.run(st.command(MODEL, inp, out, "-n", 1), env=s.env(), capture_output=True, text=True, timeout=120)
+            rows = []
+            if os.path.exists(out):
+                with open(out) as f:
+                    rows = [json.loads(line) for line in f]
+            check(not os.path.exists(out + ".store") or p.returncode != 0, f"{name}: the store was left after exit 0")
+            return p.returncode, rows, p.stderr
+
+        def by_id(rows):
+            return {r["custom_id"]: st.strip(r) for r in rows if r["custom_id"] is not None}
+
+        def refusals(rows):
+            return {r["error"]["line"]: r for r in rows if r["custom_id"] is None}
+
+        code, rows, err = run("alone", good("a") + b"\n")
+        check(code == 0 and len(rows) == 1, f"alone: exit {code}, {len(rows)} rows: {err[-300:]}")
+        want = by_id(rows).get("a")
+
+        def both(name, data, code_wanted, bad_lines, word):
+            code, rows, err = run(name, data)
+            check(code == code_wanted, f"{name}: exit {code}, not {code_wanted}: {err[-300:]}")
+            check(by_id(rows).get("a") == want, f"{name}: the good request was not answered as alone")
+            bad = refusals(rows)
+            check(sorted(bad) == bad_lines, f"{name}: rows of lines {sorted(bad)}, not {bad_lines}")
+            for n, r in bad.items():
+                check(word in r["error"]["message"], f"{name}: line {n}: {r['error']['message'][:200]}")
+                check(r["response"]["status_code"] in (400, 413), f"{name}: line {n}: status {r['response']['status_code']}")
+                print(f"{name}: {r['response']['status_code']} {r['error']['message'][:160]}", flush=True)
+            check(len(rows) == len(bad) + len(by_id(rows)), f"{name}: {len(rows)} rows")
+
+        both("long-line", b'{"custom_id": "x", "prompt": "' + b"a" * 50_000_000 + b'"}\n' + good("a") + b"\n", 1, [1], "line")
+        both("long-line-last", good("a") + b"\n" + b"b" * 50_000_000, 1, [2], "line")
+        both("invalid-utf8", b'{"custom_id": "\xff\xfe", "prompt": "x"}\n' + good("a") + b"\n", 1, [1], "UTF-8")
+        both("invalid-utf8-in-prompt", b'{"prompt": "caf\xe9", "max_tokens": 1, "custom_id": "y"}\n' + good("a"), 1, [1], "UTF-8")
+        both("overlong-utf8", b'{"prompt": "\xc0\xaf", "custom_id": "y"}\n' + good("a"), 1, [1], "UTF-8")
+        both("surrogate", b'{"prompt": "\xed\xa0\x80", "custom_id": "y"}\n' + good("a"), 1, [1], "UTF-8")
+        both("no-final-newline", b"\n" + good("a"), 0, [], "")
+        both("crlf", b"\r\n" + good("a") + b"\r\n\r\n", 0, [], "")
+        both("nul", b"\0\0\n" + good("a") + b"\n", 1, [1], "")
+        both("million-empty", b"\n" * 500_000 + good("a") + b"\n" * 500_001 + b"{\n", 1, [1_000_002], "")
+        both("deep", b"[" * 100_000 + b"\n" + good("a") + b"\n", 1, [1], "")
+        both("not-an-object", b'[1]\n"x"\n3\nnull\n' + good("a") + b"\n", 1, [1, 2, 3, 4], "object")
+
+        for name, data in (("empty", b""), ("only-newlines", b"\n" * 1_000_000)):
+            code, rows, err = run(name, data)
+            check(code == 0 and rows == [], f"{name}: exit {code}, {len(rows)} rows")
+            check("is empty: nothing to answer" in err, f"{name}: said {err[-200:]}")
+
+        # a coordinator that keeps a line of any length would need far more than this
+        most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+        print(f"largest process: {most} MiB")
+        check(most < 400, f"the largest process had {most} MiB")
+        left = st.left_behind(s)
+        check(not left, f"left behind: {left}")
+    check.finish()
+
+
+main()
