@@ -183,7 +183,7 @@ static void test_bad_lines(void) { /* custom_id is unusable in all of these */
     CU_ASSERT(r.status == 400 && !r.custom_id && !strcmp(r.code, "invalid_json"));
     sh_request_release(&r);
     r = read_line(in, utf8, sizeof utf8 - 1);
-    CU_ASSERT(r.status == 400 && !r.custom_id && strstr(r.message, "unable to decode byte 0xff"));
+    CU_ASSERT(r.status == 400 && !r.custom_id && strstr(r.message, "not valid UTF-8 at byte 43 (0xff)"));
     sh_request_release(&r);
     r = read_line(in, "", 0);
     CU_ASSERT(r.status == 400 && !r.custom_id);
