@@ -4,6 +4,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#define PARAGRAPH    200
 #define REASON_BYTES 65536 /* of the log's end that are searched */
 
 static off_t size_of(const char *path) {
@@ -52,16 +53,42 @@ const char *sh_logtail_next_warning(sh_logtail *t) {
     return found;
 }
 
+/* mpirun says things in paragraphs between two rules: their lines belong together, up to a length one can read. */
+static void join(const char *line, char *to, size_t size) {
+    size_t n = strlen(to);
+    bool gap = n > 0;
+    for (const char *c = line; *c && n + 2 < size; c++) {
+        if (*c == ' ') {
+            gap = n > 0;
+            continue;
+        }
+        if (gap) to[n++] = ' ';
+        gap = false;
+        to[n++] = *c;
+    }
+    to[n] = 0;
+}
+
 bool sh_logtail_reason(sh_logtail *t, bool errors_only, char *to, size_t size) {
     char line[1024];
-    bool found = false, error = false;
+    bool found = false, error = false, ruled = false, begun = false; /* ruled: between two rules; begun: and has text */
     off_t end = size_of(t->path), from = t->mark > end - REASON_BYTES ? t->mark : end - REASON_BYTES, at = from;
     FILE *f = fopen(t->path, "re");
     if (f && fseeko(f, from, SEEK_SET) == 0)
         while (next_line(f, line, sizeof line, &at)) {
             const char *e = strstr(line, "error: ");
             bool ours = strncmp(line, "shoal", 5) == 0 && e;
-            if (!ours && (errors_only || error || strspn(line, " -") == strlen(line))) continue;
+            if (!ours && (errors_only || error || !line[strspn(line, " ")])) continue;
+            if (strspn(line, "-") > 20) {
+                ruled = !ruled;
+                begun = false;
+                continue;
+            }
+            if (ruled && begun && !ours) {
+                if (strlen(to) < PARAGRAPH) join(line, to, size);
+                continue;
+            }
+            begun = ruled && !ours;
             const char *said = strncmp(line, "shoal ", 6) == 0 ? strstr(line, ": ") : NULL;
             snprintf(to, size, "%s", ours ? e + 7 : said ? said + 2 : line);
             found = true;

@@ -21,7 +21,8 @@ void sh_logtail_close(sh_logtail *t);
 void sh_logtail_mark(sh_logtail *t);
 /* The next whole line with a warning, without its end, or NULL. Valid until the next call. */
 const char *sh_logtail_next_warning(sh_logtail *t);
-/* The last line since the mark in which shoal says "error:"; else, unless errors_only, the last one that says anything.
+/* The last line since the mark in which shoal says "error:"; else, unless errors_only, the last one that says anything,
+ * or the paragraph between two rules that it belongs to.
  * The name of the program in front is left out. False when there is none. */
 bool sh_logtail_reason(sh_logtail *t, bool errors_only, char *to, size_t size);
 

@@ -107,6 +107,10 @@ static void test_input(void) {
     write_file("in", "\n \n\n", 4, "w");
     CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &a), SH_OK);
     CU_ASSERT_EQUAL(a.lines, 0);
+    CU_ASSERT_FALSE(sh_input_is_stream(path_of("in")));
+    CU_ASSERT_TRUE(sh_input_is_stream("-"));
+    CU_ASSERT_TRUE(sh_input_is_stream("/dev/null"));
+    CU_ASSERT_FALSE(sh_input_is_stream("/no/such/file"));
     CU_ASSERT_EQUAL(sh_input_scan("/no/such/file", "", &a), SH_EINPUT);
     CU_ASSERT_STRING_EQUAL(sh_error_text(), "-i: /no/such/file: cannot be opened: No such file or directory");
     CU_ASSERT_EQUAL(sh_input_scan("/", "", &a), SH_EINPUT);
@@ -157,10 +161,15 @@ static void test_logtail(void) {
     add_log("ond\n");
     CU_ASSERT_STRING_EQUAL(sh_logtail_next_warning(&t), "second");
     sh_logtail_mark(&t);
-    add_log("There are not enough slots\n-----\n");
+    add_log(
+        "noise\n------------------------------\nThere are\n\n  not   enough slots\n------------------------------\n");
     CU_ASSERT_TRUE(sh_logtail_reason(&t, false, why, sizeof why));
     CU_ASSERT_STRING_EQUAL(why, "There are not enough slots");
     CU_ASSERT_FALSE(sh_logtail_reason(&t, true, why, sizeof why));
+    add_log("------------------------------\nA node is lost.\n");
+    CU_ASSERT_TRUE(sh_logtail_reason(&t, false, why, sizeof why));
+    CU_ASSERT_STRING_EQUAL(why, "A node is lost.");
+    add_log("------------------------------\n");
     add_log("shoal serve: the disk is full\n");
     CU_ASSERT_TRUE(sh_logtail_reason(&t, false, why, sizeof why));
     CU_ASSERT_STRING_EQUAL(why, "the disk is full");

@@ -1,0 +1,122 @@
+"""A few virtual nodes on this machine for tests that need several hosts: namespaces of their own for network, host name, mounts
+and processes, joined by a bridge. Needs root and iproute2; raises Unavailable where the kernel does not allow it."""
+import os
+import shlex
+import signal
+import subprocess
+import time
+
+NET = "10.88"
+
+
+class Unavailable(Exception):
+    pass
+
+
+def _sh(command, check=True):
+    p = subprocess.run(command, shell=True, capture_output=True, text=True)
+    if check and p.returncode:
+        raise Unavailable(f"{command}: {p.stderr.strip()}")
+    return p
+
+
+class Nodes:
+    """head (no process namespace of its own: it starts the others' processes) and node0, node1, …; files go to `folder`."""
+
+    def __init__(self, folder, n):
+        if os.geteuid() != 0:
+            raise Unavailable("needs root")
+        self.folder, self.names, self.holders = folder, ["head"] + [f"node{k}" for k in range(n)], {}
+        os.makedirs(folder, exist_ok=True)
+        with open(self._file("hosts"), "w") as f:
+            f.write("127.0.0.1 localhost\n" + "".join(f"{self._address(h)} {h}\n" for h in self.names))
+        with open(self._file("agent"), "w") as f:  # in place of ssh: HOST WORD…, the words are a shell command
+            f.write(f"#!/bin/sh\nhost=$1; shift\nexec nsenter -t $(cat {folder}/$host.pid) -n -u -m -p sh -c \"$*\"\n")
+        os.chmod(self._file("agent"), 0o755)
+        try:
+            for h in self.names:
+                self._boot(h)
+            self._wire()
+        except Exception:
+            self.down()
+            raise
+
+    def _file(self, name):
+        return os.path.join(self.folder, name)
+
+    def _address(self, host):
+        return f"{NET}.0.{self.names.index(host) + 1}"
+
+    def _boot(self, host):
+        setup = (f"mount --bind {self._file('hosts')} /etc/hosts && hostname {host} && ip link set lo up && "
+                 f"mkdir -p {self._file(host + '.shm')} && mount --bind {self._file(host + '.shm')} /dev/shm")
+        spaces = ["--net", "--uts", "--mount"] + ([] if host == "head" else ["--pid", "--fork", "--mount-proc", "--kill-child"])
+        # the first process waits; when it ends, so do all in its process namespace
+        p = subprocess.Popen(["unshare", *spaces, "sh", "-c", f"{setup} && echo up && exec sleep 100000"], stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.holders[host] = p
+        if p.stdout.readline() != "up\n":
+            p.kill()
+            raise Unavailable(f"{host}: {p.stderr.read().strip()}")
+        pid = p.pid
+        if host != "head":
+            with open(f"/proc/{pid}/task/{pid}/children") as f:
+                pid = int(f.read().split()[0])
+        with open(self._file(host + ".pid"), "w") as f:
+            f.write(f"{pid}\n")
+
+    def pid(self, host):
+        with open(self._file(host + ".pid")) as f:
+            return int(f.read())
+
+    def command(self, host, args):
+        """args as they are run in a node."""
+        return ["nsenter", "-t", str(self.pid(host)), "-n", "-u", "-m", *([] if host == "head" else ["-p"]), *args]
+
+    def _in(self, host, text, check=True):
+        return _sh(shlex.join(self.command(host, ["sh", "-c", text])), check)
+
+    def _wire(self):
+        self._in("head", f"ip link add br0 type bridge && ip addr add {self._address('head')}/16 dev br0 && ip link set br0 up")
+        for h in self.names[1:]:
+            self._in("head", f"ip link add p-{h} type veth peer name e-{h} && ip link set p-{h} master br0 up && "
+                             f"ip link set e-{h} netns {self.pid(h)}")
+            _sh(f"nsenter -t {self.pid(h)} -n sh -c 'ip link set e-{h} name eth0 && ip addr add {self._address(h)}/16 dev eth0 && ip link "
+                "set eth0 up'")
+
+    def link(self, host, up):
+        """Pulls or plugs the cable: nobody is told, no FIN, no RST."""
+        self._in("head", f"ip link set p-{host} {'up' if up else 'down'}")
+
+    def environment(self):
+        """What makes mpirun start its daemons here."""
+        mca = {"plm": "rsh", "plm_rsh_agent": self._file("agent"), "plm_rsh_no_tree_spawn": "1", "ras": "^slurm",
+               "btl_tcp_if_include": f"{NET}.0.0/16", "oob_tcp_if_include": f"{NET}.0.0/16", "orte_tmpdir_base": self.folder}
+        return {"OMPI_MCA_" + k: v for k, v in mca.items()}
+
+    def processes(self, host):
+        """pids (as seen from outside) in a node, without the one that waits."""
+        try:
+            own = os.readlink(f"/proc/{self.pid(host)}/ns/pid")
+        except OSError:
+            return []
+        found = []
+        for p in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                if int(p) != self.pid(host) and os.readlink(f"/proc/{p}/ns/pid") == own:
+                    found.append(int(p))
+            except OSError:
+                pass
+        return found
+
+    def down(self):
+        for h, p in self.holders.items():
+            try:
+                if h != "head":
+                    os.kill(self.pid(h), signal.SIGKILL)
+            except (OSError, ValueError):
+                pass
+            p.kill()
+            p.wait()
+        self.holders = {}
+        time.sleep(0.1)
