@@ -385,8 +385,11 @@ static sh_status tend_group(sh_session *s) {
     if (!sh_child_poll(&s->group)) return mourn_group(s, fault);
     if (!g) {
         if (s->group_seen) return lose_group(s, "the coordinator has given it up");
-        if (sh_now() - s->group_started > SH_SESSION_CONNECT) return lose_group(s, "no rank connected within 60 s");
-        return SH_OK;
+        if (sh_now() - s->group_started <= SH_SESSION_CONNECT) return SH_OK;
+        char why[400];
+        snprintf(why, sizeof why, "no rank connected within %.0f s%s%.300s", SH_SESSION_CONNECT,
+                 s->o.hosts ? " from " : "", s->o.hosts ? s->o.hosts : "");
+        return lose_group(s, why);
     }
     s->group_seen = true;
     if (strcmp(g->state, "lost") == 0) return lose_group(s, fault ? fault : "fell silent");

@@ -174,6 +174,10 @@ int sh_process_end_marked(const char *mark, double grace) {
     if (!env) return 0;
     double until = sh_now() + grace;
     int found = signal_marked(mark, SIGTERM, env, ENVIRON_MOST);
+    for (int k = 0; !found && k < 2; k++) { /* one that was about to start shows its environment a moment later */
+        sh_sleep(0.005);
+        found = signal_marked(mark, SIGTERM, env, ENVIRON_MOST);
+    }
     int left = found;
     while (left && sh_now() < until) {
         sh_sleep(0.02);
