@@ -380,7 +380,8 @@ static void test_limits(void) {
     CU_ASSERT_EQUAL(sh_buf_add_str(&b, "]}"), SH_OK);
     sh_request r = read_line(in, (const char *)b.data, b.len);
     expect(&r, 413, "context_length_exceeded", "prompt",
-           "prompt: 20001 tokens: allowed are 199, the context (--max-context) less one token to generate", "long prompt");
+           "prompt: 20001 tokens: allowed are 199, the context (--max-context) less one token to generate",
+           "long prompt");
     sh_request_release(&r);
     sh_buf_clear(&b);
     for (int i = 0; i < 200; i++) CU_ASSERT_EQUAL(sh_buf_add_str(&b, "{\"prompt\":"), SH_OK);
