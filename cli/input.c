@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -50,6 +49,12 @@ static sh_status scan(int fd, const char *path, char *block, sh_file_writer *cop
     }
 }
 
+bool sh_input_is_stream(const char *path) {
+    struct stat sb;
+    if (strcmp(path, "-") == 0) return true;
+    return stat(path, &sb) == 0 && !S_ISREG(sb.st_mode) && !S_ISDIR(sb.st_mode);
+}
+
 sh_status sh_input_scan(const char *path, const char *spool, sh_input *out) {
     bool standard = strcmp(path, "-") == 0;
     int fd = standard ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
@@ -63,7 +68,7 @@ sh_status sh_input_scan(const char *path, const char *spool, sh_input *out) {
     sh_input in = {0};
     char *block = malloc(BLOCK);
     sh_status st = block ? SH_OK : sh_error_set(SH_EMEMORY, __FILE__, __LINE__, "-i: no memory to read %s", path);
-    if (st == SH_OK && standard) st = sh_file_writer_open(spool, &copy);
+    if (st == SH_OK && sh_input_is_stream(path)) st = sh_file_writer_open(spool, &copy);
     if (st == SH_OK) st = scan(fd, path, block, copy, &in);
     if (st == SH_OK && copy) st = sh_file_writer_commit(&copy);
     sh_file_writer_destroy(&copy);

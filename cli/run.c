@@ -38,7 +38,8 @@ typedef struct run {
     bool ordered, keep_store, resume;
     int style;
     char model[PATH_MAX], model_name[320], program[PATH_MAX], store_path[PATH_MAX], spool[PATH_MAX];
-    char fresh[PATH_MAX + 8]; /* standard input as read now; becomes the spool when the store is this job's */
+    char fresh[PATH_MAX + 8]; /* a stream as read now; becomes the spool when the store is this job's */
+    bool spooled;             /* the input is a stream: what is submitted is the spool */
     int ranks, cpus;
     sh_input scanned;
     sh_runstore folder;
@@ -235,7 +236,8 @@ static sh_status check_all(run *r) {
     SH_TRY(refuse_tasks());
     if (!r->input) SH_FAIL(SH_EINPUT, "-i: is missing: give a file of requests, or - for standard input");
     SH_TRY(check_output(r));
-    if (!sh_file_exists(r->store_path) && strcmp(r->input, "-") == 0) SH_TRY(sh_dir_make(r->store_path));
+    r->spooled = sh_input_is_stream(r->input);
+    if (!sh_file_exists(r->store_path) && r->spooled) SH_TRY(sh_dir_make(r->store_path));
     return sh_input_scan(r->input, r->fresh, &r->scanned);
 }
 
@@ -248,6 +250,10 @@ static int complain(const run *r, sh_status st) {
 
 static int answer_nothing(run *r) {
     sh_progress_warn(&r->progress, "-i: %s: is empty: nothing to answer", r->input);
+    if (r->spooled) {
+        SH_IGNORE(sh_path_remove(r->fresh));
+        (void)rmdir(r->store_path); /* stays when there is a job in it */
+    }
     if (strcmp(r->output, "-") == 0) return SH_EXIT_OK;
     sh_file_writer *w = NULL;
     sh_status st = sh_file_writer_open(r->output, &w);
@@ -310,7 +316,7 @@ static int run_with_store(run *r) {
                         r->folder.ended ? ", after ending what an interrupted run left" : "");
     sh_session_options so = {.program = r->program,
                              .model = r->model,
-                             .input = strcmp(r->input, "-") ? r->input : r->spool,
+                             .input = r->spooled ? r->spool : r->input,
                              .lines = r->scanned.lines,
                              .shared = &r->shared,
                              .store = &r->folder,
@@ -344,12 +350,11 @@ static int run_job(run *r) {
     if (st == SH_OK && n <= 0) st = sh_error_set(SH_EIO, __FILE__, __LINE__, "/proc/self/exe: %s", strerror(errno));
     if (st == SH_OK)
         st = sh_runstore_open(r->store_path, job, sh_launch_is_mpi(r->launcher, r->hosts, r->ranks), &r->folder);
-    bool standard = strcmp(r->input, "-") == 0;
-    if (st == SH_OK && standard && rename(r->fresh, r->spool) != 0)
+    if (st == SH_OK && r->spooled && rename(r->fresh, r->spool) != 0)
         st = sh_error_set(SH_EIO, __FILE__, __LINE__, "%s: cannot be renamed: %s", r->fresh, strerror(errno));
     if (st == SH_OK) return run_with_store(r);
     int rc = complain(r, st);
-    if (standard) SH_IGNORE(sh_path_remove(r->fresh));
+    if (r->spooled) SH_IGNORE(sh_path_remove(r->fresh));
     return rc;
 }
 

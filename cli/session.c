@@ -53,7 +53,7 @@ struct sh_session {
     uint64_t job;          /* 0: not known */
     uint64_t done, total, errors, tokens_in, tokens_out;
     uint64_t first_in, first_out; /* when this run began */
-    bool have_counts, finished;
+    bool have_counts, finished, superseded;
     double work_began, worked;
     sh_logtail tail;
     /* the submitting thread; state is guarded by lock */
@@ -62,7 +62,7 @@ struct sh_session {
     submit_state submit;
     sh_status submit_status;
     char submit_text[1024], submit_endpoint[160];
-    uint64_t submit_job;
+    uint64_t submit_job, submit_mark; /* lines taken at the last failure */
     int submit_failures;
 };
 
@@ -148,6 +148,8 @@ static sh_status tend_submit(sh_session *s) {
         s->submit = s->submit_status == SH_OK ? SUBMIT_DONE : SUBMIT_NONE;
         if (s->submit_status == SH_OK) s->job = s->submit_job;
         if (s->submit_status != SH_OK && s->submit_status != SH_EPEER) SH_FAIL(s->submit_status, "%s", s->submit_text);
+        if (s->total > s->submit_mark) s->submit_failures = 0; /* slow, but it gets on */
+        s->submit_mark = s->total;
         if (s->submit_status == SH_EPEER && s->coordinator.running && ++s->submit_failures >= SH_SESSION_TRIES)
             SH_FAIL(SH_EPEER, "the input cannot be submitted: %s", s->submit_text);
     }
@@ -271,6 +273,12 @@ static void end_group(sh_session *s) {
     s->group_on = s->group_seen = s->group_ready = false;
 }
 
+/* From here on everything that bears the store's mark is the newer run's. */
+static sh_status superseded(sh_session *s) {
+    s->superseded = true;
+    SH_FAIL(SH_ESTATE, "%s: a newer run has taken it over", s->o.store->path);
+}
+
 /* The coordinator is not there (any more): ends what is left of it and its group, and starts the next. */
 static sh_status renew_coordinator(sh_session *s) {
     bool first = s->coordinators == 0;
@@ -279,7 +287,7 @@ static sh_status renew_coordinator(sh_session *s) {
         sh_child_end(&s->coordinator, 0); /* one that does not answer cannot save anything either */
         end_group(s);
         if (WIFEXITED(s->coordinator.status) && WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED)
-            SH_FAIL(SH_ESTATE, "%s: a newer run has taken it over", s->o.store->path);
+            return superseded(s);
         SH_TRY(note_failure(s, &s->of_coordinator, "coordinator"));
         while (sh_now() < s->of_coordinator.not_before && !*s->o.interrupted) sh_sleep(0.02);
     }
@@ -292,8 +300,7 @@ static sh_status renew_coordinator(sh_session *s) {
     if (WIFEXITED(s->coordinator.status) && !silent) {
         describe(s, &s->coordinator,
                  &s->of_coordinator); /* ended by itself before it began: trying again would not help */
-        if (WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED)
-            SH_FAIL(SH_ESTATE, "%s: a newer run has taken it over", s->o.store->path);
+        if (WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED) return superseded(s);
         SH_FAIL(SH_EPEER, "coordinator: %s", s->of_coordinator.reason);
     }
     if (silent)
@@ -465,6 +472,9 @@ static sh_status work_round(sh_session *s, bool *finished) {
     }
     if (submit_now(s) != SUBMIT_DONE) SH_TRY(tend_submit(s));
     *finished = s->finished && submit_now(s) == SUBMIT_DONE;
+    if (*finished && s->total != s->o.lines)
+        SH_FAIL(SH_EINPUT, "-i: %s: changed while it was read: it had %llu requests, the job has %llu", s->o.input,
+                (unsigned long long)s->o.lines, (unsigned long long)s->total);
     if (*finished || !answered) return SH_OK;
     if (!s->finished) SH_TRY(tend_group(s));
     show(s, false);
@@ -547,7 +557,7 @@ void sh_session_stop(sh_session *s, bool finished) {
     double until = sh_now() + SH_RUN_GRACE;
     while (finished && sh_child_poll(&s->coordinator) && sh_now() < until) sh_sleep(0.01);
     sh_child_end(&s->coordinator, SH_RUN_GRACE);
-    (void)sh_process_end_marked(s->o.store->mark, 1.0);
+    if (!s->superseded) (void)sh_process_end_marked(s->o.store->mark, 1.0);
 }
 
 void sh_session_closing(const sh_session *s, sh_closing *c) {

@@ -13,8 +13,8 @@ typedef struct sh_limits {
     double fma_gflops; /* 10⁹ f32 operations/s, a multiply-add counting as two, operands in registers */
 } sh_limits;
 
-/* Reads a block of `bytes` (take many times the last cache: 512 MiB), held only during the call, and runs multiply-adds;
- * the best of several short tries on every member of the team. Takes about a second. */
+/* Reads a block of `bytes` (take many times the last cache: 512 MiB), held only during the call, and runs
+ * multiply-adds; the best of several short tries on every member of the team. Takes about a second. */
 sh_status sh_limits_measure(sh_team *t, size_t bytes, sh_limits *out);
 
 #endif

@@ -55,6 +55,13 @@ def main():
                 print(f"{name}: {r['response']['status_code']} {r['error']['message'][:160]}", flush=True)
             check(len(rows) == len(bad) + len(by_id(rows)), f"{name}: {len(rows)} rows")
 
+        out = s.file("pipe.out")
+        p = subprocess.run(st.command(MODEL, "/dev/stdin", out, "-n", 1), input=good("a") + b"\n" + good("b") + b"\n",
+                           env=s.env(), capture_output=True, timeout=120)
+        rows = [json.loads(line) for line in open(out)] if os.path.exists(out) else []
+        check(p.returncode == 0 and len(rows) == 2 and by_id(rows).get("a") == want,
+              f"pipe: exit {p.returncode}, {len(rows)} rows: {p.stderr[-300:]}")
+
         both("long-line", b'{"custom_id": "x", "prompt": "' + b"a" * 50_000_000 + b'"}\n' + good("a") + b"\n", 1, [1], "line")
         both("long-line-last", good("a") + b"\n" + b"b" * 50_000_000, 1, [2], "line")
         both("invalid-utf8", b'{"custom_id": "\xff\xfe", "prompt": "x"}\n' + good("a") + b"\n", 1, [1], "UTF-8")

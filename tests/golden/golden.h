@@ -35,6 +35,10 @@ static int failures, checks;
 
 static const char *const fixtures[] = {"26b-a4b-like", "26b-a4b-sharded", "31b-like", "e2b-like", "e4b-like"};
 #define N_FIXTURES ((int)(sizeof fixtures / sizeof fixtures[0]))
+/* In tests/data/odd, by make_odd_models.py. */
+static const char *const odd_fixtures[] = {"odd-widths", "wide-window", "full-only", "shared-values",
+                                           "one-expert", "all-experts", "one-layer"};
+#define N_ODD ((int)(sizeof odd_fixtures / sizeof odd_fixtures[0]))
 
 static inline void *must_alloc(size_t n) {
     void *p = calloc(1, n ? n : 1);
