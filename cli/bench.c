@@ -1,5 +1,5 @@
 /* shoal bench: how fast this machine runs a model, beside what its cores can do at best. Drives the model by drive.c,
- * measures the limits by model/limits.h in turn with it, and prints a table or JSON. Compares nothing with other
+ * measures the limits by model/kernels/peak.h in turn with it, and prints a table or JSON. Compares nothing with other
  * machines and stores nothing. docs/performance.md tells how to read the numbers. */
 #include <libgen.h>
 #include <limits.h>
@@ -10,7 +10,7 @@
 #include "cli/options.h"
 #include "common/clock.h"
 #include "common/json.h"
-#include "model/limits.h"
+#include "model/kernels/peak.h"
 #include "partition/machine.h"
 
 #define MAX_BATCHES 32
@@ -148,8 +148,8 @@ static double seconds_of(const line *l, const sh_drive_count *n) {
 }
 
 static sh_status round_run(bench *b, int r) {
-    sh_limits lim;
-    SH_TRY(sh_limits_measure(sh_model_team(sh_drive_model(b->drive)), LIMIT_BLOCK, &lim));
+    sh_peak lim;
+    SH_TRY(sh_peak_measure(sh_model_team(sh_drive_model(b->drive)), LIMIT_BLOCK, &lim));
     b->read[r] = lim.read_gbs;
     b->fma[r] = lim.fma_gflops;
     for (int i = 0; i < b->n_lines; i++) {

@@ -22,7 +22,8 @@ void sh_buf_clear(sh_buf *b) {
 
 sh_status sh_buf_reserve(sh_buf *b, size_t extra) {
     size_t max = b->max ? b->max : (size_t)1 << 30;
-    if (extra > max || b->len > max - extra) SH_FAIL(SH_ELIMIT, "buffer of %zu bytes is over its limit of %zu", b->len + extra, max);
+    if (extra > max || b->len > max - extra)
+        SH_FAIL(SH_ELIMIT, "buffer of %zu bytes is over its limit of %zu", b->len + extra, max);
     size_t need = b->len + extra + 1;
     if (need <= b->cap) return SH_OK;
     size_t cap = b->cap ? b->cap : 64;

@@ -72,14 +72,21 @@ sh_status sh_json_read_members(const char *path, size_t max_bytes, const char *c
 
 const char *sh_json_type_name(const json_t *j) {
     switch (j ? json_typeof(j) : JSON_NULL) {
-    case JSON_OBJECT: return "an object";
-    case JSON_ARRAY: return "an array";
-    case JSON_STRING: return "a string";
-    case JSON_INTEGER: return "an integer";
-    case JSON_REAL: return "a number";
+    case JSON_OBJECT:
+        return "an object";
+    case JSON_ARRAY:
+        return "an array";
+    case JSON_STRING:
+        return "a string";
+    case JSON_INTEGER:
+        return "an integer";
+    case JSON_REAL:
+        return "a number";
     case JSON_TRUE:
-    case JSON_FALSE: return "a boolean";
-    default: return "null";
+    case JSON_FALSE:
+        return "a boolean";
+    default:
+        return "null";
     }
 }
 
@@ -92,8 +99,8 @@ sh_status sh_json_int(const json_t *object, const char *key, int64_t min, int64_
     else if (json_is_real(v) && json_real_value(v) == floor(json_real_value(v)) && fabs(json_real_value(v)) < 9e15)
         x = (int64_t)json_real_value(v);
     else
-        SH_FAIL(SH_EINPUT, "%s: %s is not an integer: allowed are integers from %lld to %lld", key, sh_json_type_name(v),
-                (long long)min, (long long)max);
+        SH_FAIL(SH_EINPUT, "%s: %s is not an integer: allowed are integers from %lld to %lld", key,
+                sh_json_type_name(v), (long long)min, (long long)max);
     if (x < min || x > max)
         SH_FAIL(SH_EINPUT, "%s: %lld is out of range: allowed are integers from %lld to %lld", key, (long long)x,
                 (long long)min, (long long)max);
@@ -105,9 +112,11 @@ sh_status sh_json_double(const json_t *object, const char *key, double min, doub
     const json_t *v = json_object_get(object, key);
     if (!v || json_is_null(v)) return SH_OK;
     if (!json_is_number(v))
-        SH_FAIL(SH_EINPUT, "%s: %s is not a number: allowed are numbers from %g to %g", key, sh_json_type_name(v), min, max);
+        SH_FAIL(SH_EINPUT, "%s: %s is not a number: allowed are numbers from %g to %g", key, sh_json_type_name(v), min,
+                max);
     double x = json_number_value(v);
-    if (!(x >= min && x <= max)) SH_FAIL(SH_EINPUT, "%s: %g is out of range: allowed are numbers from %g to %g", key, x, min, max);
+    if (!(x >= min && x <= max))
+        SH_FAIL(SH_EINPUT, "%s: %g is out of range: allowed are numbers from %g to %g", key, x, min, max);
     *out = x;
     return SH_OK;
 }
@@ -115,7 +124,8 @@ sh_status sh_json_double(const json_t *object, const char *key, double min, doub
 sh_status sh_json_bool(const json_t *object, const char *key, bool *out) {
     const json_t *v = json_object_get(object, key);
     if (!v || json_is_null(v)) return SH_OK;
-    if (!json_is_boolean(v)) SH_FAIL(SH_EINPUT, "%s: %s is not a boolean: allowed are true and false", key, sh_json_type_name(v));
+    if (!json_is_boolean(v))
+        SH_FAIL(SH_EINPUT, "%s: %s is not a boolean: allowed are true and false", key, sh_json_type_name(v));
     *out = json_is_true(v);
     return SH_OK;
 }

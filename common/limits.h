@@ -2,8 +2,8 @@
 #ifndef SH_COMMON_LIMITS_H
 #define SH_COMMON_LIMITS_H
 
-#define SH_MAX_LINE_BYTES      ((size_t)32 << 20)  /* one request line */
-#define SH_MAX_CUSTOM_ID       512                 /* bytes of custom_id */
+#define SH_MAX_LINE_BYTES      ((size_t)32 << 20) /* one request line */
+#define SH_MAX_CUSTOM_ID       512                /* bytes of custom_id */
 #define SH_MAX_JSON_DEPTH      64
 #define SH_MAX_CONFIG_BYTES    ((size_t)16 << 20)  /* config.json, generation_config.json, tokenizer_config.json */
 #define SH_MAX_TOKENIZER_BYTES ((size_t)256 << 20) /* tokenizer.json */
@@ -12,14 +12,14 @@
 #define SH_MAX_ST_HEADER       ((size_t)100 << 20) /* safetensors header: the format's own limit */
 #define SH_MAX_LAYERS          512
 #define SH_MAX_RANKS           4096
-#define SH_MAX_STOPS           16                  /* stop strings of one request */
+#define SH_MAX_STOPS           16 /* stop strings of one request */
 #define SH_MAX_STOP_BYTES      1024
 #define SH_MAX_STOP_IDS        64
 #define SH_MAX_TOP_LOGPROBS    20
-#define SH_MAX_SEQS            4096                /* sequences at once in a group */
-#define SH_MAX_CHUNK           8192                /* prompt tokens per step */
-#define SH_MAX_MESSAGE         ((size_t)64 << 20)  /* one message on a ZeroMQ socket */
-#define SH_USUAL_CONTEXT       131072              /* prompt and output together, unless --max-context says otherwise */
-#define SH_MAX_INFLIGHT        64                  /* micro-batches in flight in a group */
+#define SH_MAX_SEQS            4096               /* sequences at once in a group */
+#define SH_MAX_CHUNK           8192               /* prompt tokens per step */
+#define SH_MAX_MESSAGE         ((size_t)64 << 20) /* one message on a ZeroMQ socket */
+#define SH_USUAL_CONTEXT       131072             /* prompt and output together, unless --max-context says otherwise */
+#define SH_MAX_INFLIGHT        64                 /* micro-batches in flight in a group */
 
 #endif

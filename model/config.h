@@ -52,8 +52,8 @@ int sh_config_usual_context(const sh_config *c);
 /* Defaults for requests: generation_config.json, where absent the values of config.json and neutral sampling. */
 typedef struct sh_generation {
     double temperature, top_p;
-    int top_k;                            /* 0: off */
-    bool do_sample;                       /* false: temperature defaults to 0 */
+    int top_k;                             /* 0: off */
+    bool do_sample;                        /* false: temperature defaults to 0 */
     int stop_ids[SH_MAX_STOP_IDS], n_stop; /* eos_token_id of the file, else config.json's */
     int suppress[SH_MAX_STOP_IDS], n_suppress;
 } sh_generation;
@@ -65,12 +65,14 @@ sh_status sh_generation_load(const char *model_dir, const sh_config *c, sh_gener
 
 /* Values (not bytes) that one position of a producing layer stores: kv_heads·head_dim, twice unless k_eq_v. */
 int sh_layer_kv_values(const sh_layer *l);
-/* The same for a whole stage [first, last): bytes per token of one KV kind over the layers it must hold (its producers and
- * mirrors of earlier producers that its consumers read). */
+/* The same for a whole stage [first, last): bytes per token of one KV kind over the layers it must hold (its producers
+ * and mirrors of earlier producers that its consumers read). */
 size_t sh_config_kv_bytes(const sh_config *c, sh_kv_type type, sh_kv_kind kind, int first, int last);
 /* Whether K/V of producer `layer` must cross a cut before layer `cut` (layer < cut and some consumer ≥ cut). */
 bool sh_config_kv_crosses(const sh_config *c, int layer, int cut);
-static inline size_t sh_kv_type_bytes(sh_kv_type t) { return t == SH_KV_F32 ? 4 : 2; }
+static inline size_t sh_kv_type_bytes(sh_kv_type t) {
+    return t == SH_KV_F32 ? 4 : 2;
+}
 const char *sh_mode_name(sh_mode m);
 const char *sh_kv_type_name(sh_kv_type t);
 sh_status sh_mode_parse(const char *s, sh_mode *out);
@@ -81,16 +83,17 @@ typedef struct sh_param_count {
     int64_t embedding, ple_table, ple_projection, attention, mlp, experts, router, ple_layers, norms, total;
 } sh_param_count;
 sh_param_count sh_config_count(const sh_config *c);
-/* The same for one layer, as the checkpoint stores it: norms includes q_norm and k_norm, router its scales, ple the gate
- * and the projection inside the layer. layer_scalar is a buffer and not counted. */
+/* The same for one layer, as the checkpoint stores it: norms includes q_norm and k_norm, router its scales, ple the
+ * gate and the projection inside the layer. layer_scalar is a buffer and not counted. */
 typedef struct sh_layer_count {
     int64_t qo, kv, mlp, experts, router, ple, norms;
 } sh_layer_count;
 sh_layer_count sh_config_layer_count(const sh_config *c, int layer);
-/* Elements of the matrices of one layer (what a decode step reads of it, its rows of per_layer_model_projection included);
- * experts counted whole. */
+/* Elements of the matrices of one layer (what a decode step reads of it, its rows of per_layer_model_projection
+ * included); experts counted whole. */
 int64_t sh_layer_params(const sh_config *c, int layer);
-/* Bytes of anonymous memory that sh_weights_load (weights.h) holds for layers [first, last): for budgets, before loading. */
+/* Bytes of anonymous memory that sh_weights_load (weights.h) holds for layers [first, last): for budgets, before
+ * loading. */
 size_t sh_weights_estimate(const sh_config *c, int first, int last);
 
 #endif

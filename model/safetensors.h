@@ -1,7 +1,7 @@
 /*
  * A checkpoint directory's tensors: one model.safetensors, or shards named by model.safetensors.index.json, mapped and
- * checked (header length, JSON, dtype, shape against offsets, overlap, file length). Nothing is read but headers until a
- * tensor's bytes are touched. Errors name file and tensor.
+ * checked (header length, JSON, dtype, shape against offsets, overlap, file length). Nothing is read but headers until
+ * a tensor's bytes are touched. Errors name file and tensor.
  */
 #ifndef SH_MODEL_SAFETENSORS_H
 #define SH_MODEL_SAFETENSORS_H
@@ -26,7 +26,7 @@ typedef struct sh_tensors sh_tensors;
 sh_status sh_tensors_open(const char *model_dir, sh_tensors **out);
 void sh_tensors_close(sh_tensors **t);
 int sh_tensors_count(const sh_tensors *t);
-const sh_tensor *sh_tensors_at(const sh_tensors *t, int i); /* sorted by name */
+const sh_tensor *sh_tensors_at(const sh_tensors *t, int i);              /* sorted by name */
 const sh_tensor *sh_tensors_find(const sh_tensors *t, const char *name); /* NULL: absent */
 /* Marks the file of a tensor as needed; sh_tensors_trim unmaps every file that has no such mark. */
 void sh_tensors_need(sh_tensors *t, const sh_tensor *tensor);

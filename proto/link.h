@@ -1,8 +1,8 @@
 /*
- * Rank-to-rank transport of one group: a table of functions with two members, link_mpi.c (the only file that sees MPI) and
- * link_local.c (ranks are threads of one process). Two-sided, non-blocking, explicit progress: nothing moves unless
- * somebody calls one of these. Messages between one pair with one tag arrive in the order sent. One thread per rank uses
- * its link. Not collective unless said.
+ * Rank-to-rank transport of one group: a table of functions with two members, link_mpi.c (the only file that sees MPI)
+ * and link_local.c (ranks are threads of one process). Two-sided, non-blocking, explicit progress: nothing moves unless
+ * somebody calls one of these. Messages between one pair with one tag arrive in the order sent. One thread per rank
+ * uses its link. Not collective unless said.
  */
 #ifndef SH_PROTO_LINK_H
 #define SH_PROTO_LINK_H
