@@ -6,8 +6,6 @@
 #include "cli/facts.h"
 #include "model/team.h"
 
-#pragma weak sh_cmd_bench
-
 static const struct {
     const char *name, *help;
     int (*run)(int argc, char **argv);
@@ -104,7 +102,7 @@ int main(int argc, char **argv) {
     if (runs_teams(name)) sh_team_prepare(argv);
     for (int i = 0; i < N_COMMANDS; i++)
         if (strcmp(name, commands[i].name) == 0) {
-            int rc = commands[i].run ? commands[i].run(argc - 1, argv + 1) : SH_EXIT_RUN;
+            int rc = commands[i].run(argc - 1, argv + 1);
             if (fflush(stdout) != 0 && rc == SH_EXIT_OK) { /* a full disk or a closed pipe must not look like success */
                 perror("shoal: standard output");
                 rc = SH_EXIT_RUN;

@@ -20,8 +20,8 @@
 static const char usage[] =
     "Usage: shoal bench [-m MODEL] [options]\n"
     "Times a model on this machine: one process, one rank, prompts and decode steps of random tokens, no\n"
-    "coordinator. Measures in every round what the same cores can do at best, then a prompt, then decode steps\n"
-    "at each batch size; prints the median round.\n\n"
+    "coordinator. Every round runs a prompt, then decode steps at each batch size, and measures before each what\n"
+    "the same cores can do at best; the median round is printed.\n\n"
     "  prefill        one prompt of --prompt tokens; as in a run, only its last token asks for logits\n"
     "  decode         one token for each of `batch` sequences that already hold such a prompt\n"
     "  tokens/s       prompt tokens, or decoded tokens of all sequences, per second\n"
@@ -48,7 +48,8 @@ typedef struct options {
 typedef struct line {
     int batch;
     sh_drive_count count[MAX_ROUNDS];
-    double ms[MAX_ROUNDS], fma[MAX_ROUNDS], read[MAX_ROUNDS]; /* shares of that round's limits */
+    double ms[MAX_ROUNDS];
+    double fma[MAX_ROUNDS], read[MAX_ROUNDS]; /* shares of the limits as measured just before */
 } line;
 
 typedef struct bench {
@@ -59,7 +60,9 @@ typedef struct bench {
     int first, last, threads, rounds;
     sh_drive *drive;
     double load_seconds;
-    double read[MAX_ROUNDS], fma[MAX_ROUNDS]; /* limits */
+    double read[MAX_ROUNDS * (MAX_BATCHES + 1)],
+        fma[MAX_ROUNDS * (MAX_BATCHES + 1)]; /* limits, as they were measured */
+    int n_limits;
     line lines[MAX_BATCHES + 1];
     int n_lines;
 } bench;
@@ -147,30 +150,29 @@ static double seconds_of(const line *l, const sh_drive_count *n) {
     return l->batch ? n->median * n->steps : n->seconds;
 }
 
-static sh_status round_run(bench *b, int r) {
+/* The limits first, each time: on a machine that is not ours alone they change from second to second. */
+static sh_status line_run(bench *b, line *l, int r) {
     sh_peak lim;
     SH_TRY(sh_peak_measure(sh_model_team(sh_drive_model(b->drive)), LIMIT_BLOCK, &lim));
-    b->read[r] = lim.read_gbs;
-    b->fma[r] = lim.fma_gflops;
-    for (int i = 0; i < b->n_lines; i++) {
-        line *l = &b->lines[i];
-        sh_drive_count *n = &l->count[r];
-        if (l->batch)
-            SH_TRY(sh_drive_decode(b->drive, l->batch, n));
-        else
-            SH_TRY(sh_drive_prefill(b->drive, n));
-        double s = seconds_of(l, n);
-        l->ms[r] = s * 1e3 / (l->batch ? n->steps : 1);
-        l->fma[r] = n->flops / s * 1e-9 / lim.fma_gflops;
-        l->read[r] = n->weight_bytes / s * 1e-9 / lim.read_gbs;
-    }
+    b->read[b->n_limits] = lim.read_gbs;
+    b->fma[b->n_limits++] = lim.fma_gflops;
+    sh_drive_count *n = &l->count[r];
+    if (l->batch)
+        SH_TRY(sh_drive_decode(b->drive, l->batch, n));
+    else
+        SH_TRY(sh_drive_prefill(b->drive, n));
+    double s = seconds_of(l, n);
+    l->ms[r] = s * 1e3 / (l->batch ? n->steps : 1);
+    l->fma[r] = n->flops / s * 1e-9 / lim.fma_gflops;
+    l->read[r] = n->weight_bytes / s * 1e-9 / lim.read_gbs;
     return SH_OK;
 }
 
 static sh_status measure(bench *b) {
     sh_drive_count warm;
     SH_TRY(sh_drive_prefill(b->drive, &warm)); /* touches the scratch, and starts the threads */
-    for (int r = 0; r < b->rounds; r++) SH_TRY(round_run(b, r));
+    for (int r = 0; r < b->rounds; r++)
+        for (int i = 0; i < b->n_lines; i++) SH_TRY(line_run(b, &b->lines[i], r));
     return SH_OK;
 }
 
@@ -180,7 +182,7 @@ static int by_value(const void *a, const void *b) {
 }
 
 static double median(const double *x, int n) {
-    double sorted[MAX_ROUNDS];
+    double sorted[MAX_ROUNDS * (MAX_BATCHES + 1)];
     memcpy(sorted, x, (size_t)n * sizeof *x);
     qsort(sorted, (size_t)n, sizeof *sorted, by_value);
     return n % 2 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
@@ -189,14 +191,14 @@ static double median(const double *x, int n) {
 /* What is shown of a line: medians over the rounds. */
 typedef struct summary {
     double tokens_per_s, ms, gflops, fma_share, weight_gbs, read_share, kv_gbs;
-    double mean_ms;      /* over all steps of all rounds */
-    sh_model_times time; /* shares */
+    double mean_ms, best_ms; /* over all steps of all rounds; of the best step (or prompt) */
+    sh_model_times time;     /* shares */
 } summary;
 
 static summary summarize(const line *l, int rounds) {
     const sh_drive_count *n = &l->count[0]; /* tokens, steps and operations are the same in every round */
     int units = l->batch ? n->steps : 1;
-    double ms = median(l->ms, rounds), s = ms * 1e-3 * units, all = 0, weights = 0;
+    double ms = median(l->ms, rounds), s = ms * 1e-3 * units, all = 0, weights = 0, best = 1e30;
     summary x = {.tokens_per_s = n->tokens / s,
                  .ms = ms,
                  .gflops = n->flops / s * 1e-9,
@@ -210,10 +212,12 @@ static summary summarize(const line *l, int rounds) {
         x.time.experts += c->times.experts / c->seconds / rounds;
         all += c->seconds;
         weights += c->weight_bytes / rounds;
+        if (c->best < best) best = c->best;
     }
     x.weight_gbs = weights / s * 1e-9;
     x.time.other = 1 - x.time.weights - x.time.attention - x.time.experts;
     x.mean_ms = all * 1e3 / rounds / units;
+    x.best_ms = best * 1e3;
     return x;
 }
 
@@ -228,8 +232,8 @@ static void print_table(const bench *b) {
            sh_model_kernels(m)->isa);
     printf("loaded %.2f GB of weights in %.1f s (%.2f GB/s)\n", bytes * 1e-9, b->load_seconds,
            bytes * 1e-9 / b->load_seconds);
-    printf("limits of these threads: reading %.1f GB/s, f32 multiply-add %.0f GFLOP/s (median of %d rounds)\n\n",
-           median(b->read, b->rounds), median(b->fma, b->rounds), b->rounds);
+    printf("limits of these threads: reading %.1f GB/s, f32 multiply-add %.0f GFLOP/s (medians of %d rounds)\n\n",
+           median(b->read, b->n_limits), median(b->fma, b->n_limits), b->rounds);
     printf("                                             %% of   weights  %% of      KV           time in %%\n");
     printf(
         "               tokens/s        ms  GFLOP/s    FMA      GB/s  read    GB/s  weights attention experts other\n");
@@ -249,11 +253,12 @@ static void print_table(const bench *b) {
 
 static json_t *line_json(const bench *b, const line *l) {
     summary x = summarize(l, b->rounds);
-    json_t *j = json_pack("{s:i, s:i, s:f, s:f, s:f, s:f, s:f, s:{s:f, s:f, s:f, s:f}}", "tokens", l->count[0].tokens,
-                          "steps", l->count[0].steps, "tokens_per_s", x.tokens_per_s, l->batch ? "step_ms" : "ms", x.ms,
-                          l->batch ? "mean_step_ms" : "mean_ms", x.mean_ms, "gflops", x.gflops, "fma_share",
-                          x.fma_share, "time_share", "weights", x.time.weights, "attention", x.time.attention,
-                          "experts", x.time.experts, "other", x.time.other);
+    json_t *j =
+        json_pack("{s:i, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:{s:f, s:f, s:f, s:f}}", "tokens", l->count[0].tokens,
+                  "steps", l->count[0].steps, "tokens_per_s", x.tokens_per_s, l->batch ? "step_ms" : "ms", x.ms,
+                  l->batch ? "mean_step_ms" : "mean_ms", x.mean_ms, l->batch ? "best_step_ms" : "best_ms", x.best_ms,
+                  "gflops", x.gflops, "fma_share", x.fma_share, "time_share", "weights", x.time.weights, "attention",
+                  x.time.attention, "experts", x.time.experts, "other", x.time.other);
     if (!j || !l->batch) return j;
     int bad = json_object_set_new(j, "batch", json_integer(l->batch));
     bad += json_object_set_new(j, "weight_gbs", json_real(x.weight_gbs));
@@ -271,8 +276,8 @@ static sh_status print_json(const bench *b) {
         b->path, "variant", b->config.variant, "layers", b->first, b->last, "mode", sh_mode_name(mode_of(b)), "kv",
         sh_kv_type_name(kv_of(b)), "threads", b->threads, "isa", sh_model_kernels(m)->isa, "prompt", b->o.prompt,
         "generate", b->o.generate, "rounds", b->rounds, "load", "seconds", b->load_seconds, "weight_bytes",
-        (double)sh_model_weight_bytes(m), "limits", "read_gbs", median(b->read, b->rounds), "fma_gflops",
-        median(b->fma, b->rounds), "prefill", line_json(b, &b->lines[0]), "decode");
+        (double)sh_model_weight_bytes(m), "limits", "read_gbs", median(b->read, b->n_limits), "fma_gflops",
+        median(b->fma, b->n_limits), "prefill", line_json(b, &b->lines[0]), "decode");
     if (!j) SH_FAIL(SH_EMEMORY, "bench: no memory for the report");
     for (int i = 1; i < b->n_lines; i++)
         if (json_array_append_new(json_object_get(j, "decode"), line_json(b, &b->lines[i])) != 0)

@@ -262,6 +262,7 @@ static void finish(sh_drive *d, const sh_model_times *before, sh_drive_count *n)
                                 .other = now.other - before->other};
     for (int i = 0; i < n->steps; i++) n->seconds += d->step_seconds[i];
     qsort(d->step_seconds, (size_t)n->steps, sizeof *d->step_seconds, by_value);
+    n->best = d->step_seconds[0];
     n->median = n->steps % 2 ? d->step_seconds[n->steps / 2]
                              : (d->step_seconds[n->steps / 2 - 1] + d->step_seconds[n->steps / 2]) / 2;
 }
@@ -280,6 +281,7 @@ sh_status sh_drive_prefill(sh_drive *d, sh_drive_count *out) {
     }
     d->first_token = d->next[0];
     finish(d, &before, &n);
+    n.best = n.seconds;
     *out = n;
     return SH_OK;
 }

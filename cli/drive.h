@@ -31,6 +31,7 @@ typedef struct sh_drive_count {
     int steps;                     /* micro-batches */
     double seconds;                /* of all steps */
     double median;                 /* seconds of the median step */
+    double best;                   /* seconds of the quickest step, or of the whole prompt */
     double flops;                  /* floating-point operations, by the formula of docs/performance.md */
     double weight_bytes, kv_bytes; /* that decode steps had to read; 0 for a prompt */
     sh_model_times times;          /* by cause */

@@ -53,7 +53,7 @@ struct sh_session {
     uint64_t job;          /* 0: not known */
     uint64_t done, total, errors, tokens_in, tokens_out;
     uint64_t first_in, first_out; /* when this run began */
-    bool have_counts, finished;
+    bool have_counts, finished, superseded;
     double work_began, worked;
     sh_logtail tail;
     /* the submitting thread; state is guarded by lock */
@@ -271,6 +271,12 @@ static void end_group(sh_session *s) {
     s->group_on = s->group_seen = s->group_ready = false;
 }
 
+/* From here on everything that bears the store's mark is the newer run's. */
+static sh_status superseded(sh_session *s) {
+    s->superseded = true;
+    SH_FAIL(SH_ESTATE, "%s: a newer run has taken it over", s->o.store->path);
+}
+
 /* The coordinator is not there (any more): ends what is left of it and its group, and starts the next. */
 static sh_status renew_coordinator(sh_session *s) {
     bool first = s->coordinators == 0;
@@ -279,7 +285,7 @@ static sh_status renew_coordinator(sh_session *s) {
         sh_child_end(&s->coordinator, 0); /* one that does not answer cannot save anything either */
         end_group(s);
         if (WIFEXITED(s->coordinator.status) && WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED)
-            SH_FAIL(SH_ESTATE, "%s: a newer run has taken it over", s->o.store->path);
+            return superseded(s);
         SH_TRY(note_failure(s, &s->of_coordinator, "coordinator"));
         while (sh_now() < s->of_coordinator.not_before && !*s->o.interrupted) sh_sleep(0.02);
     }
@@ -292,8 +298,7 @@ static sh_status renew_coordinator(sh_session *s) {
     if (WIFEXITED(s->coordinator.status) && !silent) {
         describe(s, &s->coordinator,
                  &s->of_coordinator); /* ended by itself before it began: trying again would not help */
-        if (WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED)
-            SH_FAIL(SH_ESTATE, "%s: a newer run has taken it over", s->o.store->path);
+        if (WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED) return superseded(s);
         SH_FAIL(SH_EPEER, "coordinator: %s", s->of_coordinator.reason);
     }
     if (silent)
@@ -547,7 +552,7 @@ void sh_session_stop(sh_session *s, bool finished) {
     double until = sh_now() + SH_RUN_GRACE;
     while (finished && sh_child_poll(&s->coordinator) && sh_now() < until) sh_sleep(0.01);
     sh_child_end(&s->coordinator, SH_RUN_GRACE);
-    (void)sh_process_end_marked(s->o.store->mark, 1.0);
+    if (!s->superseded) (void)sh_process_end_marked(s->o.store->mark, 1.0);
 }
 
 void sh_session_closing(const sh_session *s, sh_closing *c) {

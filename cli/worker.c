@@ -1,7 +1,6 @@
 /* shoal worker: the ranks of a group. Normally started by mpirun, srun or `shoal run`; on its own it is a group of one.
  */
 #include <pthread.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -61,31 +60,6 @@ static sh_status parse_cpus(const char *s, int *cpus, int *n) {
     }
     *n = count;
     return SH_OK;
-}
-
-static int allowed_cpus(void) {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-}
-
-/* OpenMP's threads spin between two products, by default for milliseconds: good alone, ruinous where another rank needs the
- * core (two threads on one core were 100 times slower). libgomp reads its settings when the program is loaded, so the
- * program is loaded once more with them, before MPI is touched. What the user has set wins. */
-static void tame_openmp(const arguments *a, int n_cpus, int argc, char **argv) {
-    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
-    const char *local = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
-    int ranks = local ? atoi(local) : a->ranks ? a->ranks : 1, threads = a->threads ? a->threads : 1;
-    bool crowded = (long)ranks * threads > n_cpus;
-    char **again = calloc((size_t)argc + 2, sizeof *again);
-    if (!again || setenv("GOMP_SPINCOUNT", crowded ? "0" : "2000", 1) != 0) {
-        free(again);
-        return; /* slower, not wrong */
-    }
-    again[0] = (char *)"shoal";
-    again[1] = (char *)"worker";
-    for (int i = 1; i < argc; i++) again[i + 1] = argv[i];
-    execv("/proc/self/exe", again);
-    free(again);
 }
 
 /* Leaving in step lets MPI finish; everything else must not wait for ranks that may be gone. */
@@ -150,7 +124,7 @@ static int run_local(int n, const sh_worker_options *o) {
     return status;
 }
 
-static int run_worker(const arguments *a, int argc, char **argv) {
+static int run_worker(const arguments *a) {
     static int cpus[SH_MAX_CPUS];
     char group[160], host[128] = "";
     sh_worker_options o = {.endpoint = a->connect, .keys = a->keys, .group = a->group, .threads = a->threads};
@@ -163,7 +137,6 @@ static int run_worker(const arguments *a, int argc, char **argv) {
                 a->ranks, a->ranks);
         return SH_EXIT_USAGE;
     }
-    tame_openmp(a, o.n_cpus ? o.n_cpus : allowed_cpus(), argc, argv);
     if (!o.group) { /* the same on all ranks: the launcher's own name of the job, if it has one */
         const char *job = getenv("OMPI_MCA_ess_base_jobid"), *slurm = getenv("SLURM_JOB_ID");
         if (gethostname(host, sizeof host - 1) != 0) host[0] = 0;
@@ -207,5 +180,5 @@ int sh_cmd_worker(int argc, char **argv) {
         return SH_EXIT_USAGE;
     }
     sh_log_setup(SH_LOG_WARN, "worker");
-    return run_worker(&a, argc, argv);
+    return run_worker(&a);
 }

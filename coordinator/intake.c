@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "common/hash.h"
+#include "common/utf8.h"
 #include "coordinator/fields.h"
 #include "model/chat.h"
 
@@ -127,6 +128,11 @@ static sh_status parse_line(sh_reading *rd, const char *text, size_t len, uint64
         return sh_refuse(rd, 413, "line_too_long", "line %llu: %zu bytes: allowed are %zu", no, len, SH_MAX_LINE_BYTES);
     json_error_t e;
     json_t *j = load_line(text, len, &e);
+    size_t whole = j ? len : sh_utf8_valid((const uint8_t *)text, len);
+    if (whole < len)
+        return sh_refuse(rd, 400, "invalid_json",
+                         "line %llu: not valid UTF-8 at byte %zu (0x%02x): allowed is one JSON object a line", no,
+                         whole + 1, (unsigned char)text[whole]);
     if (!j)
         return sh_refuse(rd, 400, "invalid_json",
                          "line %llu: not valid JSON at column %d: %s: allowed is one JSON object a line", no, e.column,
@@ -317,12 +323,12 @@ static sh_status settle_lengths(const sh_intake *in, sh_reading *rd) {
                          rd->max_tokens >= 0 ? "max_tokens" : "max_completion_tokens");
     if (room < 1)
         return sh_refuse(rd, 413, "context_length_exceeded",
-                         "%s: %lld tokens: allowed are %d, the context (--max-context) less one token to generate", input, n,
-                         in->max_context - 1);
+                         "%s: %lld tokens: allowed are %d, the context (--max-context) less one token to generate",
+                         input, n, in->max_context - 1);
     if (max > room)
         return sh_refuse(rd, 413, "context_length_exceeded",
-                         "%s: %lld tokens and %lld to generate make %lld: allowed are %d together (--max-context)", input, n, max,
-                         n + max, in->max_context);
+                         "%s: %lld tokens and %lld to generate make %lld: allowed are %d together (--max-context)",
+                         input, n, max, n + max, in->max_context);
     if (max < 0)
         max = in->options.default_max_tokens > 0 && in->options.default_max_tokens < room
                   ? in->options.default_max_tokens

@@ -306,8 +306,10 @@ static sh_status open_db(const char *path, bool create, sqlite3 **out) {
 
 static int first_text(void *to, int n, char **value, char **name) {
     (void)name;
-    if (n > 0) snprintf(to, 200, "%s", value[0] ? value[0] : "");
-    return 1; /* the first row is enough */
+    char *text = to;
+    if (n > 0) snprintf(text, 200, "%s", value[0] ? value[0] : "");
+    for (char *end; (end = strchr(text, '\n'));) *end = ' '; /* an error is one line */
+    return 1;                                                /* the first row is enough */
 }
 
 static sh_status check_db(sqlite3 *db, const char *source) {

@@ -71,15 +71,17 @@ static void bind(const sh_team *t, int member) {
 }
 
 void sh_team_run(sh_team *t, void (*fn)(void *arg, int member, int size), void *arg) {
-    if (t->threads == 1) {
+    /* Members that would share a CPU take turns on one thread: threads that wait for each other there only spin. */
+    int running = t->n_cpus > 0 && t->n_cpus < t->threads ? t->n_cpus : t->threads;
+    if (running == 1) {
         bind(t, 0);
-        fn(arg, 0, 1);
+        for (int i = 0; i < t->threads; i++) fn(arg, i, t->threads);
         return;
     }
-#pragma omp parallel num_threads(t->threads) default(none) shared(t, fn, arg)
+#pragma omp parallel num_threads(running) default(none) shared(t, fn, arg)
     {
-        int member = omp_get_thread_num();
-        bind(t, member);
-        fn(arg, member, omp_get_num_threads());
+        int first = omp_get_thread_num(), step = omp_get_num_threads();
+        bind(t, first);
+        for (int i = first; i < t->threads; i += step) fn(arg, i, t->threads);
     }
 }

@@ -9,16 +9,19 @@
 
 typedef struct sh_team sh_team;
 
-/* threads ≥ 1. cpus: n_cpus logical CPU numbers (thread i goes to cpus[i % n_cpus]); n_cpus 0 leaves threads unbound. */
+/* threads ≥ 1. cpus: n_cpus logical CPU numbers (thread i goes to cpus[i % n_cpus]); n_cpus 0 leaves threads unbound.
+ */
 sh_status sh_team_create(int threads, const int *cpus, int n_cpus, sh_team **out);
 void sh_team_destroy(sh_team **t);
-/* To be called first in main() of a program that will run teams, with main's argv. Members that wait spin for a while before
- * they sleep; libgomp's own choice is milliseconds, which on shared CPUs costs 25 times the work between (measured: 3 ranks of 2
- * threads on 2 CPUs). It reads its setting while it is loaded, so this sets GOMP_SPINCOUNT and runs the program again
- * from the start. Returns when the environment has a setting (the user's or this one), or when that fails. */
+/* To be called first in main() of a program that will run teams, with main's argv. Members that wait spin for a while
+ * before they sleep; libgomp's own choice is milliseconds, which on shared CPUs costs 25 times the work between
+ * (measured: 3 ranks of 2 threads on 2 CPUs). It reads its setting while it is loaded, so this sets GOMP_SPINCOUNT and
+ * runs the program again from the start. Returns when the environment has a setting (the user's or this one), or when
+ * that fails. */
 void sh_team_prepare(char **argv);
 int sh_team_size(const sh_team *t);
-/* Runs fn(arg, i, size) on every member and waits for all. A team of one calls fn directly, without OpenMP. */
+/* Runs fn(arg, i, size) for every member and waits for all; members must not wait for each other within fn, for those
+ * that share a CPU take turns on one thread. Where that is all of them, fn is called directly, without OpenMP. */
 void sh_team_run(sh_team *t, void (*fn)(void *arg, int member, int size), void *arg);
 /* [*lo, *hi) is member's share of n items, as even as possible, ascending. */
 static inline void sh_team_share(int n, int member, int size, int *lo, int *hi) {

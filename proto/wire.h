@@ -1,8 +1,9 @@
 /*
- * protobuf over ZeroMQ: one ROUTER on the coordinator's side, DEALERs on the others'. Every message is two frames behind the
- * peer's identity: one byte saying which interface (SH_WIRE_JOB, SH_WIRE_GROUP), then the protobuf message. The only file
- * that sees ZeroMQ is wire.c. ipc:// relies on file permissions (the socket's folder is 0700); tcp:// needs a key folder
- * (CURVE, with a ZAP handler that admits only the keys in it) and is refused without one. One thread per object.
+ * protobuf over ZeroMQ: one ROUTER on the coordinator's side, DEALERs on the others'. Every message is two frames
+ * behind the peer's identity: one byte saying which interface (SH_WIRE_JOB, SH_WIRE_GROUP), then the protobuf message.
+ * The only file that sees ZeroMQ is wire.c. ipc:// relies on file permissions (the socket's folder is 0700); tcp://
+ * needs a key folder (CURVE, with a ZAP handler that admits only the keys in it) and is refused without one. One thread
+ * per object.
  */
 #ifndef SH_PROTO_WIRE_H
 #define SH_PROTO_WIRE_H
@@ -33,7 +34,8 @@ sh_status sh_wire_poll(sh_wire *w, int extra_fd, int timeout_ms, bool *readable)
 sh_status sh_wire_send(sh_wire *w, const sh_wire_peer *to, char kind, const void *p, size_t n);
 /* Takes one message if there is one (*got). from may be NULL on the connecting side. */
 sh_status sh_wire_recv(sh_wire *w, sh_wire_peer *from, char *kind, sh_buf *msg, bool *got);
-/* Makes a folder (0700) with a key pair for the server and one for clients, files 0600. Fails if keys are there already. */
+/* Makes a folder (0700) with a key pair for the server and one for clients, files 0600. Fails if keys are there
+ * already. */
 sh_status sh_wire_keygen(const char *dir);
 
 #endif

@@ -65,13 +65,6 @@ static bool ends_model(const sh_stage_options *o) {
     return o->last == o->config->n_layers;
 }
 
-size_t sh_stage_buffer_bytes(const sh_stage_options *o) {
-    size_t n = 4 * sh_leader_descriptor_bytes(o->schedule), rows = (size_t)sh_leader_max_rows(o->schedule);
-    if (o->first > 0) n += message_bytes(o, o->first);
-    if (!ends_model(o)) return n + SENDS * message_bytes(o, o->last);
-    return n + rows * (size_t)o->config->hidden * 4 + LOGIT_ROWS * (size_t)o->config->vocab * 4;
-}
-
 static sh_status create_model(sh_stage *s) {
     const sh_stage_options *o = &s->o;
     sh_model_options m = {.mode = o->mode,

@@ -1,6 +1,7 @@
 /* The thread that talks to the coordinator. See uplink.h. Fields of sh_uplink say who may touch them. */
 #include "worker/uplink.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -212,6 +213,8 @@ static sh_status push_inbox(sh_uplink *u, const sh_inbox *item) {
 
 static sh_status copy_ids(const int32_t *from, size_t n, const char *what, int32_t *to, int32_t *n_to) {
     if (n > SH_MAX_STOP_IDS) SH_FAIL(SH_EINPUT, "%s: %zu ids: %d are allowed", what, n, SH_MAX_STOP_IDS);
+    for (size_t i = 0; i < n; i++)
+        if (from[i] < 0) SH_FAIL(SH_EINPUT, "%s: id %d: 0 or more are allowed", what, from[i]);
     if (n) memcpy(to, from, n * sizeof *to);
     *n_to = (int32_t)n;
     return SH_OK;
@@ -231,6 +234,13 @@ static sh_status read_sampling(const Shoal__Sampling *m, sh_sampling *s) {
                        .logprobs = m->logprobs};
     if (m->logprobs < -1 || m->logprobs > SH_MAX_TOP_LOGPROBS)
         SH_FAIL(SH_EINPUT, "logprobs: %d: -1 to %d are allowed", m->logprobs, SH_MAX_TOP_LOGPROBS);
+    /* The last stage refuses a whole descriptor, and the group would end, for what is not caught here. */
+    if (!isfinite(m->temperature) || m->temperature < 0 || !isfinite(m->top_p) || !isfinite(m->min_p))
+        SH_FAIL(SH_EINPUT, "temperature, top_p, min_p: %g, %g, %g: finite numbers are allowed", (double)m->temperature,
+                (double)m->top_p, (double)m->min_p);
+    if (m->top_k < 0 || m->choice < 0 || m->min_tokens < 0)
+        SH_FAIL(SH_EINPUT, "top_k, choice, min_tokens: %d, %d, %d: 0 or more are allowed", m->top_k, m->choice,
+                m->min_tokens);
     SH_TRY(copy_ids(m->eos, m->n_eos, "eos", s->eos, &s->n_eos));
     SH_TRY(copy_ids(m->stop_ids, m->n_stop_ids, "stop_ids", s->stop_ids, &s->n_stop_ids));
     SH_TRY(copy_ids(m->suppress, m->n_suppress, "suppress", s->suppress, &s->n_suppress));

@@ -38,7 +38,7 @@ typedef struct sh_inbox {
 typedef struct sh_beat {
     uint64_t step; /* anything that shows progress counts; stands still when the main thread is stuck */
     bool busy;
-    uint64_t steps; /* micro-batches computed */
+    uint64_t steps;                                            /* micro-batches computed */
     double weights, attention, experts, exchange, other, idle; /* seconds */
     uint64_t bytes, sent;
     bool leader; /* the three below are meant */

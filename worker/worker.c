@@ -113,13 +113,23 @@ static sh_status share_node(rank *r) {
     return SH_OK;
 }
 
+/* What this rank may spend on KV; a refusal also tells which limit it met. */
+static sh_status kv_budget(const rank *r, uint64_t *out) {
+    sh_status st = sh_plan_kv_budget(r->config, r->plan, r->link->rank, r->part.memory, out);
+    if (st != SH_EMEMORY) return st;
+    const sh_memory_limit *l = &r->machine->limit[r->machine->memory_from];
+    char why[768];
+    snprintf(why, sizeof why, "%s", sh_error_text());
+    SH_FAIL(st, "%s (the node's limit is %s: %s)", why, l->name, l->source);
+}
+
 /* The same page counts on every rank, from every rank's budget. */
 static sh_status agree_pages(rank *r) {
     const sh_alive alive = {check_alive, r};
     uint64_t mine = 0;
     sh_kv_limits limits;
     sh_kv_plan kv;
-    SH_TRY(sh_plan_kv_budget(r->config, r->plan, r->link->rank, r->part.memory, &mine));
+    SH_TRY(kv_budget(r, &mine));
     SH_TRY(sh_plan_kv_limits(r->plan, &limits));
     uint64_t *all = calloc((size_t)r->link->size, sizeof *all);
     if (!all) SH_FAIL(SH_EMEMORY, "no memory for the budgets");

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -48,27 +49,44 @@ typedef struct server_options {
     rlim_t file_limit;
 } server_options;
 
-static void server_child(const server_options *o, const char *endpoint, int fd) {
-    if (o->file_limit) {
+/* The coordinator runs in this program started anew, not in a fork of it: the parent has threads (ZeroMQ's). */
+static int server_main(char **arg) {
+    const server_options o = {.store = arg[1],
+                              .run = atoi(arg[3]),
+                              .cuts = arg[4][0] ? arg[4] : NULL,
+                              .mode = (sh_mode)atoi(arg[5]),
+                              .seed = (uint64_t)atoi(arg[6]),
+                              .file_limit = (rlim_t)atoi(arg[7])};
+    if (o.file_limit) {
         signal(SIGXFSZ, SIG_IGN);
-        setrlimit(RLIMIT_FSIZE, &(struct rlimit){o->file_limit, o->file_limit});
+        setrlimit(RLIMIT_FSIZE, &(struct rlimit){o.file_limit, o.file_limit});
     }
     sh_coordinator_options c = {.model = model,
-                                .endpoint = endpoint,
-                                .store = o->store,
-                                .run = o->run,
-                                .mode = o->mode,
+                                .endpoint = arg[0],
+                                .store = o.store,
+                                .run = o.run,
+                                .mode = o.mode,
                                 .kv = SH_KV_F32,
-                                .cuts = o->cuts,
+                                .cuts = o.cuts,
                                 .max_seqs = 4,
                                 .chunk = 64,
                                 .heartbeat_ms = 150,
                                 .orphan_ms = 20000,
-                                .intake = {.seed = o->seed},
+                                .intake = {.seed = o.seed},
                                 .progress_ms = 30};
-    sh_status st = sh_coordinator_run(&c, fd);
+    sh_status st = sh_coordinator_run(&c, atoi(arg[2]));
     if (st != SH_OK) fprintf(stderr, "  (coordinator ended: %s)\n", sh_error_text());
-    _exit((int)st);
+    return (int)st;
+}
+
+static void server_exec(const server_options *o, const char *endpoint, int fd) {
+    char number[5][24];
+    const long long value[5] = {fd, o->run, o->mode, (long long)o->seed, (long long)o->file_limit};
+    for (int i = 0; i < 5; i++) snprintf(number[i], sizeof number[i], "%lld", value[i]);
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that gives up leaves nothing behind */
+    execl("/proc/self/exe", "coordinator_test", "--server", endpoint, o->store, number[0], number[1],
+          o->cuts ? o->cuts : "", number[2], number[3], number[4], (char *)NULL);
+    _exit(99);
 }
 
 /* false: it ended before it took requests; *status then is its exit status. */
@@ -79,7 +97,7 @@ static bool server_start(server *s, const server_options *o, int *status) {
     s->pid = fork();
     if (s->pid == 0) {
         close(fd[0]);
-        server_child(o, s->endpoint, fd[1]);
+        server_exec(o, s->endpoint, fd[1]);
     }
     close(fd[1]);
     char line[300] = "";
@@ -816,7 +834,8 @@ static void test_disk_full(void) {
     sh_buf_release(&lines);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    if (argc == 10 && strcmp(argv[1], "--server") == 0) return server_main(argv + 2);
     snprintf(dir, sizeof dir, "/tmp/shoal-coord-XXXXXX");
     if (!mkdtemp(dir) || CU_initialize_registry() != CUE_SUCCESS) return 1;
     CU_pSuite s = CU_add_suite("coordinator", NULL, NULL);

@@ -7,6 +7,13 @@
 
 enum { MAX_IDS = 4096 };
 
+/* Sanitizers are ten times slower: they see some of the settings. OpenMP's own synchronisation is invisible to tsan. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+enum { STRIDE = 4, THREADS = 1 };
+#else
+enum { STRIDE = 1, THREADS = 2 };
+#endif
+
 static json_t *golden(const char *name) {
     char path[600];
     json_t *j = NULL;
@@ -110,13 +117,13 @@ static void test_model(const char *name, int layers, bool every_cut) {
     if (run_setting(name, g, &one, &base)) {
         check_greedy(name, g, &base);
         static const int ranks[] = {1, 2, 3, 4, 6};
-        for (int i = 0; i < 5; i++) {
+        for (int i = STRIDE > 1; i<5; i += STRIDE> 1 ? 2 : 1) {
             setting s = even(layers, ranks[i]);
             s.max_seqs = 1 + 5 * i;
             s.chunk = i % 2 ? 7 : 64;
             compare(name, g, &s, &base);
         }
-        for (int cut = 1; every_cut && cut < layers; cut++) {
+        for (int cut = 1; every_cut && cut < layers; cut += STRIDE) {
             setting s = even(layers, 2);
             s.cut[1] = cut;
             s.max_seqs = 40;
@@ -126,7 +133,7 @@ static void test_model(const char *name, int layers, bool every_cut) {
         tiny.chunk = 1;
         compare(name, g, &tiny, &base);
         setting two = even(layers, 2);
-        two.threads = 2;
+        two.threads = THREADS;
         compare(name, g, &two, &base);
     }
     fake_close(&base);
@@ -136,8 +143,10 @@ static void test_model(const char *name, int layers, bool every_cut) {
 int main(void) {
     test_model("e2b-like", 15, true);
     test_model("26b-a4b-like", 12, false);
-    test_model("31b-like", 12, false);
-    test_model("e4b-like", 12, false);
+    if (STRIDE == 1) {
+        test_model("31b-like", 12, false);
+        test_model("e4b-like", 12, false);
+    }
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
 }

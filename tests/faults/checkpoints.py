@@ -61,6 +61,7 @@ def damaged(s):
         h.write(struct.pack("<Q", 1 << 60))
     _, f = case("missing-tensor", EMBED)
     rewrite(f, lambda h: h.update(another=h.pop(EMBED)))
+    cases[-1] = ("missing-tensor", cases[-1][1], [cases[-1][1], "missing tensor", EMBED])
     _, f = case("wrong-dtype", EMBED, "I16")
     rewrite(f, lambda h: h[EMBED].update(dtype="I16"))
     _, f = case("wrong-shape", EMBED)

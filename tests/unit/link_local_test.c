@@ -1,6 +1,6 @@
 /*
- * The link table on threads of one process: order per pair and tag, lengths, when a send's buffer is free again, a ring of ranks
- * under random traffic, a rank that leaves with messages nobody took. Run under tsan as well.
+ * The link table on threads of one process: order per pair and tag, lengths, when a send's buffer is free again, a ring
+ * of ranks under random traffic, a rank that leaves with messages nobody took. Run under tsan as well.
  */
 #include <CUnit/Basic.h>
 #include <pthread.h>
@@ -47,7 +47,8 @@ static void test_limits(void) {
     CU_ASSERT_EQUAL(sh_link_local_create(0, l), SH_EINPUT);
     CU_ASSERT_FATAL(sh_link_local_create(1, l) == SH_OK);
     CU_ASSERT_EQUAL(l[0]->ops->send(l[0], 1, SH_TAG_BATCH, "", 0, &req), SH_EINPUT);
-    for (int i = 0; i < SH_LINK_MAX_SENDS; i++) CU_ASSERT_EQUAL(l[0]->ops->send(l[0], 0, SH_TAG_BATCH, "", 0, &req), SH_OK);
+    for (int i = 0; i < SH_LINK_MAX_SENDS; i++)
+        CU_ASSERT_EQUAL(l[0]->ops->send(l[0], 0, SH_TAG_BATCH, "", 0, &req), SH_OK);
     CU_ASSERT_EQUAL(l[0]->ops->send(l[0], 0, SH_TAG_BATCH, "", 0, &req), SH_ELIMIT);
     CU_ASSERT_EQUAL(l[0]->ops->recv(l[0], 0, SH_TAG_BATCH, NULL, 0), SH_OK); /* a message of no bytes */
     sh_link_destroy(&l[0]);
@@ -67,7 +68,8 @@ static void test_leaving(void) {
     sh_link_destroy(&l[1]);
 }
 
-/* ---- a ring under traffic ------------------------------------------------------------------------------------------- */
+/* ---- a ring under traffic -------------------------------------------------------------------------------------------
+ */
 
 enum { RANKS = 5, MESSAGES = 400, BUFFERS = 3, BYTES = 5000 };
 
@@ -99,7 +101,8 @@ static void *ring_main(void *arg) {
     ring_rank *r = arg;
     sh_link *l = r->link;
     static _Thread_local uint8_t out[BUFFERS][BYTES], in[BYTES], want[BYTES];
-    int req[BUFFERS] = {-1, -1, -1}, sent = 0, got = 0, next = (l->rank + 1) % l->size, from = (l->rank + l->size - 1) % l->size;
+    int req[BUFFERS] = {-1, -1, -1}, sent = 0, got = 0, next = (l->rank + 1) % l->size,
+        from = (l->rank + l->size - 1) % l->size;
     bool idle = false;
     while (sent < MESSAGES || got < MESSAGES || !idle) {
         idle = true;

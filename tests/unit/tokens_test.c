@@ -1,5 +1,5 @@
-/* The tokens message there and back, damaged in every way; and the ledger: what is sent once, again after a rewind, and never
- * after it was forgotten. */
+/* The tokens message there and back, damaged in every way; and the ledger: what is sent once, again after a rewind, and
+ * never after it was forgotten. */
 #include <CUnit/Basic.h>
 #include <stdlib.h>
 #include <string.h>
