@@ -61,10 +61,6 @@ static size_t message_bytes(const sh_stage_options *o, int cut) {
 /* ---- creation -------------------------------------------------------------------------------------------------------
  */
 
-static bool ends_model(const sh_stage_options *o) {
-    return o->last == o->config->n_layers;
-}
-
 static sh_status create_model(sh_stage *s) {
     const sh_stage_options *o = &s->o;
     sh_model_options m = {.mode = o->mode,

@@ -30,8 +30,6 @@ typedef struct sh_stage_options {
 /* Loads the stage's weights and reserves its KV pages and buffers. */
 sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out);
 void sh_stage_destroy(sh_stage **s);
-/* Bytes of buffers that a stage needs beside weights and KV: for budgets. */
-size_t sh_stage_buffer_bytes(const sh_stage_options *o);
 
 /* Frees the buffers of sends that are done: progress of the link. */
 sh_status sh_stage_progress(sh_stage *s);
