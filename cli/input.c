@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -29,7 +28,6 @@ static ssize_t read_block(int fd, char *block) {
     size_t n = 0;
     while (n < BLOCK) {
         ssize_t r = read(fd, block + n, BLOCK - n);
-        if (r < 0 && errno == EINTR) continue;
         if (r < 0) return -1;
         if (r == 0) break;
         n += (size_t)r;
@@ -41,6 +39,7 @@ static sh_status scan(int fd, const char *path, char *block, sh_file_writer *cop
     bool inside = false;
     for (;;) {
         ssize_t n = read_block(fd, block);
+        if (n < 0 && errno == EINTR) SH_FAIL(SH_ECANCELLED, "-i: %s: interrupted while it was read", path);
         if (n < 0) SH_FAIL(SH_EINPUT, "-i: %s: cannot be read: %s", path, strerror(errno));
         if (n == 0) return SH_OK;
         count_lines(block, (size_t)n, &inside, &in->lines);
@@ -48,6 +47,12 @@ static sh_status scan(int fd, const char *path, char *block, sh_file_writer *cop
         in->hash = sh_hash64(in->hash, block, (size_t)n);
         if (copy) SH_TRY(sh_file_writer_add(copy, block, (size_t)n));
     }
+}
+
+bool sh_input_is_stream(const char *path) {
+    struct stat sb;
+    if (strcmp(path, "-") == 0) return true;
+    return stat(path, &sb) == 0 && !S_ISREG(sb.st_mode) && !S_ISDIR(sb.st_mode);
 }
 
 sh_status sh_input_scan(const char *path, const char *spool, sh_input *out) {
@@ -63,7 +68,7 @@ sh_status sh_input_scan(const char *path, const char *spool, sh_input *out) {
     sh_input in = {0};
     char *block = malloc(BLOCK);
     sh_status st = block ? SH_OK : sh_error_set(SH_EMEMORY, __FILE__, __LINE__, "-i: no memory to read %s", path);
-    if (st == SH_OK && standard) st = sh_file_writer_open(spool, &copy);
+    if (st == SH_OK && sh_input_is_stream(path)) st = sh_file_writer_open(spool, &copy);
     if (st == SH_OK) st = scan(fd, path, block, copy, &in);
     if (st == SH_OK && copy) st = sh_file_writer_commit(&copy);
     sh_file_writer_destroy(&copy);

@@ -62,7 +62,7 @@ struct sh_session {
     submit_state submit;
     sh_status submit_status;
     char submit_text[1024], submit_endpoint[160];
-    uint64_t submit_job;
+    uint64_t submit_job, submit_mark; /* lines taken at the last failure */
     int submit_failures;
 };
 
@@ -148,6 +148,8 @@ static sh_status tend_submit(sh_session *s) {
         s->submit = s->submit_status == SH_OK ? SUBMIT_DONE : SUBMIT_NONE;
         if (s->submit_status == SH_OK) s->job = s->submit_job;
         if (s->submit_status != SH_OK && s->submit_status != SH_EPEER) SH_FAIL(s->submit_status, "%s", s->submit_text);
+        if (s->total > s->submit_mark) s->submit_failures = 0; /* slow, but it gets on */
+        s->submit_mark = s->total;
         if (s->submit_status == SH_EPEER && s->coordinator.running && ++s->submit_failures >= SH_SESSION_TRIES)
             SH_FAIL(SH_EPEER, "the input cannot be submitted: %s", s->submit_text);
     }
@@ -470,6 +472,9 @@ static sh_status work_round(sh_session *s, bool *finished) {
     }
     if (submit_now(s) != SUBMIT_DONE) SH_TRY(tend_submit(s));
     *finished = s->finished && submit_now(s) == SUBMIT_DONE;
+    if (*finished && s->total != s->o.lines)
+        SH_FAIL(SH_EINPUT, "-i: %s: changed while it was read: it had %llu requests, the job has %llu", s->o.input,
+                (unsigned long long)s->o.lines, (unsigned long long)s->total);
     if (*finished || !answered) return SH_OK;
     if (!s->finished) SH_TRY(tend_group(s));
     show(s, false);

@@ -25,7 +25,8 @@
 #include "coordinator/dispatch.h"
 #include "coordinator/service.h"
 
-#define HEAR_AT_ONCE   256 /* messages between two commits */
+#define HEAR_AT_ONCE   256 /* messages between two commits … */
+#define HEAR_SECONDS   0.5 /* … and how long they may take: acknowledgements, heartbeats and clients wait meanwhile */
 #define IDLE_MS        100
 #define GATHER_MS      10 /* answers wait at most this long for company before they are committed */
 #define FENCE_SECONDS  1.0
@@ -181,7 +182,8 @@ static sh_status hear_one(coordinator *c, const sh_wire_peer *from, char kind) {
 
 /* *drained: nothing is left that waits to be heard. */
 static sh_status hear(coordinator *c, bool *drained) {
-    for (int i = 0; i < HEAR_AT_ONCE; i++) {
+    double until = sh_now() + HEAR_SECONDS;
+    for (int i = 0; i < HEAR_AT_ONCE && sh_now() < until; i++) {
         sh_wire_peer from = {0};
         char kind = 0;
         bool got = false;
@@ -209,14 +211,14 @@ static sh_status keep_time(coordinator *c, double now, bool drained) {
     return SH_OK;
 }
 
-/* A commit costs a sync: answers wait a little for company; acknowledgements only for what has arrived already. */
-static bool commit_is_due(coordinator *c, double now, bool drained) {
+/* A commit costs a sync: answers wait a little for company; acknowledgements only for what was heard together. */
+static bool commit_is_due(coordinator *c, double now) {
     if (!sh_jobs_is_dirty(c->jobs) && !sh_service_has_replies(c->service) && !sh_dispatch_has_news(c->dispatch)) {
         c->dirty_since = 0;
         return false;
     }
     if (c->dirty_since == 0) c->dirty_since = now;
-    return (drained && sh_service_has_replies(c->service)) || now - c->dirty_since >= 1e-3 * GATHER_MS;
+    return sh_service_has_replies(c->service) || now - c->dirty_since >= 1e-3 * GATHER_MS;
 }
 
 static sh_status commit(coordinator *c) {
@@ -238,7 +240,7 @@ static sh_status turn(coordinator *c, int wait_ms, bool *busy) {
     SH_TRY(sh_jobs_sweep(c->jobs, &more));
     double now = sh_now();
     SH_TRY(keep_time(c, now, drained));
-    bool due = commit_is_due(c, now, drained);
+    bool due = commit_is_due(c, now);
     if (due) SH_TRY(commit(c));
     /* lines that are not on disk are nobody's work yet: their numbers could come to mean others */
     if (due || (!sh_jobs_has_uncommitted(c->jobs) && !sh_dispatch_has_news(c->dispatch)))

@@ -32,7 +32,7 @@ const char *sh_quote(const char *s, char out[72]) {
     size_t n = strlen(s), m = n > 64 ? 61 : n;
     while (m < n && m > 0 && ((unsigned char)s[m] & 0xc0) == 0x80) m--;
     for (size_t i = 0; i < m; i++) out[i] = (unsigned char)s[i] < 32 || s[i] == 127 ? '?' : s[i];
-    snprintf(out + m, 4, "%s", m < n ? "..." : "");
+    memcpy(out + m, m < n ? "..." : "", m < n ? 4 : 1);
     return out;
 }
 

@@ -4,11 +4,13 @@
 #include <stdatomic.h>
 
 /*
- * Few rows are bound by memory: each member streams one contiguous share of the panels. Many rows are bound by
- * arithmetic: the work is cut into pieces (some panels × some rows) that members take as they come, so that one that is
- * held up by other work on its CPU does not hold up the rest.
+ * Work is cut into pieces that members take as they come, so that one that is held up by other work on its CPU does not
+ * hold up the rest. Few rows are bound by memory: a piece is a run of panels, long enough to stream. Many rows are
+ * bound by arithmetic: a piece is some panels × some rows. Matrices too small for that are shared out evenly.
  */
-#define STREAM_ROWS  24 /* up to here shares, above pieces */
+#define STREAM_ROWS  24 /* up to here runs of panels */
+#define RUNS_EACH    8  /* runs per member */
+#define LEAST_RUN    4  /* panels: what the kernels read side by side */
 #define PIECE_PANELS 24 /* most panels of a piece; fewer when that leaves members idle, but not less than … */
 #define LEAST_PANELS 8
 #define LEAST_ROWS   48
@@ -73,17 +75,23 @@ static void cut_pieces(product *p, int members) {
     p->pieces = p->across * parts(p->m, p->rows);
 }
 
+static void cut_runs(product *p, int members) {
+    p->panels = p->total / (members * RUNS_EACH) / LEAST_RUN * LEAST_RUN;
+    p->rows = p->m;
+    if (p->panels > 0) p->across = p->pieces = parts(p->total, p->panels);
+}
+
 void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const float *x, size_t ldx,
                      int m, float *const *y, const size_t *ldy) {
     product p = {.kn = kn, .count = count, .m = m, .w = w, .x = x, .ldx = ldx, .y = y, .ldy = ldy};
     for (int i = 0; i < count; i++) p.total += sh_wmat_panels(w[i]->n);
     if (m <= 0 || p.total == 0) return;
-    if (m <= STREAM_ROWS || sh_team_size(t) == 1) {
-        sh_team_run(t, share_run, &p);
-    } else {
-        cut_pieces(&p, sh_team_size(t));
-        sh_team_run(t, pieces_run, &p);
-    }
+    int members = sh_team_size(t);
+    if (m <= STREAM_ROWS)
+        cut_runs(&p, members);
+    else
+        cut_pieces(&p, members);
+    sh_team_run(t, p.pieces > 0 && members > 1 ? pieces_run : share_run, &p);
 }
 
 void sh_linear(sh_team *t, const sh_kernels *kn, const sh_wmat *w, const float *x, size_t ldx, int m, float *y,

@@ -224,11 +224,11 @@ static sh_status give_front(sh_leader *l, sh_seq *s, int k, int32_t n) {
 
 static void set_promise(sh_leader *l, sh_seq *s, int k, int32_t want) {
     sh_seq_pages *p = &s->kv[k];
-    if (want < 0) want = 0;
-    if (want < p->promise)
+    if (want > p->promise) {
+        if (!sh_pages_promise(&l->pool[k], want - p->promise)) return; /* open pages were counted before */
+    } else {
         sh_pages_unpromise(&l->pool[k], p->promise - want);
-    else if (!sh_pages_promise(&l->pool[k], want - p->promise))
-        return; /* cannot be: callers ask for no more than is open */
+    }
     p->promise = want;
 }
 

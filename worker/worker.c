@@ -9,9 +9,9 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "common/file.h"
 #include "common/hash.h"
 #include "common/log.h"
+#include "model/safetensors.h"
 #include "partition/machine.h"
 #include "partition/plan.h"
 #include "worker/backoff.h"
@@ -161,15 +161,12 @@ static sh_status load(rank *r) {
     return sh_batch_create(sh_leader_descriptor_bytes(&r->schedule), &r->batch);
 }
 
-/* Hash of what decides a group's results beside the requests. */
+/* Hash of the checkpoint and of what else decides a group's results beside the requests. */
 static sh_status fingerprint(const rank *r, uint64_t *out) {
-    char path[4096], *text = NULL;
-    size_t len = 0;
-    if (snprintf(path, sizeof path, "%s/config.json", r->model_dir) >= (int)sizeof path)
-        SH_FAIL(SH_EINPUT, "%s: the path is too long", r->model_dir);
-    SH_TRY(sh_file_read(path, SH_MAX_CONFIG_BYTES, &text, &len));
-    uint64_t h = sh_hash64(0, text, len);
-    free(text);
+    sh_tensors *t = NULL;
+    SH_TRY(sh_tensors_open(r->model_dir, &t));
+    uint64_t h = sh_tensors_fingerprint(t);
+    sh_tensors_close(&t);
     h = sh_hash64(h, r->plan->mode, strlen(r->plan->mode));
     *out = sh_hash64(h, r->plan->kv, strlen(r->plan->kv));
     return SH_OK;

@@ -16,8 +16,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 LOGS = os.path.join(ROOT, "build", "test-logs")
 SKIPPED = 77
 # Which kinds of C programs run under which build, and how long each may take.
-PROGRAMS = {"release": (("unit", "golden", "kernels", "cluster"), 300), "asan": (("unit", "golden", "cluster"), 600),
-            "tsan": (("cluster",), 600)}
+PROGRAMS = {"release": (("unit", "golden", "kernels", "cluster"), 300), "asan": (("unit", "golden", "cluster"), 900),
+            "tsan": (("cluster",), 1200)}
 
 
 # MPI is not instrumented: what starts ranks by mpirun runs in release alone. The thread sanitizer does not follow a fork.

@@ -107,6 +107,10 @@ static void test_input(void) {
     write_file("in", "\n \n\n", 4, "w");
     CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &a), SH_OK);
     CU_ASSERT_EQUAL(a.lines, 0);
+    CU_ASSERT_FALSE(sh_input_is_stream(path_of("in")));
+    CU_ASSERT_TRUE(sh_input_is_stream("-"));
+    CU_ASSERT_TRUE(sh_input_is_stream("/dev/null"));
+    CU_ASSERT_FALSE(sh_input_is_stream("/no/such/file"));
     CU_ASSERT_EQUAL(sh_input_scan("/no/such/file", "", &a), SH_EINPUT);
     CU_ASSERT_STRING_EQUAL(sh_error_text(), "-i: /no/such/file: cannot be opened: No such file or directory");
     CU_ASSERT_EQUAL(sh_input_scan("/", "", &a), SH_EINPUT);
