@@ -382,7 +382,7 @@ static sh_status begin(making *m) {
     const sh_leader_options *o = &m->l->o;
     sh_batch *b = m->b;
     sh_arena *a = &b->arena;
-    sh_arena_rewind(a, 0);
+    sh_arena_reset(a);
     size_t seqs = (size_t)o->max_seqs;
     b->step = m->l->next_step;
     b->n_rows = b->n_kept = b->n_spans = b->n_starts = b->n_drops = 0;
