@@ -1,5 +1,5 @@
 /* shoal bench: how fast this machine runs a model, beside what its cores can do at best. Drives the model by drive.c,
- * measures the limits by model/limits.h in turn with it, and prints a table or JSON. Compares nothing with other
+ * measures the limits by model/ceiling.h in turn with it, and prints a table or JSON. Compares nothing with other
  * machines and stores nothing. docs/performance.md tells how to read the numbers. */
 #include <libgen.h>
 #include <limits.h>
@@ -10,7 +10,7 @@
 #include "cli/options.h"
 #include "common/clock.h"
 #include "common/json.h"
-#include "model/limits.h"
+#include "model/ceiling.h"
 #include "partition/machine.h"
 
 #define MAX_BATCHES 32
@@ -152,8 +152,8 @@ static double seconds_of(const line *l, const sh_drive_count *n) {
 
 /* The limits first, each time: on a machine that is not ours alone they change from second to second. */
 static sh_status line_run(bench *b, line *l, int r) {
-    sh_limits lim;
-    SH_TRY(sh_limits_measure(sh_model_team(sh_drive_model(b->drive)), LIMIT_BLOCK, &lim));
+    sh_ceiling lim;
+    SH_TRY(sh_ceiling_measure(sh_model_team(sh_drive_model(b->drive)), LIMIT_BLOCK, &lim));
     b->read[b->n_limits] = lim.read_gbs;
     b->fma[b->n_limits++] = lim.fma_gflops;
     sh_drive_count *n = &l->count[r];
@@ -227,13 +227,15 @@ static summary summarize(const line *l, int rounds) {
 static void print_table(const bench *b) {
     sh_model *m = sh_drive_model(b->drive);
     double bytes = (double)sh_model_weight_bytes(m);
-    printf("%s, layers %d to %d of %d, %s, KV in %s, %d threads, %s kernels\n", b->config.variant, b->first,
-           b->last - 1, b->config.n_layers, sh_mode_name(mode_of(b)), sh_kv_type_name(kv_of(b)), b->threads,
-           sh_model_kernels(m)->isa);
+    char copy[PATH_MAX];
+    snprintf(copy, sizeof copy, "%s", b->path);
+    printf("%s (%s), layers %d to %d of %d, %s, KV in %s, %d thread%s, %s kernels\n", basename(copy), b->config.variant,
+           b->first, b->last - 1, b->config.n_layers, sh_mode_name(mode_of(b)), sh_kv_type_name(kv_of(b)), b->threads,
+           b->threads == 1 ? "" : "s", sh_model_kernels(m)->isa);
     printf("loaded %.2f GB of weights in %.1f s (%.2f GB/s)\n", bytes * 1e-9, b->load_seconds,
            bytes * 1e-9 / b->load_seconds);
-    printf("limits of these threads: reading %.1f GB/s, f32 multiply-add %.0f GFLOP/s (medians of %d rounds)\n\n",
-           median(b->read, b->n_limits), median(b->fma, b->n_limits), b->rounds);
+    printf("limits of these threads: reading %.1f GB/s, f32 multiply-add %.0f GFLOP/s (medians of %d round%s)\n\n",
+           median(b->read, b->n_limits), median(b->fma, b->n_limits), b->rounds, b->rounds == 1 ? "" : "s");
     printf("                                             %% of   weights  %% of      KV           time in %%\n");
     printf(
         "               tokens/s        ms  GFLOP/s    FMA      GB/s  read    GB/s  weights attention experts other\n");

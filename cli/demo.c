@@ -47,8 +47,3 @@ const char *sh_demo_model(void) {
     static char path[PATH_MAX];
     return find("minnow", path, sizeof path);
 }
-
-const char *sh_demo_batch(void) {
-    static char path[PATH_MAX];
-    return find("demo-batch.jsonl", path, sizeof path);
-}

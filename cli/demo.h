@@ -1,4 +1,4 @@
-/* Where the demo model and its batch of requests lie: $SHOAL_SHARE, else beside the installed program
+/* Where the demo model lies: $SHOAL_SHARE, else beside the installed program
  * (…/share/shoal), else in the source tree above the build (share). */
 #ifndef SH_CLI_DEMO_H
 #define SH_CLI_DEMO_H
@@ -6,7 +6,5 @@
 /* Folder of the demo model; NULL when it cannot be found (sh_error_text says where it was looked for). Valid until the
  * next call. Not for several threads. */
 const char *sh_demo_model(void);
-/* The demo batch: 64 chat requests, JSONL. The same rules. */
-const char *sh_demo_batch(void);
 
 #endif

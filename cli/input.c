@@ -28,7 +28,6 @@ static ssize_t read_block(int fd, char *block) {
     size_t n = 0;
     while (n < BLOCK) {
         ssize_t r = read(fd, block + n, BLOCK - n);
-        if (r < 0 && errno == EINTR) continue;
         if (r < 0) return -1;
         if (r == 0) break;
         n += (size_t)r;
@@ -40,6 +39,7 @@ static sh_status scan(int fd, const char *path, char *block, sh_file_writer *cop
     bool inside = false;
     for (;;) {
         ssize_t n = read_block(fd, block);
+        if (n < 0 && errno == EINTR) SH_FAIL(SH_ECANCELLED, "-i: %s: interrupted while it was read", path);
         if (n < 0) SH_FAIL(SH_EINPUT, "-i: %s: cannot be read: %s", path, strerror(errno));
         if (n == 0) return SH_OK;
         count_lines(block, (size_t)n, &inside, &in->lines);

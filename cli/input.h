@@ -16,7 +16,7 @@ typedef struct sh_input {
 /* Whether it can be read only once: standard input ("-"), a pipe, a device. */
 bool sh_input_is_stream(const char *path);
 /* Reads `path` to its end; a stream is copied to `spool`, which then is the file to submit. SH_EINPUT when it cannot be
- * read as lines at all: absent, a folder, no permission, a read error. */
+ * read as lines at all: absent, a folder, no permission, a read error. SH_ECANCELLED: a signal came while it waited. */
 sh_status sh_input_scan(const char *path, const char *spool, sh_input *out);
 
 #endif

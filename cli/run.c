@@ -149,6 +149,16 @@ static void name_by_command(const run *r, char *to, size_t size) {
     snprintf(to, size, "%s/shoal-run-%016llx", tmp && *tmp ? tmp : "/tmp", (unsigned long long)h);
 }
 
+/* A store that was named here lies where everybody may write: nobody else's folder is taken for it. */
+static sh_status check_own(const run *r) {
+    struct stat sb;
+    if (r->store || strcmp(r->output, "-") != 0 || lstat(r->store_path, &sb) != 0) return SH_OK;
+    if (!S_ISDIR(sb.st_mode) || sb.st_uid != geteuid() || (sb.st_mode & 022))
+        SH_FAIL(SH_EINPUT, "%s: is not a folder of your own that is closed to others: name one with --store",
+                r->store_path);
+    return SH_OK;
+}
+
 static sh_status check_output(run *r) {
     if (!r->output) SH_FAIL(SH_EINPUT, "-o: is missing: give the file for the results, or - for standard output");
     bool standard = strcmp(r->output, "-") == 0;
@@ -238,6 +248,7 @@ static sh_status check_all(run *r) {
     SH_TRY(check_output(r));
     r->spooled = sh_input_is_stream(r->input);
     if (!sh_file_exists(r->store_path) && r->spooled) SH_TRY(sh_dir_make(r->store_path));
+    SH_TRY(check_own(r));
     return sh_input_scan(r->input, r->fresh, &r->scanned);
 }
 
@@ -248,12 +259,16 @@ static int complain(const run *r, sh_status st) {
     return sh_options_complain("run", st == SH_EINPUT || st == SH_EUNSUPPORTED ? SH_EXIT_USAGE : SH_EXIT_RUN);
 }
 
+/* Removes what was read of a stream, and the folder made for it unless there is a job in it. */
+static void drop_stream(const run *r) {
+    if (!r->spooled) return;
+    SH_IGNORE(sh_path_remove(r->fresh));
+    (void)rmdir(r->store_path);
+}
+
 static int answer_nothing(run *r) {
     sh_progress_warn(&r->progress, "-i: %s: is empty: nothing to answer", r->input);
-    if (r->spooled) {
-        SH_IGNORE(sh_path_remove(r->fresh));
-        (void)rmdir(r->store_path); /* stays when there is a job in it */
-    }
+    drop_stream(r);
     if (strcmp(r->output, "-") == 0) return SH_EXIT_OK;
     sh_file_writer *w = NULL;
     sh_status st = sh_file_writer_open(r->output, &w);
@@ -261,8 +276,9 @@ static int answer_nothing(run *r) {
     return st == SH_OK ? SH_EXIT_OK : complain(r, st);
 }
 
+/* s NULL: before anything began. */
 static int say_interrupted(run *r, sh_session *s) {
-    uint64_t total, done = sh_session_done(s, &total);
+    uint64_t total = 0, done = s ? sh_session_done(s, &total) : 0;
     sh_progress_end(&r->progress);
     fprintf(stderr, "shoal run: interrupted: %llu of %llu requests are answered and kept in %s. To go on:\n",
             (unsigned long long)done, (unsigned long long)(total ? total : r->scanned.lines), r->store_path);
@@ -340,7 +356,11 @@ static int run_with_store(run *r) {
 static int run_job(run *r) {
     SH_CLEANUP(sh_json_release) json_t *job = NULL;
     sh_status st = check_all(r);
-    if (st != SH_OK) return complain(r, st);
+    if (st != SH_OK) {
+        int rc = st == SH_ECANCELLED ? say_interrupted(r, NULL) : complain(r, st);
+        if (r->store_path[0]) drop_stream(r);
+        return rc;
+    }
     if (r->scanned.lines == 0) return answer_nothing(r);
     st = sh_options_model(&r->shared, r->model, sizeof r->model);
     if (st != SH_OK) return sh_options_complain("run", SH_EXIT_RUN);
@@ -350,11 +370,12 @@ static int run_job(run *r) {
     if (st == SH_OK && n <= 0) st = sh_error_set(SH_EIO, __FILE__, __LINE__, "/proc/self/exe: %s", strerror(errno));
     if (st == SH_OK)
         st = sh_runstore_open(r->store_path, job, sh_launch_is_mpi(r->launcher, r->hosts, r->ranks), &r->folder);
+    if (st == SH_OK) st = check_own(r);
     if (st == SH_OK && r->spooled && rename(r->fresh, r->spool) != 0)
         st = sh_error_set(SH_EIO, __FILE__, __LINE__, "%s: cannot be renamed: %s", r->fresh, strerror(errno));
     if (st == SH_OK) return run_with_store(r);
     int rc = complain(r, st);
-    if (r->spooled) SH_IGNORE(sh_path_remove(r->fresh));
+    drop_stream(r);
     return rc;
 }
 

@@ -143,9 +143,11 @@ static int run_worker(const arguments *a) {
     }
     if (!o.group) { /* the same on all ranks: the launcher's own name of the job, if it has one */
         const char *job = getenv("OMPI_MCA_ess_base_jobid"), *slurm = getenv("SLURM_JOB_ID");
+        const char *step = getenv("SLURM_STEP_ID"); /* each srun of an allocation is a group of its own */
         if (gethostname(host, sizeof host - 1) != 0) host[0] = 0;
         if (mpi && (job || slurm))
-            snprintf(group, sizeof group, "group-%s", job ? job : slurm);
+            snprintf(group, sizeof group, "group-%.100s%s%.20s", job ? job : slurm, !job && step ? "." : "",
+                     !job && step ? step : "");
         else
             snprintf(group, sizeof group, "%s-%d", host[0] ? host : "group", mpi ? (int)getppid() : (int)getpid());
         o.group = group;

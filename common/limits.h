@@ -19,6 +19,7 @@
 #define SH_MAX_SEQS            4096               /* sequences at once in a group */
 #define SH_MAX_CHUNK           8192               /* prompt tokens per step */
 #define SH_MAX_MESSAGE         ((size_t)64 << 20) /* one message on a ZeroMQ socket */
+#define SH_MAX_ROW_BYTES       ((size_t)60 << 20) /* one row of results: it travels in one message */
 #define SH_USUAL_CONTEXT       131072             /* prompt and output together, unless --max-context says otherwise */
 #define SH_MAX_INFLIGHT        64                 /* micro-batches in flight in a group */
 

@@ -19,11 +19,9 @@ sh_status sh_arena_create(size_t bytes, const char *what, sh_arena *out);
 void sh_arena_release(sh_arena *a);
 /* 64-byte aligned; NULL when the arena is full (a programming error: sizes are computed beforehand). */
 void *sh_arena_take(sh_arena *a, size_t bytes);
-static inline size_t sh_arena_mark(const sh_arena *a) {
-    return a->used;
-}
-static inline void sh_arena_rewind(sh_arena *a, size_t mark) {
-    a->used = mark;
+/* Everything taken is free again. */
+static inline void sh_arena_reset(sh_arena *a) {
+    a->used = 0;
 }
 
 #endif

@@ -326,6 +326,28 @@ static bool hello_is_good(const Shoal__Hello *h) {
            n <= SH_MAX_GROUP_NAME;
 }
 
+static sh_status send_work(sh_dispatch *d, const sh_running *r, const sh_group *g) {
+    sh_buf work;
+    sh_buf_init(&work, 0);
+    sh_status st = sh_running_work(r, &work);
+    if (st == SH_OK) st = sh_wire_send(d->wire, &g->seat[0].peer, SH_WIRE_GROUP, work.data, work.len);
+    sh_buf_release(&work);
+    return st;
+}
+
+/* A leader that comes over a new connection may have lost what was on its way over the old one. Work that it has is
+ * known by its key. */
+static sh_status give_again(sh_dispatch *d, const sh_group *g) {
+    for (int i = 0; i < BUCKETS; i++)
+        for (const sh_running *r = d->bucket[i]; r; r = r->next) {
+            if (r->group != g->number) continue;
+            sh_status st = send_work(d, r, g);
+            if (st == SH_EPEER) return SH_OK; /* gone again: it will say hello, or its silence is noticed */
+            SH_TRY(st);
+        }
+    return SH_OK;
+}
+
 static sh_status hear_hello(sh_dispatch *d, const sh_wire_peer *from, const Shoal__Hello *h) {
     if (!hello_is_good(h)) {
         say_leave(d, from, "hello: rank, size or group is not allowed");
@@ -342,6 +364,7 @@ static sh_status hear_hello(sh_dispatch *d, const sh_wire_peer *from, const Shoa
         return SH_OK;
     }
     sh_rank_seat *seat = &g->seat[h->rank];
+    bool again = seat->peer.len && (seat->peer.len != from->len || memcmp(seat->peer.id, from->id, from->len) != 0);
     g->here += seat->peer.len == 0;
     seat->peer = *from;
     seat->pid = h->pid;
@@ -350,7 +373,7 @@ static sh_status hear_hello(sh_dispatch *d, const sh_wire_peer *from, const Shoa
     if (g->here == g->size && g->state == SH_GROUP_STARTING)
         g->state = g->max_seqs > 0 ? SH_GROUP_READY : SH_GROUP_LOADING; /* ready already: it served our predecessor */
     say_welcome(d, g, from);
-    return SH_OK;
+    return again && h->rank == 0 && g->state == SH_GROUP_READY ? give_again(d, g) : SH_OK;
 }
 
 /* The weights are the store's: another checkpoint would answer the rest of a job in another voice. */
@@ -366,6 +389,7 @@ static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) 
     }
     SH_TRY(st);
     g->kv_tokens = r->kv_tokens;
+    g->kv_total = r->kv_total;
     g->max_seqs = r->max_seqs < 1 ? 1 : r->max_seqs > SH_MAX_SEQS ? SH_MAX_SEQS : r->max_seqs;
     for (size_t i = 0; i < r->n_note; i++) sh_group_add_note(g, r->note[i]);
     if (g->here == g->size) g->state = SH_GROUP_READY;
@@ -423,11 +447,27 @@ static sh_status take_up(sh_dispatch *d, sh_group *g, uint64_t key, sh_running *
     return SH_OK;
 }
 
+static sh_status refuse(sh_dispatch *d, const sh_running *r, const char *code, const char *param, const char *message) {
+    sh_stored_request q = {.key = r->key,
+                           .job = r->job,
+                           .number = r->request.number,
+                           .hash = r->request.hash,
+                           .custom_id = r->request.custom_id};
+    return sh_jobs_refuse(d->jobs, &q, 413, code, param, message);
+}
+
 static sh_status answer(sh_dispatch *d, sh_running *r) {
     sh_buf row;
-    sh_buf_init(&row, 0);
+    sh_buf_init(&row, SH_MAX_ROW_BYTES);
     sh_status st = sh_running_row(r, d->intake, (int64_t)time(NULL), &row);
-    if (st == SH_OK) st = sh_jobs_answer(d->jobs, r->key, r->job, r->request.number, &row, true, r->request.prompt.n);
+    if (st == SH_OK) {
+        st = sh_jobs_answer(d->jobs, r->key, r->job, r->request.number, &row, true, r->request.prompt.n);
+    } else if (st == SH_ELIMIT) { /* it would fit into no message */
+        char text[160];
+        snprintf(text, sizeof text, "logprobs: the row of %zu tokens is longer than %zu bytes: allowed are fewer",
+                 r->request.prompt.n + r->ids.n, SH_MAX_ROW_BYTES);
+        st = refuse(d, r, "row_too_long", "logprobs", text);
+    }
     sh_buf_release(&row);
     SH_TRY(st);
     running_remove(d, r);
@@ -458,12 +498,7 @@ static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t
 static sh_status hear_rejected(sh_dispatch *d, sh_group *g, const Shoal__Rejected *j) {
     sh_running *r = running_find(d, j->key);
     if (!r || r->group != g->number) return SH_OK;
-    sh_stored_request q = {.key = r->key,
-                           .job = r->job,
-                           .number = r->request.number,
-                           .hash = r->request.hash,
-                           .custom_id = r->request.custom_id};
-    SH_TRY(sh_jobs_refuse(d->jobs, &q, 413, "too_long", "prompt", j->reason));
+    SH_TRY(refuse(d, r, "too_long", "prompt", j->reason));
     running_remove(d, r);
     return SH_OK;
 }
@@ -547,11 +582,7 @@ static sh_group *next_group(const sh_dispatch *d) {
 }
 
 static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
-    sh_buf work;
-    sh_buf_init(&work, 0);
-    sh_status st = sh_running_work(r, &work);
-    if (st == SH_OK) st = sh_wire_send(d->wire, &g->seat[0].peer, SH_WIRE_GROUP, work.data, work.len);
-    sh_buf_release(&work);
+    sh_status st = send_work(d, r, g);
     if (st == SH_EPEER) {
         char why[300];
         snprintf(why, sizeof why, "rank 0 (%s): %s", g->seat[0].host, sh_error_text());
@@ -567,7 +598,7 @@ static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
 static sh_status start(sh_dispatch *d, const sh_stored_request *q) {
     sh_job_entry *e = sh_jobs_find(d->jobs, q->job);
     sh_running *r = NULL;
-    if (!e) return SH_OK;
+    if (!e || e->job.state == SH_JOB_CANCELLED) return SH_OK; /* since the last commit, which the query went by */
     sh_jobs_use(d->jobs, e);
     SH_TRY(sh_running_create(d->intake, d->store, q, &r));
     running_insert(d, r);
@@ -599,15 +630,23 @@ static sh_status give_waiting(sh_dispatch *d) {
     for (;;) {
         sh_group *g = next_group(d);
         sh_running *r = g ? next_waiting(d) : NULL;
-        if (!r) return SH_OK;
+        if (!r || d->unsaved) return SH_OK; /* a group was lost just now: what came back is committed first */
         waiting_remove(d, r);
         SH_TRY(give(d, r, g));
     }
 }
 
+/* Requests that leaders will take, up to one page. */
+static int room(const sh_dispatch *d) {
+    int n = 0;
+    for (int i = 0; i < d->n && n < FETCH; i++)
+        if (has_work(d->group[i])) n += WINDOW * d->group[i]->max_seqs - d->group[i]->given;
+    return n < FETCH ? n : FETCH;
+}
+
 /* One page of lines from the store; those that found no room are fetched again later. */
 static sh_status give_page(sh_dispatch *d, fetching *f) {
-    SH_TRY(sh_store_pending(d->store, 0, d->cursor, FETCH, fetch_line, f));
+    SH_TRY(sh_store_pending(d->store, 0, d->cursor, room(d), fetch_line, f));
     if (f->last == 0) d->exhausted = true;
     for (int i = 0; i < f->n; i++) {
         if (!next_group(d)) return SH_OK;

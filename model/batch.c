@@ -319,11 +319,11 @@ sh_status sh_batch_decode(sh_batch *b, const void *data, size_t len, size_t *use
         SH_FAIL(SH_EFORMAT, "batch: a descriptor of %u bytes in a message of %zu", total, len);
     r.left = total - 8;
     sh_batch got = {.arena = b->arena};
-    sh_arena_rewind(&got.arena, 0);
+    sh_arena_reset(&got.arena);
     r.arena = &got.arena;
     sh_status st = get_body(&r, &got);
     if (st != SH_OK) {
-        sh_arena_rewind(&b->arena, 0); /* the old content is overwritten */
+        sh_arena_reset(&b->arena); /* the old content is overwritten */
         *b = (sh_batch){.arena = b->arena};
         return sh_error_pass(st, __FILE__, __LINE__);
     }

@@ -336,12 +336,9 @@ static sh_status hear(sh_uplink *u) {
 /* ---- the thread: time
  * --------------------------------------------------------------------------------------------------- */
 
-static sh_status keep_time(sh_uplink *u) {
+/* Before anything is sent: a peer that takes nothing must not put this off. */
+static void watch_silence(sh_uplink *u) {
     double now = sh_now(), silent = (now - u->heard) * 1e3;
-    bool welcomed = atomic_load(&u->welcomed);
-    if (welcomed && (now - u->said_beat) * 1e3 >= u->beat_ms) SH_TRY(say_beat(u));
-    bool strange = !welcomed || silent > 3 * u->beat_ms;
-    if (strange && (now - u->said_hello) * 1e3 >= u->beat_ms) SH_TRY(say_hello(u));
     if (silent > u->orphan_ms && atomic_load(&u->state) == SH_UPLINK_SERVING) {
         char text[200];
         snprintf(text, sizeof text, "nothing heard from the coordinator for %.0f s: this rank ends", silent / 1e3);
@@ -349,13 +346,23 @@ static sh_status keep_time(sh_uplink *u) {
         end_service(u, SH_UPLINK_ORPHAN, text);
     }
     if (u->ended > 0 && (now - u->ended) * 1e3 > GRACE_MS) die(u); /* the main thread is stuck */
+}
+
+static sh_status keep_time(sh_uplink *u) {
+    double now = sh_now(), silent = (now - u->heard) * 1e3;
+    bool welcomed = atomic_load(&u->welcomed);
+    if (welcomed && (now - u->said_beat) * 1e3 >= u->beat_ms) SH_TRY(say_beat(u));
+    bool strange = !welcomed || silent > 3 * u->beat_ms;
+    if (strange && (now - u->said_hello) * 1e3 >= u->beat_ms) SH_TRY(say_hello(u));
     return SH_OK;
 }
 
 static sh_status turn(sh_uplink *u) {
     bool readable = false;
     SH_TRY(sh_wire_poll(u->wire, u->wake, TICK_MS, &readable));
-    SH_TRY(hear(u));
+    sh_status st = hear(u);
+    watch_silence(u);
+    SH_TRY(st);
     if (!u->said_ready) SH_TRY(say_ready(u));
     if (atomic_load(&u->welcomed)) SH_TRY(send_tokens(u));
     return keep_time(u);
@@ -491,13 +498,15 @@ sh_status sh_uplink_welcome(sh_uplink *u, const Shoal__Welcome **out) {
     return SH_OK;
 }
 
-sh_status sh_uplink_ready(sh_uplink *u, int kv_tokens, int max_seqs, uint64_t fingerprint, int vocab,
+sh_status sh_uplink_ready(sh_uplink *u, int kv_tokens, int64_t kv_total, int max_seqs, uint64_t fingerprint, int vocab,
                           const char *note) {
     char *copy = note ? strdup(note) : NULL;
     if (note && !copy) SH_FAIL(SH_EMEMORY, "no memory for a note");
     pthread_mutex_lock(&u->lock);
     shoal__ready__init(&u->ready_message);
     u->ready_message.kv_tokens = kv_tokens;
+    u->ready_message.has_kv_total = true;
+    u->ready_message.kv_total = kv_total;
     u->ready_message.max_seqs = max_seqs;
     u->ready_message.fingerprint = fingerprint;
     u->ready_note = copy;

@@ -1,6 +1,6 @@
 /*
  * Times the kernels on the shapes of Gemma 4 E2B (hidden 1536, 8 heads of 256 or 512, feed-forward 6144 or 12288) and
- * prints each as a share of what the cores can do (model/limits.h). Random weights; times are the best of several
+ * prints each as a share of what the cores can do (model/ceiling.h). Random weights; times are the best of several
  * passes, because other work on the machine only ever adds to them. Not a test: nothing here can fail but memory.
  *
  *   kernels_bench [--threads N] [--isa NAME] [--passes N] [--rows M,M,…]
@@ -11,7 +11,7 @@
 #include <string.h>
 #include "common/clock.h"
 #include "common/mem.h"
-#include "model/limits.h"
+#include "model/ceiling.h"
 #include "model/linear.h"
 
 enum { HIDDEN = 1536, HEADS = 8, MAX_ROWS = 512, WIDEST = 12288, LAYERS = 4 };
@@ -24,7 +24,7 @@ typedef struct layer {
 typedef struct bench {
     sh_team *team;
     const sh_kernels *kn;
-    sh_limits lim;
+    sh_ceiling lim;
     int passes;
     layer layers[LAYERS]; /* 420 MB: no cache holds them */
     double weights;       /* elements, padding included */
@@ -167,7 +167,7 @@ static sh_status run(bench *b, int threads, const char *isa, const char *rows) {
     } else {
         SH_TRY(sh_kernels_select(&b->kn));
     }
-    SH_TRY(sh_limits_measure(b->team, (size_t)512 << 20, &b->lim));
+    SH_TRY(sh_ceiling_measure(b->team, (size_t)512 << 20, &b->lim));
     printf("%d threads, %s; limits: read %.1f GB/s, f32 multiply-add %.0f GFLOP/s\n", threads, b->kn->isa,
            b->lim.read_gbs, b->lim.fma_gflops);
     for (int i = 0; i < LAYERS; i++) SH_TRY(make_layer(b, i % 2 ? 512 : 256, i < 2 ? 6144 : 12288, &b->layers[i]));

@@ -605,6 +605,33 @@ static void test_lost_groups(void) {
     sh_wire_close(&f.wire);
 }
 
+/* A leader's connection breaks and takes work along that was on its way: over the new one it gets that work again. */
+static void test_lost_work(void) {
+    server s;
+    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("again")}, NULL));
+    sh_buf lines;
+    make_lines(&lines, 60, 40);
+    uint64_t job = 0;
+    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    fake f;
+    fake_open(&f, s.endpoint, "g");
+    f.budget = 30;
+    for (int i = 0; i < 2000 && (f.budget > 0 || f.n < 8); i++) fake_turn(&f);
+    CU_ASSERT_EQUAL_FATAL(f.n, 8); /* twice what it can run */
+    sh_wire_close(&f.wire);
+    CU_ASSERT_EQUAL_FATAL(sh_wire_connect(s.endpoint, NULL, &f.wire), SH_OK);
+    f.n = 5; /* three never arrived */
+    f.budget = -1;
+    fake_hello(&f);
+    CU_ASSERT_FATAL(wait_done(&s, &f, job, "done", 20));
+    check_rows(&s, job);
+    counts k = status(&s, job);
+    CU_ASSERT_STRING_EQUAL(k.group, "ready"); /* and it was never given up */
+    sh_buf_release(&lines);
+    CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
+    sh_wire_close(&f.wire);
+}
+
 /* The coordinator is killed again and again while a group works; the group goes on and reconnects, or is gone as well.
  */
 static void test_killed_at_work(void) {
@@ -844,6 +871,7 @@ int main(int argc, char **argv) {
     CU_add_test(s, "a job from start to end", test_plain);
     CU_add_test(s, "bad lines", test_bad_lines);
     CU_add_test(s, "lost groups, repeated tokens", test_lost_groups);
+    CU_add_test(s, "work lost with a connection", test_lost_work);
     CU_add_test(s, "coordinator killed at work", test_killed_at_work);
     CU_add_test(s, "coordinator killed while lines arrive", test_killed_while_submitting);
     CU_add_test(s, "cancel", test_cancel);

@@ -7,11 +7,14 @@
 
 enum { MAX_IDS = 4096 };
 
-/* Sanitizers are ten times slower: they see some of the settings. OpenMP's own synchronisation is invisible to tsan. */
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-enum { STRIDE = 4, THREADS = 1 };
+/* Sanitizers are ten times slower and more: they see some of the settings. OpenMP's own synchronisation is invisible to
+ * tsan. */
+#if defined(__SANITIZE_THREAD__)
+enum { STRIDE = 7, THREADS = 1, MODELS = 1 };
+#elif defined(__SANITIZE_ADDRESS__)
+enum { STRIDE = 4, THREADS = 1, MODELS = 2 };
 #else
-enum { STRIDE = 1, THREADS = 2 };
+enum { STRIDE = 1, THREADS = 2, MODELS = 4 };
 #endif
 
 static json_t *golden(const char *name) {
@@ -131,22 +134,21 @@ static void test_model(const char *name, int layers, bool every_cut) {
         }
         setting tiny = even(layers, 3);
         tiny.chunk = 1;
-        compare(name, g, &tiny, &base);
+        if (STRIDE < 7) compare(name, g, &tiny, &base);
         setting two = even(layers, 2);
         two.threads = THREADS;
-        compare(name, g, &two, &base);
+        if (THREADS > 1) compare(name, g, &two, &base);
     }
     fake_close(&base);
     json_decref(g);
 }
 
 int main(void) {
-    test_model("e2b-like", 15, true);
-    test_model("26b-a4b-like", 12, false);
-    if (STRIDE == 1) {
-        test_model("31b-like", 12, false);
-        test_model("e4b-like", 12, false);
-    }
+    static const struct {
+        const char *name;
+        int layers;
+    } models[] = {{"e2b-like", 15}, {"26b-a4b-like", 12}, {"31b-like", 12}, {"e4b-like", 12}};
+    for (int i = 0; i < MODELS; i++) test_model(models[i].name, models[i].layers, i == 0);
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
 }

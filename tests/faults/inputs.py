@@ -5,8 +5,10 @@ as if they were alone; memory does not grow with the longest line."""
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import shoaltest as st
@@ -61,6 +63,17 @@ def main():
         rows = [json.loads(line) for line in open(out)] if os.path.exists(out) else []
         check(p.returncode == 0 and len(rows) == 2 and by_id(rows).get("a") == want,
               f"pipe: exit {p.returncode}, {len(rows)} rows: {p.stderr[-300:]}")
+
+        p = subprocess.Popen(st.command(MODEL, "-", s.file("ctrl-c.out"), "-n", 1), stdin=subprocess.PIPE, env=s.env(),
+                             stderr=subprocess.PIPE)
+        time.sleep(1)
+        p.send_signal(signal.SIGINT)
+        try:
+            err = p.communicate(timeout=20)[1] if p.wait(20) is not None else b""
+        except subprocess.TimeoutExpired:
+            p.kill()
+            err = b"it reads on"
+        check(p.returncode == 4 and b"interrupted" in err, f"ctrl-c while reading: exit {p.returncode}: {err[-300:]}")
 
         both("long-line", b'{"custom_id": "x", "prompt": "' + b"a" * 50_000_000 + b'"}\n' + good("a") + b"\n", 1, [1], "line")
         both("long-line-last", good("a") + b"\n" + b"b" * 50_000_000, 1, [2], "line")

@@ -5,9 +5,10 @@ The released shapes are kind: widths are multiples of 32, heads are powers of tw
 layers. A program can lean on that without anybody noticing. These checkpoints are not kind. The logits come from
 forward() below: float64, one sequence, no cache, written from the formulas (docs/model.md) and from nothing else.
 
-    python3 tests/golden/make_odd_models.py [--compare DIR]
-
---compare: DIR has ref_text_numpy.py, a float32 implementation with caches; its logits must agree.
+    python3 -P tests/golden/make_odd_models.py                  needs numpy
+    python3 -P tests/golden/make_odd_models.py --compare DIR    DIR has ref_text_numpy.py, a float32 implementation with
+                                                                caches: prints how far its logits are
+    python3 -P tests/golden/make_odd_models.py --random N SEED DIR    N more of any shape into DIR, for odd_golden_test DIR/*/
 """
 import json, os, struct, sys
 import numpy as np
@@ -321,7 +322,7 @@ def other_logits(compare, c, folder, ids):
     return ref.Pipeline(folder).forward(ids)
 
 
-def make(name, fields, compare):
+def make(name, fields, compare, where=HERE):
     c = dict(BASE, **fields)
     for seed in range(100):
         r = np.random.default_rng([*name.encode(), seed])
@@ -330,7 +331,7 @@ def make(name, fields, compare):
         logits = forward(c, tensors, ids, gaps)
         if not gaps or min(gaps) > 1e-3:  # no router's choice is too close to call in float32
             break
-    folder = os.path.join(HERE, name)
+    folder = os.path.join(where, name)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump(config_of(c), f, indent=1)
@@ -339,7 +340,7 @@ def make(name, fields, compare):
     n = len(ids)
     at = sorted({*range(0, 6), *range(8, n, 29), 31, 32, 127, 128, n - 2, n - 1} & set(range(n)))
     golden = dict(ids=ids.tolist(), positions=at, logits=[[float(f"{v:.7g}") for v in logits[p]] for p in at])
-    with open(os.path.join(HERE, name + ".json"), "w") as f:
+    with open(os.path.join(where, name + ".json"), "w") as f:
         json.dump(golden, f, separators=(",", ":"))
         f.write("\n")
     print(f"{name:14} {n} tokens, logits {logits.min():.1f} to {logits.max():.1f}", end="")
@@ -348,7 +349,43 @@ def make(name, fields, compare):
     print()
 
 
+def random_fields(r):
+    """Any legal shape: what the fields may be, not what models look like."""
+    def pick(*values):
+        return values[r.integers(len(values))]
+    L, kv, P = int(r.integers(1, 9)), pick(1, 2, 3, 5), pick(0, 0, 3, 8, 17)
+    types = [pick(S, G) for _ in range(L)]
+    types[-1] = G
+    shared = int(r.integers(0, L))
+    while any(t not in types[:L - shared] for t in types[L - shared:]):
+        shared -= 1
+    f = dict(hidden_size=int(r.integers(2, 80)), intermediate_size=int(r.integers(1, 70)), num_hidden_layers=L,
+             num_attention_heads=kv * pick(1, 2, 3, 7), num_key_value_heads=kv, head_dim=2 * int(r.integers(1, 24)),
+             global_head_dim=2 * int(r.integers(1, 40)), vocab_size=int(r.integers(4, 90)),
+             sliding_window=pick(1, 2, 31, 32, 33, 64, 127, 128, 129, 200), layer_types=types, num_kv_shared_layers=shared,
+             attention_k_eq_v=bool(r.integers(2)), use_double_wide_mlp=bool(r.integers(2)),
+             final_logit_softcapping=pick(None, 5.0, 30.0), tie_word_embeddings=bool(r.integers(2)),
+             hidden_size_per_layer_input=P, _scalar=bool(r.integers(2)), _tokens=pick(1, 33, 129, 257, 390),
+             rope_parameters={t: rope(pick("default", "proportional"), pick(1e2, 1e4, 1e6),
+                                      partial_rotary_factor=pick(0.1, 0.25, 0.5, 0.77, 1.0), factor=pick(1.0, 4.0))
+                              for t in (S, G)})
+    if P:
+        f["vocab_size_per_layer_input"] = f["vocab_size"] + pick(0, 3)
+    if f["attention_k_eq_v"] and r.integers(2):
+        f["num_global_key_value_heads"] = 1
+    if r.integers(3) == 0:
+        E = int(r.integers(1, 9))
+        f.update(enable_moe_block=True, num_experts=E, top_k_experts=int(r.integers(1, E + 1)),
+                 moe_intermediate_size=int(r.integers(1, 40)), _unfused=bool(r.integers(2)))
+    return f
+
+
 def main():
+    if len(sys.argv) == 5 and sys.argv[1] == "--random":
+        for i in range(int(sys.argv[2])):
+            name = f"random-{sys.argv[3]}-{i}"
+            make(name, random_fields(np.random.default_rng([int(sys.argv[3]), i])), None, sys.argv[4])
+        return
     compare = sys.argv[2] if len(sys.argv) == 3 and sys.argv[1] == "--compare" else None
     for name, fields in MODELS.items():
         make(name, fields, compare)

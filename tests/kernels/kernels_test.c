@@ -14,7 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include "model/kernels/kernels.h"
-#include "model/limits.h"
+#include "model/ceiling.h"
 #include "model/linear.h"
 
 #define ROUNDS 60
@@ -562,11 +562,11 @@ static void test_binding(void) {
 
 static void test_limits(void) {
     sh_team *team;
-    sh_limits lim = {0};
+    sh_ceiling lim = {0};
     CU_ASSERT_EQUAL_FATAL(sh_team_create(2, NULL, 0, &team), SH_OK);
-    CU_ASSERT_EQUAL(sh_limits_measure(team, 1000, &lim), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_ceiling_measure(team, 1000, &lim), SH_EINPUT);
     CU_ASSERT(lim.read_gbs == 0);
-    CU_ASSERT_EQUAL(sh_limits_measure(team, (size_t)8 << 20, &lim), SH_OK);
+    CU_ASSERT_EQUAL(sh_ceiling_measure(team, (size_t)8 << 20, &lim), SH_OK);
     CU_ASSERT(lim.read_gbs > 0.05 && lim.read_gbs < 1e5 && lim.fma_gflops > 0.05 && lim.fma_gflops < 1e5);
     sh_team_destroy(&team);
 }

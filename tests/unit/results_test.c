@@ -81,6 +81,22 @@ static void test_completion(void) {
     sh_ids_release(&ids);
 }
 
+/* A row that is longer than its buffer may be is not begun: the request is then refused. */
+static void test_limit(void) {
+    sh_request r = request("{\"custom_id\":\"c\",\"prompt\":[10,500],\"max_tokens\":9}");
+    sh_ids ids = {0};
+    encode("one two three four five six seven", &ids);
+    sh_output o = output(&ids);
+    for (size_t max = 1; max < 300; max += 7) {
+        SH_CLEANUP(sh_buf_release) sh_buf b;
+        sh_buf_init(&b, max);
+        CU_ASSERT_EQUAL(sh_result_row(in, &r, &o, 1, &b), SH_ELIMIT);
+        CU_ASSERT_EQUAL(b.len, 0);
+    }
+    sh_ids_release(&ids);
+    sh_request_release(&r);
+}
+
 static void test_names_follow_content(void) {
     sh_request a = request("{\"custom_id\":\"a\",\"prompt\":[5]}"), b = request("{\"custom_id\":\"b\",\"prompt\":[5]}");
     sh_request c = request("{\"custom_id\":\"a\",\"prompt\":[6]}");
@@ -374,6 +390,7 @@ int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("results", NULL, NULL);
     CU_add_test(s, "completion", test_completion);
+    CU_add_test(s, "limit", test_limit);
     CU_add_test(s, "names follow content", test_names_follow_content);
     CU_add_test(s, "stops", test_stops);
     CU_add_test(s, "completion logprobs", test_completion_logprobs);

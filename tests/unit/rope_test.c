@@ -26,6 +26,25 @@ static void frequencies(void) {
     sh_rope_release(&r);
 }
 
+/* The power is the true one, rounded once: what every C library and CPU would agree on. */
+static void frequencies_are_exact(void) {
+    static const double thetas[] = {1, 2, 500, 1e4, 1e6, 2.5e5, 123456789, 1e12};
+    static const int dims[] = {2, 18, 20, 64, 256, 512, 16384};
+    for (size_t t = 0; t < sizeof thetas / sizeof *thetas; t++)
+        for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
+            sh_layer l = {.head_dim = dims[d], .rotated_pairs = dims[d] / 2, .theta = thetas[t], .rope_factor = 3};
+            sh_rope r;
+            int other = 0;
+            CU_ASSERT_FATAL(sh_rope_create(&l, 1, &r) == SH_OK);
+            for (int j = 0; j < r.pairs; j++) {
+                float exponent = (float)(2 * j) / (float)l.head_dim;
+                other += r.freq[j] != 1.0f / (float)powl((float)thetas[t], exponent) / 3.0f;
+            }
+            CU_ASSERT_EQUAL(other, 0);
+            sh_rope_release(&r);
+        }
+}
+
 /* The angle is a float32 product; sine and cosine of that, whatever its size. */
 static void far_angles(void) {
     static const int at[] = {0, 1, 1000, 131071, 262143};
@@ -78,6 +97,7 @@ int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("rope", NULL, NULL);
     CU_add_test(s, "frequencies", frequencies);
+    CU_add_test(s, "frequencies are exact", frequencies_are_exact);
     CU_add_test(s, "far angles", far_angles);
     CU_add_test(s, "partial rotation", partial_rotation);
     CU_add_test(s, "growth", growth);

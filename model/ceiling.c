@@ -1,5 +1,5 @@
-/* Measures memory reading and f32 multiply-adds of a team. See limits.h. */
-#include "model/limits.h"
+/* Measures memory reading and f32 multiply-adds of a team. See ceiling.h. */
+#include "model/ceiling.h"
 
 #include <stdint.h>
 #include <string.h>
@@ -174,7 +174,7 @@ static double read_seconds(sh_team *t, probe *p) {
     return sum;
 }
 
-sh_status sh_limits_measure(sh_team *t, size_t bytes, sh_limits *out) {
+sh_status sh_ceiling_measure(sh_team *t, size_t bytes, sh_ceiling *out) {
     size_t least = (size_t)sh_team_size(t) * SLICES * STREAMS * 4096;
     if (bytes < least) SH_FAIL(SH_EINPUT, "limits: a block of %zu bytes: at least %zu are needed", bytes, least);
     probe p = {.n = bytes / sizeof(float), .streams = 1};
@@ -194,6 +194,6 @@ sh_status sh_limits_measure(sh_team *t, size_t bytes, sh_limits *out) {
     float sink = 0;
     double operations = fma_best(&sink) * sh_team_size(t);
     double fma = best_seconds(t, fma_part, &p, 3 * TRIES);
-    *out = (sh_limits){.read_gbs = (double)(p.n * sizeof(float)) / read * 1e-9, .fma_gflops = operations / fma * 1e-9};
+    *out = (sh_ceiling){.read_gbs = (double)(p.n * sizeof(float)) / read * 1e-9, .fma_gflops = operations / fma * 1e-9};
     return SH_OK;
 }
