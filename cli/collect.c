@@ -118,7 +118,8 @@ static sh_status run(collect *k, sh_client *c, uint64_t job, const char *output,
     bool to_stdout = strcmp(output, "-") == 0;
     if (!to_stdout) SH_TRY(sh_file_writer_open(output, &k->file));
     if (ordered || to_stdout) {
-        k->spool = fopen(spool, "w+e");
+        SH_IGNORE(sh_path_remove(spool)); /* of a run that was killed here; a link that somebody else put there stays */
+        k->spool = fopen(spool, "w+ex");
         if (!k->spool) SH_FAIL(SH_EIO, "%s: cannot be written: %s", spool, strerror(errno));
     }
     SH_TRY(fetch_all(k, c, job));

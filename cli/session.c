@@ -350,9 +350,9 @@ static const Shoal__GroupState *our_group(const sh_session *s) {
 
 static void say_first_line(sh_session *s, const Shoal__GroupState *g) {
     const sh_shared_options *o = s->o.shared;
-    sh_progress_say(s->o.progress, "start", "%s, %s, mode %s, KV %s, %d tokens of KV fit", s->o.model_name,
-                    g->plan ? g->plan : "one stage", sh_mode_name(sh_options_mode(o)),
-                    sh_kv_type_name(sh_options_kv(o)), g->kv_tokens);
+    sh_progress_say(s->o.progress, "start", "%s, %s, mode %s, KV %s, %lld tokens of KV fit, %d in one sequence",
+                    s->o.model_name, g->plan ? g->plan : "one stage", sh_mode_name(sh_options_mode(o)),
+                    sh_kv_type_name(sh_options_kv(o)), (long long)g->kv_total, g->kv_tokens);
     for (size_t i = 0; i < g->n_note; i++) sh_progress_say(s->o.progress, "note", "%s", g->note[i]);
     s->said_first = true;
 }

@@ -389,6 +389,7 @@ static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) 
     }
     SH_TRY(st);
     g->kv_tokens = r->kv_tokens;
+    g->kv_total = r->kv_total;
     g->max_seqs = r->max_seqs < 1 ? 1 : r->max_seqs > SH_MAX_SEQS ? SH_MAX_SEQS : r->max_seqs;
     for (size_t i = 0; i < r->n_note; i++) sh_group_add_note(g, r->note[i]);
     if (g->here == g->size) g->state = SH_GROUP_READY;

@@ -113,6 +113,8 @@ sh_status sh_group_fill(const sh_group *g, Shoal__GroupState *out) {
     s.state = (char *)(uintptr_t)sh_group_state_name(g->state);
     s.has_kv_tokens = g->state == SH_GROUP_READY;
     s.kv_tokens = g->kv_tokens;
+    s.has_kv_total = s.has_kv_tokens && g->kv_total > 0;
+    s.kv_total = g->kv_total;
     s.has_running = true;
     s.running = g->said_running >= 0 ? g->said_running : g->given;
     s.n_note = (size_t)g->n_notes;

@@ -34,6 +34,7 @@ typedef struct sh_group {
     char *note[SH_MAX_NOTES];
     int n_notes;
     int kv_tokens, max_seqs;
+    int64_t kv_total; /* 0: not told */
     int given;        /* requests it has */
     int said_running; /* as its leader's heartbeat says; −1: nothing yet */
     double born;

@@ -79,7 +79,8 @@ static const char *const sql[Q_COUNT] = {
         "ON l.key = r.key JOIN job j ON j.id = r.job WHERE r.done = 0 AND r.key > ?1 AND j.state NOT IN (3, 4) "
         "ORDER BY r.key LIMIT ?2",
     [Q_PENDING_JOB] = "SELECT r.key, r.job, r.number, r.hash, r.custom_id, l.text, r.done FROM request r JOIN line l "
-                      "ON l.key = r.key WHERE r.done = 0 AND r.key > ?1 AND r.job = ?3 ORDER BY r.key LIMIT ?2",
+                      "ON l.key = r.key WHERE r.done = 0 AND r.key > ?1 AND +r.job = ?3 ORDER BY r.key LIMIT ?2",
+    /* + : not by the index on jobs, which would sort the whole rest of the job for each page */
     [Q_PROGRESS_ADD] = "INSERT OR IGNORE INTO progress(key, score, place, tokens) VALUES(?1, ?2, ?3, ?4)",
     [Q_PROGRESS_GET] = "SELECT tokens FROM progress WHERE key = ?1 ORDER BY score, place",
     [Q_PROGRESS_DROP] = "DELETE FROM progress WHERE key = ?1",

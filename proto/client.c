@@ -96,6 +96,7 @@ sh_status sh_client_call(sh_client *c, const Shoal__JobRequest *request, Shoal__
 typedef struct reader {
     FILE *f;
     uint64_t number; /* of the last line */
+    uint64_t chain;  /* over the lines so far that are not blank */
     bool end;
     sh_buf line;
 } reader;
@@ -153,6 +154,10 @@ static sh_status batch_add(batch *b, uint64_t number, const sh_buf *line) {
     return SH_OK;
 }
 
+static void add_to_chain(reader *r) {
+    r->chain = sh_line_chain(r->chain, r->number, r->line.data, r->line.len);
+}
+
 /* Adds up to a batch of lines; false in *more at the end of the file. Blank lines are counted and left out. */
 static sh_status fill_batch(reader *r, batch *b, bool *more) {
     b->n = 0;
@@ -161,24 +166,28 @@ static sh_status fill_batch(reader *r, batch *b, bool *more) {
     while (b->n < BATCH_LINES && b->text.len < BATCH_BYTES) {
         SH_TRY(next_line(r, more));
         if (!*more) break;
-        if (!is_blank(&r->line)) SH_TRY(batch_add(b, r->number, &r->line));
+        if (is_blank(&r->line)) continue;
+        add_to_chain(r);
+        SH_TRY(batch_add(b, r->number, &r->line));
     }
     for (size_t i = 0; i < b->n; i++) b->line[i].text.data = b->text.data + b->start[i]; /* the text moves no more */
     return SH_OK;
 }
 
-static sh_status take_ack(sh_client *c, int *open) {
+/* *chain: over all lines of the job, as the coordinator has it. */
+static sh_status take_ack(sh_client *c, int *open, uint64_t *chain) {
     Shoal__JobReply *reply = NULL;
     SH_TRY(take_reply(c, &reply));
+    *chain = reply->chain;
     shoal__job_reply__free_unpacked(reply, NULL);
     --*open;
     return SH_OK;
 }
 
-static sh_status send_submit(sh_client *c, const Shoal__Submit *s, int *open) {
+static sh_status send_submit(sh_client *c, const Shoal__Submit *s, int *open, uint64_t *chain) {
     Shoal__JobRequest q = SHOAL__JOB_REQUEST__INIT;
     q.submit = (Shoal__Submit *)(uintptr_t)s;
-    while (*open >= WINDOW) SH_TRY(take_ack(c, open));
+    while (*open >= WINDOW) SH_TRY(take_ack(c, open, chain));
     SH_TRY(send_request(c, &q));
     ++*open;
     return SH_OK;
@@ -186,36 +195,38 @@ static sh_status send_submit(sh_client *c, const Shoal__Submit *s, int *open) {
 
 /* Reads past what the coordinator has, and checks that it is the same. */
 static sh_status skip_accepted(reader *r, const char *name, uint64_t accepted, uint64_t want) {
-    uint64_t chain = 0;
     bool got = true;
     for (uint64_t n = 0; n < accepted && got;) {
         SH_TRY(next_line(r, &got));
         if (!got || is_blank(&r->line)) continue;
-        chain = sh_line_chain(chain, r->number, r->line.data, r->line.len);
+        add_to_chain(r);
         n++;
     }
-    if (!got || chain != want)
+    if (!got || r->chain != want)
         SH_FAIL(SH_EINPUT,
                 "job %s began with another file: its first %llu lines differ from this one's (choose another name)",
                 name, (unsigned long long)accepted);
     return SH_OK;
 }
 
-static sh_status submit_lines(sh_client *c, reader *r, batch *b, uint64_t job) {
+static sh_status submit_lines(sh_client *c, reader *r, batch *b, const char *name, uint64_t job) {
     int open = 0;
+    uint64_t chain = r->chain;
     for (bool more = true; more;) {
         SH_TRY(fill_batch(r, b, &more));
         Shoal__Submit s = SHOAL__SUBMIT__INIT;
         s.has_job = true, s.job = job;
         s.n_line = b->n, s.line = b->list;
-        if (b->n) SH_TRY(send_submit(c, &s, &open));
+        if (b->n) SH_TRY(send_submit(c, &s, &open, &chain));
     }
-    while (open) SH_TRY(take_ack(c, &open)); /* a file of which a part was refused is not closed */
+    while (open) SH_TRY(take_ack(c, &open, &chain)); /* a file of which a part was refused is not closed */
+    if (chain != r->chain)
+        SH_FAIL(SH_EINPUT, "job %s: lines of another file came in meanwhile: choose another name for this one", name);
     Shoal__Submit last = SHOAL__SUBMIT__INIT;
     last.has_job = true, last.job = job;
     last.has_close = last.close = true;
-    SH_TRY(send_submit(c, &last, &open));
-    while (open) SH_TRY(take_ack(c, &open));
+    SH_TRY(send_submit(c, &last, &open, &chain));
+    while (open) SH_TRY(take_ack(c, &open, &chain));
     return SH_OK;
 }
 
@@ -236,7 +247,7 @@ sh_status sh_client_submit(sh_client *c, const char *name, const Shoal__JobOptio
     sh_status st = b ? skip_accepted(&r, name, accepted, chain)
                      : sh_error_set(SH_EMEMORY, __FILE__, __LINE__, "no memory to submit");
     if (st == SH_OK) sh_buf_init(&b->text, 0);
-    if (st == SH_OK) st = submit_lines(c, &r, b, id);
+    if (st == SH_OK) st = submit_lines(c, &r, b, name, id);
     if (b) sh_buf_release(&b->text);
     free(b);
     sh_buf_release(&r.line);

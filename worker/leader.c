@@ -69,6 +69,10 @@ int32_t sh_leader_capacity(const sh_leader_options *o) {
     return (int32_t)n;
 }
 
+int64_t sh_leader_total(const sh_leader_options *o) {
+    return (int64_t)o->pages[o->kind[SH_KV_GLOBAL] ? SH_KV_GLOBAL : SH_KV_SLIDING] * SH_PAGE_TOKENS;
+}
+
 static size_t start_cost(const sh_seq *s) {
     return sizeof(sh_sampling) + sizeof(sh_seq_start) + 256 + (size_t)s->n_tokens * 4;
 }

@@ -46,6 +46,9 @@ static inline int sh_leader_in_flight(const sh_leader_options *o) {
 size_t sh_leader_descriptor_bytes(const sh_leader_options *o);
 /* Tokens that one sequence can hold at most. */
 int32_t sh_leader_capacity(const sh_leader_options *o);
+/* Tokens of KV of all sequences together: of the kind whose pages stay (global), or of the sliding kind when there is
+ * no other. */
+int64_t sh_leader_total(const sh_leader_options *o);
 /* Pages of a kind that a sequence of n tokens holds at most at any time. */
 int32_t sh_leader_peak(const sh_leader_options *o, sh_kv_kind kind, int32_t n);
 

@@ -498,13 +498,15 @@ sh_status sh_uplink_welcome(sh_uplink *u, const Shoal__Welcome **out) {
     return SH_OK;
 }
 
-sh_status sh_uplink_ready(sh_uplink *u, int kv_tokens, int max_seqs, uint64_t fingerprint, int vocab,
+sh_status sh_uplink_ready(sh_uplink *u, int kv_tokens, int64_t kv_total, int max_seqs, uint64_t fingerprint, int vocab,
                           const char *note) {
     char *copy = note ? strdup(note) : NULL;
     if (note && !copy) SH_FAIL(SH_EMEMORY, "no memory for a note");
     pthread_mutex_lock(&u->lock);
     shoal__ready__init(&u->ready_message);
     u->ready_message.kv_tokens = kv_tokens;
+    u->ready_message.has_kv_total = true;
+    u->ready_message.kv_total = kv_total;
     u->ready_message.max_seqs = max_seqs;
     u->ready_message.fingerprint = fingerprint;
     u->ready_note = copy;

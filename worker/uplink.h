@@ -56,7 +56,8 @@ const char *sh_uplink_reason(const sh_uplink *u);
 /* Waits for the first welcome; borrowed until stop. SH_EPEER when orphaned, SH_ECANCELLED when told to leave. */
 sh_status sh_uplink_welcome(sh_uplink *u, const Shoal__Welcome **out);
 /* Leader: every rank has its weights; from here on work is taken in. vocab checks token ids. note may be NULL. */
-sh_status sh_uplink_ready(sh_uplink *u, int kv_tokens, int max_seqs, uint64_t fingerprint, int vocab, const char *note);
+sh_status sh_uplink_ready(sh_uplink *u, int kv_tokens, int64_t kv_total, int max_seqs, uint64_t fingerprint, int vocab,
+                          const char *note);
 /* Leader: the next thing the coordinator wants, if any. */
 bool sh_uplink_take(sh_uplink *u, sh_inbox *out);
 /* Leader: one token or score of a sequence. Copies; allocates nothing; waits only when the queue is full. */

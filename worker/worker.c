@@ -190,8 +190,8 @@ static sh_status announce(rank *r) {
     if (any) note = "SHOAL_ISA=blas: results are not invariant";
     uint64_t print = 0;
     SH_TRY(fingerprint(r, &print));
-    return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), r->schedule.max_seqs, print, r->config->vocab,
-                           note);
+    return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), sh_leader_total(&r->schedule),
+                           r->schedule.max_seqs, print, r->config->vocab, note);
 }
 
 /* ---- both loops

@@ -22,10 +22,15 @@ typedef struct server {
     uint64_t accepted, chain;
     int closes;
     const char *refuse; /* text of an error for lines */
+    bool crossed;       /* somebody else's line comes in before the first one */
     bool garbage;       /* answers with bytes that are no message */
 } server;
 
 static void take_lines(server *s, const Shoal__Submit *q) {
+    if (s->crossed && q->n_line) {
+        s->chain = sh_line_chain(s->chain, 1, "else", 4);
+        s->crossed = false;
+    }
     for (size_t i = 0; i < q->n_line; i++) {
         const Shoal__Line *l = q->line[i];
         s->chain = sh_line_chain(s->chain, l->number, l->text.data, l->text.len);
@@ -136,6 +141,17 @@ static void test_lines(void) {
     stop(&s);
 }
 
+/* Two files under one name at the same time: whoever does not find its own lines there says so, and closes nothing. */
+static void test_crossed(void) {
+    server s = {.crossed = true};
+    start(&s);
+    uint64_t job = 0;
+    CU_ASSERT_EQUAL(submit("one\ntwo\n", 8, &job), SH_EINPUT);
+    CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "lines of another file"));
+    CU_ASSERT_EQUAL(s.closes, 0);
+    stop(&s);
+}
+
 static void test_many_and_long(void) {
     server s = {0};
     start(&s);
@@ -182,6 +198,7 @@ int main(void) {
     CU_add_test(s, "nobody there", test_absent);
     CU_add_test(s, "lines, blanks, going on, another file", test_lines);
     CU_add_test(s, "many lines, a long one", test_many_and_long);
+    CU_add_test(s, "two files under one name", test_crossed);
     CU_add_test(s, "refusals and nonsense", test_refused);
     CU_basic_set_mode(CU_BRM_NORMAL);
     CU_basic_run_tests();
