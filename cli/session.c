@@ -1,6 +1,7 @@
 /* Supervision of a run. See session.h. */
 #include "cli/session.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -8,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include "cli/collect.h"
@@ -203,10 +205,25 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     if (o->lenient) add(a, "--lenient", NULL);
 }
 
+/* Seconds in which a coordinator that takes over the store may honestly be busy with it. */
+static double ready_patience(const sh_session *s) {
+    double bytes = 0;
+    DIR *d = opendir(s->o.store->path);
+    for (struct dirent *e; d && (e = readdir(d));)
+        for (int i = 0; i < 2 && e->d_name[0] >= '1' && e->d_name[0] <= '9'; i++) {
+            char path[PATH_MAX + 300];
+            struct stat sb;
+            snprintf(path, sizeof path, "%s/%s/store.db%s", s->o.store->path, e->d_name, i ? "-wal" : "");
+            if (stat(path, &sb) == 0) bytes += (double)sb.st_size;
+        }
+    if (d) closedir(d);
+    return SH_SESSION_READY + bytes / SH_SESSION_TAKING;
+}
+
 /* The endpoint's line from the new coordinator; SH_EPEER when it ends or stays silent, SH_ECANCELLED when interrupted.
  */
 static sh_status await_ready(sh_session *s, int fd, char *line, size_t size) {
-    double until = sh_now() + SH_SESSION_READY;
+    double patience = ready_patience(s), until = sh_now() + patience;
     size_t n = 0;
     while (sh_now() < until) {
         struct pollfd p = {.fd = fd, .events = POLLIN};
@@ -224,7 +241,7 @@ static sh_status await_ready(sh_session *s, int fd, char *line, size_t size) {
         }
         if (n == size - 1) break;
     }
-    SH_FAIL(SH_EPEER, "took no requests within %.0f s", SH_SESSION_READY);
+    SH_FAIL(SH_EPEER, "took no requests within %.0f s", patience);
 }
 
 /* tcp://0.0.0.0:41234 → as this node (client) and as others (ranks) call it. */
@@ -547,6 +564,8 @@ void sh_session_stop(sh_session *s, bool finished) {
         Shoal__JobRequest request = SHOAL__JOB_REQUEST__INIT;
         request.has_shutdown = request.shutdown = 1;
         Shoal__JobReply *reply = NULL;
+        if (!s->client)
+            SH_IGNORE(sh_client_open(s->endpoint, s->over_tcp ? s->keys : NULL, STATUS_CALL_MS, &s->client));
         if (s->client && sh_client_call(s->client, &request, &reply) == SH_OK)
             shoal__job_reply__free_unpacked(reply, NULL);
         double until = sh_now() + (s->group_ready ? SH_RUN_GRACE : 0);

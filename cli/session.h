@@ -15,9 +15,10 @@
 #include "proto/client.h"
 
 #define SH_SESSION_TRIES   3
-#define SH_SESSION_SILENCE 20.0   /* seconds without an answer of the coordinator */
-#define SH_SESSION_CONNECT 60.0   /* seconds until the first rank of a group is heard of */
-#define SH_SESSION_READY   1800.0 /* seconds until a coordinator takes requests: it copies and checks the whole store */
+#define SH_SESSION_SILENCE 20.0  /* seconds without an answer of the coordinator */
+#define SH_SESSION_CONNECT 60.0  /* seconds until the first rank of a group is heard of */
+#define SH_SESSION_READY   120.0 /* seconds until a coordinator takes requests … */
+#define SH_SESSION_TAKING  5e6   /* … and one more for each so many bytes of the store, which it copies and checks */
 
 typedef struct sh_session_options {
     const char *program; /* shoal itself, absolute */

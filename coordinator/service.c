@@ -105,7 +105,9 @@ static sh_status hold(sh_service *v, const sh_wire_peer *to, uint64_t job, const
         v->held = p;
         v->cap_held = cap;
     }
-    v->held[v->n_held++] = (held_reply){.to = *to, .job = job, .error = error ? strdup(error) : NULL};
+    char *text = error ? strdup(error) : NULL;
+    if (error && !text) SH_FAIL(SH_EMEMORY, "no memory for replies");
+    v->held[v->n_held++] = (held_reply){.to = *to, .job = job, .error = text};
     return SH_OK;
 }
 

@@ -13,7 +13,7 @@ static sh_status check_ids(const int32_t *ids, size_t n, int vocab, const char *
 
 sh_status sh_seq_create(uint64_t key, const int32_t *prompt, size_t n_prompt, const int32_t *generated,
                         size_t n_generated, const sh_sampling *sampling, int scored, int vocab, sh_seq **out) {
-    const size_t most = (size_t)1 << 30;
+    const size_t most = (size_t)1 << 29; /* the sum of two is an int32_t, with pages to spare */
     if (n_prompt < 1 || n_prompt > most) SH_FAIL(SH_EINPUT, "prompt: %zu tokens: 1 or more are allowed", n_prompt);
     if (sampling->max_tokens < 1 || (size_t)sampling->max_tokens > most)
         SH_FAIL(SH_EINPUT, "max_tokens: %d: 1 or more are allowed", sampling->max_tokens);
