@@ -136,7 +136,9 @@ static sh_status read_sizes(reader *r) {
     SH_TRY(sh_json_bool(t, "use_double_wide_mlp", &r->double_wide));
     double eps = 1e-6, cap = 0;
     SH_TRY(sh_json_double(t, "rms_norm_eps", 1e-12, 1, &eps));
-    SH_TRY(sh_json_double(t, "final_logit_softcapping", 1e-3, 1e6, &cap));
+    SH_TRY(sh_json_double(t, "final_logit_softcapping", 0, 1e6, &cap)); /* 0 is off, as null is */
+    if (cap != 0 && cap < 1e-3)
+        SH_FAIL(SH_EINPUT, "final_logit_softcapping: %g: allowed are null, 0, and 0.001 to 1e+06", cap);
     c->eps = (float)eps;
     c->softcap = (float)cap;
     c->tied = true; /* the composite's word counts where both have one: it owns the head */

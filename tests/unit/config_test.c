@@ -63,6 +63,7 @@ static void test_defaults(void) {
     }
     CU_ASSERT_TRUE(c.tied);
     CU_ASSERT_EQUAL(c.softcap, 0);
+    CU_ASSERT_EQUAL(good("{\"final_logit_softcapping\": 0.0}").softcap, 0);
     CU_ASSERT_EQUAL(c.first_shared, 6);
     CU_ASSERT_EQUAL(c.image_id, -1);
     CU_ASSERT_STRING_EQUAL(c.variant, "custom");
@@ -243,7 +244,9 @@ static void test_refused(void) {
          "moe_intermediate_size: missing: enable_moe_block needs it"},
         {SH_EINPUT, "{\"rms_norm_eps\": 0}", "rms_norm_eps: 0 is out of range: allowed are numbers from 1e-12 to 1"},
         {SH_EINPUT, "{\"final_logit_softcapping\": -30}",
-         "final_logit_softcapping: -30 is out of range: allowed are numbers from 0.001 to 1e+06"},
+         "final_logit_softcapping: -30 is out of range: allowed are numbers from 0 to 1e+06"},
+        {SH_EINPUT, "{\"final_logit_softcapping\": 0.0001}",
+         "final_logit_softcapping: 0.0001: allowed are null, 0, and 0.001 to 1e+06"},
         {SH_EINPUT, "{\"eos_token_id\": 100}", "eos_token_id: 100 is out of range: allowed are 0 to 99"},
         {SH_EINPUT, "{\"eos_token_id\": [1, \"x\"]}",
          "eos_token_id: a string is not an id: allowed are integers from 0 to 99, or a list of them"},
