@@ -29,6 +29,15 @@ def nobody():
     os.setuid(65534)
 
 
+def reachable():
+    """Whether that user can read the program and the model where this checkout lies (not below a closed home folder)."""
+    seen = [["test", "-x", st.shoal()], ["test", "-r", os.path.join(MODEL, "config.json")]]
+    ok = all(subprocess.run(c, preexec_fn=nobody).returncode == 0 for c in seen)
+    if not ok:
+        print("as another user: left out, that user cannot reach", st.ROOT)
+    return ok
+
+
 def main():
     check = st.Checks()
     with st.Scratch() as s:
@@ -92,7 +101,7 @@ def main():
         check(not st.difference(want, st.rows(out)), "the output was changed")
 
         # not writable, as a user who is not root
-        if os.geteuid() == 0:
+        if os.geteuid() == 0 and reachable():
             closed, pub = s.file("closed"), s.file("public")
             os.mkdir(closed, 0o755)
             os.mkdir(pub)
