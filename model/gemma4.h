@@ -65,7 +65,6 @@ typedef struct sh_model_times {
 sh_model_times sh_model_time(const sh_model *m);
 const sh_kernels *sh_model_kernels(const sh_model *m);
 sh_team *sh_model_team(sh_model *m);
-const sh_config *sh_model_config(const sh_model *m);
 size_t sh_model_weight_bytes(const sh_model *m);
 sh_kv_pool *sh_model_kv(const sh_model *m);
 

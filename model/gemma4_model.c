@@ -153,10 +153,6 @@ sh_team *sh_model_team(sh_model *m) {
     return m->team;
 }
 
-const sh_config *sh_model_config(const sh_model *m) {
-    return &m->config;
-}
-
 size_t sh_model_weight_bytes(const sh_model *m) {
     return m->weights->bytes;
 }

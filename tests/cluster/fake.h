@@ -79,6 +79,7 @@ typedef struct fake {
     fake_work *work; /* [FAKE_WORK] */
     int n_work;
     bool ready, all_greeted, mute;
+    int64_t kv_total;
     int kv_tokens, running_most;
     char fault[1024];
 } fake;
@@ -245,6 +246,7 @@ static inline void fake_take(fake *f, const sh_wire_peer *from, const Shoal__Fro
     if (m->ready) {
         f->ready = true;
         f->kv_tokens = m->ready->kv_tokens;
+        f->kv_total = m->ready->kv_total;
     }
     if (m->heartbeat) {
         f->rank[rank].beats++;

@@ -2,6 +2,7 @@
  * How a group behaves towards its coordinator: work refused, cancelled and forgotten; a coordinator that falls silent,
  * comes back with a new epoch, or stays away; a KV pool so small that sequences are paused; faults that are told.
  */
+#include "model/batch.h"
 #include "partition/plan.h"
 #include "tests/cluster/fake.h"
 
@@ -78,6 +79,8 @@ static void test_small_pool(const fake *base) {
         add_some(&f, 20, 60);
         fake_start_threads(&f);
         CHECK(fake_run(&f, 60), "small pool: no answers: %s", f.fault);
+        CHECK(f.kv_total >= f.kv_tokens && f.kv_total % SH_PAGE_TOKENS == 0,
+              "%lld tokens of KV fit, %d in one sequence", (long long)f.kv_total, f.kv_tokens);
         if (small) CHECK(f.kv_tokens < 512, "the small pool holds %d tokens of a sequence", f.kv_tokens);
         for (double end = sh_now() + 0.5; sh_now() < end;) fake_pump(&f, 10); /* one more heartbeat */
         steps[small] = f.rank[1].step;

@@ -373,6 +373,31 @@ static void test_bad_messages(void) {
     }
 }
 
+/* 31b-like allows 262,144 positions: without a stated context a line may have half of them (decision 0011), with one
+ * all. */
+static void test_usual_context(void) {
+    sh_buf b = {0};
+    CU_ASSERT_EQUAL(sh_buf_add_str(&b, "{\"max_tokens\":1,\"prompt\":[5"), SH_OK);
+    for (int i = 1; i < SH_USUAL_CONTEXT; i++) CU_ASSERT_EQUAL_FATAL(sh_buf_add_str(&b, ",5"), SH_OK);
+    CU_ASSERT_EQUAL(sh_buf_add_str(&b, "]}"), SH_OK);
+    for (int stated = 0; stated <= 262144; stated += 262144) {
+        sh_intake_options o = {.max_context = stated};
+        sh_intake *big = NULL;
+        CU_ASSERT_EQUAL_FATAL(sh_intake_create(MODELS "31b-like", &o, &big), SH_OK);
+        sh_request r = read_line(big, (const char *)b.data, b.len);
+        if (stated) {
+            CU_ASSERT_EQUAL(r.status, 0);
+        } else {
+            expect(&r, 413, "context_length_exceeded", "prompt",
+                   "prompt: 131072 tokens: allowed are 131071, the context (--max-context) less one token to generate",
+                   "runaway prompt");
+        }
+        sh_request_release(&r);
+        sh_intake_destroy(&big);
+    }
+    sh_buf_release(&b);
+}
+
 static void test_limits(void) {
     sh_buf b = {0};
     CU_ASSERT_EQUAL(sh_buf_add_str(&b, "{\"prompt\":[5"), SH_OK);
@@ -524,6 +549,7 @@ int main(void) {
     CU_add_test(s, "bad values", test_bad_values);
     CU_add_test(s, "not provided", test_not_provided);
     CU_add_test(s, "bad messages", test_bad_messages);
+    CU_add_test(s, "usual context", test_usual_context);
     CU_add_test(s, "limits", test_limits);
     CU_add_test(s, "no template", test_no_template);
     CU_add_test(s, "mutations", test_mutations);
