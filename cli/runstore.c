@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include "common/file.h"
@@ -83,21 +84,30 @@ static sh_status settle_owner(const char *note, sh_runstore *s) {
     return SH_OK;
 }
 
-/* The private folders: sockets and MPI's session files under TMPDIR, MPI's shared memory under /dev/shm. */
-static sh_status make_private(sh_runstore *s, bool mpi) {
+/* Puts six random characters in place of the template's last six. */
+static sh_status pick_name(char *template) {
+    static const char letters[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789";
+    unsigned char r[6];
+    if (getrandom(r, sizeof r, 0) != (ssize_t)sizeof r) SH_FAIL(SH_EIO, "no random numbers: %s", strerror(errno));
+    char *at = template + strlen(template) - sizeof r;
+    for (size_t i = 0; i < sizeof r; i++) at[i] = letters[r[i] % (sizeof letters - 1)];
+    return SH_OK;
+}
+
+/* Names the private folders: sockets and MPI's session files under TMPDIR, MPI's shared memory under /dev/shm. */
+static sh_status name_private(sh_runstore *s, bool mpi) {
     const char *tmp = getenv("TMPDIR");
     if (!tmp || !*tmp) tmp = "/tmp";
-    char ipc[PATH_MAX];
-    int n = snprintf(ipc, sizeof ipc, "%s/shoal-XXXXXX", tmp);
-    if (n < 0 || n + SOCKET_NAME_MOST > SOCKET_PATH_MOST)
+    int n = snprintf(s->ipc, sizeof s->ipc, "%s/shoal-XXXXXX", tmp);
+    if (n < 0 || n + SOCKET_NAME_MOST > SOCKET_PATH_MOST) {
+        s->ipc[0] = 0;
         SH_FAIL(SH_ELIMIT, "TMPDIR: %s makes socket paths of %d bytes: allowed are %d: set TMPDIR to a shorter path",
                 tmp, n + SOCKET_NAME_MOST, SOCKET_PATH_MOST);
-    if (!mkdtemp(ipc)) SH_FAIL(SH_EIO, "TMPDIR: %s: no folder can be made in it: %s", tmp, strerror(errno));
-    snprintf(s->ipc, sizeof s->ipc, "%s", ipc);
+    }
+    SH_TRY(pick_name(s->ipc));
     if (!mpi) return SH_OK;
     snprintf(s->shm, sizeof s->shm, "/dev/shm/shoal-XXXXXX");
-    if (!mkdtemp(s->shm)) s->shm[0] = 0; /* MPI then chooses by itself */
-    return SH_OK;
+    return pick_name(s->shm);
 }
 
 static sh_status write_owner(const char *note, const sh_runstore *s) {
@@ -109,6 +119,18 @@ static sh_status write_owner(const char *note, const sh_runstore *s) {
     sh_status st = write_json(note, j);
     json_decref(j);
     return st;
+}
+
+/* The note names the folders before they exist, so that whoever comes after a kill, at any moment, can remove them. */
+static sh_status make_private(sh_runstore *s, const char *note, bool mpi) {
+    sh_runstore named = *s;
+    SH_TRY(name_private(&named, mpi));
+    SH_TRY(write_owner(note, &named));
+    if (mkdir(named.ipc, 0700) != 0)
+        SH_FAIL(SH_EIO, "TMPDIR: %s: no folder can be made in it: %s", named.ipc, strerror(errno));
+    memcpy(s->ipc, named.ipc, sizeof s->ipc);
+    if (mpi && mkdir(named.shm, 0700) == 0) memcpy(s->shm, named.shm, sizeof s->shm); /* else MPI chooses by itself */
+    return SH_OK;
 }
 
 sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_runstore *out) {
@@ -134,8 +156,7 @@ sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_run
     } else {
         SH_FAIL(SH_EINPUT, "%s: is not the store of a run: name another folder with --store", path);
     }
-    sh_status st = make_private(&s, mpi);
-    if (st == SH_OK) st = write_owner(note, &s);
+    sh_status st = make_private(&s, note, mpi);
     if (st != SH_OK) {
         if (s.ipc[0]) SH_IGNORE(sh_path_remove(s.ipc));
         if (s.shm[0]) SH_IGNORE(sh_path_remove(s.shm));
@@ -146,7 +167,7 @@ sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_run
 }
 
 /* The note of this run goes; that of a newer one, which took the store over, stays. */
-static sh_status remove_owner(const sh_runstore *s) {
+static sh_status remove_owner(const sh_runstore *s, const char *mine) {
     char note[PATH_MAX + 32];
     SH_CLEANUP(sh_json_release) json_t *j = NULL;
     const char *ipc = "";
@@ -154,16 +175,17 @@ static sh_status remove_owner(const sh_runstore *s) {
     if (!sh_file_exists(note)) return SH_OK;
     SH_TRY(sh_json_read(note, 1 << 16, &j));
     SH_TRY(sh_json_string(j, "ipc", &ipc));
-    return strcmp(ipc, s->ipc) == 0 ? sh_path_remove(note) : SH_OK;
+    return strcmp(ipc, mine) == 0 ? sh_path_remove(note) : SH_OK;
 }
 
 sh_status sh_runstore_close(sh_runstore *s, bool remove_all) {
     char path[PATH_MAX + 32];
-    if (!remove_all) SH_TRY(remove_owner(s));
+    char ipc[sizeof s->ipc];
+    memcpy(ipc, s->ipc, sizeof ipc);
     if (s->ipc[0]) SH_TRY(sh_path_remove(s->ipc));
     if (s->shm[0]) SH_TRY(sh_path_remove(s->shm));
     s->ipc[0] = s->shm[0] = 0;
-    if (!remove_all) return SH_OK;
+    if (!remove_all) return remove_owner(s, ipc); /* last: until then it names what there is to remove */
     snprintf(path, sizeof path, "%s.removed", s->path);
     SH_TRY(sh_path_remove(path));
     if (rename(s->path, path) != 0) SH_FAIL(SH_EIO, "%s: cannot be removed: %s", s->path, strerror(errno));

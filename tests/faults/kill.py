@@ -66,7 +66,8 @@ def main():
                 st.kill_all(s)
                 continue
             tries = 0
-            while not os.path.exists(out) and tries < 4:
+            # A store that is still there says that the run was not finished, though its OUTPUT may be.
+            while (not os.path.exists(out) or os.path.exists(out + ".store")) and tries < 4:
                 tries += 1
                 r = subprocess.run(cmd, env=s.env(), capture_output=True, text=True, timeout=180)
                 err = r.stderr
