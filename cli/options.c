@@ -257,6 +257,7 @@ int sh_options_begin(const char *command, const char *usage, const sh_option *t,
 
 static const char *const mode_names[] = {"exact", "bf16", NULL};
 static const char *const kv_names[] = {"f32", "bf16", NULL};
+static const char *const reduce_names[] = {"gather", "sum", NULL};
 
 int sh_options_shared(sh_shared_options *s, sh_option *t) {
     *s = (sh_shared_options){.mode_at = 1, .kv_at = -1};
@@ -276,8 +277,16 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {"lenient", 0, SH_OPTION_FLAG, &s->lenient, NULL, "ignore unknown fields of requests instead of refusing them"},
         {.kind = SH_OPTION_NOTE, .help = "Ranks and memory:"},
         {"ranks", 'n', SH_OPTION_INT, &s->ranks, "N",
-         "ranks of the group, one pipeline stage each (default: the machine's NUMA nodes)", 1, SH_MAX_RANKS},
-        {"pp", 0, SH_OPTION_INT, &s->pp, "P", "pipeline stages; equals the ranks", 1, SH_MAX_RANKS},
+         "ranks of a group (default: what the next options need, else the machine's NUMA nodes)", 1, SH_MAX_RANKS},
+        {"pp", 0, SH_OPTION_INT, &s->pp, "P", "pipeline stages (default: the ranks, divided by the next three)", 1,
+         SH_MAX_RANKS},
+        {"ep", 0, SH_OPTION_INT, &s->ep, "E", "ranks of a stage that divide sequences and experts", 1, SH_MAX_RANKS},
+        {"tp", 0, SH_OPTION_INT, &s->tp, "T", "ranks of a stage that divide heads and columns", 1, SH_MAX_RANKS},
+        {"cp", 0, SH_OPTION_INT, &s->cp, "C", "ranks of a stage that divide the positions of each sequence", 1,
+         SH_MAX_RANKS},
+        {"tp-reduce", 0, SH_OPTION_CHOICE, &s->tp_reduce_at, "HOW",
+         "with --tp: gather (default: the same bytes for any layout) or sum (less traffic; results then depend on T)",
+         .choices = reduce_names},
         {"cuts", 0, SH_OPTION_LIST, &s->cuts, "LIST",
          "first layers of stages 1, 2, …, such as 5,9 (default: balanced)"},
         {"threads", 0, SH_OPTION_INT, &s->threads, "N",
@@ -287,9 +296,6 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {"kv-memory", 0, SH_OPTION_SIZE, &s->kv_memory, "SIZE",
          "KV budget per rank, such as 8GiB (default: what is left after weights)"},
         {"replicas", 0, SH_OPTION_ONE, NULL, "R", NULL},
-        {"ep", 0, SH_OPTION_ONE, NULL, "E", NULL},
-        {"tp", 0, SH_OPTION_ONE, NULL, "T", NULL},
-        {"cp", 0, SH_OPTION_ONE, NULL, "C", NULL},
         {"plan", 0, SH_OPTION_LATER, NULL, "FILE", "give -n and --cuts"},
         {"report", 0, SH_OPTION_LATER, NULL, "FILE", "the closing table and --progress json tell what happened"},
         {"vision-tokens", 0, SH_OPTION_LATER, NULL, "LIST", "text only for now"},
@@ -307,23 +313,31 @@ sh_kv_type sh_options_kv(const sh_shared_options *s) {
     return sh_options_mode(s) == SH_MODE_EXACT ? SH_KV_F32 : SH_KV_BF16;
 }
 
-sh_status sh_options_ranks(const sh_shared_options *s, int *ranks) {
-    int n = s->ranks;
-    if (s->pp) {
-        if (n && n != s->pp)
-            SH_FAIL(SH_EINPUT, "--pp: %d stages do not fit -n %d: every rank is one stage for now", s->pp, n);
-        n = s->pp;
-    }
+int sh_options_ranks(const sh_shared_options *s) {
+    if (s->ranks) return s->ranks;
+    int stages = s->pp, width = (s->ep ? s->ep : 1) * (s->tp ? s->tp : 1) * (s->cp ? s->cp : 1);
     if (s->cuts) {
-        int stages = 2;
+        stages = 2;
         for (const char *p = s->cuts; *p; p++) stages += *p == ',';
-        if (n && n != stages)
-            SH_FAIL(SH_EINPUT, "--cuts: '%s' makes %d stages, but %d ranks are asked for: give %d cuts or -n %d",
-                    s->cuts, stages, n, n - 1, stages);
-        n = stages;
     }
-    *ranks = n;
-    return SH_OK;
+    return stages || width > 1 ? (stages ? stages : 1) * width : 0;
+}
+
+void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out) {
+    *out = (sh_plan_request){.ranks = ranks,
+                             .pp = s->pp,
+                             .ep = s->ep,
+                             .tp = s->tp,
+                             .cp = s->cp,
+                             .tp_sum = s->tp_reduce_at == 1,
+                             .cuts = s->cuts,
+                             .mode = sh_options_mode(s),
+                             .kv = sh_options_kv(s),
+                             .threads = s->threads,
+                             .max_seqs = s->max_seqs,
+                             .chunk = s->chunk,
+                             .max_context = s->max_context,
+                             .kv_memory = s->kv_memory};
 }
 
 sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size) {

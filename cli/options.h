@@ -16,6 +16,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include "model/config.h"
+#include "partition/plan.h"
 
 #define SH_OPTIONS_MAX 64
 
@@ -56,7 +57,8 @@ int sh_options_complain(const char *command, int status);
 typedef struct sh_shared_options {
     const char *model;  /* as given; NULL: the demo model */
     int ranks;          /* 0: not given */
-    int pp;             /* 0: not given */
+    int pp, ep, tp, cp; /* 0: not given */
+    int tp_reduce_at;   /* place in the choices: 0 gather, 1 sum */
     const char *cuts;   /* NULL: not given */
     int mode_at, kv_at; /* place in the choices; kv_at −1: not given */
     uint64_t kv_memory;
@@ -71,8 +73,10 @@ int sh_options_shared(sh_shared_options *s, sh_option *t);
 sh_mode sh_options_mode(const sh_shared_options *s);
 /* As given, else by mode: f32 with exact, bf16 with bf16. */
 sh_kv_type sh_options_kv(const sh_shared_options *s);
-/* Checks -n, --pp and --cuts against each other; *ranks: what they ask for, 0 where none of them was given. */
-sh_status sh_options_ranks(const sh_shared_options *s, int *ranks);
+/* The ranks of a group that -n, --pp, --cuts, --ep, --tp and --cp ask for together; 0 where none of them was given. */
+int sh_options_ranks(const sh_shared_options *s);
+/* What the options ask of a plan for so many ranks. Texts are borrowed. */
+void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out);
 /* The model's folder as an absolute path (the demo model without -m); checks that config.json is there. */
 sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size);
 /* "8GiB" → bytes. */

@@ -190,16 +190,8 @@ static sh_status check_output(run *r) {
 
 /* The coordinator makes the same plan; what is wrong with it is better said before anything is started. */
 static sh_status check_plan(const run *r, const sh_config *config) {
-    const sh_shared_options *o = &r->shared;
-    sh_plan_request q = {.ranks = r->ranks,
-                         .cuts = o->cuts,
-                         .mode = sh_options_mode(o),
-                         .kv = sh_options_kv(o),
-                         .threads = o->threads,
-                         .max_seqs = o->max_seqs,
-                         .chunk = o->chunk,
-                         .max_context = o->max_context,
-                         .kv_memory = o->kv_memory};
+    sh_plan_request q;
+    sh_options_plan(&r->shared, r->ranks, &q);
     Shoal__Plan *plan = NULL;
     SH_TRY(sh_plan_make(config, &q, &plan));
     sh_plan_free(&plan);
@@ -209,14 +201,11 @@ static sh_status check_plan(const run *r, const sh_config *config) {
 static sh_status check_ranks(run *r) {
     static sh_config config; /* a large table */
     SH_TRY(sh_config_load(r->model, &config));
-    SH_TRY(sh_options_ranks(&r->shared, &r->ranks));
+    r->ranks = sh_options_ranks(&r->shared);
     static sh_machine machine;
     SH_TRY(sh_machine_read(NULL, &machine));
     r->cpus = machine.n_cpus;
     if (!r->ranks) r->ranks = machine.n_numa < config.n_layers ? machine.n_numa : config.n_layers;
-    if (r->ranks > config.n_layers)
-        SH_FAIL(SH_EINPUT, "-n: %d ranks are more than the %d layers of the model: allowed are 1 to %d", r->ranks,
-                config.n_layers, config.n_layers);
     SH_TRY(check_plan(r, &config));
     char copy[PATH_MAX];
     snprintf(copy, sizeof copy, "%s", r->model);

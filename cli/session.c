@@ -195,6 +195,10 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     add(a, "--kv", sh_kv_type_name(sh_options_kv(o)));
     if (o->cuts) add(a, "--cuts", o->cuts);
     add_number(a, "--pp", (uint64_t)o->pp, false);
+    add_number(a, "--ep", (uint64_t)o->ep, false);
+    add_number(a, "--tp", (uint64_t)o->tp, false);
+    add_number(a, "--cp", (uint64_t)o->cp, false);
+    if (o->tp_reduce_at) add(a, "--tp-reduce", "sum");
     add_number(a, "--threads", (uint64_t)o->threads, false);
     add_number(a, "--max-seqs", (uint64_t)o->max_seqs, false);
     add_number(a, "--chunk", (uint64_t)o->chunk, false);

@@ -12,7 +12,8 @@
 #define SH_MAX_ST_HEADER       ((size_t)100 << 20) /* safetensors header: the format's own limit */
 #define SH_MAX_LAYERS          512
 #define SH_MAX_RANKS           4096
-#define SH_MAX_STOPS           16 /* stop strings of one request */
+#define SH_MAX_EXPERTS         4096 /* of one layer */
+#define SH_MAX_STOPS           16   /* stop strings of one request */
 #define SH_MAX_STOP_BYTES      1024
 #define SH_MAX_STOP_IDS        64
 #define SH_MAX_TOP_LOGPROBS    20

@@ -16,7 +16,8 @@ typedef struct sh_coordinator_options {
     bool run; /* under `shoal run`: ranks of an older epoch are told to leave; a shutdown request is honoured */
     /* what a group's plan is made of; 0 or NULL: chosen here */
     const char *cuts; /* "5,9": first layers of stages 1, 2, … */
-    int pp;
+    int pp, ep, tp, cp;
+    bool tp_sum;
     sh_mode mode;
     sh_kv_type kv;
     int threads, max_seqs, chunk, max_context;

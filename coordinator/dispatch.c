@@ -255,9 +255,12 @@ static double stall_time(const sh_dispatch *d, const Shoal__Plan *p) {
 
 static sh_status group_plan(sh_dispatch *d, sh_group *g) {
     const sh_coordinator_options *o = d->o;
-    if (o->pp > 0 && o->pp != g->size)
-        SH_FAIL(SH_EINPUT, "--pp %d: the group has %d ranks: allowed is as many stages as ranks", o->pp, g->size);
     sh_plan_request q = {.ranks = g->size,
+                         .pp = o->pp,
+                         .ep = o->ep,
+                         .tp = o->tp,
+                         .cp = o->cp,
+                         .tp_sum = o->tp_sum,
                          .cuts = o->cuts,
                          .mode = o->mode,
                          .kv = o->kv,

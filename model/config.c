@@ -159,7 +159,7 @@ static sh_status read_experts(reader *r) {
     sh_config *c = r->c;
     SH_TRY(sh_json_bool(r->text, "enable_moe_block", &r->moe));
     if (!r->moe) return SH_OK;
-    SH_TRY(need_int(r->text, "num_experts", "num_local_experts", 1 << 14, &c->experts));
+    SH_TRY(need_int(r->text, "num_experts", "num_local_experts", SH_MAX_EXPERTS, &c->experts));
     SH_TRY(need_int(r->text, "top_k_experts", "num_experts_per_tok", c->experts, &c->top_k));
     return need_int(r->text, "moe_intermediate_size", "expert_intermediate_size", MAX_WIDTH, &c->expert_ff);
 }

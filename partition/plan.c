@@ -2,6 +2,7 @@
 #include "partition/plan.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -90,22 +91,142 @@ static sh_status read_cuts(const sh_config *c, const char *text, int *cut, int *
     return SH_OK;
 }
 
-static sh_status choose_cuts(const sh_config *c, const sh_plan_request *r, int cut[SH_MAX_LAYERS], int *ranks) {
-    int n = r->ranks ? r->ranks : 1;
-    if (r->cuts && *r->cuts) {
-        int count = 0;
-        SH_TRY(read_cuts(c, r->cuts, cut, &count));
-        if (r->ranks && r->ranks != count + 1)
-            SH_FAIL(SH_EINPUT, "--cuts %s: %d stages, but there are %d ranks: give %d cuts, or -n %d", r->cuts,
-                    count + 1, r->ranks, r->ranks - 1, count + 1);
-        n = count + 1;
-    } else if (n < 0) {
-        SH_FAIL(SH_EINPUT, "%d ranks: at least 1", n);
-    } else {
-        SH_TRY(sh_plan_balance(c, n, cut));
-    }
-    *ranks = n;
+/* Stages and width from what was asked for; every number that contradicts another is named. */
+static sh_status choose_shape(const sh_plan_request *r, int n_cuts, sh_plan_shape *out) {
+    sh_plan_shape s = {
+        .pp = r->pp, .ep = r->ep > 0 ? r->ep : 1, .tp = r->tp > 0 ? r->tp : 1, .cp = r->cp > 0 ? r->cp : 1};
+    s.width = s.ep * s.tp * s.cp;
+    if (n_cuts > 0 && s.pp > 0 && s.pp != n_cuts + 1)
+        SH_FAIL(SH_EINPUT, "--cuts %s: %d stages, but --pp asks for %d: give %d cuts", r->cuts, n_cuts + 1, s.pp,
+                s.pp - 1);
+    if (n_cuts > 0) s.pp = n_cuts + 1;
+    if (n_cuts > 0 && r->ranks > 0 && s.width == 1 && r->ranks != s.pp)
+        SH_FAIL(SH_EINPUT, "--cuts %s: %d stages, but there are %d ranks: give %d cuts, or -n %d", r->cuts, s.pp,
+                r->ranks, r->ranks - 1, s.pp);
+    if (r->ranks > 0 && s.pp > 0 && r->ranks != s.pp * s.width)
+        SH_FAIL(SH_EINPUT, "%d ranks: %d stages of %d ranks (ep %d, tp %d, cp %d) need %d: give -n %d", r->ranks, s.pp,
+                s.width, s.ep, s.tp, s.cp, s.pp * s.width, s.pp * s.width);
+    if (r->ranks > 0 && r->ranks % s.width != 0)
+        SH_FAIL(SH_EINPUT, "%d ranks: not a multiple of the %d ranks of a stage (ep %d, tp %d, cp %d)", r->ranks,
+                s.width, s.ep, s.tp, s.cp);
+    if (s.pp <= 0) s.pp = r->ranks > 0 ? r->ranks / s.width : 1;
+    *out = s;
     return SH_OK;
+}
+
+static sh_status choose_cuts(const sh_config *c, const sh_plan_request *r, int cut[SH_MAX_LAYERS],
+                             sh_plan_shape *shape) {
+    int count = 0;
+    if (r->ranks < 0) SH_FAIL(SH_EINPUT, "%d ranks: at least 1", r->ranks);
+    if (r->cuts && *r->cuts) SH_TRY(read_cuts(c, r->cuts, cut, &count));
+    SH_TRY(choose_shape(r, count, shape));
+    return count ? SH_OK : sh_plan_balance(c, shape->pp, cut);
+}
+
+/* --- rules -----------------------------------------------------------------------------------------------------------
+ */
+
+static sh_status in_range(const char *name, int64_t v, int64_t min, int64_t max) {
+    if (v >= min && v <= max) return SH_OK;
+    SH_FAIL(SH_EINPUT, "%s: %lld is out of range: allowed are %lld to %lld", name, (long long)v, (long long)min,
+            (long long)max);
+}
+
+/* The possible values of tp: what divides the query heads of every layer. */
+static sh_status check_tp(const sh_config *c, int tp) {
+    char allowed[256] = "";
+    bool fits = true;
+    for (int t = 1, at = 0; t <= SH_MAX_RANKS && at < (int)sizeof allowed - 8; t++) {
+        bool divides = true;
+        for (int i = 0; divides && i < c->n_layers; i++) divides = c->layer[i].heads % t == 0;
+        if (divides) at += snprintf(allowed + at, sizeof allowed - (size_t)at, "%s%d", at ? ", " : "", t);
+    }
+    for (int i = 0; fits && i < c->n_layers; i++) fits = c->layer[i].heads % tp == 0;
+    if (!fits)
+        SH_FAIL(SH_EINPUT, "--tp: %d does not divide the %d query heads of the model: allowed are %s", tp,
+                c->layer[0].heads, allowed);
+    return SH_OK;
+}
+
+/* The rules of a layout, each by its name. */
+static sh_status check_shape(const sh_config *c, const sh_plan_shape *s, int ranks) {
+    SH_TRY(in_range("--ep", s->ep, 1, SH_MAX_RANKS));
+    SH_TRY(in_range("--tp", s->tp, 1, SH_MAX_RANKS));
+    SH_TRY(in_range("--cp", s->cp, 1, SH_MAX_RANKS));
+    SH_TRY(in_range("ranks of a group", ranks, 1, SH_MAX_RANKS));
+    if ((s->ep > 1) + (s->tp > 1) + (s->cp > 1) > 1)
+        SH_FAIL(SH_EINPUT,
+                "--ep %d, --tp %d, --cp %d: a stage is divided one way at a time: allowed is one of them above 1, with "
+                "any --pp and --replicas",
+                s->ep, s->tp, s->cp);
+    if (s->pp < 1 || s->pp > c->n_layers)
+        SH_FAIL(SH_EINPUT, "%d stages: the model has %d layers: allowed are 1 to %d stages", s->pp, c->n_layers,
+                c->n_layers);
+    if (s->ep > 1 && c->experts == 0) SH_FAIL(SH_EINPUT, "--ep: %d: the model has no experts: allowed is 1", s->ep);
+    if (s->ep > 1 && s->ep > c->experts)
+        SH_FAIL(SH_EINPUT, "--ep: %d: the model has %d experts: allowed are 1 to %d", s->ep, c->experts, c->experts);
+    return check_tp(c, s->tp);
+}
+
+/* Experts of a rank: those of each layer that has any, ascending; `held` [experts] gets a mark for each. */
+static sh_status check_rank_experts(const sh_config *c, int rank, const Shoal__PlanRank *r, int layer, bool *held) {
+    const Shoal__PlanExperts *e = NULL;
+    for (size_t i = 0; i < r->n_experts; i++)
+        if (r->experts[i]->layer == layer) e = r->experts[i];
+    if (!e) SH_FAIL(SH_EINPUT, "plan: rank %d: no experts are named for layer %d, which has them", rank, layer);
+    for (size_t i = 0; i < e->n_expert; i++) {
+        if (e->expert[i] < 0 || e->expert[i] >= c->experts || (i && e->expert[i] <= e->expert[i - 1]))
+            SH_FAIL(SH_EINPUT, "plan: rank %d: layer %d: expert %d: allowed are 0 to %d, ascending", rank, layer,
+                    e->expert[i], c->experts - 1);
+        held[e->expert[i]] = true;
+    }
+    return SH_OK;
+}
+
+static sh_status check_experts(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
+    for (int stage = 0; s->ep > 1 && stage < s->pp; stage++)
+        for (int layer = p->rank[stage * s->width]->first; layer < p->rank[stage * s->width]->last; layer++) {
+            bool held[SH_MAX_EXPERTS] = {0};
+            if (!c->layer[layer].moe) continue;
+            for (int m = 0; m < s->width; m++)
+                SH_TRY(check_rank_experts(c, stage * s->width + m, p->rank[stage * s->width + m], layer, held));
+            for (int e = 0; e < c->experts; e++)
+                if (!held[e]) SH_FAIL(SH_EINPUT, "plan: layer %d: expert %d is on no rank", layer, e);
+        }
+    return SH_OK;
+}
+
+static sh_status check_layers(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
+    for (int i = 0; i < (int)p->n_rank; i++) {
+        const Shoal__PlanRank *r = p->rank[i];
+        int want = i >= s->width ? p->rank[i - s->width]->last : 0;
+        if (r->first != want || r->last <= want || r->last > c->n_layers)
+            SH_FAIL(SH_EINPUT, "plan: rank %d has layers %d to %d: it must begin at layer %d and hold at least one", i,
+                    r->first, r->last - 1, want);
+        if (r->last != p->rank[i / s->width * s->width]->last)
+            SH_FAIL(SH_EINPUT, "plan: rank %d has layers %d to %d: the members of a stage have the same layers", i,
+                    r->first, r->last - 1);
+    }
+    if (p->rank[p->n_rank - 1]->last != c->n_layers)
+        SH_FAIL(SH_EINPUT, "plan: layers %d to %d are on no rank", p->rank[p->n_rank - 1]->last, c->n_layers - 1);
+    return SH_OK;
+}
+
+sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
+    sh_mode mode;
+    sh_kv_type kv;
+    sh_plan_shape s = sh_plan_shape_of(p);
+    SH_TRY(check_shape(c, &s, (int)p->n_rank));
+    if ((int)p->n_rank != s.pp * s.width)
+        SH_FAIL(SH_EINPUT, "plan: %zu ranks: not a multiple of the %d ranks of a stage", p->n_rank, s.width);
+    SH_TRY(check_layers(c, &s, p));
+    SH_TRY(check_experts(c, &s, p));
+    SH_TRY(sh_mode_parse(p->mode, &mode));
+    SH_TRY(sh_kv_type_parse(p->kv, &kv));
+    SH_TRY(in_range("--threads", p->threads, 0, 4096));
+    SH_TRY(in_range("--max-seqs", p->max_seqs, 1, SH_MAX_SEQS));
+    SH_TRY(in_range("--chunk", p->chunk, 1, SH_MAX_CHUNK));
+    return in_range("--max-context", p->max_context, 1, c->max_context);
 }
 
 /* --- the message ---------------------------------------------------------------------------------------------------
@@ -138,21 +259,68 @@ static sh_status allocate(int ranks, const char *mode, const char *kv, Shoal__Pl
     return SH_OK;
 }
 
+sh_plan_shape sh_plan_shape_of(const Shoal__Plan *p) {
+    sh_plan_shape s = {.ep = p->ep, .tp = p->tp, .cp = p->cp};
+    s.width = s.ep > 0 && s.tp > 0 && s.cp > 0 ? s.ep * s.tp * s.cp : 1;
+    s.pp = (int)p->n_rank / s.width;
+    return s;
+}
+
+/* Experts [lo, hi) of one layer for a rank. */
+static sh_status add_experts(Shoal__PlanRank *r, int layer, int lo, int hi) {
+    Shoal__PlanExperts *e = calloc(1, sizeof *e);
+    Shoal__PlanExperts **list = realloc(r->experts, (r->n_experts + 1) * sizeof *list);
+    if (list) r->experts = list;
+    if (!e || !list) {
+        free(e);
+        SH_FAIL(SH_EMEMORY, "plan: no memory for the experts of layer %d", layer);
+    }
+    shoal__plan_experts__init(e);
+    r->experts[r->n_experts++] = e;
+    e->layer = layer;
+    e->expert = calloc((size_t)(hi - lo) + 1, sizeof *e->expert);
+    if (!e->expert) SH_FAIL(SH_EMEMORY, "plan: no memory for the experts of layer %d", layer);
+    for (int i = lo; i < hi; i++) e->expert[e->n_expert++] = i;
+    return SH_OK;
+}
+
+/* Even shares of every layer's experts, in order, for the members of each stage. */
+static sh_status spread_experts(const sh_config *c, const sh_plan_shape *s, Shoal__Plan *p) {
+    for (int i = 0; s->ep > 1 && i < (int)p->n_rank; i++) {
+        int member = i % s->width;
+        for (int layer = p->rank[i]->first; layer < p->rank[i]->last; layer++)
+            if (c->layer[layer].moe)
+                SH_TRY(add_experts(p->rank[i], layer, (int)((long)c->experts * member / s->ep),
+                                   (int)((long)c->experts * (member + 1) / s->ep)));
+    }
+    return SH_OK;
+}
+
 sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out) {
-    int cut[SH_MAX_LAYERS], ranks = 0;
+    int cut[SH_MAX_LAYERS];
+    sh_plan_shape shape = {0};
     Shoal__Plan *p = NULL;
-    SH_TRY(choose_cuts(c, r, cut, &ranks));
+    SH_TRY(choose_cuts(c, r, cut, &shape));
+    int ranks = shape.pp * shape.width;
+    SH_TRY(check_shape(c, &shape, ranks));
     SH_TRY(allocate(ranks, sh_mode_name(r->mode), sh_kv_type_name(r->kv), &p));
     for (int i = 0; i < ranks; i++) {
-        p->rank[i]->first = i ? cut[i - 1] : 0;
-        p->rank[i]->last = i + 1 < ranks ? cut[i] : c->n_layers;
+        int stage = i / shape.width;
+        p->rank[i]->first = stage ? cut[stage - 1] : 0;
+        p->rank[i]->last = stage + 1 < shape.pp ? cut[stage] : c->n_layers;
     }
+    p->has_ep = p->has_tp = p->has_cp = 1;
+    p->ep = shape.ep;
+    p->tp = shape.tp;
+    p->cp = shape.cp;
+    p->has_tp_sum = p->tp_sum = r->tp_sum && shape.tp > 1;
     p->threads = r->threads;
     p->max_seqs = r->max_seqs ? r->max_seqs : ranks < 8 ? 32 * ranks : 256;
     p->chunk = r->chunk ? r->chunk : DEFAULT_CHUNK;
     p->max_context = r->max_context ? r->max_context : sh_config_usual_context(c);
     p->kv_memory = r->kv_memory;
-    sh_status st = sh_plan_check(c, p);
+    sh_status st = spread_experts(c, &shape, p);
+    if (st == SH_OK) st = sh_plan_check(c, p);
     if (st != SH_OK) {
         sh_plan_free(&p);
         return st;
@@ -161,41 +329,20 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     return SH_OK;
 }
 
-static sh_status in_range(const char *name, int64_t v, int64_t min, int64_t max) {
-    if (v >= min && v <= max) return SH_OK;
-    SH_FAIL(SH_EINPUT, "%s: %lld is out of range: allowed are %lld to %lld", name, (long long)v, (long long)min,
-            (long long)max);
-}
-
-sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
-    sh_mode mode;
-    sh_kv_type kv;
-    if (p->n_rank < 1 || p->n_rank > (size_t)c->n_layers)
-        SH_FAIL(SH_EINPUT, "%zu ranks: the model has %d layers: allowed are 1 to %d ranks", p->n_rank, c->n_layers,
-                c->n_layers);
-    for (size_t i = 0; i < p->n_rank; i++) {
-        int want = i ? p->rank[i - 1]->last : 0;
-        if (p->rank[i]->first != want || p->rank[i]->last <= want || p->rank[i]->last > c->n_layers)
-            SH_FAIL(SH_EINPUT, "plan: rank %zu has layers %d to %d: it must begin at layer %d and hold at least one", i,
-                    p->rank[i]->first, p->rank[i]->last - 1, want);
-    }
-    if (p->rank[p->n_rank - 1]->last != c->n_layers)
-        SH_FAIL(SH_EINPUT, "plan: layers %d to %d are on no rank", p->rank[p->n_rank - 1]->last, c->n_layers - 1);
-    SH_TRY(sh_mode_parse(p->mode, &mode));
-    SH_TRY(sh_kv_type_parse(p->kv, &kv));
-    SH_TRY(in_range("--threads", p->threads, 0, 4096));
-    SH_TRY(in_range("--max-seqs", p->max_seqs, 1, SH_MAX_SEQS));
-    SH_TRY(in_range("--chunk", p->chunk, 1, SH_MAX_CHUNK));
-    return in_range("--max-context", p->max_context, 1, c->max_context);
-}
-
 sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out) {
-    if (p->n_rank == 1)
-        SH_TRY(sh_buf_add_str(out, "one stage: layers "));
+    sh_plan_shape s = sh_plan_shape_of(p);
+    if (s.pp == 1)
+        SH_TRY(sh_buf_add_str(out, "one stage"));
     else
-        SH_TRY(sh_buf_printf(out, "pipeline of %zu stages: layers ", p->n_rank));
-    for (size_t i = 0; i < p->n_rank; i++) {
-        int a = p->rank[i]->first, b = p->rank[i]->last;
+        SH_TRY(sh_buf_printf(out, "pipeline of %d stages", s.pp));
+    if (s.ep > 1) SH_TRY(sh_buf_printf(out, " × %d ranks that divide sequences and experts", s.ep));
+    if (s.tp > 1)
+        SH_TRY(sh_buf_printf(out, " × %d ranks that divide heads and columns%s", s.tp,
+                             p->tp_sum ? " (summed: results are not invariant)" : ""));
+    if (s.cp > 1) SH_TRY(sh_buf_printf(out, " × %d ranks that divide positions", s.cp));
+    SH_TRY(sh_buf_add_str(out, ": layers "));
+    for (int i = 0; i < s.pp; i++) {
+        int a = p->rank[i * s.width]->first, b = p->rank[i * s.width]->last;
         SH_TRY(sh_buf_add_str(out, i ? " | " : ""));
         SH_TRY(b - a > 1 ? sh_buf_printf(out, "%d-%d", a, b - 1) : sh_buf_printf(out, "%d", a));
         if (b == c->n_layers) SH_TRY(sh_buf_add_str(out, " + head"));

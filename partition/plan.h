@@ -11,7 +11,10 @@
 #include "proto/group.pb-c.h"
 
 typedef struct sh_plan_request {
-    int ranks;        /* 0: as the cuts say, one without cuts */
+    int ranks;        /* of the group; 0: stages × width, as the other members say */
+    int pp;           /* stages; 0: as the cuts say, else ranks / width */
+    int ep, tp, cp;   /* how a stage is divided among its members; 0: 1. At most one is above 1 */
+    bool tp_sum;      /* partial sums in place of gathered outputs */
     const char *cuts; /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
     sh_mode mode;
     sh_kv_type kv;
@@ -21,6 +24,13 @@ typedef struct sh_plan_request {
     int max_context;    /* 0: the model's */
     uint64_t kv_memory; /* bytes per rank; 0: what is left */
 } sh_plan_request;
+
+/* How the ranks of a group stand: rank s·width + m is member m of stage s. */
+typedef struct sh_plan_shape {
+    int pp, ep, tp, cp;
+    int width; /* ep · tp · cp: members of a stage */
+} sh_plan_shape;
+sh_plan_shape sh_plan_shape_of(const Shoal__Plan *p);
 
 /* Makes a checked plan; freed by sh_plan_free. Errors name the option, the value and what is possible. */
 sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out);

@@ -40,10 +40,14 @@ def main():
         run(o=inp, message=f"-o: {inp}: is the input: give another file")
         run(o=s.file("no/folder"), message=f"-o: {s.file('no/folder')}: its folder cannot be written: No such file or directory")
         run("--resume", message=f"--resume: there is no {out}.store to go on from")
-        run("-n", "99", message="-n: 99 ranks are more than the 15 layers of the model: allowed are 1 to 15")
-        run("--cuts", "1,2", "-n", "2", message="--cuts: '1,2' makes 3 stages, but 2 ranks are asked for: give 1 cuts or -n 3")
+        run("-n", "99", message="99 ranks: the model has 15 layers: at most 15 ranks")
+        run("--cuts", "1,2", "-n", "2", message="--cuts 1,2: 3 stages, but there are 2 ranks: give 1 cuts, or -n 3")
         run("--mode", "q4", message="--mode: 'q4' is not provided: allowed are exact, bf16")
-        run("--tp", "2", message="--tp: 2 is not provided yet: allowed is 1")
+        run("--tp", "3", message="--tp: 3 does not divide the 4 query heads of the model: allowed are 1, 2, 4")
+        run("--ep", "2", message="--ep: 2: the model has no experts: allowed is 1")
+        run("--tp", "2", "--cp", "2", message="--ep 1, --tp 2, --cp 2: a stage is divided one way at a time: allowed is one of them "
+            "above 1, with any --pp and --replicas")
+        run("--pp", "2", "--tp", "2", "-n", "3", message="3 ranks: 2 stages of 2 ranks (ep 1, tp 2, cp 1) need 4: give -n 4")
         run(env={"OMPI_COMM_WORLD_SIZE": 4}, message="was started as one of 4 tasks (OMPI_COMM_WORLD_SIZE): start it once, without mpirun "
                                                       "or srun; it starts its ranks itself with -n 4")
         run(env={"SLURM_STEP_NUM_TASKS": 3}, message="was started as one of 3 tasks (SLURM_STEP_NUM_TASKS): start it once, without mpirun "

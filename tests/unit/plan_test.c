@@ -106,6 +106,57 @@ static void test_balance(void) {
     CU_ASSERT_EQUAL(sh_plan_cost(&e2b, 0, 35), sh_plan_cost(&e2b, 0, 20) + sh_plan_cost(&e2b, 20, 35));
 }
 
+static Shoal__Plan *plan_of(const sh_config *c, sh_plan_request r) {
+    Shoal__Plan *p = NULL;
+    r.mode = SH_MODE_BF16;
+    r.kv = SH_KV_BF16;
+    CU_ASSERT_EQUAL_FATAL(sh_plan_make(c, &r, &p), SH_OK);
+    return p;
+}
+
+static void test_shape(void) {
+    Shoal__Plan *p = plan_of(&a4b, (sh_plan_request){.pp = 2, .ep = 5});
+    sh_plan_shape s = sh_plan_shape_of(p);
+    CU_ASSERT_EQUAL(p->n_rank, 10);
+    CU_ASSERT_EQUAL(s.pp, 2);
+    CU_ASSERT_EQUAL(s.width, 5);
+    CU_ASSERT_EQUAL(p->rank[4]->last, p->rank[0]->last);
+    CU_ASSERT_EQUAL(p->rank[5]->first, p->rank[0]->last);
+    int held = 0; /* of layer 0: 128 experts over 5 ranks, each once */
+    for (int m = 0; m < 5; m++) held += (int)p->rank[m]->experts[0]->n_expert;
+    CU_ASSERT_EQUAL(held, 128);
+    p->rank[3]->experts[0]->n_expert--;
+    CU_ASSERT_EQUAL(sh_plan_check(&a4b, p), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "plan: layer 0: expert 101 is on no rank");
+    sh_plan_free(&p);
+    p = plan_of(&b31, (sh_plan_request){.ranks = 8, .tp = 4});
+    CU_ASSERT_EQUAL(sh_plan_shape_of(p).pp, 2);
+    p->rank[7]->last--;
+    CU_ASSERT_EQUAL(sh_plan_check(&b31, p), SH_EINPUT);
+    sh_plan_free(&p);
+    const struct {
+        sh_plan_request r;
+        const char *message;
+    } bad[] = {
+        {{.tp = 3}, "--tp: 3 does not divide the 16 query heads of the model: allowed are 1, 2, 4, 8, 16"},
+        {{.ep = 129}, "--ep: 129: the model has 128 experts: allowed are 1 to 128"},
+        {{.ranks = 6, .ep = 4}, "6 ranks: not a multiple of the 4 ranks of a stage (ep 4, tp 1, cp 1)"},
+        {{.ranks = 6, .pp = 2, .ep = 2}, "6 ranks: 2 stages of 2 ranks (ep 2, tp 1, cp 1) need 4: give -n 4"},
+        {{.pp = 3, .cuts = "4"}, "--cuts 4: 2 stages, but --pp asks for 3: give 2 cuts"},
+        {{.ep = 2, .cp = 2},
+         "--ep 2, --tp 1, --cp 2: a stage is divided one way at a time: allowed is one of them above 1, with any --pp "
+         "and --replicas"},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        CU_ASSERT_EQUAL(sh_plan_make(&a4b, &bad[i].r, &p), SH_EINPUT);
+        if (strcmp(sh_error_text(), bad[i].message) != 0) printf("\n%s\n", sh_error_text());
+        CU_ASSERT_STRING_EQUAL(sh_error_text(), bad[i].message);
+    }
+    const sh_plan_request e = {.ep = 2};
+    CU_ASSERT_EQUAL(sh_plan_make(&e2b, &e, &p), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "--ep: 2: the model has no experts: allowed is 1");
+}
+
 static void test_check(void) {
     const sh_plan_request r = {.ranks = 3, .cuts = "2,4", .mode = SH_MODE_BF16, .kv = SH_KV_BF16};
     Shoal__Plan *p = NULL;
@@ -263,6 +314,7 @@ int main(void) {
     CU_add_test(s, "text", test_text);
     CU_add_test(s, "messages", test_messages);
     CU_add_test(s, "balance", test_balance);
+    CU_add_test(s, "shape", test_shape);
     CU_add_test(s, "check", test_check);
     CU_add_test(s, "page", test_page);
     CU_add_test(s, "kv", test_kv);
