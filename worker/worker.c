@@ -159,6 +159,7 @@ static sh_status load(rank *r) {
                           .stages = r->shape.pp,
                           .width = r->shape.width,
                           .lanes = r->shape.ep > 1,
+                          .share = sh_plan_share(r->plan, r->link->rank),
                           .link = r->link};
     SH_TRY(sh_stage_create(&o, &r->stage));
     return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);
