@@ -33,6 +33,7 @@ sh_cost_load sh_cost_load_of(const sh_cost_span *span, int n_spans, bool kept_on
         l.all += s->seqs * s->rows;
         l.rows += s->seqs * rows;
         l.kept += s->seqs * s->kept;
+        l.end = fmax(l.end, s->hi + s->rows);
         for (int k = 0; k < POSITIONS; k++) {
             double first = s->lo + (s->hi - s->lo) * (k + 0.5) / POSITIONS, end = first + s->rows;
             l.pairs += s->seqs * (keys_below(end, w) - keys_below(end - rows, w)) / POSITIONS;
@@ -59,8 +60,9 @@ static sh_cost_part product(const sh_cost_rates *r, double elements, double rows
                     : (sh_cost_part){0};
 }
 
+/* Of n columns or outputs, those of this member. */
 static double slice(int n, const sh_cost_place *p) {
-    return sh_cost_share_from(n, p->member + 1, p->shape.tp) - sh_cost_share_from(n, p->member, p->shape.tp);
+    return sh_cost_share(n, SH_COST_COLUMNS, p->member, p->shape.tp);
 }
 
 static double kv_heads_of(const sh_layer *l, const sh_cost_place *p) {
@@ -92,10 +94,10 @@ static double project_elements(const sh_config *c, const sh_layer *l, const sh_c
     return n;
 }
 
-/* gate, up and down of width ff. */
-static double ffn_elements(const sh_config *c, int ff, const sh_cost_place *p) {
-    double cut = slice(ff, p);
-    return 2 * cut * c->hidden + (p->sums ? cut * c->hidden : slice(c->hidden, p) * ff);
+/* gate, up and down of the dense branch. */
+static double dense_elements(const sh_config *c, const sh_layer *l, const sh_cost_place *p) {
+    double cut = slice(l->ff, p);
+    return 2 * cut * c->hidden + (p->sums ? cut * c->hidden : slice(c->hidden, p) * l->ff);
 }
 
 static sh_cost_part rest(const sh_config *c, const sh_layer *l, const sh_cost_place *p, double rows) {
@@ -117,20 +119,24 @@ static double own_rows(const sh_cost_place *p, double rows) {
 static void experts(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows, sh_cost_layer *out) {
     const sh_config *c = m->config;
     const sh_cost_rates *r = p->rates;
-    sh_cost_routes e = sh_cost_routes_of(m, p, layer, rows * p->shape.ep);
-    double elements = ffn_elements(c, c->expert_ff, p);
-    out->experts =
-        part(e.touched * elements * BF16, 2 * e.rows * elements, r->read * r->weights_read, r->fma * r->weights_fma);
+    int parts = sh_cost_parts(p, rows);
+    sh_cost_routes e = sh_cost_routes_of(m, p, layer, rows * p->shape.ep / parts);
+    double elements = 3.0 * c->expert_ff * c->hidden; /* whole ones, also where heads and columns are divided */
+    e.rows *= parts;
+    out->experts = part(e.touched * parts * elements * BF16, 2 * e.rows * elements, r->read * r->weights_read,
+                        r->fma * r->weights_fma);
     out->experts_touched = e.touched;
     out->router = product(r, (double)c->hidden * c->experts, rows);
     sh_cost_wire_experts(m, p, rows, &e, out);
 }
 
-/* What of the exchange the rank has something to compute for: rows on their way behind the dense branch, results
- * behind the experts' rows that are local. */
-static void overlap(const sh_cost_place *p, sh_cost_layer *out) {
-    double local = p->shape.ep > 1 ? out->experts.seconds / p->shape.ep : 0;
-    double hidden = fmin(out->dispatch.seconds, out->dense.seconds) + fmin(out->results.seconds, local);
+/* What of the exchange the rank has something to compute for: rows travel behind the dense branch. Results have
+ * nothing to hide behind, unless the rows are cut into two parts: then those of the first travel behind the second. */
+static void overlap(const sh_cost_place *p, double rows, sh_cost_layer *out) {
+    int parts = sh_cost_parts(p, rows);
+    double beside = (out->dense.seconds + out->experts.seconds) * (parts - 1) / parts;
+    double hidden = fmin(out->dispatch.seconds, out->dense.seconds);
+    hidden += fmin(out->results.seconds * (parts - 1) / parts, beside);
     double all = out->dispatch.seconds + out->results.seconds + out->gather.seconds + out->context.seconds;
     out->hidden = hidden;
     out->exposed = all - hidden;
@@ -148,12 +154,12 @@ static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, 
     out->project = product(r, project_elements(c, l, p), rows);
     out->attention = attention(m, p, layer, &d);
     if (l->moe) experts(m, p, layer, rows, out);
-    out->dense = product(r, ffn_elements(c, l->ff, p), rows);
+    out->dense = product(r, dense_elements(c, l, p), rows);
     if (c->ple) out->ple = product(r, 3.0 * c->ple * c->hidden, rows);
     out->rest = rest(c, l, p, rows);
     if (p->shape.tp > 1) sh_cost_wire_tensor(m, p, layer, d.rows, out);
     if (p->shape.cp > 1) sh_cost_wire_context(m, p, layer, &d, out);
-    overlap(p, out);
+    overlap(p, rows, out);
     out->seconds = out->project.seconds + out->attention.seconds + out->router.seconds + out->dense.seconds +
                    out->experts.seconds + out->ple.seconds + out->rest.seconds + out->exposed;
 }
@@ -241,7 +247,7 @@ static void member_layers(const sh_cost_model *m, const sh_cost_place *p, const 
 static double add_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_rank *out) {
     const sh_config *c = m->config;
     if (!(kept > 0) || (p->shape.cp > 1 && p->member > 0)) return 0;
-    double vocab = slice(c->vocab, p), passes = ceil(kept / LOGIT_ROWS);
+    double vocab = sh_cost_share(c->vocab, SH_COST_VOCAB, p->member, p->shape.tp), passes = ceil(kept / LOGIT_ROWS);
     sh_cost_part head = product(p->rates, vocab * c->hidden * passes, kept / passes);
     sh_cost_part sample = {.seconds = kept * vocab * p->rates->sample};
     add_part(p->rates, out, SH_CAUSE_WEIGHTS, &head);

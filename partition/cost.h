@@ -78,8 +78,8 @@ typedef struct sh_cost_wire {
     double messages, bytes, seconds;
 } sh_cost_wire;
 
-/* In the order of their happening; the exchange of experts runs beside `dense` (dispatch) and beside the experts'
- * rows that are local (results). */
+/* In the order of their happening. Rows travel to experts beside `dense`. A step whose lanes have many rows is cut into
+ * two parts (sh_cost_parts), and the exchange of one travels while the other computes. */
 typedef struct sh_cost_layer {
     sh_cost_part project;   /* products with q, k, v, o */
     sh_cost_part attention; /* scores, softmax, weighted sums */
@@ -128,9 +128,9 @@ sh_status sh_cost_step(const sh_cost_model *m, const sh_cost_span *span, int n_s
 double sh_cost_cut_bytes(const sh_config *c, sh_kv_type kv, int cut, double rows, double kept);
 /* Bytes of one value on the way to and from experts. */
 int sh_cost_expert_value_bytes(sh_mode mode);
-/* Share [lo, hi) of n that member m of w holds: floor(n·m/w) to floor(n·(m+1)/w). */
-static inline int sh_cost_share_from(int n, int m, int w) {
-    return (int)((int64_t)n * m / w);
-}
+/* Columns, outputs or ids of n that member m of w has (tp): shares of whole units, as even as that allows. */
+#define SH_COST_COLUMNS 32
+#define SH_COST_VOCAB   1024
+int sh_cost_share(int n, int unit, int m, int w);
 
 #endif

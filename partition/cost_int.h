@@ -5,6 +5,8 @@
 
 #include "partition/cost.h"
 
+#define SH_COST_SPLIT_ROWS 256 /* rows of a lane from which a step is cut into two parts */
+
 /* A rank in its stage. */
 typedef struct sh_cost_place {
     int rank, member;
@@ -25,6 +27,7 @@ typedef struct sh_cost_load {
     double rows;  /* that pass the layer */
     double kept;  /* that go to the sampler */
     double pairs; /* Σ over those rows of the keys they see */
+    double end;   /* last position of any */
     double keys;  /* Σ over sequences of the keys that some row of theirs sees: what is read */
 } sh_cost_load;
 sh_cost_load sh_cost_load_of(const sh_cost_span *span, int n_spans, bool kept_only, int window);
@@ -41,6 +44,11 @@ sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p,
 bool sh_cost_experts_alike(const Shoal__Plan *plan, const sh_cost_place *p, int a, int b);
 /* An earlier member of the stage whose cost is this one's; −1: none. */
 int sh_cost_twin(const sh_cost_model *m, const sh_cost_place *p);
+
+/* Parts that the rows of a layer are cut into, so that the exchange of one hides behind the other. */
+static inline int sh_cost_parts(const sh_cost_place *p, double rows) {
+    return p->shape.ep > 1 && rows >= SH_COST_SPLIT_ROWS ? 2 : 1;
+}
 
 void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
                           sh_cost_layer *out);

@@ -52,7 +52,7 @@ static double usual_piece(const sh_workload *w, double chunk) {
 
 sh_forecast_mix sh_forecast_mix_of(const Shoal__Plan *p, const sh_workload *w, double seqs) {
     sh_plan_shape s = sh_plan_shape_of(p);
-    double lane = fmax(seqs / s.ep, 1), chunk = p->chunk, prompt = sh_workload_mean_prompt(w);
+    double lane = fmax(seqs / s.ep, 1), chunk = ceil((double)p->chunk / s.ep), prompt = sh_workload_mean_prompt(w);
     double per_request = sh_workload_mean_output(w) - 1; /* the first token is the prompt's last row's */
     sh_forecast_mix x = {.in_flight = fmin(s.pp, lane)};
     x.decode = lane / x.in_flight;

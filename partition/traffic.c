@@ -3,7 +3,8 @@
 #include "partition/cost.h"
 #include "partition/cost_int.h"
 
-#define BLOCK_ROWS 512 /* rows that pass the feed-forward at a time: SH_FF_ROWS */
+#define BLOCK_ROWS 512   /* rows that pass the feed-forward at a time: SH_FF_ROWS */
+#define SEGMENT    128.0 /* keys of a segment: SH_SEGMENT_TOKENS */
 
 sh_status sh_cost_place_of(const sh_cost_model *m, int rank, sh_cost_place *out) {
     sh_cost_place p = {.rank = rank, .shape = sh_plan_shape_of(m->plan), .rates = sh_cost_rates_of(m, rank)};
@@ -25,8 +26,14 @@ sh_status sh_cost_place_of(const sh_cost_model *m, int rank, sh_cost_place *out)
     return SH_OK;
 }
 
+int sh_cost_share(int n, int unit, int m, int w) {
+    int64_t units = ((int64_t)n + unit - 1) / unit, lo = units * m / w * unit, hi = units * (m + 1) / w * unit;
+    if (w <= 1) return n;
+    return (int)((hi < n ? hi : n) - (lo < n ? lo : n));
+}
+
 static int share(int n, const sh_cost_place *p, int member) {
-    return sh_cost_share_from(n, member + 1, p->shape.tp) - sh_cost_share_from(n, member, p->shape.tp);
+    return sh_cost_share(n, SH_COST_COLUMNS, member, p->shape.tp);
 }
 
 /* --- seconds on the wire -------------------------------------------------------------------------------------------
@@ -147,7 +154,8 @@ sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p,
 void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
                           sh_cost_layer *out) {
     if (p->shape.ep == 1) return;
-    double row = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode), blocks = ceil(rows / BLOCK_ROWS);
+    double row = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode);
+    double blocks = fmax(ceil(rows / BLOCK_ROWS), sh_cost_parts(p, rows));
     out->dispatch = to_members(m, p, rows * e->reach * row, blocks);
     out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * row, blocks);
 }
@@ -155,30 +163,29 @@ void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double
 /* --- heads and columns ---------------------------------------------------------------------------------------------
  */
 
+/* Outputs are gathered before and after the products that mix heads or columns; partial sums go to who adds their
+ * columns, and the sums to all. Experts are whole on every member. */
 void sh_cost_wire_tensor(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows, sh_cost_layer *out) {
     const sh_config *c = m->config;
     const sh_layer *l = &c->layer[layer];
-    int others = p->shape.tp - 1, blocks = (int)ceil(rows / BLOCK_ROWS);
-    double hidden = share(c->hidden, p, p->member), f = sizeof(float);
-    if (p->sums) { /* partial sums to those who add them, and the sums back: o, down, and the experts' down */
-        double n = 2 + (l->moe ? 1 : 0);
-        add(&out->gather, to_members(m, p, rows * f * n * (c->hidden - hidden + others * hidden), 2 * n));
+    double others = p->shape.tp - 1, blocks = ceil(rows / BLOCK_ROWS), hidden = share(c->hidden, p, p->member);
+    double row = rows * sizeof(float), heads = (double)l->heads / p->shape.tp * l->head_dim;
+    if (p->sums) {
+        double sum = c->hidden - hidden + others * hidden;
+        add(&out->gather, to_members(m, p, row * sum, 2));
+        add(&out->gather, to_members(m, p, row * sum, 2 * blocks));
         return;
     }
-    double heads = (double)l->heads / p->shape.tp * l->head_dim, ff = share(l->ff, p, p->member);
-    add(&out->gather, to_members(m, p, rows * f * others * heads, 1));
-    add(&out->gather, to_members(m, p, rows * f * others * hidden, 1));
-    add(&out->gather, to_members(m, p, rows * f * others * ff, blocks));
-    add(&out->gather, to_members(m, p, rows * f * others * hidden, blocks));
-    if (!l->moe) return;
-    double k = c->top_k;
-    add(&out->gather, to_members(m, p, rows * k * f * others * share(c->expert_ff, p, p->member), blocks));
-    add(&out->gather, to_members(m, p, rows * k * f * others * hidden, blocks));
+    add(&out->gather, to_members(m, p, row * others * heads, 1));
+    add(&out->gather, to_members(m, p, row * others * hidden, 1));
+    add(&out->gather, to_members(m, p, row * others * share(l->ff, p, p->member), blocks));
+    add(&out->gather, to_members(m, p, row * others * hidden, blocks));
 }
 
 /* Candidates of a row: id and value of the best 64, and (max, sum) of each segment of 1,024 entries. */
 void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_wire *out) {
-    double vocab = share(m->config->vocab, p, p->member), row = 64 * 8 + ceil(vocab / 1024) * 8;
+    double vocab = sh_cost_share(m->config->vocab, SH_COST_VOCAB, p->member, p->shape.tp),
+           row = 64 * 8 + ceil(vocab / 1024) * 8;
     if (p->member == 0) return;
     const sh_cost_link *way = p->far ? &m->net.between : &m->net.within;
     *out = (sh_cost_wire){.messages = 1, .bytes = kept * row};
@@ -188,22 +195,37 @@ void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double ke
 /* --- positions -----------------------------------------------------------------------------------------------------
  */
 
+/* Blocks of segments of a sequence of n tokens at most: the fewest segments to a block that give no more than two
+ * blocks per member. */
+static double block_tokens(double n, int members) {
+    double block = SEGMENT;
+    while (ceil(n / SEGMENT) * SEGMENT / block > 2.0 * members) block *= 2;
+    return block;
+}
+
+/* Blocks that a row sees, on average, and how many members store them. */
+static void blocks_seen(const sh_cost_load *d, int members, double *blocks, double *owners) {
+    double size = block_tokens(d->end, members), seen = d->rows > 0 ? d->pairs / d->rows : 1;
+    *blocks = ceil(seen / size);
+    *owners = fmin(*blocks, members);
+}
+
 /* Every member computes its share of the rows. Sliding layers: each K/V row to all. Global layers: each K/V row to its
- * owner, each query to all, and a partial result (o, m, l) of each head from every member that holds keys. */
+ * owner, each query to the owners of what it sees, and from these a partial result (o, m, l) of each head and block. */
 void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_load *d,
                           sh_cost_layer *out) {
-    const sh_config *c = m->config;
-    const sh_layer *l = &c->layer[layer];
-    double own = d->rows / p->shape.cp, others = p->shape.cp - 1;
+    const sh_layer *l = &m->config->layer[layer];
+    double own = d->rows / p->shape.cp, others = p->shape.cp - 1, elsewhere = others / p->shape.cp, blocks, owners;
     double kv = l->has_kv ? (double)sh_layer_kv_values(l) * p->kv_bytes : 0;
     if (l->kind == SH_KV_SLIDING) {
         add(&out->context, to_members(m, p, own * others * kv, 1));
         return;
     }
-    double q = (double)l->heads * l->head_dim * sizeof(float),
-           partial = (double)l->heads * (l->head_dim + 2) * sizeof(float);
-    add(&out->context, to_members(m, p, own * others / p->shape.cp * kv + own * others * q, 1));
-    add(&out->context, to_members(m, p, own * others * partial, 1));
+    blocks_seen(d, p->shape.cp, &blocks, &owners);
+    double q = (double)l->heads * l->head_dim * sizeof(float);
+    double partial = (double)l->heads * (l->head_dim + 2) * sizeof(float);
+    add(&out->context, to_members(m, p, own * elsewhere * (kv + owners * q), 1));
+    add(&out->context, to_members(m, p, own * elsewhere * blocks * partial, 1));
 }
 
 /* --- cuts ----------------------------------------------------------------------------------------------------------
@@ -236,9 +258,10 @@ void sh_cost_wire_cut(const sh_cost_model *m, const sh_cost_place *p, double row
  */
 
 static bool same_shares(const sh_config *c, const sh_cost_place *p, int other) {
-    bool same = share(c->hidden, p, p->member) == share(c->hidden, p, other) &&
-                share(c->vocab, p, p->member) == share(c->vocab, p, other) &&
-                share(c->expert_ff, p, p->member) == share(c->expert_ff, p, other);
+    int w = p->shape.tp;
+    bool same =
+        share(c->hidden, p, p->member) == share(c->hidden, p, other) &&
+        sh_cost_share(c->vocab, SH_COST_VOCAB, p->member, w) == sh_cost_share(c->vocab, SH_COST_VOCAB, other, w);
     for (int i = 0; i < c->n_layers && same; i++)
         same = share(c->layer[i].ff, p, p->member) == share(c->layer[i].ff, p, other);
     return same;
