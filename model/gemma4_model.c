@@ -109,7 +109,7 @@ static sh_status check_options(const sh_config *c, const sh_model_options *o) {
 static sh_status create_members(sh_model *m, const char *model_dir) {
     const sh_model_options *o = &m->options;
     SH_TRY(sh_kernels_select(&m->kn));
-    SH_TRY(sh_team_create(o->threads, o->cpus, o->n_cpus, &m->team));
+    SH_TRY(sh_team_create(m->kn->modelled ? 1 : o->threads, o->cpus, o->n_cpus, &m->team));
     SH_TRY(sh_weights_load(model_dir, &m->whole, o->share, o->first, o->last, m->team, NULL, NULL, &m->weights));
     SH_TRY(sh_kv_create(&m->config, o->kv_type, o->first, o->last, o->pages, &m->kv));
     SH_TRY(create_ropes(m));
