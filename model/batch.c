@@ -116,6 +116,8 @@ static sh_status put_body(sh_buf *to, const sh_batch *b) {
     SH_TRY(put_i32(to, b->n_spans));
     SH_TRY(put_i32(to, b->n_starts));
     SH_TRY(put_i32(to, b->n_drops));
+    SH_TRY(put_i32(to, b->widest_rows));
+    SH_TRY(put_i32(to, b->widest_kept));
     SH_TRY(put_ints(to, b->ids, b->n_rows));
     for (int i = 0; i < b->n_spans; i++) SH_TRY(put_span(to, &b->spans[i]));
     for (int i = 0; i < b->n_starts; i++) SH_TRY(put_start(to, &b->starts[i]));
@@ -290,7 +292,9 @@ static sh_status get_counts(reader *r, sh_batch *b) {
     SH_TRY(get_i32(r, "rows", 0, MAX_ROWS, &b->n_rows));
     SH_TRY(get_i32(r, "spans", 0, b->n_rows, &b->n_spans));
     SH_TRY(get_i32(r, "starting sequences", 0, SH_MAX_SEQS, &b->n_starts));
-    return get_i32(r, "ending sequences", 0, SH_MAX_SEQS, &b->n_drops);
+    SH_TRY(get_i32(r, "ending sequences", 0, SH_MAX_SEQS, &b->n_drops));
+    SH_TRY(get_i32(r, "most rows", 0, MAX_ROWS, &b->widest_rows));
+    return get_i32(r, "most kept rows", 0, MAX_ROWS, &b->widest_kept);
 }
 
 static sh_status get_body(reader *r, sh_batch *b) {

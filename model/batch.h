@@ -38,6 +38,9 @@ typedef struct sh_seq_start {
 typedef struct sh_batch {
     uint64_t step; /* number of the micro-batch, ascending */
     int32_t n_rows, n_kept, n_spans, n_starts, n_drops;
+    /* Most rows and kept rows among the batches that the members of a stage run in this step: so they agree on how
+     * often they exchange rows. 0: no other has more than this one. */
+    int32_t widest_rows, widest_kept;
     int32_t *ids; /* [n_rows] token ids */
     sh_span *spans;
     sh_seq_start *starts;

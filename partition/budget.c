@@ -126,7 +126,10 @@ sh_status sh_plan_kv_group(const sh_config *c, const sh_kv_limits *l, const Shoa
 }
 
 sh_status sh_plan_kv_limits(const Shoal__Plan *p, sh_kv_limits *out) {
-    sh_kv_limits l = {.max_seqs = p->max_seqs, .max_context = p->max_context, .chunk = p->chunk};
+    int lanes = p->ep > 1 ? p->ep : 1; /* each has sequences, prompt rows and pages of its own */
+    sh_kv_limits l = {.max_seqs = (p->max_seqs + lanes - 1) / lanes,
+                      .max_context = p->max_context,
+                      .chunk = (p->chunk + lanes - 1) / lanes};
     SH_TRY(sh_kv_type_parse(p->kv, &l.type));
     *out = l;
     return SH_OK;

@@ -45,7 +45,7 @@ sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut);
 /* Elements of weights that a step reads on a stage: the cost above. */
 int64_t sh_plan_cost(const sh_config *c, int first, int last);
 
-/* What a sequence may ask of the KV pool. */
+/* What sequences may ask of the KV pool of one lane: of a group, or of one of its ep members. */
 typedef struct sh_kv_limits {
     sh_kv_type type;
     int max_seqs, max_context, chunk;

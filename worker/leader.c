@@ -194,6 +194,17 @@ static void enqueue(sh_leader *l, sh_seq *s) {
     l->n_waiting++;
 }
 
+bool sh_leader_knows(const sh_leader *l, uint64_t key) {
+    return known_key(l, key);
+}
+
+int64_t sh_leader_rows_to_go(const sh_leader *l) {
+    int64_t n = 0;
+    for (int i = 0; i < l->n_running; i++) n += l->running[i]->cap - l->running[i]->pos;
+    for (const sh_seq *s = l->waiting; s; s = s->next) n += s->cap;
+    return n;
+}
+
 sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
     sh_seq *s = *p;
     if (known_key(l, s->key)) {
@@ -389,7 +400,7 @@ static sh_status begin(making *m) {
     sh_arena_reset(a);
     size_t seqs = (size_t)o->max_seqs;
     b->step = m->l->next_step;
-    b->n_rows = b->n_kept = b->n_spans = b->n_starts = b->n_drops = 0;
+    b->n_rows = b->n_kept = b->n_spans = b->n_starts = b->n_drops = b->widest_rows = b->widest_kept = 0;
     b->ids = sh_arena_take(a, (size_t)sh_leader_max_rows(o) * sizeof *b->ids);
     b->spans = sh_arena_take(a, seqs * sizeof *b->spans);
     b->starts = sh_arena_take(a, seqs * sizeof *b->starts);

@@ -59,6 +59,9 @@ void sh_leader_destroy(sh_leader **l);
 sh_status sh_leader_check(const sh_leader *l, const sh_seq *s);
 /* Takes a sequence (checked) into the queue. One with a key that is known already is dropped: *known. Consumes *s. */
 sh_status sh_leader_add(sh_leader *l, sh_seq **s, bool *known);
+bool sh_leader_knows(const sh_leader *l, uint64_t key);
+/* Rows that its sequences still need at most: the load that a new one would join. */
+int64_t sh_leader_rows_to_go(const sh_leader *l);
 void sh_leader_cancel(sh_leader *l, uint64_t key); /* unknown: nothing happens */
 
 /* Makes the next micro-batch in b (made by sh_batch_create with sh_leader_descriptor_bytes). *made false: nothing to do

@@ -2,8 +2,9 @@
  * The stage: buffers, the step, the sampler at the end. See stage.h.
  *
  * A message is the descriptor as the leader encoded it, zeros up to a multiple of 64, then the cut block. No send can
- * wait for ever: rank 0 starts a step only when a buffer is free; the last stage has one answer buffer per micro-batch
- * in flight and one more, so it never waits; hence each stage between is waited for by nobody who waits for it.
+ * wait for ever: rank 0 starts a step only when its buffers are free; the last stage has one answer buffer per
+ * micro-batch in flight and one more, so it never waits; hence each stage between is waited for by nobody who waits for
+ * it. An empty micro-batch of a lane travels and is computed like any other, but is not answered.
  */
 #include "worker/stage.h"
 
@@ -22,17 +23,26 @@ typedef struct sending {
     int req;        /* −1: free */
 } sending;
 
+/* Rank 0: a descriptor on its way to one of the other members of its stage. */
+typedef struct handout {
+    sh_buf encoded;
+    int req;
+} handout;
+
 struct sh_stage {
     sh_stage_options o;
     sh_link *link;
-    bool is_first, is_last;
+    int stage, member;
+    bool leads, is_last, samples; /* rank 0; last stage; a member of it that samples */
     sh_model *model;
     size_t descriptor_max, recv_bytes, send_bytes;
-    uint8_t *recv;   /* from the stage before; rank 0: answers of the last */
+    uint8_t *recv;   /* from the rank before; rank 0: answers of the last stage */
     size_t received; /* bytes of descriptor in it */
     sending *sends;
     int n_sends, next_send;
-    sh_buf encoded;   /* rank 0: the descriptor */
+    sh_buf encoded;    /* rank 0: its own descriptor */
+    handout *handouts; /* rank 0: [SENDS][width − 1] */
+    int next_handout;
     sh_batch batch;   /* ranks above 0: the descriptor decoded */
     sh_token *tokens; /* rank 0: [max_rows] */
     uint64_t steps;
@@ -42,7 +52,8 @@ struct sh_stage {
     sh_sampler *sampler;
     float *hidden, *logits;
     size_t hidden_bytes, logit_bytes;
-    int waiting; /* answers of a group of one, not yet taken */
+    int waiting;   /* rank 0 as a last stage: answers not yet taken */
+    int next_lane; /* rank 0: whom to ask first for an answer */
 };
 
 static size_t align64(size_t n) {
@@ -77,18 +88,34 @@ static sh_status create_model(sh_stage *s) {
     return sh_model_create(o->model_dir, o->config, &m, &s->model);
 }
 
+static sh_status create_hidden(sh_stage *s) {
+    void *p = NULL;
+    s->hidden_bytes = (size_t)sh_leader_max_rows(s->o.schedule) * (size_t)s->o.config->hidden * sizeof(float);
+    SH_TRY(sh_mem_alloc(s->hidden_bytes, "final hidden states", &p));
+    s->hidden = p;
+    return SH_OK;
+}
+
 static sh_status create_sampler(sh_stage *s) {
     const sh_stage_options *o = &s->o;
-    void *hidden = NULL, *logits = NULL;
+    void *logits = NULL;
     SH_TRY(sh_tokenizer_load(o->model_dir, &s->tokenizer));
     SH_TRY(sh_sampler_create(sh_model_kernels(s->model), s->tokenizer, o->config->vocab, o->schedule->max_seqs,
                              o->schedule->max_context, &s->sampler));
-    s->hidden_bytes = (size_t)sh_leader_max_rows(o->schedule) * (size_t)o->config->hidden * sizeof(float);
     s->logit_bytes = LOGIT_ROWS * (size_t)o->config->vocab * sizeof(float);
-    SH_TRY(sh_mem_alloc(s->hidden_bytes, "final hidden states", &hidden));
-    s->hidden = hidden;
     SH_TRY(sh_mem_alloc(s->logit_bytes, "logits", &logits));
     s->logits = logits;
+    return SH_OK;
+}
+
+/* Rank 0: descriptors for the other members of its stage, and its own. */
+static sh_status create_handouts(sh_stage *s) {
+    int n = SENDS * (s->o.width - 1);
+    SH_TRY(sh_buf_reserve(&s->encoded, s->descriptor_max));
+    s->handouts = calloc((size_t)n + 1, sizeof *s->handouts);
+    if (!s->handouts) SH_FAIL(SH_EMEMORY, "no memory for %d descriptors", n);
+    for (int i = 0; i < n; i++) s->handouts[i].req = -1;
+    for (int i = 0; i < n; i++) SH_TRY(sh_buf_reserve(&s->handouts[i].encoded, s->descriptor_max));
     return SH_OK;
 }
 
@@ -97,7 +124,7 @@ static sh_status create_buffers(sh_stage *s) {
     int rows = sh_leader_max_rows(o->schedule);
     void *p = NULL;
     s->descriptor_max = sh_leader_descriptor_bytes(o->schedule);
-    s->recv_bytes = s->is_first ? sh_tokens_bytes(rows) : message_bytes(o, o->first);
+    s->recv_bytes = s->leads ? sh_tokens_bytes(rows) : message_bytes(o, o->first);
     SH_TRY(sh_mem_alloc(s->recv_bytes, "receive buffer", &p));
     s->recv = p;
     s->n_sends = s->is_last ? sh_leader_in_flight(o->schedule) + 1 : SENDS;
@@ -113,8 +140,8 @@ static sh_status create_buffers(sh_stage *s) {
         SH_TRY(sh_mem_alloc(s->send_bytes, "send buffer", &p));
         s->sends[i].block = p;
     }
-    if (!s->is_first) return sh_batch_create(2 * s->descriptor_max, &s->batch);
-    SH_TRY(sh_buf_reserve(&s->encoded, s->descriptor_max));
+    if (!s->leads) return sh_batch_create(2 * s->descriptor_max, &s->batch);
+    SH_TRY(create_handouts(s));
     s->tokens = calloc((size_t)rows, sizeof *s->tokens);
     if (!s->tokens) SH_FAIL(SH_EMEMORY, "no memory for %d tokens", rows);
     return SH_OK;
@@ -125,11 +152,15 @@ sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out) {
     if (!s) SH_FAIL(SH_EMEMORY, "no memory for a stage");
     s->o = *o;
     s->link = o->link;
-    s->is_first = o->link->rank == 0;
-    s->is_last = o->link->rank == o->link->size - 1;
+    s->stage = o->link->rank / o->width;
+    s->member = o->link->rank % o->width;
+    s->leads = o->link->rank == 0;
+    s->is_last = s->stage == o->stages - 1;
+    s->samples = s->is_last && (o->lanes || s->member == 0);
     sh_status st = create_model(s);
     if (st == SH_OK) st = create_buffers(s);
-    if (st == SH_OK && s->is_last) st = create_sampler(s);
+    if (st == SH_OK && s->is_last) st = create_hidden(s);
+    if (st == SH_OK && s->samples) st = create_sampler(s);
     if (st != SH_OK) {
         sh_stage_destroy(&s);
         return sh_error_pass(st, __FILE__, __LINE__);
@@ -145,6 +176,8 @@ void sh_stage_destroy(sh_stage **p) {
         sh_buf_release(&s->sends[i].answer);
         if (s->sends[i].block) sh_mem_free(s->sends[i].block, s->send_bytes);
     }
+    for (int i = 0; s->handouts && i < SENDS * (s->o.width - 1); i++) sh_buf_release(&s->handouts[i].encoded);
+    free(s->handouts);
     free(s->sends);
     free(s->tokens);
     sh_mem_free(s->recv, s->recv_bytes);
@@ -162,32 +195,44 @@ void sh_stage_destroy(sh_stage **p) {
 /* ---- sending
  * ----------------------------------------------------------------------------------------------------------- */
 
+static int n_handouts(const sh_stage *s) {
+    return s->leads ? SENDS * (s->o.width - 1) : 0;
+}
+
+static sh_status test_send(sh_stage *s, int *req) {
+    bool done = false;
+    if (*req < 0) return SH_OK;
+    SH_TRY(s->link->ops->test(s->link, *req, &done));
+    if (done) *req = -1;
+    return SH_OK;
+}
+
 sh_status sh_stage_progress(sh_stage *s) {
-    for (int i = 0; i < s->n_sends; i++) {
-        bool done = false;
-        if (s->sends[i].req < 0) continue;
-        SH_TRY(s->link->ops->test(s->link, s->sends[i].req, &done));
-        if (done) s->sends[i].req = -1;
-    }
+    for (int i = 0; i < s->n_sends; i++) SH_TRY(test_send(s, &s->sends[i].req));
+    for (int i = 0; i < n_handouts(s); i++) SH_TRY(test_send(s, &s->handouts[i].req));
     return SH_OK;
 }
 
 bool sh_stage_has_room(const sh_stage *s) {
+    for (int m = 1; m < s->o.width && s->leads; m++)
+        if (s->handouts[s->next_handout * (s->o.width - 1) + m - 1].req >= 0) return false;
     return s->sends[s->next_send].req < 0;
 }
 
 bool sh_stage_is_idle(const sh_stage *s) {
     for (int i = 0; i < s->n_sends; i++)
         if (s->sends[i].req >= 0) return false;
+    for (int i = 0; i < n_handouts(s); i++)
+        if (s->handouts[i].req >= 0) return false;
     return true;
 }
 
 /* The next buffer in turn, once the stage after has taken what it held. */
 static sh_status claim_send(sh_stage *s, sending **out) {
     sh_backoff wait = {0};
-    while (!sh_stage_has_room(s)) {
+    while (s->sends[s->next_send].req >= 0) {
         SH_TRY(sh_stage_progress(s));
-        if (!sh_stage_has_room(s)) sh_backoff_wait(&wait);
+        if (s->sends[s->next_send].req >= 0) sh_backoff_wait(&wait);
     }
     *out = &s->sends[s->next_send];
     s->next_send = (s->next_send + 1) % s->n_sends;
@@ -207,7 +252,7 @@ static sh_status forward_on(sh_stage *s, const sh_batch *b, const void *descript
     memset(to->block + len, 0, at - len);
     SH_TRY(sh_model_forward(s->model, b, in, to->block + at));
     SH_TRY(sh_stage_progress(s));
-    return s->link->ops->send(s->link, s->link->rank + 1, SH_TAG_BATCH, to->block, at + n, &to->req);
+    return s->link->ops->send(s->link, s->link->rank + s->o.width, SH_TAG_BATCH, to->block, at + n, &to->req);
 }
 
 /* Samples kept rows [k, k + n) of the batch; *span and *row are where row k lies. */
@@ -230,12 +275,8 @@ static sh_status sample_rows(sh_stage *s, const sh_batch *b, int n, int *span, i
     return SH_OK;
 }
 
-static sh_status sample(sh_stage *s, const sh_batch *b, const void *in) {
-    sending *to = NULL;
-    SH_TRY(claim_send(s, &to));
-    for (int i = 0; i < b->n_drops; i++) sh_sampler_drop(s->sampler, b->drops[i]);
-    for (int i = 0; i < b->n_starts; i++) SH_TRY(sh_sampler_start(s->sampler, &b->starts[i]));
-    SH_TRY(sh_model_forward(s->model, b, in, s->hidden));
+/* Logits and tokens of the kept rows, as the answer to rank 0. */
+static sh_status sample_batch(sh_stage *s, const sh_batch *b, sending *to) {
     sh_buf_clear(&to->answer);
     SH_TRY(sh_tokens_begin(&to->answer, b->step));
     int span = 0, row = 0, count = 0;
@@ -246,31 +287,56 @@ static sh_status sample(sh_stage *s, const sh_batch *b, const void *in) {
         SH_TRY(sh_stage_progress(s));
     }
     SH_TRY(sh_tokens_end(&to->answer, count));
-    if (s->is_first) { /* a group of one */
-        s->waiting++;
-        return SH_OK;
-    }
-    return s->link->ops->send(s->link, 0, SH_TAG_TOKENS, to->answer.data, to->answer.len, &to->req);
+    if (!s->leads) return s->link->ops->send(s->link, 0, SH_TAG_TOKENS, to->answer.data, to->answer.len, &to->req);
+    s->waiting++;
+    return SH_OK;
+}
+
+static sh_status finish(sh_stage *s, const sh_batch *b, const void *in) {
+    sending *to = NULL;
+    for (int i = 0; s->samples && i < b->n_drops; i++) sh_sampler_drop(s->sampler, b->drops[i]);
+    for (int i = 0; s->samples && i < b->n_starts; i++) SH_TRY(sh_sampler_start(s->sampler, &b->starts[i]));
+    SH_TRY(sh_model_forward(s->model, b, in, s->hidden));
+    if (!s->samples || b->n_spans == 0) return SH_OK;
+    SH_TRY(claim_send(s, &to));
+    return sample_batch(s, b, to);
 }
 
 static sh_status step(sh_stage *s, const sh_batch *b, const void *descriptor, size_t len, const void *in) {
-    SH_TRY(s->is_last ? sample(s, b, in) : forward_on(s, b, descriptor, len, in));
+    SH_TRY(s->is_last ? finish(s, b, in) : forward_on(s, b, descriptor, len, in));
     s->steps++;
     return SH_OK;
 }
 
-sh_status sh_stage_lead(sh_stage *s, const sh_batch *b) {
-    sh_buf_clear(&s->encoded);
-    if (!s->is_last) {
-        SH_TRY(sh_batch_encode(b, &s->encoded));
-        if (s->encoded.len > s->descriptor_max)
-            SH_FAIL(SH_ESTATE, "descriptor of %zu bytes: room is %zu", s->encoded.len, s->descriptor_max);
+static sh_status encode(const sh_stage *s, const sh_batch *b, sh_buf *to) {
+    sh_buf_clear(to);
+    SH_TRY(sh_batch_encode(b, to));
+    if (to->len > s->descriptor_max)
+        SH_FAIL(SH_ESTATE, "descriptor of %zu bytes: room is %zu", to->len, s->descriptor_max);
+    return SH_OK;
+}
+
+/* Gives the other members of the first stage their micro-batches; sh_stage_has_room said that there are buffers. */
+static sh_status hand_out(sh_stage *s, const sh_batch *batches) {
+    handout *h = s->handouts + s->next_handout * (s->o.width - 1);
+    s->next_handout = (s->next_handout + 1) % SENDS;
+    for (int m = 1; m < s->o.width; m++) {
+        SH_TRY(encode(s, s->o.lanes ? &batches[m] : batches, &h[m - 1].encoded));
+        SH_TRY(
+            s->link->ops->send(s->link, m, SH_TAG_BATCH, h[m - 1].encoded.data, h[m - 1].encoded.len, &h[m - 1].req));
     }
-    return step(s, b, s->encoded.data, s->encoded.len, NULL);
+    return SH_OK;
+}
+
+sh_status sh_stage_lead(sh_stage *s, const sh_batch *batches) {
+    SH_TRY(hand_out(s, batches));
+    sh_buf_clear(&s->encoded);
+    if (!s->is_last) SH_TRY(encode(s, batches, &s->encoded));
+    return step(s, batches, s->encoded.data, s->encoded.len, NULL);
 }
 
 sh_status sh_stage_receive(sh_stage *s, bool *got) {
-    int source = 0, from = s->link->rank - 1;
+    int source = 0, from = s->stage ? s->link->rank - s->o.width : 0;
     size_t len = 0, used = 0;
     bool found = false;
     SH_TRY(sh_stage_progress(s));
@@ -286,7 +352,7 @@ sh_status sh_stage_receive(sh_stage *s, bool *got) {
     const sh_batch *b = &s->batch;
     size_t need = cut_bytes(&s->o, s->o.first, b->n_rows, b->n_kept);
     if (b->n_rows > sh_leader_max_rows(s->o.schedule) || b->n_spans > s->o.schedule->max_seqs ||
-        used > s->descriptor_max || len != align64(used) + need)
+        used > s->descriptor_max || len != (s->stage ? align64(used) + need : used))
         SH_FAIL(SH_EPEER,
                 "micro-batch of %d rows, %zu bytes of descriptor and %zu in all from rank %d: not what it should be",
                 b->n_rows, used, len, from);
@@ -295,23 +361,38 @@ sh_status sh_stage_receive(sh_stage *s, bool *got) {
 }
 
 sh_status sh_stage_serve(sh_stage *s) {
-    return step(s, &s->batch, s->recv, s->received, s->recv + align64(s->received));
+    return step(s, &s->batch, s->recv, s->received, s->stage ? s->recv + align64(s->received) : NULL);
 }
 
-sh_status sh_stage_answer(sh_stage *s, bool *got, uint64_t *at, const sh_token **tokens, int *n) {
+/* A message with an answer, of any lane: who was heard last is asked last. */
+static sh_status receive_answer(sh_stage *s, bool *found, int *lane, size_t *len) {
+    int n = sh_stage_lanes(&s->o), source = 0;
+    for (int i = 0; i < n && !*found; i++) {
+        int m = (s->next_lane + i) % n, from = (s->o.stages - 1) * s->o.width + m;
+        if (from == 0) continue; /* its own answers are in `waiting` */
+        SH_TRY(s->link->ops->probe(s->link, from, SH_TAG_TOKENS, found, &source, len));
+        if (!*found) continue;
+        if (*len > s->recv_bytes)
+            SH_FAIL(SH_EPEER, "answer of %zu bytes from rank %d: room is %zu", *len, from, s->recv_bytes);
+        SH_TRY(s->link->ops->recv(s->link, from, SH_TAG_TOKENS, s->recv, *len));
+        *lane = m;
+        s->next_lane = (m + 1) % n;
+    }
+    return SH_OK;
+}
+
+sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *at, const sh_token **tokens, int *n) {
     const void *data = s->recv;
     size_t len = 0;
-    int source = 0, last = s->link->size - 1;
     bool found = s->waiting > 0;
-    if (found) { /* a group of one runs one micro-batch at a time: the last buffer filled holds it */
+    if (found) { /* taken before the next step is made: the last buffer filled holds it */
         const sh_buf *b = &s->sends[(s->next_send + s->n_sends - 1) % s->n_sends].answer;
         data = b->data;
         len = b->len;
         s->waiting--;
-    } else if (last > 0) {
-        SH_TRY(s->link->ops->probe(s->link, last, SH_TAG_TOKENS, &found, &source, &len));
-        if (found && len > s->recv_bytes) SH_FAIL(SH_EPEER, "answer of %zu bytes: room is %zu", len, s->recv_bytes);
-        if (found) SH_TRY(s->link->ops->recv(s->link, last, SH_TAG_TOKENS, s->recv, len));
+        *lane = 0;
+    } else {
+        SH_TRY(receive_answer(s, &found, lane, &len));
     }
     if (found) {
         SH_TRY(sh_tokens_decode(data, len, s->tokens, sh_leader_max_rows(s->o.schedule), at, n));

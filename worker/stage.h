@@ -1,8 +1,9 @@
 /*
- * One stage of the pipeline: layers [first, last) of the model on one micro-batch after the other, in order. Takes
- * [descriptor | cut block] from the stage before, sends the same to the next; the last stage samples and sends tokens
- * to rank 0. Knows nothing of scheduling or of the coordinator. All buffers are made at creation: a step allocates
- * nothing.
+ * One member of one stage of the pipeline: layers [first, last) of the model on one micro-batch after the other, in
+ * order. Takes [descriptor | cut block] from the same member of the stage before, sends the same to that of the next;
+ * members of the first stage get descriptors from rank 0. The last stage samples and sends tokens to rank 0: every
+ * member where members are lanes (worker/lanes.h), else member 0. Knows nothing of scheduling or of the coordinator.
+ * All buffers are made at creation: a step allocates nothing.
  */
 #ifndef SH_WORKER_STAGE_H
 #define SH_WORKER_STAGE_H
@@ -23,9 +24,15 @@ typedef struct sh_stage_options {
     int threads;
     const int *cpus;
     int n_cpus;
-    const sh_leader_options *schedule; /* the same on every rank: bounds of a micro-batch, pages */
-    sh_link *link;                     /* borrowed; rank r is stage r */
+    const sh_leader_options *schedule; /* the same on every rank: bounds of a lane's micro-batch, pages */
+    int stages, width;                 /* rank r is member r % width of stage r / width */
+    bool lanes;                        /* each member has micro-batches of its own; else all have the same */
+    sh_link *link;                     /* borrowed */
 } sh_stage_options;
+/* Micro-batches of a step: one per lane. */
+static inline int sh_stage_lanes(const sh_stage_options *o) {
+    return o->lanes ? o->width : 1;
+}
 
 /* Loads the stage's weights and reserves its KV pages and buffers. */
 sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out);
@@ -37,13 +44,14 @@ sh_status sh_stage_progress(sh_stage *s);
 bool sh_stage_has_room(const sh_stage *s);
 bool sh_stage_is_idle(const sh_stage *s); /* no send of its own is open */
 
-/* Rank 0: runs a micro-batch of the leader's. In a group of one its answer is taken by sh_stage_answer at once. */
-sh_status sh_stage_lead(sh_stage *s, const sh_batch *b);
+/* Rank 0: hands out the micro-batches [lanes] of a step and runs its own. In a pipeline of one stage the answer to that
+ * is taken by sh_stage_answer at once. */
+sh_status sh_stage_lead(sh_stage *s, const sh_batch *batches);
 /* Ranks above 0: takes one micro-batch if one has come (*got); then serve runs it. */
 sh_status sh_stage_receive(sh_stage *s, bool *got);
 sh_status sh_stage_serve(sh_stage *s);
-/* Rank 0: the last stage's answer, if one has come. *tokens is borrowed until the next call. */
-sh_status sh_stage_answer(sh_stage *s, bool *got, uint64_t *step, const sh_token **tokens, int *n);
+/* Rank 0: an answer of the last stage, if one has come, and of which lane. *tokens is borrowed until the next call. */
+sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *step, const sh_token **tokens, int *n);
 
 double sh_stage_exchange_seconds(const sh_stage *s); /* in and around the link, waiting for the next stage included */
 uint64_t sh_stage_steps(const sh_stage *s);          /* micro-batches finished */

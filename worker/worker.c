@@ -15,6 +15,7 @@
 #include "partition/machine.h"
 #include "partition/plan.h"
 #include "worker/backoff.h"
+#include "worker/lanes.h"
 #include "worker/ranks.h"
 #include "worker/stage.h"
 #include "worker/uplink.h"
@@ -33,10 +34,10 @@ typedef struct rank {
     sh_machine_part part;
     sh_mode mode;
     sh_kv_type kv;
-    sh_leader_options schedule;
+    sh_plan_shape shape;
+    sh_leader_options schedule; /* of one lane */
     sh_stage *stage;
-    sh_leader *leader; /* rank 0 */
-    sh_batch batch;    /* rank 0 */
+    sh_lanes *lanes; /* rank 0 */
     sh_backoff idle;
     double beat_at;
     uint64_t answers; /* rank 0: micro-batches come back */
@@ -67,10 +68,11 @@ static sh_status read_plan(rank *r) {
         SH_FAIL(SH_EPEER, "plan: %zu ranks: this group has %d", r->plan->n_rank, r->link->size);
     SH_TRY(sh_mode_parse(r->plan->mode, &r->mode));
     SH_TRY(sh_kv_type_parse(r->plan->kv, &r->kv));
-    r->schedule = (sh_leader_options){.stages = r->link->size,
-                                      .max_seqs = r->plan->max_seqs,
-                                      .chunk = r->plan->chunk,
-                                      .max_context = r->plan->max_context};
+    r->shape = sh_plan_shape_of(r->plan);
+    sh_kv_limits lane;
+    SH_TRY(sh_plan_kv_limits(r->plan, &lane));
+    r->schedule = (sh_leader_options){
+        .stages = r->shape.pp, .max_seqs = lane.max_seqs, .chunk = lane.chunk, .max_context = lane.max_context};
     sh_leader_options_model(&r->schedule, r->config);
     return SH_OK;
 }
@@ -165,11 +167,12 @@ static sh_status load(rank *r) {
                           .cpus = r->part.cpus,
                           .n_cpus = r->part.n_cpus,
                           .schedule = &r->schedule,
+                          .stages = r->shape.pp,
+                          .width = r->shape.width,
+                          .lanes = r->shape.ep > 1,
                           .link = r->link};
     SH_TRY(sh_stage_create(&o, &r->stage));
-    if (r->link->rank > 0) return SH_OK;
-    SH_TRY(sh_leader_create(&r->schedule, &r->leader));
-    return sh_batch_create(sh_leader_descriptor_bytes(&r->schedule), &r->batch);
+    return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);
 }
 
 /* Hash of the checkpoint and of what else decides a group's results beside the requests. */
@@ -201,8 +204,9 @@ static sh_status announce(rank *r) {
     if (any) note = "SHOAL_ISA=blas: results are not invariant";
     uint64_t print = 0;
     SH_TRY(fingerprint(r, &print));
-    return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), sh_leader_total(&r->schedule),
-                           r->schedule.max_seqs, print, r->config->vocab, note);
+    int lanes = r->shape.ep;
+    return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), lanes * sh_leader_total(&r->schedule),
+                           lanes * r->schedule.max_seqs, print, r->config->vocab, note);
 }
 
 /* ---- both loops
@@ -226,8 +230,8 @@ static void beat(rank *r, bool busy, bool now_please) {
                  .idle = r->idle.idle,
                  .bytes = steps * sh_model_weight_bytes(sh_stage_model(r->stage)),
                  .sent = r->link->sent_bytes};
-    if (r->leader) {
-        sh_leader_state s = sh_leader_look(r->leader);
+    if (r->lanes) {
+        sh_leader_state s = sh_lanes_look(r->lanes);
         b.leader = true;
         b.busy = busy || s.in_flight > 0;
         b.running = s.running;
@@ -249,11 +253,11 @@ static sh_status take_inbox(rank *r) {
     sh_inbox in;
     while (sh_uplink_take(r->uplink, &in)) {
         if (in.kind == SH_INBOX_CANCEL) {
-            sh_leader_cancel(r->leader, in.key);
+            sh_lanes_cancel(r->lanes, in.key);
             continue;
         }
         bool known = false;
-        sh_status st = sh_leader_add(r->leader, &in.seq, &known);
+        sh_status st = sh_lanes_add(r->lanes, &in.seq, &known);
         if (st == SH_ELIMIT) sh_uplink_reject(r->uplink, in.key, sh_error_text());
         sh_seq_destroy(&in.seq); /* NULL when the leader took it */
         if (st != SH_OK && st != SH_ELIMIT) return sh_error_pass(st, __FILE__, __LINE__);
@@ -265,10 +269,10 @@ static sh_status take_answers(rank *r, bool *worked) {
     for (bool got = true; got;) {
         uint64_t step = 0;
         const sh_token *tokens = NULL;
-        int n = 0;
-        SH_TRY(sh_stage_answer(r->stage, &got, &step, &tokens, &n));
+        int n = 0, lane = 0;
+        SH_TRY(sh_stage_answer(r->stage, &got, &lane, &step, &tokens, &n));
         if (!got) break;
-        SH_TRY(sh_leader_apply(r->leader, step, tokens, n, emit, r));
+        SH_TRY(sh_lanes_apply(r->lanes, lane, step, tokens, n, emit, r));
         r->answers++;
         *worked = true;
     }
@@ -277,11 +281,12 @@ static sh_status take_answers(rank *r, bool *worked) {
 
 static sh_status lead_step(rank *r, bool *worked) {
     bool made = false;
+    sh_batch *batches = NULL;
     if (!sh_stage_has_room(r->stage)) return SH_OK;
-    SH_TRY(sh_leader_next(r->leader, &r->batch, &made));
+    SH_TRY(sh_lanes_next(r->lanes, &batches, &made));
     if (!made) return SH_OK;
     beat(r, true, true); /* busy from here on, should the step get stuck */
-    SH_TRY(sh_stage_lead(r->stage, &r->batch));
+    SH_TRY(sh_stage_lead(r->stage, batches));
     *worked = true;
     return SH_OK;
 }
@@ -289,7 +294,7 @@ static sh_status lead_step(rank *r, bool *worked) {
 /* Told to leave: what is in flight comes home, then the word goes down the pipeline. */
 static sh_status lead_out(rank *r) {
     sh_backoff wait = {0};
-    for (double until = sh_now() + LEAVE_SECONDS; sh_leader_look(r->leader).in_flight > 0;) {
+    for (double until = sh_now() + LEAVE_SECONDS; sh_lanes_look(r->lanes).in_flight > 0;) {
         bool worked = false;
         SH_TRY(sh_stage_progress(r->stage));
         SH_TRY(take_answers(r, &worked));
@@ -363,8 +368,7 @@ static sh_status live(rank *r) {
 }
 
 static void release(rank *r) {
-    sh_leader_destroy(&r->leader);
-    sh_batch_release(&r->batch);
+    sh_lanes_destroy(&r->lanes);
     if (r->stage && sh_stage_is_idle(r->stage)) sh_stage_destroy(&r->stage); /* else the link still reads its buffers */
     free(r->config);
     free(r->machine);

@@ -14,6 +14,7 @@
 #include "common/clock.h"
 #include "common/file.h"
 #include "common/json.h"
+#include "partition/plan.h"
 #include "proto/group.pb-c.h"
 #include "proto/wire.h"
 #include "worker/worker.h"
@@ -73,7 +74,7 @@ typedef struct fake {
     int n;
     fake_rank rank[FAKE_RANKS];
     Shoal__PlanRank layer[FAKE_RANKS], *layers[FAKE_RANKS];
-    Shoal__Plan plan;
+    Shoal__Plan plan, *divided;
     uint64_t epoch;
     int heartbeat_ms, orphan_ms;
     fake_work *work; /* [FAKE_WORK] */
@@ -108,6 +109,24 @@ static inline void fake_open(fake *f, const char *model, int n, const int *cut, 
     f->plan.max_seqs = 8;
     f->plan.chunk = 64;
     f->plan.max_context = 512;
+}
+
+/* Before the ranks start: each of the n stages is divided over ep · tp · cp ranks. */
+static inline void fake_divide(fake *f, int ep, int tp, int cp) {
+    static sh_config c;
+    char cuts[256] = "";
+    for (int i = 1, at = 0; i < f->n; i++)
+        at += snprintf(cuts + at, sizeof cuts - (size_t)at, "%s%d", i > 1 ? "," : "", f->layer[i].first);
+    MUST(sh_config_load(f->model, &c));
+    sh_plan_request r = {.cuts = cuts, .ep = ep, .tp = tp, .cp = cp, .max_seqs = f->plan.max_seqs};
+    MUST(sh_plan_make(&c, &r, &f->divided));
+    f->n *= ep * tp * cp;
+    f->plan.n_rank = f->divided->n_rank;
+    f->plan.rank = f->divided->rank;
+    f->plan.ep = ep;
+    f->plan.tp = tp;
+    f->plan.cp = cp;
+    f->plan.has_ep = f->plan.has_tp = f->plan.has_cp = 1;
 }
 
 static void *fake_rank_main(void *arg) {
@@ -322,6 +341,7 @@ static inline void fake_join(fake *f) {
 
 static inline void fake_close(fake *f) {
     sh_wire_close(&f->wire);
+    sh_plan_free(&f->divided);
     for (int i = 0; i < f->n_work; i++) {
         free(f->work[i].prompt);
         sh_buf_release(&f->work[i].tokens);

@@ -59,7 +59,8 @@ static void add_requests(fake *f, const json_t *g) {
 }
 
 typedef struct setting {
-    int n, cut[FAKE_RANKS + 1];
+    int n, cut[FAKE_RANKS + 1]; /* stages */
+    int ep, tp, cp;
     int max_seqs, chunk, threads;
     uint64_t kv_memory;
     const char *mode, *kv;
@@ -73,14 +74,15 @@ static bool run_setting(const char *name, const json_t *g, const setting *s, fak
     f->plan.chunk = s->chunk;
     f->plan.threads = s->threads;
     f->plan.kv_memory = s->kv_memory;
+    fake_divide(f, s->ep, s->tp, s->cp);
     add_requests(f, g);
     fake_start_threads(f);
     bool ok = fake_run(f, 120);
     CHECK(ok, "%s on %d ranks did not answer: %s", name, s->n, f->fault);
     fake_leave(f);
     fake_join(f);
-    for (int i = 0; i < s->n; i++)
-        CHECK(f->rank[i].status == SH_OK, "rank %d of %d ended with %d: %s", i, s->n, f->rank[i].status,
+    for (int i = 0; i < f->n; i++)
+        CHECK(f->rank[i].status == SH_OK, "rank %d of %d ended with %d: %s", i, f->n, f->rank[i].status,
               f->rank[i].error);
     return ok;
 }
@@ -90,8 +92,9 @@ static void compare(const char *name, const json_t *g, const setting *s, const f
     if (run_setting(name, g, s, &f))
         for (int i = 0; i < f.n_work; i++)
             CHECK(fake_same(&f.work[i], &base->work[i]),
-                  "%s request %d: %d ranks (first cut %d), max_seqs %d, chunk %d, KV %llu differ", name, i, s->n,
-                  s->cut[1], s->max_seqs, s->chunk, (unsigned long long)s->kv_memory);
+                  "%s request %d: %d stages (first cut %d), ep %d, tp %d, cp %d, max_seqs %d, chunk %d, KV %llu differ",
+                  name, i, s->n, s->cut[1], s->ep, s->tp, s->cp, s->max_seqs, s->chunk,
+                  (unsigned long long)s->kv_memory);
     fake_close(&f);
 }
 
@@ -106,9 +109,29 @@ static void check_greedy(const char *name, const json_t *g, const fake *f) {
 }
 
 static setting even(int layers, int n) {
-    setting s = {.n = n, .max_seqs = 8, .chunk = 64, .threads = 1, .mode = "exact", .kv = "f32"};
+    setting s = {
+        .n = n, .ep = 1, .tp = 1, .cp = 1, .max_seqs = 8, .chunk = 64, .threads = 1, .mode = "exact", .kv = "f32"};
     for (int i = 0; i <= n; i++) s.cut[i] = layers * i / n;
     return s;
+}
+
+/* Stages of several ranks. */
+static void compare_divided(const char *name, const json_t *g, int layers, bool experts, const fake *base) {
+    static const int divided[][4] = {/* stages, ep, tp, cp */ {1, 2, 1, 1},
+                                     {1, 3, 1, 1},
+                                     {2, 2, 1, 1},
+                                     {1, 1, 2, 1},
+                                     {2, 1, 2, 1},
+                                     {1, 1, 1, 2},
+                                     {2, 1, 1, 2}};
+    for (size_t i = 0; i<sizeof divided / sizeof *divided; i += STRIDE> 1 ? 2 : 1) {
+        setting s = even(layers, divided[i][0]);
+        s.ep = divided[i][1];
+        s.tp = divided[i][2];
+        s.cp = divided[i][3];
+        s.max_seqs = 12;
+        if (s.ep == 1 || experts) compare(name, g, &s, base);
+    }
 }
 
 static void test_model(const char *name, int layers, bool every_cut) {
@@ -138,6 +161,7 @@ static void test_model(const char *name, int layers, bool every_cut) {
         setting two = even(layers, 2);
         two.threads = THREADS;
         if (THREADS > 1) compare(name, g, &two, &base);
+        compare_divided(name, g, layers, strstr(name, "26b") != NULL, &base);
     }
     fake_close(&base);
     json_decref(g);
