@@ -82,6 +82,15 @@ typedef struct neighbour { /* what ranks tell each other to share a node */
     uint64_t cpu_set; /* hash of the CPUs that the process may use */
 } neighbour;
 
+/* Leaves this group its part of a node that other groups use, too. Their memory is gone already when this group is
+ * started again, so what was measured then says little: a stated limit goes before it. */
+static void leave_others(rank *r, bool bound) {
+    const sh_worker_options *o = r->o;
+    if (o->parts > 1 && !bound) sh_machine_keep_cpus(r->machine, o->part, o->parts);
+    if (o->memory && o->memory < r->machine->memory) r->machine->memory = o->memory;
+    if (o->parts > 1 && !o->memory) r->machine->memory /= (uint64_t)o->parts;
+}
+
 /* This rank's CPUs and memory. Ranks of one node share what the process may use, unless the launcher gave each its own.
  */
 static sh_status share_node(rank *r) {
@@ -95,6 +104,7 @@ static sh_status share_node(rank *r) {
     if (st == SH_OK && r->o->n_cpus > 0) {
         r->machine->n_cpus = r->o->n_cpus < SH_MAX_CPUS ? r->o->n_cpus : SH_MAX_CPUS;
         memcpy(r->machine->cpus, r->o->cpus, (size_t)r->machine->n_cpus * sizeof(int));
+        memset(r->machine->numa, 0, sizeof r->machine->numa);
     }
     if (st == SH_OK) {
         if (gethostname(me.host, sizeof me.host - 1) != 0) snprintf(me.host, sizeof me.host, "unknown");
@@ -111,6 +121,7 @@ static sh_status share_node(rank *r) {
     }
     free(all);
     if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
+    leave_others(r, bound);
     r->part = bound ? sh_machine_share_bound(r->machine, n) : sh_machine_share(r->machine, mine, n);
     return SH_OK;
 }
