@@ -34,7 +34,9 @@ static void layout_attention(const sh_config *c, const sh_layer *l, sh_layer_wei
     w->o = take_matrix(at, c->hidden, q);
 }
 
-static void layout_experts(const sh_config *c, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+static void layout_experts(const sh_weights *own, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+    const sh_config *c = own->config;
+    const sh_weights_part *part = &own->part;
     w->post_ff_norm_1 = take_vector(at, c->hidden);
     w->post_ff_norm_2 = take_vector(at, c->hidden);
     w->pre_ff_norm_2 = take_vector(at, c->hidden);
@@ -44,15 +46,17 @@ static void layout_experts(const sh_config *c, sh_layer_weights *w, sh_wmat *exp
     w->expert_gate_up = expert;
     w->expert_down = expert ? expert + c->experts : NULL;
     for (int e = 0; e < c->experts; e++) {
-        sh_wmat gate_up = take_matrix(at, 2 * c->expert_ff, c->hidden);
-        sh_wmat down = take_matrix(at, c->hidden, c->expert_ff);
+        bool held = !part->holds || part->holds(part->ctx, layer, e);
+        sh_wmat gate_up = held ? take_matrix(at, 2 * c->expert_ff, c->hidden) : (sh_wmat){0};
+        sh_wmat down = held ? take_matrix(at, c->hidden, c->expert_ff) : (sh_wmat){0};
         if (!expert) continue;
         expert[e] = gate_up;
         expert[c->experts + e] = down;
     }
 }
 
-static void layout_layer(const sh_config *c, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+static void layout_layer(const sh_weights *own, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+    const sh_config *c = own->config;
     const sh_layer *l = &c->layer[layer];
     *w = (sh_layer_weights){.scalar = 1};
     w->input_norm = take_vector(at, c->hidden);
@@ -63,7 +67,7 @@ static void layout_layer(const sh_config *c, int layer, sh_layer_weights *w, sh_
     w->gate = take_matrix(at, l->ff, c->hidden);
     w->up = take_matrix(at, l->ff, c->hidden);
     w->down = take_matrix(at, c->hidden, l->ff);
-    if (l->moe) layout_experts(c, w, expert, at);
+    if (l->moe) layout_experts(own, layer, w, expert, at);
     if (c->ple == 0) return;
     w->ple_gate = take_matrix(at, c->ple, c->hidden);
     w->ple_proj = take_matrix(at, c->hidden, c->ple);
@@ -77,7 +81,7 @@ size_t sh_weights_layout(sh_weights *w, sh_wmat *expert, void *base) {
     for (int i = w->first; i < w->last; i++) {
         sh_layer_weights scratch;
         size_t skip = (size_t)(i - w->first) * 2 * (size_t)c->experts;
-        layout_layer(c, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
+        layout_layer(w, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
     }
     if (c->ple) w->ple_norm = take_vector(&at, c->ple);
     if (w->last == c->n_layers) {
@@ -90,6 +94,10 @@ size_t sh_weights_layout(sh_weights *w, sh_wmat *expert, void *base) {
 size_t sh_weights_table_bytes(const sh_config *c, int first, int last) {
     size_t n = (size_t)(last - first);
     return n * sizeof(sh_layer_weights) + n * 2 * (size_t)c->experts * sizeof(sh_wmat);
+}
+
+size_t sh_expert_bytes(const sh_config *c) {
+    return sh_wmat_bytes(2 * c->expert_ff, c->hidden) + sh_wmat_bytes(c->hidden, c->expert_ff);
 }
 
 size_t sh_weights_estimate(const sh_config *c, int first, int last) {

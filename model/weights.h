@@ -6,6 +6,7 @@
 #ifndef SH_MODEL_WEIGHTS_H
 #define SH_MODEL_WEIGHTS_H
 
+#include <stdbool.h>
 #include "model/config.h"
 #include "model/kernels/kernels.h"
 #include "model/team.h"
@@ -20,8 +21,8 @@ typedef struct sh_layer_weights {
     const float *post_ff_norm_1, *post_ff_norm_2, *pre_ff_norm_2;
     const float *router_scale, *expert_scale; /* [hidden], [experts] */
     sh_wmat router;                           /* [experts, hidden] */
-    const sh_wmat *expert_gate_up;            /* experts × [2·expert_ff, hidden]: gate rows first */
-    const sh_wmat *expert_down;               /* experts × [hidden, expert_ff] */
+    const sh_wmat *expert_gate_up; /* experts × [2·expert_ff, hidden]: gate rows first; data NULL: not held */
+    const sh_wmat *expert_down;    /* experts × [hidden, expert_ff]; the same */
     /* per-layer embedding */
     sh_wmat ple_gate, ple_proj; /* [P, hidden], [hidden, P] */
     sh_wmat ple_model_proj;     /* this layer's rows of per_layer_model_projection: [P, hidden] */
@@ -29,8 +30,15 @@ typedef struct sh_layer_weights {
     float scalar; /* layer_scalar, 1 when absent */
 } sh_layer_weights;
 
+/* What of a layer a member of a stage holds. */
+typedef struct sh_weights_part {
+    bool (*holds)(const void *ctx, int layer, int expert); /* NULL: every expert */
+    const void *ctx;
+} sh_weights_part;
+
 typedef struct sh_weights {
     const sh_config *config; /* borrowed */
+    sh_weights_part part;
     int first, last;         /* layers [first, last) */
     sh_layer_weights *layer; /* [last − first] */
     const float *ple_norm;   /* [P] */
@@ -45,6 +53,10 @@ typedef struct sh_weights {
  * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */
 sh_status sh_weights_load(const char *model_dir, const sh_config *c, int first, int last, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
+/* The same for one member of a stage: of the experts only those it holds are read. part NULL: all. */
+sh_status sh_weights_load_part(const char *model_dir, const sh_config *c, int first, int last,
+                               const sh_weights_part *part, sh_team *team,
+                               void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
 /* Resolves and checks every tensor of an open checkpoint against config.json, from headers alone: what sh_weights_load
  * does first. model_dir is for messages. */
 struct sh_tensors;
