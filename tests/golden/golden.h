@@ -117,6 +117,7 @@ typedef struct chain {
     int32_t *ids;
     sh_span *spans;
     uint64_t step;
+    int32_t widest_rows, widest_kept; /* among the members of the stage; 0: alone */
 } chain;
 
 typedef struct chain_options {
@@ -126,6 +127,7 @@ typedef struct chain_options {
     int threads, max_rows, max_context, max_seqs;
     const int *cuts; /* ascending first layers of stages 1, 2, … */
     int n_cuts;
+    const sh_peers *peers;
 } chain_options;
 
 static inline chain chain_open(const chain_options *o) {
@@ -150,7 +152,8 @@ static inline chain chain_open(const chain_options *o) {
                               .max_rows = o->max_rows,
                               .max_spans = MAX_BATCH,
                               .max_context = o->max_context,
-                              .pages = {ch.n_pages, ch.n_pages}};
+                              .pages = {ch.n_pages, ch.n_pages},
+                              .peers = o->peers};
         MUST(sh_model_create(o->dir, &ch.c, &m, &ch.stage[i]));
     }
     for (int i = 0; i < 2; i++) ch.blocks[i] = must_alloc(biggest);
@@ -184,7 +187,11 @@ static inline void seq_close(seq *s) {
 /* One micro-batch: take[i] rows of seqs[i] (0: left out), keep[i] of them kept. ch->hidden gets the kept rows. Returns
  * how many. */
 static inline int chain_step(chain *ch, seq *seqs, int n, const int *take, const int *keep) {
-    sh_batch b = {.step = ++ch->step, .ids = ch->ids, .spans = ch->spans};
+    sh_batch b = {.step = ++ch->step,
+                  .ids = ch->ids,
+                  .spans = ch->spans,
+                  .widest_rows = ch->widest_rows,
+                  .widest_kept = ch->widest_kept};
     for (int i = 0; i < n; i++) {
         if (take[i] == 0) continue;
         seq *s = &seqs[i];
