@@ -51,8 +51,47 @@ static void book(sh_model *m, double *cause) {
 /* y [n, w->n] = x [n, w->k] · wᵀ */
 static void project(sh_model *m, const sh_wmat *w, const float *x, int n, float *y) {
     book(m, &m->times.other);
-    sh_linear(m->team, m->kn, w, x, (size_t)w->k, n, y, (size_t)w->n);
+    if (w->k > 0)
+        sh_linear(m->team, m->kn, w, x, (size_t)w->k, n, y, (size_t)w->n);
+    else
+        memset(y, 0, (size_t)n * (size_t)w->n * sizeof *y); /* a share without columns */
     book(m, &m->times.weights);
+}
+
+/* --- members of a stage --------------------------------------------------------------------------------------------
+ */
+
+/* all [n, total] from every member's columns of it; cut at multiples of `unit` */
+static sh_status gather(sh_model *m, int layer, sh_joint what, const float *mine, int n, int total, int unit,
+                        float *all) {
+    const sh_peers *p = m->options.peers;
+    book(m, &m->times.other);
+    SH_TRY(p->gather(p->ctx, layer, what, mine, n, total, unit, all));
+    book(m, &m->times.exchange);
+    return SH_OK;
+}
+
+/* y [n, hidden] = Σ of every member's y */
+static sh_status sum(sh_model *m, int layer, sh_joint what, float *y, int n) {
+    const sh_peers *p = m->options.peers;
+    SH_TRY(p->sum(p->ctx, layer, what, y, n, m->config.hidden));
+    book(m, &m->times.exchange);
+    return SH_OK;
+}
+
+/* y [n, hidden] = x [n, total] · wᵀ, x being what the members of a stage computed column by column. Each gathers x,
+ * computes some outputs of all inputs and gathers those; where sums may be split, each multiplies the columns that it
+ * has, and the products are added. */
+static sh_status mix(sh_model *m, int layer, sh_joint from, sh_joint to, const sh_wmat *w, const float *x, int n,
+                     int total, int unit, float *y) {
+    const sh_share *s = &m->options.share;
+    if (s->parts <= 1 || s->sum) {
+        project(m, w, x, n, y);
+        return s->parts <= 1 ? SH_OK : sum(m, layer, to, y, n);
+    }
+    SH_TRY(gather(m, layer, from, x, n, total, unit, m->all));
+    project(m, w, m->all, n, m->own);
+    return gather(m, layer, to, m->own, n, m->config.hidden, SH_SHARE_COLUMNS, y);
 }
 
 /* --- passes over rows ----------------------------------------------------------------------------------------------
@@ -149,7 +188,7 @@ static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights
     book(m, &m->times.weights);
 }
 
-static void attention_block(sh_model *m, const sh_part *p) {
+static sh_status attention_block(sh_model *m, const sh_part *p) {
     const sh_layer *l = &m->config.layer[p->layer];
     const sh_layer_weights *w = weights_of(m, p->layer);
     float *x = row(m->x, p->row0, m->config.hidden);
@@ -161,15 +200,18 @@ static void attention_block(sh_model *m, const sh_part *p) {
     book(m, &m->times.other);
     sh_attention_run(m->attention, m->kv, l, w->k_norm, rope_of(m, p->layer), m->part_spans, m->n_part_spans, m->q);
     book(m, &m->times.attention);
-    project(m, &w->o, m->q, p->n, m->h);
+    int all = m->whole.layer[p->layer].heads * l->head_dim;
+    SH_TRY(mix(m, p->layer, SH_JOINT_HEADS, SH_JOINT_O, &w->o, m->q, p->n, all, l->head_dim, m->h));
     residual(m, x, m->h, w->post_attn_norm, p->n);
+    return SH_OK;
 }
 
 /* --- feed-forward --------------------------------------------------------------------------------------------------
  */
 
 /* y = down( gelu(gate h) ⊙ (up h) ) */
-static void dense(sh_model *m, const sh_layer *l, const sh_layer_weights *w, const float *h, int n, float *y) {
+static sh_status dense(sh_model *m, int layer, const sh_layer_weights *w, const float *h, int n, float *y) {
+    const sh_layer *l = &m->config.layer[layer];
     const sh_wmat *mats[] = {&w->gate, &w->up};
     float *out[] = {m->gate, m->up};
     size_t ld[] = {(size_t)l->ff, (size_t)l->ff};
@@ -178,7 +220,8 @@ static void dense(sh_model *m, const sh_layer *l, const sh_layer_weights *w, con
     book(m, &m->times.weights);
     row_job j = {.m = m, .x = m->gate, .y = m->up, .width = l->ff};
     sh_row_loop_run(m->team, n, (size_t)l->ff, gelu_rows, &j);
-    project(m, &w->down, m->gate, n, y);
+    return mix(m, layer, SH_JOINT_FF, SH_JOINT_DOWN, &w->down, m->gate, n, m->whole.layer[layer].ff, SH_SHARE_COLUMNS,
+               y);
 }
 
 static void join_rows(void *arg, int lo, int hi) {
@@ -210,11 +253,10 @@ static sh_status experts_begin(sh_model *m, int slot) {
 /* The dense branch, while the experts' rows are on their way; then this member's experts. */
 static sh_status feed_forward(sh_model *m, int slot) {
     const sh_part *p = &m->part[slot];
-    const sh_layer *l = &m->config.layer[p->layer];
     const sh_layer_weights *w = weights_of(m, p->layer);
     norm(m, row(m->x, p->row0, m->config.hidden), w->pre_ff_norm, p->n, m->h);
-    dense(m, l, w, m->h, p->n, p->y);
-    if (!l->moe) return SH_OK;
+    SH_TRY(dense(m, p->layer, w, m->h, p->n, p->y));
+    if (!m->config.layer[p->layer].moe) return SH_OK;
     book(m, &m->times.other);
     SH_TRY(sh_moe_compute(m->moe, slot, w));
     book(m, &m->times.experts);
@@ -291,7 +333,7 @@ static sh_status part_begin(sh_model *m, int slot, int layer, int index, int par
     sh_part *p = &m->part[slot];
     sh_team_share(m->n, index, parts, &lo, &hi);
     *p = (sh_part){.open = true, .layer = layer, .row0 = lo, .n = hi - lo, .y = p->y};
-    attention_block(m, p);
+    SH_TRY(attention_block(m, p));
     return experts_begin(m, slot);
 }
 
@@ -384,8 +426,8 @@ void sh_model_logits(sh_model *m, const float *hidden, int n, float *logits) {
     m->mark = sh_now();
     project(m, &m->weights->head, hidden, n, logits);
     if (m->config.softcap > 0) {
-        row_job j = {.m = m, .x = logits, .width = m->config.vocab};
-        sh_row_loop_run(m->team, n, (size_t)m->config.vocab, softcap_rows, &j);
+        row_job j = {.m = m, .x = logits, .width = m->weights->head.n};
+        sh_row_loop_run(m->team, n, (size_t)j.width, softcap_rows, &j);
     }
     book(m, &m->times.other);
 }

@@ -33,17 +33,22 @@ static sh_status create_ropes(sh_model *m) {
 
 typedef struct widths {
     size_t q, kv, ff;
+    size_t all_q, all_ff, own; /* of all members together; outputs of a shared matrix */
     bool moe;
 } widths;
 
 static widths measure(const sh_model *m) {
     widths w = {0};
+    sh_range own = sh_share_range(m->options.share, m->config.hidden, SH_SHARE_COLUMNS);
+    w.own = (size_t)(own.hi - own.lo);
     for (int i = m->options.first; i < m->options.last; i++) {
-        const sh_layer *l = &m->config.layer[i];
+        const sh_layer *l = &m->config.layer[i], *all = &m->whole.layer[i];
         size_t q = (size_t)l->heads * (size_t)l->head_dim, kv = (size_t)l->kv_heads * (size_t)l->head_dim;
         if (q > w.q) w.q = q;
         if (kv > w.kv) w.kv = kv;
         if ((size_t)l->ff > w.ff) w.ff = (size_t)l->ff;
+        if ((size_t)all->heads * (size_t)l->head_dim > w.all_q) w.all_q = (size_t)all->heads * (size_t)l->head_dim;
+        if ((size_t)all->ff > w.all_ff) w.all_ff = (size_t)all->ff;
         w.moe = w.moe || l->moe;
     }
     if ((size_t)m->config.ple > w.ff) w.ff = (size_t)m->config.ple; /* its gate uses the same scratch */
@@ -57,7 +62,9 @@ static sh_status create_scratch(sh_model *m) {
     size_t parts = (size_t)m->n_parts;
     size_t rows = R * (H + (P ? H : 0) + 1);
     size_t of_part = B * (2 * H + w.q + 2 * w.kv + 2 * w.ff + 2 * P + parts * H);
-    size_t bytes = (rows + of_part) * f + 2 * spans * sizeof *m->rows + (14 + parts) * 64;
+    bool gathers = m->options.share.parts > 1 && !m->options.share.sum;
+    size_t all = !gathers ? 0 : B * (w.all_q > w.all_ff ? w.all_q : w.all_ff), own = gathers ? B * w.own : 0;
+    size_t bytes = (rows + of_part + all + own) * f + 2 * spans * sizeof *m->rows + (16 + parts) * 64;
     SH_TRY(sh_arena_create(bytes, "scratch of the layers", &m->arena));
     sh_arena *a = &m->arena;
     m->x = sh_arena_take(a, R * H * f);
@@ -75,6 +82,8 @@ static sh_status create_scratch(sh_model *m) {
     m->ids = sh_arena_take(a, R * sizeof *m->ids);
     m->rows = sh_arena_take(a, spans * sizeof *m->rows);
     m->part_spans = sh_arena_take(a, spans * sizeof *m->part_spans);
+    m->all = gathers ? sh_arena_take(a, all * f) : NULL;
+    m->own = gathers ? sh_arena_take(a, own * f) : NULL;
     if (!w.moe) return SH_OK;
     return sh_moe_create(&m->config, m->options.mode, m->part_rows, m->team, m->kn, m->experts, &m->moe);
 }
@@ -95,17 +104,24 @@ static sh_status check_options(const sh_config *c, const sh_model_options *o) {
     if (o->max_rows < 1 || o->max_spans < 1 || o->max_context < 1)
         SH_FAIL(SH_EINPUT, "model: %d rows, %d spans, context %d: 1 or more are allowed", o->max_rows, o->max_spans,
                 o->max_context);
+    const sh_share *s = &o->share;
+    if (s->parts > 1 && (s->part < 0 || s->part >= s->parts || c->layer[0].heads % s->parts != 0))
+        SH_FAIL(SH_EINPUT, "model: part %d of %d: the %d query heads must divide evenly", s->part, s->parts,
+                c->layer[0].heads);
+    if (s->parts > 1 && (!o->peers || !o->peers->gather || !o->peers->sum))
+        SH_FAIL(SH_ESTATE, "model: part %d of %d needs its peers", s->part, s->parts);
     return SH_OK;
 }
 
 static sh_status create_members(sh_model *m, const char *model_dir) {
     const sh_model_options *o = &m->options;
     SH_TRY(sh_kernels_select(&m->kn));
-    SH_TRY(sh_team_create(o->threads, o->cpus, o->n_cpus, &m->team));
+    SH_TRY(sh_team_create(m->kn->modelled ? 1 : o->threads, o->cpus, o->n_cpus, &m->team));
     const sh_expert_peers *e = m->experts;
     if (e) sh_team_set_poll(m->team, e->poll, e->ctx);
-    sh_weights_part part = {.holds = e ? e->holds : NULL, .ctx = e ? e->ctx : NULL};
-    SH_TRY(sh_weights_load_part(model_dir, &m->config, o->first, o->last, &part, m->team, NULL, NULL, &m->weights));
+    sh_held_experts held = {.holds = e ? e->holds : NULL, .ctx = e ? e->ctx : NULL};
+    SH_TRY(sh_weights_load_held(model_dir, &m->whole, o->share, &held, o->first, o->last, m->team, NULL, NULL,
+                                &m->weights));
     SH_TRY(sh_kv_create(&m->config, o->kv_type, o->first, o->last, o->pages, &m->kv));
     SH_TRY(create_ropes(m));
     SH_TRY(sh_attention_create(&m->config, o->first, o->last, m->part_rows, o->max_spans, o->max_context, m->team,
@@ -117,7 +133,8 @@ sh_status sh_model_create(const char *model_dir, const sh_config *c, const sh_mo
     SH_TRY(check_options(c, o));
     sh_model *m = calloc(1, sizeof *m);
     if (!m) SH_FAIL(SH_EMEMORY, "model: no memory");
-    m->config = *c;
+    m->whole = *c;
+    sh_config_share(c, o->share, &m->config);
     m->options = *o;
     m->experts = o->peers ? o->peers->experts : NULL;
     m->n_parts = m->experts ? SH_EXPERT_SLOTS : 1;
@@ -155,6 +172,10 @@ void sh_model_set_probe(sh_model *m, const sh_model_probe *p) {
 
 sh_model_times sh_model_time(const sh_model *m) {
     return m->times;
+}
+
+sh_range sh_model_ids(const sh_model *m) {
+    return sh_share_range(m->options.share, m->config.vocab, SH_SHARE_VOCAB);
 }
 
 const sh_kernels *sh_model_kernels(const sh_model *m) {

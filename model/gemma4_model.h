@@ -19,7 +19,8 @@ typedef struct sh_part {
 
 /* H: hidden, P: per-layer embedding width, R: max_rows, B: rows of a part. */
 struct sh_model {
-    sh_config config;
+    sh_config whole;  /* the model */
+    sh_config config; /* as this share of it is computed: fewer heads and feed-forward columns */
     sh_model_options options;
     sh_team *team;
     const sh_kernels *kn;
@@ -46,6 +47,7 @@ struct sh_model {
     float *z;         /* [B, H] output of the experts */
     float *ctx, *ple; /* [B, P] gate of the per-layer embedding; the embedding itself */
     int32_t *ids;     /* [R] */
+    float *all, *own; /* of a share: [B, all columns] gathered; [B, own outputs] */
     int part_rows;    /* B */
     sh_part part[SH_EXPERT_SLOTS];
     int n_parts; /* under way at once: 1, or SH_EXPERT_SLOTS where experts are with peers */
