@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import netns
 import shoaltest as st
 
+GOODPUT = 0.95  # of a shaped link, without the frames' headers
 TESTS = os.path.join(os.path.dirname(st.shoal()), "tests")
 
 
@@ -61,6 +62,25 @@ class Job:
         return float(work[1]), float(speed[1]), p.stderr[p.stderr.find("  requests"):]
 
 
+def layout(text):
+    """{"ranks": 4, "pp": 2, "ep": 2} from "pp2 ep2"."""
+    d = {k: int(v) for k, v in re.findall(r"(pp|ep|tp|cp)(\d+)", text)}
+    ranks = 1
+    for v in d.values():
+        ranks *= v
+    return dict(d, ranks=ranks)
+
+
+def foretell(model, plan, o):
+    fma, read = (float(x[:-1]) * 1e9 for x in o.isa.split(":")[1].split(","))
+    keys = dict(plan, seqs=o.seqs, chunk=o.chunk, requests=o.requests, prompt=o.prompt, output=o.output, fma=fma, read=read,
+                latency=o.latency, bandwidth=o.mbit * 1e6 / 8 * GOODPUT, sample=2e-9)
+    p = subprocess.run([os.path.join(TESTS, "foretell"), model, *(f"{k}={v}" for k, v in keys.items())], capture_output=True, text=True)
+    if p.returncode:
+        raise RuntimeError(p.stderr)
+    return json.loads(p.stdout)
+
+
 def main():
     a = argparse.ArgumentParser()
     a.add_argument("--real", action="store_true")
@@ -68,32 +88,43 @@ def main():
     a.add_argument("--only", default="")
     a.add_argument("--folder", default="/tmp/shoal-predicted")
     a.add_argument("--mbit", type=float, default=200)
+    a.add_argument("--latency", type=float, default=3e-4)
     a.add_argument("--isa", default="model:20G,1G")
     a.add_argument("--shape", default="small-moe")
-    a.add_argument("--requests", type=int, default=64)
-    a.add_argument("--prompt", type=int, default=48)
+    a.add_argument("--requests", type=int, default=256)
+    a.add_argument("--prompt", type=int, default=16)
     a.add_argument("--output", type=int, default=32)
-    a.add_argument("--plans", default="4 --pp 4;4 --ep 4;4 --tp 4;4 --pp 2 --ep 2")
+    a.add_argument("--seqs", type=int, default=64)
+    a.add_argument("--chunk", type=int, default=64)
+    a.add_argument("--plans", default="pp1,pp2,pp4,tp2,tp4,pp2 tp2,ep2,ep4,pp2 ep2")
     a.add_argument("--verbose", action="store_true")
     o = a.parse_args()
     os.makedirs(o.folder, exist_ok=True)
     model = checkpoint(o.folder, o.shape)
     with st.Scratch() as s:
-        plans = [p.split() for p in o.plans.split(";") if o.only in p]
-        nodes = netns.Nodes(s.file("net"), max(int(p[0]) for p in plans))
+        plans = {p: layout(p) for p in o.plans.split(",") if o.only in p}
+        nodes = netns.Nodes(s.file("net"), max(p["ranks"] for p in plans.values()))
         try:
             nodes.shape(o.mbit)
             workload(s.file("in.jsonl"), o.requests, o.prompt, o.output)
             job = Job(s, nodes, model, s.file("in.jsonl"), None if o.real else o.isa)
-            got = {" ".join(p): [] for p in plans}
+            got, want = {p: [] for p in plans}, {}
+            for name, p in plans.items():
+                want[name] = foretell(model, p, o)
+                p["options"] = ["--max-seqs", str(o.seqs), "--chunk", str(o.chunk)]
+                for k in ("pp", "ep", "tp", "cp"):
+                    p["options"] += [f"--{k}", str(p.get(k, 1))]
             for k in range(o.repeat):
-                for p in plans:
-                    work, speed, text = job.run(int(p[0]), p[1:])
-                    got[" ".join(p)].append(speed)
+                for name, p in plans.items():
+                    work, speed, text = job.run(p["ranks"], p["options"])
+                    got[name].append(work)
                     if o.verbose:
-                        print(f"-n {' '.join(p)}: {work:.2f} s\n{text}", flush=True)
-            for name, speeds in got.items():
-                print(f"-n {name:28s} {statistics.median(speeds):8.1f} tokens/s  {min(speeds):.1f} to {max(speeds):.1f}")
+                        print(f"{name}: {work:.2f} s, predicted {want[name]['seconds']:.2f} s\n{text}", json.dumps(want[name]), flush=True)
+            print(f"{'plan':12s} {'ranks':>5s} {'predicted s':>11s} {'measured s':>11s} {'least':>7s} {'most':>7s}  measured/predicted")
+            for name, times in got.items():
+                m = statistics.median(times)
+                print(f"{name:12s} {plans[name]['ranks']:5d} {want[name]['seconds']:11.2f} {m:11.2f} {min(times):7.2f} {max(times):7.2f}"
+                      f"  {m / want[name]['seconds']:.2f}", flush=True)
         finally:
             st.kill_all(s)
             nodes.down()

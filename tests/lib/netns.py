@@ -91,7 +91,7 @@ class Nodes:
     def shape(self, mbit):
         """Every node's cable carries so many Mbit/s each way."""
         for h in self.names[1:]:
-            qdisc = f"root tbf rate {mbit}mbit burst {max(32768, int(mbit * 125))} latency 400ms"
+            qdisc = f"root tbf rate {mbit}mbit burst {max(65536, int(mbit * 1e6 / 8 / 250))} latency 400ms"
             self._in("head", f"tc qdisc replace dev p-{h} {qdisc}")
             _sh(f"nsenter -t {self.pid(h)} -n tc qdisc replace dev eth0 {qdisc}")
 
