@@ -183,6 +183,15 @@ static sh_status check_rank_experts(const sh_config *c, int rank, const Shoal__P
     return SH_OK;
 }
 
+bool sh_plan_holds(const Shoal__Plan *p, int rank, int layer, int expert) {
+    const Shoal__PlanRank *r = p->rank[rank];
+    if (p->ep <= 1) return true;
+    for (size_t i = 0; i < r->n_experts; i++)
+        for (size_t j = 0; r->experts[i]->layer == layer && j < r->experts[i]->n_expert; j++)
+            if (r->experts[i]->expert[j] == expert) return true;
+    return false;
+}
+
 static sh_status check_experts(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
     for (int stage = 0; s->ep > 1 && stage < s->pp; stage++)
         for (int layer = p->rank[stage * s->width]->first; layer < p->rank[stage * s->width]->last; layer++) {

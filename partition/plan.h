@@ -39,6 +39,8 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
 void sh_plan_free(Shoal__Plan **p); /* also what protobuf unpacked */
 /* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
+/* Whether a rank computes an expert of one of its layers: every one where ep is 1. */
+bool sh_plan_holds(const Shoal__Plan *p, int rank, int layer, int expert);
 /* "pipeline of 4 stages: layers 0-1 | 2-3 | 4 | 5 + head" */
 sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out);
 /* First layers of stages 1 … ranks−1, in cut[], such that the dearest stage is as cheap as possible. Cost is weight

@@ -171,6 +171,7 @@ static sh_status load(rank *r) {
                           .width = r->shape.width,
                           .lanes = r->shape.ep > 1,
                           .share = sh_plan_share(r->plan, r->link->rank),
+                          .plan = r->plan,
                           .link = r->link};
     SH_TRY(sh_stage_create(&o, &r->stage));
     return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);
