@@ -18,11 +18,13 @@ typedef struct sh_plan_request {
     const char *cuts; /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
     sh_mode mode;
     sh_kv_type kv;
-    int threads;        /* per rank; 0: the rank's CPU set */
-    int max_seqs;       /* 0: 32 per stage, at most 256 */
-    int chunk;          /* 0: 512 */
-    int max_context;    /* 0: the model's */
-    uint64_t kv_memory; /* bytes per rank; 0: what is left */
+    int threads;                      /* per rank; 0: the rank's CPU set */
+    int max_seqs;                     /* 0: 32 per stage, at most 256 */
+    int chunk;                        /* 0: 512 */
+    int max_context;                  /* 0: the model's */
+    uint64_t kv_memory;               /* bytes per rank; 0: what is left */
+    const struct sh_routing *routing; /* with ep: experts are placed by these counts; NULL: in even shares */
+    uint64_t replicate;               /* bytes per rank for copies of hot experts */
 } sh_plan_request;
 
 /* How the ranks of a group stand: rank s·width + m is member m of stage s. */
