@@ -13,6 +13,7 @@
 
 #include "coordinator/coordinator.h"
 #include "coordinator/jobs.h"
+#include "partition/routing.h"
 #include "proto/group.pb-c.h"
 #include "proto/wire.h"
 
@@ -47,6 +48,9 @@ void sh_dispatch_leave(sh_dispatch *d, const char *reason);
 
 /* What the supervisor of a run knows: groups that it keeps up, and groups whose processes are gone. */
 sh_status sh_dispatch_supervised(sh_dispatch *d, const Shoal__Supervision *s);
+
+/* How often each expert was chosen in the life of this store: the caller's to destroy. SH_EINPUT: no experts. */
+sh_status sh_dispatch_routing(sh_dispatch *d, sh_routing **out);
 
 int sh_dispatch_groups(const sh_dispatch *d);
 /* Group i for a status; free with sh_dispatch_release_group. */

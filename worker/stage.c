@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "common/clock.h"
+#include "partition/plan.h"
 #include "worker/backoff.h"
 #include "worker/tensor.h"
 #include "worker/tokens.h"
@@ -37,6 +38,8 @@ struct sh_stage {
     bool leads, is_last, samples; /* rank 0; last stage; a member of it that samples */
     sh_config part;               /* the model as this member sees it (o.share) */
     sh_tensor_link *tensor;
+    sh_experts *experts; /* with lanes: what the members of this stage send each other */
+    sh_peers expert_peers;
     sh_model *model;
     size_t descriptor_max, recv_bytes, send_bytes;
     uint8_t *recv;   /* from the rank before; rank 0: answers of the last stage */
@@ -75,6 +78,29 @@ static size_t message_bytes(const sh_stage *s, int cut) {
 /* ---- creation -------------------------------------------------------------------------------------------------------
  */
 
+static bool member_holds(const void *arg, int member, int layer, int expert) {
+    const sh_stage *s = arg;
+    return sh_plan_holds(s->o.plan, s->stage * s->o.width + member, layer, expert);
+}
+
+static sh_status create_experts(sh_stage *s) {
+    const sh_stage_options *o = &s->o;
+    sh_experts_options e = {.link = o->link,
+                            .first_rank = s->stage * o->width,
+                            .members = o->width,
+                            .member = s->member,
+                            .config = o->config,
+                            .first = o->first,
+                            .last = o->last,
+                            .mode = o->mode,
+                            .max_rows = sh_leader_max_rows(o->schedule),
+                            .holds = member_holds,
+                            .arg = s};
+    SH_TRY(sh_experts_create(&e, &s->experts));
+    s->expert_peers.experts = sh_experts_peers(s->experts);
+    return SH_OK;
+}
+
 static sh_status create_peers(sh_stage *s) {
     const sh_stage_options *o = &s->o;
     sh_tensor_options t = {.link = o->link,
@@ -83,6 +109,7 @@ static sh_status create_peers(sh_stage *s) {
                            .config = o->config,
                            .max_rows = sh_leader_max_rows(o->schedule)};
     sh_config_share(o->config, o->share, &s->part);
+    if (o->lanes && o->width > 1) return create_experts(s);
     return o->share.parts > 1 ? sh_tensor_link_create(&t, &s->tensor) : SH_OK;
 }
 
@@ -99,7 +126,9 @@ static sh_status create_model(sh_stage *s) {
                           .max_spans = o->schedule->max_seqs,
                           .max_context = o->schedule->max_context,
                           .share = o->share,
-                          .peers = s->tensor ? sh_tensor_link_peers(s->tensor) : NULL};
+                          .peers = s->tensor    ? sh_tensor_link_peers(s->tensor)
+                                   : s->experts ? &s->expert_peers
+                                                : NULL};
     memcpy(m.pages, o->schedule->pages, sizeof m.pages);
     return sh_model_create(o->model_dir, o->config, &m, &s->model);
 }
@@ -215,6 +244,7 @@ void sh_stage_destroy(sh_stage **p) {
     sh_tokenizer_destroy(&s->tokenizer);
     sh_model_destroy(&s->model);
     sh_tensor_link_destroy(&s->tensor);
+    sh_experts_destroy(&s->experts);
     free(s);
     *p = NULL;
 }
@@ -237,6 +267,7 @@ static sh_status test_send(sh_stage *s, int *req) {
 sh_status sh_stage_progress(sh_stage *s) {
     for (int i = 0; i < s->n_sends; i++) SH_TRY(test_send(s, &s->sends[i].req));
     for (int i = 0; i < n_handouts(s); i++) SH_TRY(test_send(s, &s->handouts[i].req));
+    if (s->experts) s->expert_peers.experts->poll(s->experts); /* a failure is told by the next exchange */
     return SH_OK;
 }
 
@@ -251,7 +282,7 @@ bool sh_stage_is_idle(const sh_stage *s) {
         if (s->sends[i].req >= 0) return false;
     for (int i = 0; i < n_handouts(s); i++)
         if (s->handouts[i].req >= 0) return false;
-    return true;
+    return !s->experts || sh_experts_is_idle(s->experts);
 }
 
 /* The next buffer in turn, once the stage after has taken what it held. */
@@ -443,6 +474,10 @@ sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *at, const
 
 double sh_stage_exchange_seconds(const sh_stage *s) {
     return s->exchange + sh_model_time(s->model).exchange;
+}
+
+sh_experts_times sh_stage_experts_time(const sh_stage *s) {
+    return s->experts ? sh_experts_time(s->experts) : (sh_experts_times){0};
 }
 
 uint64_t sh_stage_steps(const sh_stage *s) {
