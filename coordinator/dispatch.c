@@ -10,7 +10,7 @@
 #include "common/log.h"
 #include "coordinator/group.h"
 #include "coordinator/running.h"
-#include "coordinator/share.h"
+#include "coordinator/allot.h"
 
 #define BUCKETS      16384
 #define FETCH        64 /* lines taken from the store at once */
@@ -96,8 +96,8 @@ static sh_group *group_by_number(const sh_dispatch *d, int number) {
     return NULL;
 }
 
-static sh_share share_of(const sh_dispatch *d) {
-    return (sh_share){.group = d->group, .n = d->n, .tester = d->tester};
+static sh_allot allot_of(const sh_dispatch *d) {
+    return (sh_allot){.group = d->group, .n = d->n, .tester = d->tester};
 }
 
 static bool is_suspect(const sh_running *r) {
@@ -555,7 +555,7 @@ static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t
 static sh_status hear_rejected(sh_dispatch *d, sh_group *g, const Shoal__Rejected *j) {
     sh_running *r = running_find(d, j->key);
     if (!r || r->group != g->number) return SH_OK;
-    if (!sh_share_fits(g, r)) {
+    if (!sh_allot_fits(g, r)) {
         set_owner(d, r, NULL);
         return waiting_add(d, r);
     }
@@ -604,7 +604,7 @@ sh_status sh_dispatch_watch(sh_dispatch *d) {
             snprintf(text, sizeof text, "its weights were not loaded within %.0f s", g->load);
             dead = true;
         }
-        sh_share_measure(g, now);
+        sh_allot_measure(g, now);
         if (dead) SH_TRY(group_lose(d, g, text, false));
     }
     return SH_OK;
@@ -650,12 +650,12 @@ static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
 static sh_status refuse_hopeless(sh_dispatch *d, sh_running *r, bool *refused) {
     char text[200];
     int most = 0;
-    sh_share s = share_of(d);
-    *refused = sh_share_is_hopeless(&s, r, d->expected, &most);
+    sh_allot s = allot_of(d);
+    *refused = sh_allot_is_hopeless(&s, r, d->expected, &most);
     if (!*refused) return SH_OK;
     snprintf(text, sizeof text,
              "prompt of %zu tokens and max_tokens %d make %lld: the largest group can hold %d tokens of one sequence",
-             r->request.prompt.n, r->request.sampling.max_tokens, (long long)sh_share_need(r), most);
+             r->request.prompt.n, r->request.sampling.max_tokens, (long long)sh_allot_need(r), most);
     SH_TRY(refuse(d, r, 413, "too_long", "prompt", text));
     running_remove(d, r);
     return SH_OK;
@@ -681,8 +681,8 @@ static sh_status start(sh_dispatch *d, const sh_stored_request *q) {
         r->finish = SH_FINISH_LENGTH;
         return answer(d, r);
     }
-    sh_share s = share_of(d);
-    sh_group *g = sh_share_next(&s, r);
+    sh_allot s = allot_of(d);
+    sh_group *g = sh_allot_next(&s, r);
     if (g) return give(d, r, g);
     SH_TRY(waiting_add(d, r));
     return refuse_hopeless(d, r, &refused);
@@ -751,8 +751,8 @@ static sh_status give_suspect(sh_dispatch *d) {
         sh_running *r = d->waiting[i];
         if (is_suspect(r) && !r->convicted && is_wanted(d, r)) first = r;
     }
-    sh_share s = share_of(d);
-    sh_group *t = sh_share_tester(&s, first);
+    sh_allot s = allot_of(d);
+    sh_group *t = sh_allot_tester(&s, first);
     d->tester = t;
     if (!first || !t || t->unproven) return SH_OK;
     waiting_remove(d, first);
@@ -764,9 +764,9 @@ static sh_status give_waiting(sh_dispatch *d) {
     if (!d->unsaved) SH_TRY(give_suspect(d));
     for (int i = 0; i < d->n_waiting && !d->unsaved;) { /* a group lost just now: what came back is committed first */
         sh_running *r = d->waiting[i];
-        sh_share s = share_of(d);
-        if (!sh_share_next(&s, NULL)) return SH_OK;
-        sh_group *g = is_suspect(r) || !is_wanted(d, r) ? NULL : sh_share_next(&s, r);
+        sh_allot s = allot_of(d);
+        if (!sh_allot_next(&s, NULL)) return SH_OK;
+        sh_group *g = is_suspect(r) || !is_wanted(d, r) ? NULL : sh_allot_next(&s, r);
         if (!g) {
             i++;
             continue;
@@ -779,11 +779,11 @@ static sh_status give_waiting(sh_dispatch *d) {
 
 /* One page of lines from the store; those that found no room are fetched again later. */
 static sh_status give_page(sh_dispatch *d, fetching *f) {
-    sh_share s = share_of(d);
-    SH_TRY(sh_store_pending(d->store, 0, d->cursor, sh_share_room(&s, FETCH), fetch_line, f));
+    sh_allot s = allot_of(d);
+    SH_TRY(sh_store_pending(d->store, 0, d->cursor, sh_allot_room(&s, FETCH), fetch_line, f));
     if (f->last == 0) d->exhausted = true;
     for (int i = 0; i < f->n; i++) {
-        if (d->unsaved || !sh_share_next(&s, NULL)) return SH_OK;
+        if (d->unsaved || !sh_allot_next(&s, NULL)) return SH_OK;
         SH_TRY(start(d, &f->line[i].r));
         d->cursor = f->line[i].r.key;
     }
@@ -792,8 +792,8 @@ static sh_status give_page(sh_dispatch *d, fetching *f) {
 }
 
 static sh_status give_fresh(sh_dispatch *d) {
-    sh_share s = share_of(d);
-    while (!d->exhausted && !d->unsaved && d->n_waiting < WAITING_MOST && sh_share_next(&s, NULL)) {
+    sh_allot s = allot_of(d);
+    while (!d->exhausted && !d->unsaved && d->n_waiting < WAITING_MOST && sh_allot_next(&s, NULL)) {
         fetching *f = calloc(1, sizeof *f);
         if (!f) SH_FAIL(SH_EMEMORY, "no memory for lines");
         f->d = d;
@@ -810,7 +810,7 @@ static sh_running *youngest_unproven(const sh_dispatch *d, const sh_group *from,
     sh_running *best = NULL;
     for (int i = 0; i < BUCKETS; i++)
         for (sh_running *r = d->bucket[i]; r; r = r->next)
-            if (r->group == from->number && r->unproven && sh_running_is_saved(r) && sh_share_fits(to, r) &&
+            if (r->group == from->number && r->unproven && sh_running_is_saved(r) && sh_allot_fits(to, r) &&
                 (!best || r->key > best->key))
                 best = r;
     return best;
@@ -824,7 +824,7 @@ static sh_status take_over(sh_dispatch *d, const sh_group *to) {
         for (sh_running *r = d->bucket[i]; r && half.given < to->max_seqs; r = r->next) {
             sh_group *from = group_by_number(d, r->group);
             if (!from || from == to || r->moved || r->testing) continue;
-            if (!sh_share_is_quicker(&half, from, r) && !sh_share_is_half(&half, from, r)) continue;
+            if (!sh_allot_is_quicker(&half, from, r) && !sh_allot_is_half(&half, from, r)) continue;
             say_cancel(d, from, r->key);
             set_owner(d, r, NULL);
             r->moved = true;
@@ -838,17 +838,17 @@ static sh_status take_over(sh_dispatch *d, const sh_group *to) {
 
 /* Nothing is left to give out: the end of the work should not wait for one group while others have nothing to do. */
 static sh_status even_out(sh_dispatch *d) {
-    sh_share s = share_of(d);
+    sh_allot s = allot_of(d);
     sh_group *from = NULL, *to = NULL;
     if (!d->exhausted || d->n_waiting > 0) return SH_OK;
-    for (int k = 0; k < MOVE_AT_ONCE && !d->unsaved && sh_share_uneven(&s, &from, &to); k++) {
+    for (int k = 0; k < MOVE_AT_ONCE && !d->unsaved && sh_allot_uneven(&s, &from, &to); k++) {
         sh_running *r = youngest_unproven(d, from, to);
         if (!r) break;
         say_cancel(d, from, r->key);
         set_owner(d, r, NULL);
         SH_TRY(give(d, r, to));
     }
-    to = sh_share_idle(&s);
+    to = sh_allot_idle(&s);
     return to && !d->unsaved ? take_over(d, to) : SH_OK;
 }
 

@@ -1,42 +1,42 @@
-/* Which group gets which request. See share.h. */
-#include "coordinator/share.h"
+/* Which group gets which request. See allot.h. */
+#include "coordinator/allot.h"
 
-int64_t sh_share_need(const sh_running *r) {
+int64_t sh_allot_need(const sh_running *r) {
     return (int64_t)r->request.prompt.n + r->request.sampling.max_tokens;
 }
 
-bool sh_share_fits(const sh_group *g, const sh_running *r) {
-    return g->kv_tokens <= 0 || sh_share_need(r) <= g->kv_tokens;
+bool sh_allot_fits(const sh_group *g, const sh_running *r) {
+    return g->kv_tokens <= 0 || sh_allot_need(r) <= g->kv_tokens;
 }
 
-bool sh_share_has_room(const sh_share *s, const sh_group *g) {
-    return g->state == SH_GROUP_READY && g != s->tester && g->testing == 0 && g->given < SH_SHARE_WINDOW * g->max_seqs;
+bool sh_allot_has_room(const sh_allot *s, const sh_group *g) {
+    return g->state == SH_GROUP_READY && g != s->tester && g->testing == 0 && g->given < SH_ALLOT_WINDOW * g->max_seqs;
 }
 
-int sh_share_room(const sh_share *s, int most) {
+int sh_allot_room(const sh_allot *s, int most) {
     int n = 0;
     for (int i = 0; i < s->n && n < most; i++)
-        if (sh_share_has_room(s, s->group[i])) n += SH_SHARE_WINDOW * s->group[i]->max_seqs - s->group[i]->given;
+        if (sh_allot_has_room(s, s->group[i])) n += SH_ALLOT_WINDOW * s->group[i]->max_seqs - s->group[i]->given;
     return n < most ? n : most;
 }
 
-sh_group *sh_share_next(const sh_share *s, const sh_running *r) {
+sh_group *sh_allot_next(const sh_allot *s, const sh_running *r) {
     sh_group *best = NULL;
     for (int i = 0; i < s->n; i++) {
         sh_group *g = s->group[i];
-        if (!sh_share_has_room(s, g) || (r && !sh_share_fits(g, r))) continue;
+        if (!sh_allot_has_room(s, g) || (r && !sh_allot_fits(g, r))) continue;
         if (!best || (int64_t)g->given * best->max_seqs < (int64_t)best->given * g->max_seqs) best = g;
     }
     return best;
 }
 
-bool sh_share_is_hopeless(const sh_share *s, const sh_running *r, int expected, int *most) {
+bool sh_allot_is_hopeless(const sh_allot *s, const sh_running *r, int expected, int *most) {
     int ready = 0, largest = 0;
     for (int i = 0; i < s->n; i++) {
         const sh_group *g = s->group[i];
         if (g->state == SH_GROUP_STARTING || g->state == SH_GROUP_LOADING) return false;
         if (g->state != SH_GROUP_READY) continue;
-        if (sh_share_fits(g, r)) return false;
+        if (sh_allot_fits(g, r)) return false;
         if (g->kv_tokens > largest) largest = g->kv_tokens;
         ready++;
     }
@@ -44,18 +44,18 @@ bool sh_share_is_hopeless(const sh_share *s, const sh_running *r, int expected, 
     return ready > 0 && ready >= expected;
 }
 
-sh_group *sh_share_tester(const sh_share *s, const sh_running *first) {
+sh_group *sh_allot_tester(const sh_allot *s, const sh_running *first) {
     sh_group *best = NULL;
     for (int i = 0; i < s->n; i++) {
         sh_group *g = s->group[i];
         if (g->state != SH_GROUP_READY) continue;
         if (g->testing) return g;
-        if (first && sh_share_fits(g, first) && (!best || g->unproven < best->unproven)) best = g;
+        if (first && sh_allot_fits(g, first) && (!best || g->unproven < best->unproven)) best = g;
     }
     return best;
 }
 
-bool sh_share_uneven(const sh_share *s, sh_group **from, sh_group **to) {
+bool sh_allot_uneven(const sh_allot *s, sh_group **from, sh_group **to) {
     sh_group *most = NULL, *least = NULL;
     for (int i = 0; i < s->n; i++) {
         sh_group *g = s->group[i];
@@ -68,7 +68,7 @@ bool sh_share_uneven(const sh_share *s, sh_group **from, sh_group **to) {
     return true;
 }
 
-sh_group *sh_share_idle(const sh_share *s) {
+sh_group *sh_allot_idle(const sh_allot *s) {
     for (int i = 0; i < s->n; i++) {
         sh_group *g = s->group[i];
         if (g->state == SH_GROUP_READY && g != s->tester && g->given == 0) return g;
@@ -76,19 +76,19 @@ sh_group *sh_share_idle(const sh_share *s) {
     return NULL;
 }
 
-bool sh_share_is_quicker(const sh_group *to, const sh_group *from, const sh_running *r) {
+bool sh_allot_is_quicker(const sh_group *to, const sh_group *from, const sh_running *r) {
     double left = r->request.sampling.max_tokens - r->tokens.n;
     return to->pace > 0 && from->pace > SH_PACE_RATIO * to->pace && left * (from->pace - to->pace) > SH_PACE_GAIN &&
-           sh_share_fits(to, r);
+           sh_allot_fits(to, r);
 }
 
-bool sh_share_is_half(const sh_group *to, const sh_group *from, const sh_running *r) {
+bool sh_allot_is_half(const sh_group *to, const sh_group *from, const sh_running *r) {
     return from->given + to->given >= SH_SPLIT_LEAST && to->given + 1 < from->given &&
-           (r->request.sampling.max_tokens - r->tokens.n) * from->pace > SH_SPLIT_LEFT && sh_share_fits(to, r);
+           (r->request.sampling.max_tokens - r->tokens.n) * from->pace > SH_SPLIT_LEFT && sh_allot_fits(to, r);
 }
 
 /* Seconds per token of one sequence, what it waits for its prompt included; smoothed. */
-void sh_share_measure(sh_group *g, double now) {
+void sh_allot_measure(sh_group *g, double now) {
     int running = g->given < g->max_seqs ? g->given : g->max_seqs;
     if (g->measured > 0) g->spent += running * (now - g->measured);
     g->measured = now;

@@ -8,13 +8,13 @@
  *   the end  when nothing waits any more, an idle group takes over what others have not begun, and what slow ones would
  *            be long about
  */
-#ifndef SH_COORDINATOR_SHARE_H
-#define SH_COORDINATOR_SHARE_H
+#ifndef SH_COORDINATOR_ALLOT_H
+#define SH_COORDINATOR_ALLOT_H
 
 #include "coordinator/group.h"
 #include "coordinator/running.h"
 
-#define SH_SHARE_WINDOW 2   /* requests a leader holds: so many times what it can run at once */
+#define SH_ALLOT_WINDOW 2   /* requests a leader holds: so many times what it can run at once */
 #define SH_SUSPECT_AT   3   /* groups that ended in a row with a request in hand: it is run alone from then on */
 #define SH_CONVICT_AT   2   /* groups that ended with it alone: it is not given out any more */
 #define SH_PACE_TOKENS  32  /* a group's pace is measured over so many tokens */
@@ -25,36 +25,36 @@
 #define SH_SPLIT_LEFT  8.0 /* … each has so many seconds to go */
 
 /* The groups at hand; NULL entries are not allowed. tester: the one that is set apart for suspects, or NULL. */
-typedef struct sh_share {
+typedef struct sh_allot {
     sh_group *const *group;
     int n;
     const sh_group *tester;
-} sh_share;
+} sh_allot;
 
 /* Places of a sequence that a group must hold for this request. */
-int64_t sh_share_need(const sh_running *r);
-bool sh_share_fits(const sh_group *g, const sh_running *r);
+int64_t sh_allot_need(const sh_running *r);
+bool sh_allot_fits(const sh_group *g, const sh_running *r);
 /* Whether it may get one more request that is no suspect. */
-bool sh_share_has_room(const sh_share *s, const sh_group *g);
+bool sh_allot_has_room(const sh_allot *s, const sh_group *g);
 /* Requests that leaders would take, up to `most`. */
-int sh_share_room(const sh_share *s, int most);
+int sh_allot_room(const sh_allot *s, int most);
 /* The neediest leader that may get r (NULL: any request); NULL: none. */
-sh_group *sh_share_next(const sh_share *s, const sh_running *r);
+sh_group *sh_allot_next(const sh_allot *s, const sh_running *r);
 /* No group that is up can hold r, and none that could is to be expected: `expected` groups are up or will come. *most:
  * what the largest can hold. */
-bool sh_share_is_hopeless(const sh_share *s, const sh_running *r, int expected, int *most);
+bool sh_allot_is_hopeless(const sh_allot *s, const sh_running *r, int expected, int *most);
 /* Who runs the suspects: the one that has one in hand; else, for the suspect `first` (NULL: none waits), the one that
  * is rid soonest of requests that have not shown progress. */
-sh_group *sh_share_tester(const sh_share *s, const sh_running *first);
+sh_group *sh_allot_tester(const sh_allot *s, const sh_running *first);
 /* Nothing waits: from whom to whom requests that were not begun should go. False: all is even. */
-bool sh_share_uneven(const sh_share *s, sh_group **from, sh_group **to);
+bool sh_allot_uneven(const sh_allot *s, sh_group **from, sh_group **to);
 /* Nothing waits: a group that has nothing at all, or NULL. */
-sh_group *sh_share_idle(const sh_share *s);
+sh_group *sh_allot_idle(const sh_allot *s);
 /* Whether `to`, which has nothing, should take over r, which `from` is running: it is quicker, or it takes half of a
  * large batch. */
-bool sh_share_is_quicker(const sh_group *to, const sh_group *from, const sh_running *r);
-bool sh_share_is_half(const sh_group *to, const sh_group *from, const sh_running *r);
+bool sh_allot_is_quicker(const sh_group *to, const sh_group *from, const sh_running *r);
+bool sh_allot_is_half(const sh_group *to, const sh_group *from, const sh_running *r);
 /* Takes note of what came from the group until now. */
-void sh_share_measure(sh_group *g, double now);
+void sh_allot_measure(sh_group *g, double now);
 
 #endif
