@@ -125,7 +125,10 @@ static void heads_of_row(const row_job *j, int r, const sh_attn_rows *s) {
         kn->rmsnorm(k, k, j->w->k_norm, hd, m->config.eps);
         sh_rope_apply(rope, kn, k, pos);
     }
-    sh_kv_write(m->kv, kn, j->layer, s->span, pos - s->span->pos, l->k_eq_v ? NULL : k_row, v_row);
+    if (m->spread)
+        sh_spread_put(m->spread, j->layer, r, k_row, v_row);
+    else
+        sh_kv_write(m->kv, kn, j->layer, s->span, pos - s->span->pos, l->k_eq_v ? NULL : k_row, v_row);
 }
 
 static void heads_rows(void *arg, int lo, int hi) {
@@ -149,7 +152,17 @@ static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights
     book(m, &m->times.weights);
 }
 
-static void attention_block(sh_model *m, int layer) {
+/* q = softmax(q · k) v over all positions, wherever their K/V are stored. */
+static sh_status attend(sh_model *m, int layer) {
+    const sh_layer *l = &m->config.layer[layer];
+    const float *k_norm = weights_of(m, layer)->k_norm;
+    const sh_rope *rope = rope_of(m, layer);
+    if (m->spread) return sh_spread_attend(m->spread, layer, k_norm, rope, m->rows, m->n_row_spans, m->q);
+    sh_attention_run(m->attention, m->kv, l, k_norm, rope, m->rows, m->n_row_spans, m->q);
+    return SH_OK;
+}
+
+static sh_status attention_block(sh_model *m, int layer) {
     const sh_layer *l = &m->config.layer[layer];
     const sh_layer_weights *w = weights_of(m, layer);
     norm(m, m->x, w->input_norm, m->n, m->h);
@@ -157,10 +170,11 @@ static void attention_block(sh_model *m, int layer) {
     row_job j = {.m = m, .layer = layer, .l = l, .w = w};
     sh_row_loop_run(m->team, m->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
     book(m, &m->times.other);
-    sh_attention_run(m->attention, m->kv, l, w->k_norm, rope_of(m, layer), m->rows, m->n_row_spans, m->q);
+    SH_TRY(attend(m, layer));
     book(m, &m->times.attention);
     project(m, &w->o, m->q, m->n, m->h);
     residual(m, m->x, m->h, w->post_attn_norm, m->n);
+    return SH_OK;
 }
 
 /* --- feed-forward --------------------------------------------------------------------------------------------------
@@ -254,8 +268,8 @@ static void ple_block(sh_model *m, int layer, int r0, int n) {
 /* --- the layer -----------------------------------------------------------------------------------------------------
  */
 
-static void layer_run(sh_model *m, int layer) {
-    attention_block(m, layer);
+static sh_status layer_run(sh_model *m, int layer) {
+    SH_TRY(attention_block(m, layer));
     for (int r = 0; r < m->n; r += m->block) {
         int n = m->n - r < m->block ? m->n - r : m->block;
         feed_forward_rows(m, layer, r, n);
@@ -264,6 +278,7 @@ static void layer_run(sh_model *m, int layer) {
     row_job j = {.m = m, .w = weights_of(m, layer), .x = m->x};
     sh_row_loop_run(m->team, m->n, (size_t)m->config.hidden, scale_rows, &j);
     if (m->probe.hidden) m->probe.hidden(m->probe.arg, layer, m->x, m->n, m->config.hidden);
+    return SH_OK;
 }
 
 static void embed_rows(void *arg, int lo, int hi) {
@@ -285,7 +300,7 @@ static void begin_step(sh_model *m, const sh_batch *b, const void *in) {
         if (b->spans[i].pos + b->spans[i].rows > end) end = b->spans[i].pos + b->spans[i].rows;
     for (int i = 0; i < m->n_ropes; i++) sh_rope_reach(&m->ropes[i], m->kn, end);
     sh_model_view(m, false);
-    if (b->n_rows > 0) memcpy(m->ids, b->ids, (size_t)b->n_rows * sizeof *m->ids);
+    if (m->n > 0) memcpy(m->ids, b->ids + m->lo, (size_t)m->n * sizeof *m->ids);
     if (m->options.first == 0) {
         row_job j = {.m = m};
         sh_row_loop_run(m->team, m->n, (size_t)m->config.hidden, embed_rows, &j);
@@ -301,13 +316,15 @@ sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void 
     begin_step(m, b, in);
     for (int i = m->options.first; i < m->options.last; i++) {
         if (i == m->config.first_shared) sh_model_keep(m); /* consumers write no K/V: nobody needs the other rows */
-        layer_run(m, i);
+        SH_TRY(layer_run(m, i));
     }
     if (m->options.last >= m->config.first_shared) sh_model_keep(m);
-    if (m->options.last == m->config.n_layers)
-        norm(m, m->x, m->weights->final_norm, m->n, out);
-    else
+    if (m->options.last == m->config.n_layers) {
+        norm(m, m->x, m->weights->final_norm, m->n, m->spread ? m->h : out);
+        if (m->spread) SH_TRY(sh_spread_gather(m->spread, m->h, m->config.hidden, out));
+    } else {
         sh_model_send(m, in, out);
+    }
     book(m, &m->times.other);
     return SH_OK;
 }

@@ -6,10 +6,12 @@
 #include "model/attention.h"
 #include "model/gemma4.h"
 #include "model/moe.h"
+#include "model/spread.h"
 
 #define SH_FF_ROWS 512 /* rows that pass the feed-forward at a time: bounds its scratch, and is plenty for speed */
 
-/* H: hidden, P: per-layer embedding width, R: max_rows, B: rows of a feed-forward block. */
+/* H: hidden, P: per-layer embedding width, R: most rows of a micro-batch that are computed here, B: rows of a
+ * feed-forward block. */
 struct sh_model {
     sh_config config;
     sh_model_options options;
@@ -18,8 +20,10 @@ struct sh_model {
     sh_weights *weights;
     sh_kv_pool *kv;
     sh_attention *attention;
-    sh_moe *moe;    /* NULL: no layer has experts */
-    sh_rope *ropes; /* one per kind of rotation */
+    sh_moe *moe;         /* NULL: no layer has experts */
+    sh_spread *spread;   /* NULL: all positions are here */
+    int members, member; /* that share positions out; 1, 0 */
+    sh_rope *ropes;      /* one per kind of rotation */
     int n_ropes;
     int rope_of[SH_MAX_LAYERS];
     int windows[SH_KV_KINDS]; /* the longest window among the stage's layers of a kind; 0: all positions; −1: none */
@@ -41,7 +45,8 @@ struct sh_model {
 
     /* the step at hand */
     const sh_batch *batch;
-    int n;              /* rows here: all, or the kept ones */
+    int lo, hi;         /* rows of the batch that are computed here */
+    int n;              /* of these rows: all, or the kept ones */
     bool kept;          /* rows that are not kept are gone */
     sh_attn_rows *rows; /* [n_rows_spans] which rows of x belong to which span */
     int n_row_spans;

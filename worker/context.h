@@ -1,0 +1,24 @@
+/*
+ * Messages between the members of a stage that share positions out (model/peers.h, context part; what is in them:
+ * model/spread.h). Carried by the link with a header that both ends check. All buffers are made at creation.
+ */
+#ifndef SH_WORKER_CONTEXT_H
+#define SH_WORKER_CONTEXT_H
+
+#include "model/peers.h"
+#include "proto/link.h"
+
+typedef struct sh_context sh_context;
+
+/* Members are ranks [first, first + members) of the link (borrowed), this one among them. bytes: of the longest
+ * message. */
+sh_status sh_context_create(sh_link *link, int first, int members, size_t bytes, sh_context **out);
+void sh_context_destroy(sh_context **c); /* when it is idle: the link reads its buffers until then */
+/* Fills the context part of p; it is good as long as the context. */
+void sh_context_offer(sh_context *c, sh_peers *p);
+/* Progress of sends. */
+sh_status sh_context_progress(sh_context *c);
+bool sh_context_is_idle(const sh_context *c);   /* no send is open */
+double sh_context_seconds(const sh_context *c); /* spent waiting for the others */
+
+#endif
