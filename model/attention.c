@@ -353,15 +353,16 @@ static void joint_run(const sh_attention *a, scratch *t, const joint *j) {
 
 /* Joins what the members made for each row: blocks in order, wherever they come from. */
 static void merge_run(const sh_attention *a, scratch *t, const piece *p) {
-    int level = p->rows->span->level;
+    const sh_span *s = p->rows->span;
     partial at = partial_of(a, p->kv_head);
     for (int i = 0; i < p->n; i++) {
         const float *const *from = a->partials + (size_t)row_of(p, i) * (size_t)a->members;
-        int blocks = sh_owner_seen(p->rows->pos + p->first + i, level);
+        int blocks = sh_owner_seen(p->rows->pos + p->first + i, s->level);
         t->n[i] = 0;
         for (int b = 0; b < blocks; b++) {
-            const float *f = from[b % a->members] + (size_t)(b / a->members) * SH_PARTIAL_FLOATS(a->layer);
-            tree_add(a, t, i, level, b, f + at.o, f + at.m, f + at.l);
+            const float *f = from[sh_owner_of(b, s->seq, a->members)];
+            f += (size_t)(b / a->members) * SH_PARTIAL_FLOATS(a->layer);
+            tree_add(a, t, i, s->level, b, f + at.o, f + at.m, f + at.l);
         }
         tree_close(a, t, i);
         write_result(a, t, p, i);
@@ -410,9 +411,10 @@ static long list_heads(sh_attention *a, piece p, long target) {
 
 /* The same for each block of segments that is here and that the rows of p see. */
 static long list_blocks(sh_attention *a, const piece *whole, long target) {
-    int level = whole->rows->span->level;
+    const sh_span *s = whole->rows->span;
+    int level = s->level, place = sh_owner_place(a->far->member, s->seq, a->far->members);
     long total = 0;
-    for (int b = a->far->member; b << level < whole->seg1; b += a->far->members) {
+    for (int b = place; b << level < whole->seg1; b += a->far->members) {
         piece p = *whole;
         p.block = b / a->far->members;
         p.seg0 = b << level;

@@ -20,7 +20,7 @@ typedef struct sh_span {
     int32_t keep;  /* the last `keep` rows go through every layer and to the sampler; the others only make K/V */
     int32_t row0;  /* first row in the batch */
     int32_t kept0; /* first kept row among the batch's kept rows */
-    int32_t level; /* of the blocks by which members share its global positions out (owner.h); the same for its life */
+    int32_t level; /* of the blocks by which members share its global positions out (owner.h) */
     /* Pages per kind: pages[kind][i] is the pool page of the sequence's page page0[kind] + i; a global page is one of
      * the pool of the member that stores it. Sliding pages before the window are gone, so page0 moves on. Covers every
      * position this span reads or writes. */

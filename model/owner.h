@@ -1,8 +1,9 @@
 /*
  * Who stores what, and who computes which rows, when the members of a stage share positions out (context parallelism,
  * docs/decisions/0016). Arithmetic alone: the leader, the planner and the model must agree on it. Positions fall into
- * segments, segments into aligned blocks of 2^level segments, and block b is stored by member b mod `members`: a block
- * is a node of the tree along which attention joins segments (0003). One member stores everything.
+ * segments, segments into aligned blocks of 2^level segments, and block b of sequence s is stored by member
+ * (b + s) mod `members`, so that first blocks do not all lie with one member. A block is a node of the tree along which
+ * attention joins segments (0003). One member stores everything.
  */
 #ifndef SH_MODEL_OWNER_H
 #define SH_MODEL_OWNER_H
@@ -29,28 +30,32 @@ static inline int sh_owner_seen(int pos, int level) {
     return (pos / SH_SEGMENT_TOKENS >> level) + 1;
 }
 
-static inline int sh_owner_of(int pos, int level, int members) {
-    return (pos / SH_SEGMENT_TOKENS >> level) % members;
+/* A member's place in the round in which blocks of a sequence are dealt: that of place p stores p, p + members, … */
+static inline int sh_owner_place(int member, uint64_t seq, int members) {
+    int first = (int)(seq % (uint64_t)members);
+    return member >= first ? member - first : member - first + members;
 }
 
-/* Positions below `end` that `member` stores. */
-static inline int sh_owner_below(int end, int level, int members, int member) {
+/* Who stores a block. */
+static inline int sh_owner_of(int block, uint64_t seq, int members) {
+    return (int)(((uint64_t)block + seq) % (uint64_t)members);
+}
+
+/* Positions below `end` that the member at `place` stores. */
+static inline int sh_owner_below(int end, int level, int members, int place) {
     int64_t block = (int64_t)SH_SEGMENT_TOKENS << level, round = block * members;
-    int64_t rest = end % round - member * block;
+    int64_t rest = end % round - place * block;
     return (int)(end / round * block + (rest < 0 ? 0 : rest < block ? rest : block));
 }
 
-/* Of pages [from, to) those that `member` stores. */
-static inline int sh_owner_pages(int from, int to, int level, int members, int member) {
-    if (from >= to) return 0;
-    return (sh_owner_below(to * SH_PAGE_TOKENS, level, members, member) -
-            sh_owner_below(from * SH_PAGE_TOKENS, level, members, member)) /
-           SH_PAGE_TOKENS;
+/* Of the first n pages those that the member at `place` stores. */
+static inline int sh_owner_pages(int n, int level, int members, int place) {
+    return sh_owner_below(n * SH_PAGE_TOKENS, level, members, place) / SH_PAGE_TOKENS;
 }
 
-/* Pages of a sequence of `tokens` at most on the member that stores most of it: the first. */
+/* Pages of a sequence of `tokens` at most on the member that stores most of it: the one at place 0. */
 static inline int sh_owner_most(int tokens, int members) {
-    return sh_owner_pages(0, (tokens - 1) / SH_PAGE_TOKENS + 1, sh_owner_level(tokens, members), members, 0);
+    return sh_owner_pages((tokens - 1) / SH_PAGE_TOKENS + 1, sh_owner_level(tokens, members), members, 0);
 }
 
 /* Tokens of the longest sequence, up to `most`, for which `pages` pages per member are enough. */

@@ -17,7 +17,7 @@ struct sh_spread {
     sh_kv_pool *kv;
     sh_attention *attention;
     const sh_kernels *kn;
-    const sh_peers *peers;
+    const sh_context_peers *peers;
     int members, member;
     size_t widest_row; /* bytes of K/V */
 
@@ -98,7 +98,7 @@ static sh_status reserve(sh_spread *x, int first, int last, int max_rows, int ma
 }
 
 sh_status sh_spread_create(const sh_config *c, int first, int last, int max_rows, int max_spans, sh_kv_pool *kv,
-                           sh_attention *a, const sh_kernels *kn, const sh_peers *peers, sh_spread **out) {
+                           sh_attention *a, const sh_kernels *kn, const sh_context_peers *peers, sh_spread **out) {
     sh_spread *x = calloc(1, sizeof *x);
     if (!x) SH_FAIL(SH_EMEMORY, "no memory for context parallelism");
     x->c = c;
@@ -106,8 +106,8 @@ sh_status sh_spread_create(const sh_config *c, int first, int last, int max_rows
     x->attention = a;
     x->kn = kn;
     x->peers = peers;
-    x->members = peers->context_members;
-    x->member = peers->context_member;
+    x->members = peers->members;
+    x->member = peers->member;
     sh_status st = reserve(x, first, last, max_rows, max_spans);
     if (st != SH_OK) {
         sh_spread_destroy(&x);
@@ -138,25 +138,30 @@ void sh_spread_destroy(sh_spread **xp) {
 /* --- whose rows, and what they have to do with whom ------------------------------------------------------------------
  */
 
+static int place_of(const sh_spread *x, const sh_attn_rows *p, int member) {
+    return sh_owner_place(member, p->span->seq, x->members);
+}
+
 /* The rows of a portion that see a block of `member`: its last ones. */
-static sh_attn_rows seeing(const sh_attn_rows *p, int member) {
-    int64_t from = ((int64_t)member * SH_SEGMENT_TOKENS) << p->span->level;
+static sh_attn_rows seeing(const sh_spread *x, const sh_attn_rows *p, int member) {
+    int64_t from = ((int64_t)place_of(x, p, member) * SH_SEGMENT_TOKENS) << p->span->level;
     int skip = from <= p->pos ? 0 : from - p->pos < p->n ? (int)(from - p->pos) : p->n;
     return (sh_attn_rows){.span = p->span, .row = p->row + skip, .n = p->n - skip, .pos = p->pos + skip};
 }
 
 /* Blocks of `member` that a row sees; at least one. */
 static int blocks_of(const sh_spread *x, const sh_attn_rows *p, int i, int member) {
-    return (sh_owner_seen(p->pos + i, p->span->level) - member - 1) / x->members + 1;
+    return (sh_owner_seen(p->pos + i, p->span->level) - place_of(x, p, member) - 1) / x->members + 1;
 }
 
 /* Rows of member `asker` and the store of member `store`. */
 static dealing deal(const sh_spread *x, int asker, int store) {
     dealing d = {0};
     for (int i = x->first[asker]; i < x->first[asker + 1]; i++) {
-        const sh_attn_rows *p = &x->rows[i], s = seeing(p, store);
-        d.owned += sh_owner_below(p->pos + p->n, p->span->level, x->members, store) -
-                   sh_owner_below(p->pos, p->span->level, x->members, store);
+        const sh_attn_rows *p = &x->rows[i], s = seeing(x, p, store);
+        int place = place_of(x, p, store);
+        d.owned += sh_owner_below(p->pos + p->n, p->span->level, x->members, place) -
+                   sh_owner_below(p->pos, p->span->level, x->members, place);
         d.queries += s.n;
         for (int k = 0; k < s.n; k++) d.partials += blocks_of(x, &s, k, store);
     }
@@ -166,7 +171,7 @@ static dealing deal(const sh_spread *x, int asker, int store) {
 /* Adds the rows of one member that see a block here. */
 static int add_seeing(sh_spread *x, int asker, int at) {
     for (int i = x->first[asker]; i < x->first[asker + 1]; i++) {
-        sh_attn_rows s = seeing(&x->rows[i], x->member);
+        sh_attn_rows s = seeing(x, &x->rows[i], x->member);
         if (s.n > 0) x->far[at++] = s;
     }
     return at;
@@ -199,7 +204,7 @@ void sh_spread_put(sh_spread *x, int layer, int r, const float *k, const float *
 
 /* Whether member `store` stores K/V of a position. */
 static bool stores(const sh_spread *x, const sh_layer *l, const sh_span *s, int pos, int store) {
-    return l->kind == SH_KV_SLIDING || sh_owner_of(pos, s->level, x->members) == store;
+    return l->kind == SH_KV_SLIDING || sh_owner_of(sh_owner_seen(pos, s->level) - 1, s->seq, x->members) == store;
 }
 
 /* Bytes of the K/V part of a message: rows of `asker` that `store` stores. */
@@ -228,7 +233,7 @@ static void pack_rows(const sh_spread *x, int layer, int to, const float *q, siz
             kv += row;
         }
         if (l->kind != SH_KV_GLOBAL) continue;
-        sh_attn_rows s = seeing(p, to);
+        sh_attn_rows s = seeing(x, p, to);
         if (s.n == 0) continue;
         size_t n = (size_t)s.n * width;
         memcpy(queries, (const uint8_t *)q + (size_t)(s.row - x->begin[x->member]) * width, n);
@@ -243,9 +248,9 @@ static sh_status send_rows(const sh_spread *x, int layer, const float *q) {
         size_t kv = kv_part(x, layer, x->member, &x->to[m]), n = kv + query_part(l, &x->to[m]);
         if (m == x->member || n == 0) continue;
         void *room = NULL;
-        SH_TRY(x->peers->context_room(x->peers->context, m, n, &room));
+        SH_TRY(x->peers->room(x->peers->ctx, m, n, &room));
         pack_rows(x, layer, m, q, kv, room);
-        SH_TRY(x->peers->context_send(x->peers->context, m));
+        SH_TRY(x->peers->send(x->peers->ctx, m));
     }
     return SH_OK;
 }
@@ -281,7 +286,7 @@ static void store_others(const sh_spread *x, int layer, int asker, const uint8_t
 static void point_queries(sh_spread *x, const sh_layer *l, int asker, const float *from) {
     size_t width = (size_t)l->heads * (size_t)l->head_dim;
     for (int i = x->first[asker]; i < x->first[asker + 1]; i++) {
-        sh_attn_rows s = seeing(&x->rows[i], x->member);
+        sh_attn_rows s = seeing(x, &x->rows[i], x->member);
         for (int k = 0; k < s.n; k++, from += width) x->q[s.row + k] = from;
     }
 }
@@ -292,7 +297,7 @@ static sh_status take_rows(sh_spread *x, int layer) {
         size_t kv = kv_part(x, layer, m, &x->from[m]), n = kv + query_part(l, &x->from[m]);
         if (m == x->member || n == 0) continue;
         const void *data = NULL;
-        SH_TRY(x->peers->context_take(x->peers->context, m, n, &data));
+        SH_TRY(x->peers->take(x->peers->ctx, m, n, &data));
         if (l->has_kv) store_others(x, layer, m, data);
         if (l->kind == SH_KV_GLOBAL) point_queries(x, l, m, (const float *)(const void *)((const uint8_t *)data + kv));
     }
@@ -305,7 +310,7 @@ static sh_status take_rows(sh_spread *x, int layer) {
 /* Where the partials of a member's rows go that see a block here. */
 static void point_partials(sh_spread *x, const sh_layer *l, int asker, float *to) {
     for (int i = x->first[asker]; i < x->first[asker + 1]; i++) {
-        sh_attn_rows s = seeing(&x->rows[i], x->member);
+        sh_attn_rows s = seeing(x, &x->rows[i], x->member);
         for (int k = 0; k < s.n; k++) {
             x->partial[s.row + k] = to;
             to += (size_t)blocks_of(x, &s, k, x->member) * SH_PARTIAL_FLOATS(l);
@@ -320,12 +325,12 @@ static sh_status make_partials(sh_spread *x, const sh_layer *l, const float *k_n
     for (int m = 0; m < x->members; m++) {
         if (m == x->member || x->from[m].partials == 0) continue;
         void *room = NULL;
-        SH_TRY(x->peers->context_room(x->peers->context, m, (size_t)x->from[m].partials * partial_bytes(l), &room));
+        SH_TRY(x->peers->room(x->peers->ctx, m, (size_t)x->from[m].partials * partial_bytes(l), &room));
         point_partials(x, l, m, room);
     }
     sh_attention_partials(x->attention, x->kv, l, k_norm, rope, x->far, x->n_far, &far);
     for (int m = 0; m < x->members; m++)
-        if (m != x->member && x->from[m].partials > 0) SH_TRY(x->peers->context_send(x->peers->context, m));
+        if (m != x->member && x->from[m].partials > 0) SH_TRY(x->peers->send(x->peers->ctx, m));
 
     /* own rows that see nothing here are the first of their spans: the queries are at their own rows */
     size_t width = (size_t)l->heads * (size_t)l->head_dim;
@@ -339,7 +344,7 @@ static sh_status make_partials(sh_spread *x, const sh_layer *l, const float *k_n
 /* Where the partials of this member's rows are that member `store` made. */
 static void point_answers(sh_spread *x, const sh_layer *l, int store, const float *from) {
     for (int i = x->first[x->member]; i < x->first[x->member + 1]; i++) {
-        sh_attn_rows s = seeing(&x->rows[i], store);
+        sh_attn_rows s = seeing(x, &x->rows[i], store);
         for (int k = 0; k < s.n; k++) {
             int own = s.row + k - x->begin[x->member];
             x->partials[own * x->members + store] = from;
@@ -354,7 +359,7 @@ static sh_status take_partials(sh_spread *x, const sh_layer *l) {
         size_t n = (size_t)x->to[m].partials * partial_bytes(l);
         if (m == x->member || n == 0) continue;
         const void *data = NULL;
-        SH_TRY(x->peers->context_take(x->peers->context, m, n, &data));
+        SH_TRY(x->peers->take(x->peers->ctx, m, n, &data));
         point_answers(x, l, m, data);
     }
     return SH_OK;
@@ -387,12 +392,12 @@ sh_status sh_spread_gather(sh_spread *x, const float *rows, int width, float *ou
         void *room = NULL;
         const void *data = rows;
         if (x->member != 0) {
-            SH_TRY(x->peers->context_room(x->peers->context, 0, n, &room));
+            SH_TRY(x->peers->room(x->peers->ctx, 0, n, &room));
             memcpy(room, rows, n);
-            SH_TRY(x->peers->context_send(x->peers->context, 0));
+            SH_TRY(x->peers->send(x->peers->ctx, 0));
             continue;
         }
-        if (m != 0) SH_TRY(x->peers->context_take(x->peers->context, m, n, &data));
+        if (m != 0) SH_TRY(x->peers->take(x->peers->ctx, m, n, &data));
         memcpy((uint8_t *)out + (size_t)x->begin[m] * row, data, n);
     }
     return SH_OK;

@@ -16,7 +16,7 @@ typedef struct sh_spread sh_spread;
 
 /* For micro-batches of at most max_rows rows in max_spans spans, through layers [first, last). Borrowed: all. */
 sh_status sh_spread_create(const sh_config *c, int first, int last, int max_rows, int max_spans, sh_kv_pool *kv,
-                           sh_attention *a, const sh_kernels *kn, const sh_peers *peers, sh_spread **out);
+                           sh_attention *a, const sh_kernels *kn, const sh_context_peers *peers, sh_spread **out);
 void sh_spread_destroy(sh_spread **x);
 /* Rows of the largest micro-batch that one member computes; bytes of the longest message between two members. */
 int sh_spread_rows(int max_rows, int members);

@@ -31,6 +31,8 @@ typedef struct sh_plan_shape {
     int width; /* ep · tp · cp: members of a stage */
 } sh_plan_shape;
 sh_plan_shape sh_plan_shape_of(const Shoal__Plan *p);
+/* What a rank has of its layers' heads and columns: with tp > 1 its member's part of tp. */
+sh_share sh_plan_share(const Shoal__Plan *p, int rank);
 
 /* Makes a checked plan; freed by sh_plan_free. Errors name the option, the value and what is possible. */
 sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out);
@@ -49,10 +51,11 @@ int64_t sh_plan_cost(const sh_config *c, int first, int last);
 typedef struct sh_kv_limits {
     sh_kv_type type;
     int max_seqs, max_context, chunk;
+    int members; /* of a stage that share positions out (model/owner.h): global pages are those of one of them. 0: 1 */
 } sh_kv_limits;
 /* The page counts of a group: the same on every rank. */
 typedef struct sh_kv_plan {
-    int32_t pages[SH_KV_KINDS]; /* 0 for a kind that no layer has */
+    int32_t pages[SH_KV_KINDS]; /* of a rank; 0 for a kind that no layer has */
     int32_t tokens;             /* what one sequence may hold at most: ≤ max_context */
     int32_t seqs;               /* sequences of usual length at once: for the summary */
 } sh_kv_plan;

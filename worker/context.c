@@ -38,6 +38,7 @@ typedef struct pair {
 } pair;
 
 struct sh_context {
+    sh_context_peers table;
     sh_link *link;
     int first, members, member;
     size_t room; /* of a buffer */
@@ -45,10 +46,16 @@ struct sh_context {
     double waited;
 };
 
+static sh_status room(void *context, int to, size_t n, void **out);
+static sh_status send_room(void *context, int to);
+static sh_status take(void *context, int from, size_t n, const void **data);
+
 sh_status sh_context_create(sh_link *link, int first, int members, size_t bytes, sh_context **out) {
     sh_context *c = calloc(1, sizeof *c);
     if (!c) SH_FAIL(SH_EMEMORY, "no memory for the exchange of %d members", members);
     *c = (sh_context){.link = link, .first = first, .members = members, .member = link->rank - first};
+    c->table = (sh_context_peers){
+        .ctx = c, .members = members, .member = c->member, .room = room, .send = send_room, .take = take};
     c->room = HEAD + (bytes + 63) / 64 * 64;
     c->pair = calloc((size_t)members, sizeof *c->pair);
     sh_status st = SH_OK;
@@ -99,6 +106,10 @@ bool sh_context_is_idle(const sh_context *c) {
         for (int i = 0; i < SENDS; i++)
             if (c->pair[m].send[i].req >= 0) return false;
     return true;
+}
+
+const sh_context_peers *sh_context_table(const sh_context *c) {
+    return &c->table;
 }
 
 double sh_context_seconds(const sh_context *c) {
@@ -174,13 +185,4 @@ static sh_status take(void *context, int from, size_t n, const void **data) {
     p->taken++;
     *data = p->received + HEAD;
     return SH_OK;
-}
-
-void sh_context_offer(sh_context *c, sh_peers *p) {
-    p->context = c;
-    p->context_members = c->members;
-    p->context_member = c->member;
-    p->context_room = room;
-    p->context_send = send_room;
-    p->context_take = take;
 }

@@ -14,8 +14,7 @@ typedef struct sh_context sh_context;
  * message. */
 sh_status sh_context_create(sh_link *link, int first, int members, size_t bytes, sh_context **out);
 void sh_context_destroy(sh_context **c); /* when it is idle: the link reads its buffers until then */
-/* Fills the context part of p; it is good as long as the context. */
-void sh_context_offer(sh_context *c, sh_peers *p);
+const sh_context_peers *sh_context_table(const sh_context *c); /* for the model; good as long as the context */
 /* Progress of sends. */
 sh_status sh_context_progress(sh_context *c);
 bool sh_context_is_idle(const sh_context *c);   /* no send is open */

@@ -58,7 +58,8 @@ static int members_of(const sh_leader_options *o) {
 /* Of the first n pages of a sequence, those that belong to a pool. */
 static int32_t share(const sh_leader *l, const sh_seq *s, int pool, int32_t n) {
     if (kind_of(pool) == SH_KV_SLIDING) return n;
-    return sh_owner_pages(0, n, s->level, members_of(&l->o), owner_of(pool));
+    int members = members_of(&l->o);
+    return sh_owner_pages(n, s->level, members, sh_owner_place(owner_of(pool), s->id, members));
 }
 
 /* ---- what the options imply -------------------------------------------------------------------------------------- */
@@ -248,6 +249,7 @@ sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
         return SH_OK;
     }
     SH_TRY(sh_leader_check(l, s));
+    s->id = l->next_id++;
     s->level = sh_owner_level(s->cap, members_of(&l->o));
     s->kv = calloc((size_t)l->n_pools, sizeof *s->kv);
     if (s->kv) s->n_pools = l->n_pools;
@@ -257,7 +259,6 @@ sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
         if (!s->kv || !s->kv[k].page)
             SH_FAIL(SH_EMEMORY, "no memory for the page table of a sequence of %d tokens", s->cap);
     }
-    s->id = l->next_id++;
     enqueue(l, s);
     *p = NULL;
     *known = false;
@@ -475,8 +476,9 @@ static sh_status list_pages(const making *m, const sh_seq *s, sh_span *p) {
     if (!list) SH_FAIL(SH_ESTATE, "leader: no room for %d pages in the batch", n);
     for (int k = 0; k < l->n_pools; k++) {
         if (kind_of(k) != SH_KV_GLOBAL) continue;
+        int place = sh_owner_place(owner_of(k), s->id, l->o.members);
         for (int32_t i = 0; i < s->kv[k].n; i++) /* the i-th of a member lies in its block i / each */
-            list[(i / each * l->o.members + owner_of(k)) * each + i % each] = s->kv[k].page[i];
+            list[(i / each * l->o.members + place) * each + i % each] = s->kv[k].page[i];
     }
     p->n_pages[SH_KV_GLOBAL] = n;
     p->pages[SH_KV_GLOBAL] = list;

@@ -71,8 +71,11 @@ static sh_status read_plan(rank *r) {
     r->shape = sh_plan_shape_of(r->plan);
     sh_kv_limits lane;
     SH_TRY(sh_plan_kv_limits(r->plan, &lane));
-    r->schedule = (sh_leader_options){
-        .stages = r->shape.pp, .max_seqs = lane.max_seqs, .chunk = lane.chunk, .max_context = lane.max_context};
+    r->schedule = (sh_leader_options){.stages = r->shape.pp,
+                                      .max_seqs = lane.max_seqs,
+                                      .chunk = lane.chunk,
+                                      .max_context = lane.max_context,
+                                      .members = r->shape.cp};
     sh_leader_options_model(&r->schedule, r->config);
     return SH_OK;
 }
@@ -159,6 +162,8 @@ static sh_status load(rank *r) {
                           .stages = r->shape.pp,
                           .width = r->shape.width,
                           .lanes = r->shape.ep > 1,
+                          .spread = r->shape.cp > 1,
+                          .share = sh_plan_share(r->plan, r->link->rank),
                           .link = r->link};
     SH_TRY(sh_stage_create(&o, &r->stage));
     return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);

@@ -84,7 +84,7 @@ static void open_member(group *g, int at) {
     for (int s = 0; s < g->stages; s++) {
         size_t bytes = sh_spread_message_bytes(&f->c, f->kv, g->first[s], g->first[s + 1], rows, g->w->members);
         MUST(sh_context_create(g->link[s][at], 0, g->w->members, bytes, &m->context[s]));
-        sh_context_offer(m->context[s], &m->peers[s]);
+        m->peers[s].context = sh_context_table(m->context[s]);
         sh_model_options o = {.mode = f->mode,
                               .kv_type = f->kv,
                               .first = g->first[s],
@@ -99,6 +99,10 @@ static void open_member(group *g, int at) {
     }
     m->block = must_alloc(sh_model_cut_bytes(&f->c, f->kv, g->first[1], rows, rows));
     m->hidden = must_alloc((size_t)rows * (size_t)f->c.hidden * sizeof(float));
+}
+
+static int owner_of(const group *g, int i, int pos) {
+    return sh_owner_of(sh_owner_seen(pos, g->level[i]) - 1, (uint64_t)i + 1, g->w->members);
 }
 
 static void open_group(group *g, const fixture *f, const way *w) {
@@ -116,7 +120,7 @@ static void open_group(group *g, const fixture *f, const way *w) {
         for (int k = 0; k < SH_KV_KINDS; k++) {
             g->pages[k][i] = must_alloc((size_t)n * sizeof(int32_t));
             for (int p = 0; p < n; p++) {
-                int owner = sh_owner_of(p * SH_PAGE_TOKENS, g->level[i], w->members);
+                int owner = owner_of(g, i, p * SH_PAGE_TOKENS);
                 int32_t *next = &g->next[k == SH_KV_GLOBAL ? owner : MAX_MEMBERS];
                 g->pages[k][i][p] = g->n_pages - 1 - (*next)++;
             }
@@ -240,7 +244,7 @@ static void compare_kv(const group *g, int stage, int layer, int i) {
     for (int m = 0; m < g->w->members; m++)
         for (int p = 0; p < n; p++) {
             bool global = f->c.layer[layer].kind == SH_KV_GLOBAL;
-            if (global && sh_owner_of(p, g->level[i], g->w->members) != m) continue;
+            if (global && owner_of(g, i, p) != m) continue;
             sh_kv_export(sh_model_kv(f->alone.stage[0]), layer, &alone, p, 1, want);
             sh_kv_export(sh_model_kv(g->member[m].model[stage]), layer, &s, p, 1, got);
             wrong += memcmp(want, got, row) != 0;

@@ -78,7 +78,8 @@ static uint64_t key_of_id(const world *w, uint64_t id) { /* ids are given in the
 
 /* The member that stores a position. */
 static int member_of(const world *w, const sh_span *s, int k, int pos) {
-    return k == SH_KV_GLOBAL && w->o.members > 1 ? sh_owner_of(pos, s->level, w->o.members) : 0;
+    return k == SH_KV_GLOBAL && w->o.members > 1 ? sh_owner_of(sh_owner_seen(pos, s->level) - 1, s->seq, w->o.members)
+                                                 : 0;
 }
 
 /* Blocks are few enough, and stay where they are. */
@@ -364,12 +365,12 @@ static void test_members_capacity(void) {
             for (int longer = 0; longer < 2; longer++) {
                 int level = sh_owner_level(n + longer, members), count[5] = {0};
                 for (int p = 0; p * SH_PAGE_TOKENS < n + longer; p++) {
-                    int owner = sh_owner_of(p * SH_PAGE_TOKENS, level, members);
+                    int owner = sh_owner_of(sh_owner_seen(p * SH_PAGE_TOKENS, level) - 1, 7, members);
                     if (++count[owner] > most[longer]) most[longer] = count[owner];
                 }
                 for (int m = 0; m < members; m++)
-                    CU_ASSERT_EQUAL(count[m],
-                                    sh_owner_pages(0, (n + longer - 1) / SH_PAGE_TOKENS + 1, level, members, m));
+                    CU_ASSERT_EQUAL(count[m], sh_owner_pages((n + longer - 1) / SH_PAGE_TOKENS + 1, level, members,
+                                                             sh_owner_place(m, 7, members)));
             }
             CU_ASSERT(most[0] <= pages && most[1] > pages);
             CU_ASSERT_EQUAL(sh_leader_total(&o), (int64_t)pages * members * SH_PAGE_TOKENS);
