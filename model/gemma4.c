@@ -48,6 +48,13 @@ static void book(sh_model *m, double *cause) {
     m->mark = now;
 }
 
+/* Books the time that was spent waiting for who shares positions out; the rest is of another cause. */
+static void book_waiting(sh_model *m) {
+    double waited = m->spread ? sh_spread_waited(m->spread) : 0;
+    m->times.exchange += waited;
+    m->mark += waited;
+}
+
 /* y [n, w->n] = x [n, w->k] · wᵀ */
 static void project(sh_model *m, const sh_wmat *w, const float *x, int n, float *y) {
     book(m, &m->times.other);
@@ -196,8 +203,12 @@ static sh_status attend(sh_model *m, int layer) {
     const sh_layer *l = &m->config.layer[layer];
     const float *k_norm = weights_of(m, layer)->k_norm;
     const sh_rope *rope = rope_of(m, layer);
-    if (m->spread) return sh_spread_attend(m->spread, layer, k_norm, rope, m->rows, m->n_row_spans, m->q);
-    sh_attention_run(m->attention, m->kv, l, k_norm, rope, m->rows, m->n_row_spans, m->q);
+    if (m->spread)
+        SH_TRY(sh_spread_attend(m->spread, layer, k_norm, rope, m->rows, m->n_row_spans, m->q));
+    else
+        sh_attention_run(m->attention, m->kv, l, k_norm, rope, m->rows, m->n_row_spans, m->q);
+    book_waiting(m);
+    book(m, &m->times.attention);
     return SH_OK;
 }
 
@@ -210,7 +221,6 @@ static sh_status attention_block(sh_model *m, int layer) {
     sh_row_loop_run(m->team, m->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
     book(m, &m->times.other);
     SH_TRY(attend(m, layer));
-    book(m, &m->times.attention);
     int all = m->whole.layer[layer].heads * l->head_dim;
     SH_TRY(mix(m, layer, SH_JOINT_HEADS, SH_JOINT_O, &w->o, m->q, m->n, all, l->head_dim, m->h));
     residual(m, m->x, m->h, w->post_attn_norm, m->n);
@@ -365,6 +375,7 @@ sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void 
     if (m->options.last == m->config.n_layers) {
         norm(m, m->x, m->weights->final_norm, m->n, m->spread ? m->h : out);
         if (m->spread) SH_TRY(sh_spread_gather(m->spread, m->h, m->config.hidden, out));
+        book_waiting(m);
     } else {
         sh_model_send(m, in, out);
     }

@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include "common/clock.h"
 #include "common/mem.h"
 
 /* What rows of one member and the store of another have in common. */
@@ -36,6 +37,7 @@ struct sh_spread {
     const float **partials; /* [own rows][members] where an own row's are */
     float *own;             /* partials of own rows from the own store */
     size_t own_bytes, kv_bytes;
+    double waited;
 };
 
 static size_t align64(size_t n) {
@@ -133,6 +135,29 @@ void sh_spread_destroy(sh_spread **xp) {
     sh_mem_free(x->own, x->own_bytes);
     free(x);
     *xp = NULL;
+}
+
+/* --- waiting --------------------------------------------------------------------------------------------------------
+ */
+
+static sh_status room_for(sh_spread *x, int to, size_t n, void **room) {
+    double t0 = sh_now();
+    SH_TRY(x->peers->room(x->peers->ctx, to, n, room));
+    x->waited += sh_now() - t0;
+    return SH_OK;
+}
+
+static sh_status take_from(sh_spread *x, int from, size_t n, const void **data) {
+    double t0 = sh_now();
+    SH_TRY(x->peers->take(x->peers->ctx, from, n, data));
+    x->waited += sh_now() - t0;
+    return SH_OK;
+}
+
+double sh_spread_waited(sh_spread *x) {
+    double t = x->waited;
+    x->waited = 0;
+    return t;
 }
 
 /* --- whose rows, and what they have to do with whom ------------------------------------------------------------------
@@ -242,13 +267,13 @@ static void pack_rows(const sh_spread *x, int layer, int to, const float *q, siz
     memset(kv, 0, (size_t)(room + kv_bytes - kv));
 }
 
-static sh_status send_rows(const sh_spread *x, int layer, const float *q) {
+static sh_status send_rows(sh_spread *x, int layer, const float *q) {
     const sh_layer *l = &x->c->layer[layer];
     for (int m = 0; m < x->members; m++) {
         size_t kv = kv_part(x, layer, x->member, &x->to[m]), n = kv + query_part(l, &x->to[m]);
         if (m == x->member || n == 0) continue;
         void *room = NULL;
-        SH_TRY(x->peers->room(x->peers->ctx, m, n, &room));
+        SH_TRY(room_for(x, m, n, &room));
         pack_rows(x, layer, m, q, kv, room);
         SH_TRY(x->peers->send(x->peers->ctx, m));
     }
@@ -297,7 +322,7 @@ static sh_status take_rows(sh_spread *x, int layer) {
         size_t kv = kv_part(x, layer, m, &x->from[m]), n = kv + query_part(l, &x->from[m]);
         if (m == x->member || n == 0) continue;
         const void *data = NULL;
-        SH_TRY(x->peers->take(x->peers->ctx, m, n, &data));
+        SH_TRY(take_from(x, m, n, &data));
         if (l->has_kv) store_others(x, layer, m, data);
         if (l->kind == SH_KV_GLOBAL) point_queries(x, l, m, (const float *)(const void *)((const uint8_t *)data + kv));
     }
@@ -325,7 +350,7 @@ static sh_status make_partials(sh_spread *x, const sh_layer *l, const float *k_n
     for (int m = 0; m < x->members; m++) {
         if (m == x->member || x->from[m].partials == 0) continue;
         void *room = NULL;
-        SH_TRY(x->peers->room(x->peers->ctx, m, (size_t)x->from[m].partials * partial_bytes(l), &room));
+        SH_TRY(room_for(x, m, (size_t)x->from[m].partials * partial_bytes(l), &room));
         point_partials(x, l, m, room);
     }
     sh_attention_partials(x->attention, x->kv, l, k_norm, rope, x->far, x->n_far, &far);
@@ -359,7 +384,7 @@ static sh_status take_partials(sh_spread *x, const sh_layer *l) {
         size_t n = (size_t)x->to[m].partials * partial_bytes(l);
         if (m == x->member || n == 0) continue;
         const void *data = NULL;
-        SH_TRY(x->peers->take(x->peers->ctx, m, n, &data));
+        SH_TRY(take_from(x, m, n, &data));
         point_answers(x, l, m, data);
     }
     return SH_OK;
@@ -392,12 +417,12 @@ sh_status sh_spread_gather(sh_spread *x, const float *rows, int width, float *ou
         void *room = NULL;
         const void *data = rows;
         if (x->member != 0) {
-            SH_TRY(x->peers->room(x->peers->ctx, 0, n, &room));
+            SH_TRY(room_for(x, 0, n, &room));
             memcpy(room, rows, n);
             SH_TRY(x->peers->send(x->peers->ctx, 0));
             continue;
         }
-        if (m != 0) SH_TRY(x->peers->take(x->peers->ctx, m, n, &data));
+        if (m != 0) SH_TRY(take_from(x, m, n, &data));
         memcpy((uint8_t *)out + (size_t)x->begin[m] * row, data, n);
     }
     return SH_OK;

@@ -30,6 +30,8 @@ void sh_spread_put(sh_spread *x, int layer, int r, const float *k, const float *
 /* As sh_attention_run for this member's rows; first every member's K/V rows come into the pages. */
 sh_status sh_spread_attend(sh_spread *x, int layer, const float *k_norm, const sh_rope *rope, const sh_attn_rows *spans,
                            int n_spans, float *q);
+/* Seconds spent waiting for others since the last call. */
+double sh_spread_waited(sh_spread *x);
 /* Member 0: out gets everybody's rows [n, width] in order; the others' rows go there. */
 sh_status sh_spread_gather(sh_spread *x, const float *rows, int width, float *out);
 

@@ -43,7 +43,6 @@ struct sh_context {
     int first, members, member;
     size_t room; /* of a buffer */
     pair *pair;  /* [members] */
-    double waited;
 };
 
 static sh_status room(void *context, int to, size_t n, void **out);
@@ -112,10 +111,6 @@ const sh_context_peers *sh_context_table(const sh_context *c) {
     return &c->table;
 }
 
-double sh_context_seconds(const sh_context *c) {
-    return c->waited;
-}
-
 static sh_status check_member(const sh_context *c, int m, size_t n) {
     if (m < 0 || m >= c->members || m == c->member)
         SH_FAIL(SH_ESTATE, "member %d: the others of %d are meant, this is %d", m, c->members, c->member);
@@ -130,13 +125,9 @@ static sh_status room(void *context, int to, size_t n, void **out) {
     SH_TRY(check_member(c, to, n));
     sending *s = &c->pair[to].send[c->pair[to].sent % SENDS];
     sh_backoff wait = {0};
-    for (double t0 = 0; s->req >= 0;) {
-        if (t0 <= 0) t0 = sh_now();
+    while (s->req >= 0) {
         SH_TRY(sh_context_progress(c));
-        if (s->req < 0)
-            c->waited += sh_now() - t0;
-        else
-            sh_backoff_wait(&wait);
+        if (s->req >= 0) sh_backoff_wait(&wait);
     }
     s->bytes = HEAD + n;
     *out = s->buffer + HEAD;
@@ -162,7 +153,6 @@ static sh_status take(void *context, int from, size_t n, const void **data) {
     size_t len = 0;
     bool found = false;
     sh_backoff wait = {0};
-    double t0 = sh_now();
     for (;;) {
         SH_TRY(c->link->ops->probe(c->link, rank, SH_TAG_CONTEXT, &found, &source, &len));
         if (found) break;
@@ -173,7 +163,6 @@ static sh_status take(void *context, int from, size_t n, const void **data) {
         SH_FAIL(SH_EPEER, "message %llu of rank %d has %zu bytes: %zu were expected", (unsigned long long)p->taken,
                 rank, len, HEAD + n);
     SH_TRY(c->link->ops->recv(c->link, rank, SH_TAG_CONTEXT, p->received, len));
-    c->waited += sh_now() - t0;
     head h;
     memcpy(&h, p->received, sizeof h);
     if (h.magic != MAGIC || h.from != from || h.number != p->taken || h.bytes != n)

@@ -17,7 +17,6 @@ void sh_context_destroy(sh_context **c); /* when it is idle: the link reads its 
 const sh_context_peers *sh_context_table(const sh_context *c); /* for the model; good as long as the context */
 /* Progress of sends. */
 sh_status sh_context_progress(sh_context *c);
-bool sh_context_is_idle(const sh_context *c);   /* no send is open */
-double sh_context_seconds(const sh_context *c); /* spent waiting for the others */
+bool sh_context_is_idle(const sh_context *c); /* no send is open */
 
 #endif

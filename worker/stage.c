@@ -454,8 +454,7 @@ sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *at, const
 }
 
 double sh_stage_exchange_seconds(const sh_stage *s) {
-    double context = s->context ? sh_context_seconds(s->context) : 0;
-    return s->exchange + sh_model_time(s->model).exchange + context;
+    return s->exchange + sh_model_time(s->model).exchange;
 }
 
 uint64_t sh_stage_steps(const sh_stage *s) {
