@@ -152,7 +152,8 @@ static void test_stages(void) {
         for (int first = 0, last; first < c.n_layers; first = last) {
             last = first + 2 < c.n_layers ? first + 2 : c.n_layers;
             sh_weights *w = NULL;
-            CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &c, (sh_share){0}, first, last, team, NULL, NULL, &w), SH_OK);
+            CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &c, (sh_share){0}, first, last, team, NULL, NULL, &w),
+                                  SH_OK);
             CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, first, last));
             for (int y = first; y < last; y++) check_layer(&c, t, y, &w->layer[y - first]);
             CU_ASSERT_EQUAL(w->head.data != NULL, last == c.n_layers);
@@ -329,7 +330,8 @@ static void test_half(void) {
     sh_weights *w = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model[2], &c), SH_OK);
     rewrite(model[2], &(edit){.type = "F16"});
-    CU_ASSERT_EQUAL(sh_weights_load(dir, &c, (sh_share){0}, 0, c.n_layers, NULL, NULL, NULL, &w), SH_OK); /* 8 bits of mantissa fit */
+    CU_ASSERT_EQUAL(sh_weights_load(dir, &c, (sh_share){0}, 0, c.n_layers, NULL, NULL, NULL, &w),
+                    SH_OK); /* 8 bits of mantissa fit */
     sh_tensors *t = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_tensors_open(model[2], &t), SH_OK);
     const sh_tensor *q = sh_tensors_find(t, OLD "layers.0.self_attn.q_proj.weight");
