@@ -1,7 +1,8 @@
 /*
  * Context parallelism in one process: the members of a stage as threads over the local link give the bytes of one model
  * alone, in hidden states, logits and KV, for any number of members, chunk, level of blocks, cut and number of threads,
- * with rows in prompts and decoded. With file names of checkpoints as arguments: only these.
+ * with rows in prompts and decoded; what they send is, byte for byte, what docs/decisions/0016 says. With names of
+ * checkpoints as arguments: only these.
  */
 #include <pthread.h>
 #include "common/clock.h"
@@ -65,6 +66,7 @@ typedef struct group {
     int32_t n_pages, next[MAX_MEMBERS + 1]; /* of each owner's pool, then of the sliding kind */
     int32_t *pages[SH_KV_KINDS][N_SEQS];
     int done[N_SEQS], level[N_SEQS];
+    uint64_t traffic; /* bytes that members should have sent each other */
 } group;
 
 static int total_rows(void) {
@@ -210,6 +212,70 @@ static int next_keep(const way *w, int done, int n, int rows) {
     return !w->last_only ? rows : done + rows >= prompt ? 1 : 0;
 }
 
+/* --- traffic, counted row by row -----------------------------------------------------------------------------------
+ */
+
+/* What member `c` asks of member `d` in a layer, or in its answer. */
+typedef struct asked {
+    uint64_t kv, queries, partials;
+} asked;
+
+static asked count_rows(const group *g, int layer, int c, int d) {
+    const sh_layer *l = &g->f->c.layer[layer];
+    const sh_batch *b = &g->batch;
+    int members = g->w->members, row = 0;
+    asked a = {0};
+    for (int i = 0; i < b->n_spans; i++)
+        for (int k = 0; k < b->spans[i].rows; k++, row++) {
+            const sh_span *s = &b->spans[i];
+            bool kept = k >= s->rows - s->keep,
+                 own = row >= b->n_rows * c / members && row < b->n_rows * (c + 1) / members;
+            if (!own || (layer >= g->f->c.first_shared && !kept)) continue;
+            int block = (s->pos + k) / (SH_SEGMENT_TOKENS << s->level), seen = 0;
+            for (int x = 0; x <= block; x++) seen += ((uint64_t)x + s->seq) % (uint64_t)members == (uint64_t)d;
+            a.kv += l->kind == SH_KV_SLIDING || ((uint64_t)block + s->seq) % (uint64_t)members == (uint64_t)d;
+            a.queries += seen > 0;
+            a.partials += (uint64_t)seen;
+        }
+    return a;
+}
+
+static uint64_t message(uint64_t bytes) {
+    return bytes ? bytes + 64 : 0;
+}
+
+static void count_traffic(group *g) {
+    const sh_config *c = &g->f->c;
+    for (int j = 0; j < c->n_layers; j++)
+        for (int m = 0; m < g->w->members * g->w->members; m++) {
+            int from = m / g->w->members, to = m % g->w->members;
+            const sh_layer *l = &c->layer[j];
+            if (from == to) continue;
+            asked a = count_rows(g, j, from, to);
+            uint64_t heads = (uint64_t)l->heads, hd = (uint64_t)l->head_dim;
+            uint64_t rows = l->has_kv ? (a.kv * sh_kv_row_bytes(c, g->f->kv, j) + 63) / 64 * 64 : 0;
+            if (l->kind == SH_KV_GLOBAL) rows += a.queries * heads * hd * 4;
+            g->traffic += message(rows);
+            if (l->kind == SH_KV_GLOBAL) g->traffic += message(a.partials * heads * (hd + 2) * 4);
+        }
+    int row = 0, kept[MAX_MEMBERS] = {0};
+    for (int i = 0; i < g->batch.n_spans; i++)
+        for (int k = 0; k < g->batch.spans[i].rows; k++, row++)
+            for (int m = 1; m < g->w->members; m++)
+                kept[m] += row >= g->batch.n_rows * m / g->w->members &&
+                           row < g->batch.n_rows * (m + 1) / g->w->members &&
+                           k >= g->batch.spans[i].rows - g->batch.spans[i].keep;
+    for (int m = 1; m < g->w->members; m++) g->traffic += message((uint64_t)kept[m] * (uint64_t)c->hidden * 4);
+}
+
+static void compare_traffic(const group *g) {
+    uint64_t sent = 0;
+    for (int s = 0; s < g->stages; s++)
+        for (int m = 0; m < g->w->members; m++) sent += g->link[s][m]->sent_by_tag[SH_TAG_CONTEXT];
+    CHECK(sent == g->traffic, "%s: %d members, chunk %d, cut %d: %llu bytes sent, %llu expected", g->f->name,
+          g->w->members, g->w->chunk, g->w->cut, (unsigned long long)sent, (unsigned long long)g->traffic);
+}
+
 /* --- comparing -----------------------------------------------------------------------------------------------------
  */
 
@@ -268,8 +334,10 @@ static void compare(const fixture *f, const way *w) {
         }
         if (g.batch.n_rows == 0) break;
         run_batch(&g);
+        count_traffic(&g);
         compare_rows(&g, logits);
     }
+    compare_traffic(&g);
     for (int s = 0; s < g.stages; s++)
         for (int j = 0; j < f->c.n_layers; j++)
             for (int i = 0; i < N_SEQS; i++)
