@@ -55,10 +55,11 @@ int64_t sh_plan_cost(const sh_config *c, int first, int last);
 typedef struct sh_kv_limits {
     sh_kv_type type;
     int max_seqs, max_context, chunk;
+    int members; /* of a stage that share positions out (model/owner.h): global pages are those of one of them. 0: 1 */
 } sh_kv_limits;
 /* The page counts of a group: the same on every rank. */
 typedef struct sh_kv_plan {
-    int32_t pages[SH_KV_KINDS]; /* 0 for a kind that no layer has */
+    int32_t pages[SH_KV_KINDS]; /* of a rank; 0 for a kind that no layer has */
     int32_t tokens;             /* what one sequence may hold at most: ≤ max_context */
     int32_t seqs;               /* sequences of usual length at once: for the summary */
 } sh_kv_plan;
