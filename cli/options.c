@@ -92,6 +92,14 @@ static sh_status set_number(const sh_option *o, const char *v) {
     return SH_OK;
 }
 
+static sh_status add_text(sh_option_texts *to, const sh_option *o, const char *v) {
+    if (!*v) SH_FAIL(SH_EINPUT, "the value is empty: give %s", o->arg ? o->arg : "a value");
+    if (to->n == SH_OPTION_TEXTS_MAX)
+        SH_FAIL(SH_EINPUT, "is given more than %d times: that many are allowed", SH_OPTION_TEXTS_MAX);
+    to->text[to->n++] = v;
+    return SH_OK;
+}
+
 static sh_status set_value(const sh_option *o, const char *v) {
     switch (o->kind) {
     case SH_OPTION_FLAG:
@@ -101,6 +109,8 @@ static sh_status set_value(const sh_option *o, const char *v) {
         if (!*v) SH_FAIL(SH_EINPUT, "the value is empty: give %s", o->arg ? o->arg : "a value");
         *(const char **)o->to = v;
         return SH_OK;
+    case SH_OPTION_TEXTS:
+        return add_text(o->to, o, v);
     case SH_OPTION_SIZE:
         return sh_options_size(v, o->to);
     case SH_OPTION_LIST: {

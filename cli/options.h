@@ -23,6 +23,7 @@
 typedef enum sh_option_kind {
     SH_OPTION_FLAG,   /* bool *: takes no value */
     SH_OPTION_TEXT,   /* const char **: borrowed from argv, not empty */
+    SH_OPTION_TEXTS,  /* sh_option_texts *: each time it is given, one more */
     SH_OPTION_INT,    /* int *: min to max */
     SH_OPTION_U64,    /* uint64_t * */
     SH_OPTION_SIZE,   /* uint64_t *: bytes, with KiB, MiB, GiB, TiB, KB, MB, GB, TB, or K, M, G, T (binary) */
@@ -42,6 +43,12 @@ typedef struct sh_option {
     int64_t min, max;
     const char *const *choices; /* ends with NULL */
 } sh_option;
+
+#define SH_OPTION_TEXTS_MAX 16
+typedef struct sh_option_texts {
+    const char *text[SH_OPTION_TEXTS_MAX]; /* borrowed from argv, not empty */
+    int n;
+} sh_option_texts;
 
 /* Parses argv[1 …]; operands are moved to argv[1 … *operands], in order. */
 sh_status sh_options_parse(const sh_option *t, int n, int argc, char **argv, int *operands);

@@ -121,6 +121,11 @@ typedef struct sh_cost_rank {
 /* out [plan->n_rank]. */
 sh_status sh_cost_step(const sh_cost_model *m, const sh_cost_span *span, int n_spans, sh_cost_rank *out);
 
+/* Adds to *seconds what head and sampler take on a rank of the last stage: for n_decode of the spans in a share
+ * 1 − mixed of the micro-batches, for all n_spans in the rest. */
+sh_status sh_cost_head(const sh_cost_model *m, int rank, const sh_cost_span *span, int n_decode, int n_spans,
+                       double mixed, double *seconds);
+
 /* --- traffic, in bytes, headers aside ------------------------------------------------------------------------------
  */
 

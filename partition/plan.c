@@ -20,15 +20,14 @@ int64_t sh_plan_cost(const sh_config *c, int first, int last) {
 /* Best way to cut the first i layers into r stages: the dearest stage, and the sum of squares to choose among equals.
  */
 typedef struct best {
-    int64_t worst;
-    double squares;
+    double worst, squares;
     int from; /* where the last of the r stages begins */
 } best;
 
-static best join(const best *before, const int64_t *sum, int from, int to) {
-    int64_t cost = sum[to] - sum[from];
+static best join(const best *before, const double *sum, int from, int to) {
+    double cost = sum[to] - sum[from];
     best b = {.worst = cost > before->worst ? cost : before->worst, .from = from};
-    b.squares = before->squares + (double)cost * (double)cost;
+    b.squares = before->squares + cost * cost;
     return b;
 }
 
@@ -37,10 +36,15 @@ static bool better(const best *a, const best *b) {
 }
 
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut) {
-    int n = c->n_layers;
+    double cost[SH_MAX_LAYERS];
+    for (int i = 0; i < c->n_layers; i++) cost[i] = (double)sh_plan_cost(c, i, i + 1); /* whole numbers: exact */
+    return sh_plan_balance_by(cost, c->n_layers, ranks, cut);
+}
+
+sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cut) {
     if (ranks < 1 || ranks > n) SH_FAIL(SH_EINPUT, "%d ranks: the model has %d layers: at most %d ranks", ranks, n, n);
-    int64_t sum[SH_MAX_LAYERS + 1] = {0}; /* cost of the layers below i; the last one's includes the head */
-    for (int i = 0; i < n; i++) sum[i + 1] = sum[i] + sh_plan_cost(c, i, i + 1);
+    double sum[SH_MAX_LAYERS + 1] = {0}; /* cost of the layers below i; the last one's includes the head */
+    for (int i = 0; i < n; i++) sum[i + 1] = sum[i] + layer_cost[i];
     best *t = calloc((size_t)(ranks + 1) * (size_t)(n + 1), sizeof *t);
     if (!t) SH_FAIL(SH_EMEMORY, "plan: no memory for balancing %d layers", n);
 #define BEST(r, i) t[(size_t)(r) * (size_t)(n + 1) + (size_t)(i)]
@@ -120,7 +124,9 @@ static sh_status choose_cuts(const sh_config *c, const sh_plan_request *r, int c
     if (r->ranks < 0) SH_FAIL(SH_EINPUT, "%d ranks: at least 1", r->ranks);
     if (r->cuts && *r->cuts) SH_TRY(read_cuts(c, r->cuts, cut, &count));
     SH_TRY(choose_shape(r, count, shape));
-    return count ? SH_OK : sh_plan_balance(c, shape->pp, cut);
+    if (count) return SH_OK;
+    return r->layer_cost ? sh_plan_balance_by(r->layer_cost, c->n_layers, shape->pp, cut)
+                         : sh_plan_balance(c, shape->pp, cut);
 }
 
 /* --- rules -----------------------------------------------------------------------------------------------------------

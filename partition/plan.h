@@ -11,11 +11,12 @@
 #include "proto/group.pb-c.h"
 
 typedef struct sh_plan_request {
-    int ranks;        /* of the group; 0: stages × width, as the other members say */
-    int pp;           /* stages; 0: as the cuts say, else ranks / width */
-    int ep, tp, cp;   /* how a stage is divided among its members; 0: 1. At most one is above 1 */
-    bool tp_sum;      /* partial sums in place of gathered outputs */
-    const char *cuts; /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
+    int ranks;                /* of the group; 0: stages × width, as the other members say */
+    int pp;                   /* stages; 0: as the cuts say, else ranks / width */
+    int ep, tp, cp;           /* how a stage is divided among its members; 0: 1. At most one is above 1 */
+    bool tp_sum;              /* partial sums in place of gathered outputs */
+    const char *cuts;         /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
+    const double *layer_cost; /* [layers] what balanced means, head in the last; NULL: elements of weights */
     sh_mode mode;
     sh_kv_type kv;
     int threads;        /* per rank; 0: the rank's CPU set */
@@ -44,6 +45,8 @@ sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out);
 /* First layers of stages 1 … ranks−1, in cut[], such that the dearest stage is as cheap as possible. Cost is weight
  * bytes read per step, the head's on the last stage included. 1 ≤ ranks ≤ layers. */
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut);
+/* The same with the cost of each of n layers given, such as its seconds. */
+sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cut);
 /* Elements of weights that a step reads on a stage: the cost above. */
 int64_t sh_plan_cost(const sh_config *c, int first, int last);
 

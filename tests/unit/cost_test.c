@@ -276,10 +276,15 @@ static void test_seconds(void) {
     m.net.ranks_per_node = 4;
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
     near(l.dispatch.seconds, 1e-6 + l.dispatch.bytes / 20e9, 1e-9, "dispatch within a node");
-    s = decode(300, 1024); /* enough rows to be cut into two parts: results of the first hide */
+    s = decode(200, 1024); /* enough rows to be cut into two parts, which hide each other's exchange */
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
     CU_ASSERT_EQUAL(l.dispatch.messages, 6);
-    near(l.hidden, fmin(l.dispatch.seconds, l.dense.seconds) + l.results.seconds / 2, 1e-12, "two parts");
+    CU_ASSERT_TRUE(l.dispatch.seconds < l.dense.seconds && l.results.seconds < l.experts.seconds);
+    near(l.exposed,
+         l.results.seconds / 2 -
+             fmin(l.results.seconds, l.project.seconds + l.attention.seconds + l.router.seconds) / 2,
+         1e-12, "two parts");
+    near(l.experts.bytes, 2 * 32 * (1 - pow(1 - 8.0 / 128, 400)) * 3 * 2816 * 704 * 2, 1e3, "read twice");
     sh_plan_free(&p);
 }
 
