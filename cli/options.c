@@ -301,7 +301,8 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {"chunk", 0, SH_OPTION_INT, &s->chunk, "N", "prompt tokens per step", 1, SH_MAX_CHUNK},
         {"kv-memory", 0, SH_OPTION_SIZE, &s->kv_memory, "SIZE",
          "KV budget per rank, such as 8GiB (default: what is left after weights)"},
-        {"plan", 0, SH_OPTION_LATER, NULL, "FILE", "give -n and --cuts"},
+        {"plan", 0, SH_OPTION_TEXT, &s->plan, "FILE",
+         "a plan made by 'shoal plan -o', in place of -n, --pp, --ep, --tp, --cp and --cuts"},
         {"report", 0, SH_OPTION_LATER, NULL, "FILE", "the closing table and --progress json tell what happened"},
         {"vision-tokens", 0, SH_OPTION_LATER, NULL, "LIST", "text only for now"},
     };

@@ -69,6 +69,7 @@ typedef struct sh_shared_options {
     int pp, ep, tp, cp; /* 0: not given */
     int tp_reduce_at;   /* place in the choices: 0 gather, 1 sum */
     const char *cuts;   /* NULL: not given */
+    const char *plan;   /* file, see planuse.h; NULL: not given */
     int mode_at, kv_at; /* place in the choices; kv_at −1: not given */
     uint64_t kv_memory;
     int max_context, threads, max_seqs, chunk;

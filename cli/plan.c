@@ -30,7 +30,7 @@ static const char usage[] =
 typedef struct command {
     sh_shared_options shared;
     sh_option_texts models;
-    const char *machine, *workload, *output, *plan, *save_machine;
+    const char *machine, *workload, *output, *save_machine;
     int nodes;
     bool probe, brief;
     sh_cluster cluster;
@@ -203,8 +203,8 @@ static sh_status explain_file(command *k, const subject *s, sh_buf *out, bool *f
     size_t len = 0;
     sh_search_options o = options_of(k, s);
     sh_choice x = {.replicas = 1};
-    SH_TRY(sh_file_read(k->plan, FILE_MOST, &text, &len));
-    sh_status st = sh_plan_read(k->plan, text, len, &s->config, &x.plan);
+    SH_TRY(sh_file_read(k->shared.plan, FILE_MOST, &text, &len));
+    sh_status st = sh_plan_read(k->shared.plan, text, len, &s->config, &x.plan);
     free(text);
     SH_TRY(st);
     x.shape = sh_plan_shape_of(x.plan);
@@ -243,7 +243,7 @@ static sh_status plan(command *k, subject *s, int n, sh_buf *out, bool *fits) {
     for (int i = 0; i < n; i++) SH_TRY(load_subject(k->models.n ? k->models.text[i] : NULL, &s[i]));
     SH_TRY(load_machine(k));
     SH_TRY(load_workload(k, &s[0]));
-    if (k->plan) return explain_file(k, &s[0], out, fits);
+    if (k->shared.plan) return explain_file(k, &s[0], out, fits);
     if (n == 1) return explain_one(k, &s[0], out, fits);
     for (int i = 0; i < n; i++)
         SH_TRY(
@@ -287,8 +287,8 @@ int sh_cmd_plan(int argc, char **argv) {
                 "checkpoint folder, or one with config.json alone; several are compared (default: the demo model)";
         }
         if (t[i].name && strcmp(t[i].name, "plan") == 0)
-            t[i] = (sh_option){"plan",  0,      SH_OPTION_TEXT,
-                               &k.plan, "FILE", "explain this plan instead of searching for one"};
+            t[i] = (sh_option){"plan",         0,      SH_OPTION_TEXT,
+                               &k.shared.plan, "FILE", "explain this plan instead of searching for one"};
     }
     const sh_option own[] = {
         {.kind = SH_OPTION_NOTE, .help = "What is planned for:"},
@@ -313,7 +313,8 @@ int sh_cmd_plan(int argc, char **argv) {
         fprintf(stderr, "shoal plan: '%s': takes no operands: the model is given with -m\n", argv[1]);
         return SH_EXIT_USAGE;
     }
-    if (k.models.n > 1 && (k.plan || k.output)) return contradiction("--plan, -o: are for one model: give -m once");
+    if (k.models.n > 1 && (k.shared.plan || k.output))
+        return contradiction("--plan, -o: are for one model: give -m once");
     if (k.machine && (k.probe || k.save_machine))
         return contradiction("--probe, --save-machine: are about this machine: leave --machine away");
     return run(&k);

@@ -255,8 +255,11 @@ static double stall_time(const sh_dispatch *d, const Shoal__Plan *p) {
     return SH_STALL_LEAST + most * (p->chunk + p->max_seqs) / SH_STALL_RATE;
 }
 
-static sh_status group_plan(sh_dispatch *d, sh_group *g) {
+static sh_status make_plan(const sh_dispatch *d, sh_group *g) {
     const sh_coordinator_options *o = d->o;
+    if (o->plan && (int)o->plan->n_rank != g->size)
+        SH_FAIL(SH_EINPUT, "the plan is for groups of %zu ranks, and this one has %d", o->plan->n_rank, g->size);
+    if (o->plan) return sh_plan_copy(o->plan, &g->plan);
     sh_plan_request q = {.ranks = g->size,
                          .pp = o->pp,
                          .ep = o->ep,
@@ -271,7 +274,11 @@ static sh_status group_plan(sh_dispatch *d, sh_group *g) {
                          .chunk = o->chunk,
                          .max_context = o->max_context,
                          .kv_memory = o->kv_memory};
-    SH_TRY(sh_plan_make(d->config, &q, &g->plan));
+    return sh_plan_make(d->config, &q, &g->plan);
+}
+
+static sh_status group_plan(sh_dispatch *d, sh_group *g) {
+    SH_TRY(make_plan(d, g));
     g->stall = stall_time(d, g->plan);
     sh_buf text;
     sh_buf_init(&text, 0);

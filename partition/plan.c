@@ -189,7 +189,29 @@ static sh_status check_rank_experts(const sh_config *c, int rank, const Shoal__P
     return SH_OK;
 }
 
+/* Lists of experts name layers that the rank has and that have experts, in order. */
+static sh_status check_lists(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
+    for (int i = 0; i < (int)p->n_rank; i++) {
+        const Shoal__PlanRank *r = p->rank[i];
+        int before = -1;
+        if (s->ep == 1 && r->n_experts)
+            SH_FAIL(SH_EINPUT, "plan: rank %d: experts are named, but ep is 1: allowed are none", i);
+        for (size_t k = 0; k < r->n_experts; k++) {
+            int layer = r->experts[k]->layer;
+            if (layer < r->first || layer >= r->last || layer <= before || !c->layer[layer].moe)
+                SH_FAIL(
+                    SH_EINPUT,
+                    "plan: rank %d: experts of layer %d: allowed are its layers %d to %d as far as they have experts, "
+                    "ascending",
+                    i, layer, r->first, r->last - 1);
+            before = layer;
+        }
+    }
+    return SH_OK;
+}
+
 static sh_status check_experts(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
+    SH_TRY(check_lists(c, s, p));
     for (int stage = 0; s->ep > 1 && stage < s->pp; stage++)
         for (int layer = p->rank[stage * s->width]->first; layer < p->rank[stage * s->width]->last; layer++) {
             bool held[SH_MAX_EXPERTS] = {0};
@@ -229,6 +251,7 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
     SH_TRY(check_experts(c, &s, p));
     SH_TRY(sh_mode_parse(p->mode, &mode));
     SH_TRY(sh_kv_type_parse(p->kv, &kv));
+    SH_TRY(in_range("plan: replicas", p->has_replicas ? p->replicas : 1, 1, SH_MAX_RANKS));
     SH_TRY(in_range("--threads", p->threads, 0, 4096));
     SH_TRY(in_range("--max-seqs", p->max_seqs, 1, SH_MAX_SEQS));
     SH_TRY(in_range("--chunk", p->chunk, 1, SH_MAX_CHUNK));
@@ -241,6 +264,16 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
 void sh_plan_free(Shoal__Plan **p) {
     if (*p) shoal__plan__free_unpacked(*p, NULL);
     *p = NULL;
+}
+
+sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out) {
+    size_t n = shoal__plan__get_packed_size(p);
+    uint8_t *bytes = malloc(n + 1);
+    Shoal__Plan *x = bytes ? shoal__plan__unpack(NULL, shoal__plan__pack(p, bytes), bytes) : NULL;
+    free(bytes);
+    if (!x) SH_FAIL(SH_EMEMORY, "plan: no memory for a copy");
+    *out = x;
+    return SH_OK;
 }
 
 /* Everything by malloc, so that protobuf's own free fits. */

@@ -38,6 +38,7 @@ sh_share sh_plan_share(const Shoal__Plan *p, int rank);
 /* Makes a checked plan; freed by sh_plan_free. Errors name the option, the value and what is possible. */
 sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out);
 void sh_plan_free(Shoal__Plan **p); /* also what protobuf unpacked */
+sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out);
 /* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
 /* "pipeline of 4 stages: layers 0-1 | 2-3 | 4 | 5 + head" */

@@ -1,6 +1,8 @@
 /* Plans as files: what is written beside the plan itself, and what is refused when one is read. See explain.h. */
 #include "partition/explain.h"
 
+#include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include "partition/protojson.h"
@@ -48,17 +50,25 @@ sh_status sh_plan_check_model(const sh_config *c, const Shoal__Plan *p) {
     return SH_OK;
 }
 
+/* Five digits: a forecast has no more to say, and people read the file. */
+static double brief(double v) {
+    char s[32];
+    snprintf(s, sizeof s, "%.5g", fabs(v) < 1e-12 ? 0 : v);
+    return strtod(s, NULL);
+}
+
 static void set_times(const sh_forecast_rank *r, const sh_plan_memory *m, double kv, Shoal__PlanForecastRank *to) {
     to->has_weights = to->has_attention = to->has_experts = to->has_exchange = to->has_other = to->has_idle = 1;
     to->has_sent = to->has_memory_gib = 1;
-    to->weights = r->seconds[SH_CAUSE_WEIGHTS];
-    to->attention = r->seconds[SH_CAUSE_ATTENTION];
-    to->experts = r->seconds[SH_CAUSE_EXPERTS];
-    to->other = r->seconds[SH_CAUSE_OTHER];
-    to->exchange = r->exchange;
-    to->idle = r->idle;
+    to->weights = brief(r->seconds[SH_CAUSE_WEIGHTS]);
+    to->attention = brief(r->seconds[SH_CAUSE_ATTENTION]);
+    to->experts = brief(r->seconds[SH_CAUSE_EXPERTS]);
+    to->other = brief(r->seconds[SH_CAUSE_OTHER]);
+    to->exchange = brief(r->exchange);
+    to->idle = brief(r->idle);
     for (int i = 0; i < 5; i++) to->sent += r->sent[i];
-    to->memory_gib = ((double)(m->weights + m->scratch) + kv) / 0x1p30;
+    to->sent = brief(to->sent);
+    to->memory_gib = brief(((double)(m->weights + m->scratch) + kv) / 0x1p30);
 }
 
 static sh_status add_ranks(const sh_search_options *o, const sh_choice *x, const sh_forecast_rank *rank,
@@ -88,10 +98,10 @@ static sh_status set_forecast(const sh_search_options *o, const char *workload, 
     x->plan->forecast = p;
     p->has_assumed = p->has_tokens_out_per_s = p->has_tokens_in_per_s = p->has_seconds = p->has_step_ms = 1;
     p->assumed = *o->cluster->assumed != 0;
-    p->tokens_out_per_s = f->tokens_out;
-    p->tokens_in_per_s = f->tokens_in;
-    p->seconds = f->seconds;
-    p->step_ms = f->cycle.period * 1e3;
+    p->tokens_out_per_s = brief(f->tokens_out);
+    p->tokens_in_per_s = brief(f->tokens_in);
+    p->seconds = brief(f->seconds);
+    p->step_ms = brief(f->cycle.period * 1e3);
     SH_TRY(text(o->cluster->name, &p->machine));
     SH_TRY(text(workload, &p->workload));
     return add_ranks(o, x, rank, p);

@@ -243,13 +243,7 @@ static void prefer_simple(sh_search *s) {
 static sh_status copy(const sh_choice *from, sh_choice *to) {
     sh_choice x = *from;
     x.plan = NULL;
-    if (from->plan) {
-        size_t n = shoal__plan__get_packed_size(from->plan);
-        uint8_t *bytes = malloc(n ? n : 1);
-        if (bytes) x.plan = shoal__plan__unpack(NULL, shoal__plan__pack(from->plan, bytes), bytes);
-        free(bytes);
-        if (!x.plan) SH_FAIL(SH_EMEMORY, "planner: no memory for a plan");
-    }
+    if (from->plan) SH_TRY(sh_plan_copy(from->plan, &x.plan));
     sh_choice_release(to);
     *to = x;
     return SH_OK;
