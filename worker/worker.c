@@ -73,8 +73,11 @@ static sh_status read_plan(rank *r) {
     r->shape = sh_plan_shape_of(r->plan);
     sh_kv_limits lane;
     SH_TRY(sh_plan_kv_limits(r->plan, &lane));
-    r->schedule = (sh_leader_options){
-        .stages = r->shape.pp, .max_seqs = lane.max_seqs, .chunk = lane.chunk, .max_context = lane.max_context};
+    r->schedule = (sh_leader_options){.stages = r->shape.pp,
+                                      .max_seqs = lane.max_seqs,
+                                      .chunk = lane.chunk,
+                                      .max_context = lane.max_context,
+                                      .members = r->shape.cp};
     sh_leader_options_model(&r->schedule, r->config);
     return SH_OK;
 }
@@ -172,6 +175,7 @@ static sh_status load(rank *r) {
                           .stages = r->shape.pp,
                           .width = r->shape.width,
                           .lanes = r->shape.ep > 1,
+                          .spread = r->shape.cp > 1,
                           .share = sh_plan_share(r->plan, r->link->rank),
                           .plan = r->plan,
                           .link = r->link};
