@@ -398,6 +398,7 @@ static int run_job(run *r) {
     if (st == SH_OK)
         st = sh_runstore_open(r->store_path, job, sh_launch_is_mpi(r->launcher, r->hosts, r->ranks), &r->folder);
     if (st == SH_OK) st = check_own(r);
+    if (st == SH_OK && strcmp(r->output, "-") != 0) st = sh_file_writer_sweep(r->output);
     if (st == SH_OK && r->spooled && rename(r->fresh, r->spool) != 0)
         st = sh_error_set(SH_EIO, __FILE__, __LINE__, "%s: cannot be renamed: %s", r->fresh, strerror(errno));
     if (st == SH_OK) return run_with_store(r);

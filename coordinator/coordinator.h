@@ -27,6 +27,7 @@ typedef struct sh_coordinator_options {
     int groups;          /* how many there will be, as far as anybody knows; a run's supervisor says it itself */
     int heartbeat_ms, orphan_ms;
     sh_intake_options intake;
+    int load_ms;     /* for tests: in place of SH_LOAD_LEAST */
     int progress_ms; /* token progress is saved at least this often; 0: 2000 */
 } sh_coordinator_options;
 

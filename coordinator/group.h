@@ -38,11 +38,18 @@ typedef struct sh_group {
     int n_notes;
     int kv_tokens, max_seqs;
     int64_t kv_total; /* 0: not told */
-    int given;        /* requests it has */
+    int given;        /* requests it has … */
+    int unproven;     /* … of which it has not made a token or score yet … */
+    int testing;      /* … and which are under suspicion (allot.h): 0 or 1 */
     uint64_t taken;   /* tokens and scores that came from it and were new */
     int said_running; /* as its leader's heartbeat says; −1: nothing yet */
     double born;
-    double stall;   /* seconds */
+    double stall;   /* seconds that a step may last */
+    double loading; /* since when it loads … */
+    double load;    /* … and how many seconds it may */
+    /* how fast it is: allot.h */
+    double pace, measured, spent; /* seconds per token and sequence, 0: not known; when looked at last; since then */
+    uint64_t paced;
     uint64_t *done; /* keys to say `done` for, after the commit */
     int n_done, cap_done;
 } sh_group;

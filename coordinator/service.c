@@ -180,6 +180,8 @@ static sh_status reply_status(sh_service *v, const sh_wire_peer *from, const Sho
     Shoal__JobReply r = SHOAL__JOB_REPLY__INIT;
     r.n_counts = (size_t)n, r.counts = cp;
     r.n_group = (size_t)g, r.group = sp;
+    r.has_suspects = true;
+    r.suspects = sh_dispatch_suspects(v->dispatch);
     if (st == SH_OK) st = send_reply(v, from, &r);
     for (int i = 0; i < filled; i++) sh_dispatch_release_group(&s[i]);
     free(c);

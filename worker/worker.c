@@ -201,9 +201,14 @@ typedef struct reservation {
     bool blas, modelled;
 } reservation;
 
+static void add_note(char *to, size_t room, const char *text) {
+    size_t n = strlen(to);
+    snprintf(to + n, room - n, "%s%s", n ? "; " : "", text);
+}
+
 static sh_status announce(rank *r) {
     const sh_alive alive = {check_alive, r};
-    const char *isa = kernels_of(r)->isa, *note = NULL;
+    const char *isa = kernels_of(r)->isa;
     reservation mine = {.blas = strcmp(isa, "blas") == 0, .modelled = kernels_of(r)->modelled}, any = mine;
     reservation *all = calloc((size_t)r->link->size, sizeof *all);
     if (!all) SH_FAIL(SH_EMEMORY, "no memory for the notes");
@@ -219,13 +224,16 @@ static sh_status announce(rank *r) {
             (double)sh_model_weight_bytes(sh_stage_model(r->stage)) / 1048576.0,
             sh_team_size(sh_model_team((sh_model *)sh_stage_model(r->stage))), isa);
     if (r->link->rank > 0) return SH_OK;
-    if (any.blas) note = "SHOAL_ISA=blas: results are not invariant";
-    if (any.modelled) note = "SHOAL_ISA=model: results are made up, only the times are of use";
+    char note[256] = "";
+    if (any.blas) add_note(note, sizeof note, "SHOAL_ISA=blas: results are not invariant");
+    if (any.modelled) add_note(note, sizeof note, "SHOAL_ISA=model: results are made up, only the times are of use");
+    if (r->shape.tp > 1 && r->plan->tp_sum)
+        add_note(note, sizeof note, "--tp-reduce sum: results are not invariant: they depend on --tp");
     uint64_t print = 0;
     SH_TRY(fingerprint(r, &print));
     int lanes = r->shape.ep;
     return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), lanes * sh_leader_total(&r->schedule),
-                           lanes * r->schedule.max_seqs, print, r->config->vocab, note);
+                           lanes * r->schedule.max_seqs, print, r->config->vocab, *note ? note : NULL);
 }
 
 /* ---- both loops
