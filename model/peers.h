@@ -46,7 +46,7 @@ typedef struct sh_expert_peers {
 } sh_expert_peers;
 
 /* What the members of a stage gather or add up in a layer. */
-typedef enum sh_joint { SH_JOINT_HEADS, SH_JOINT_O, SH_JOINT_FF, SH_JOINT_DOWN, SH_JOINT_LOGITS } sh_joint;
+typedef enum sh_joint { SH_JOINT_HEADS, SH_JOINT_O, SH_JOINT_FF, SH_JOINT_DOWN } sh_joint;
 
 /* Messages between `members` ranks that share the rows of every micro-batch and the K/V of global layers
  * (docs/decisions/0016); this is `member` of them. All of them run the same micro-batches in the same order, so both
