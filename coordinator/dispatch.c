@@ -8,9 +8,10 @@
 #include <time.h>
 #include "common/clock.h"
 #include "common/log.h"
+#include "coordinator/allot.h"
 #include "coordinator/group.h"
 #include "coordinator/running.h"
-#include "coordinator/allot.h"
+#include "partition/placement.h"
 
 #define BUCKETS      16384
 #define FETCH        64 /* lines taken from the store at once */
@@ -43,6 +44,7 @@ struct sh_dispatch {
     bool exhausted;         /* there are none behind it */
     bool unsaved;           /* progress of requests that came back must be committed before they are given out again */
     sh_buf out;
+    sh_routing *routing; /* experts are placed by it; NULL: in even shares */
 };
 
 /* --- life ----------------------------------------------------------------------------------------------------------
@@ -56,6 +58,11 @@ sh_status sh_dispatch_create(const sh_coordinator_options *o, const sh_config *c
     d->silent = 1e-3 * o->heartbeat_ms * SH_SILENT_BEATS;
     d->expected = o->groups;
     sh_buf_init(&d->out, 0);
+    sh_status st = o->routing ? sh_routing_load(o->routing, config, &d->routing) : SH_OK;
+    if (st != SH_OK) {
+        sh_dispatch_destroy(&d);
+        return sh_error_prefix(st, "--routing");
+    }
     *out = d;
     return SH_OK;
 }
@@ -172,9 +179,32 @@ static sh_status running_save(sh_dispatch *d, sh_running *r) {
     return SH_OK;
 }
 
+static sh_status save_routing(sh_dispatch *d) {
+    for (int i = 0; i < d->n; i++) SH_TRY(sh_group_save_routing(d->group[i], d->store));
+    return SH_OK;
+}
+
 sh_status sh_dispatch_save(sh_dispatch *d) {
     for (int i = 0; i < BUCKETS; i++)
         for (sh_running *r = d->bucket[i]; r; r = r->next) SH_TRY(running_save(d, r));
+    return save_routing(d);
+}
+
+static sh_status add_routing(void *ctx, const void *p, size_t n) {
+    Shoal__Routing *m = shoal__routing__unpack(NULL, n, p);
+    if (!m) SH_FAIL(SH_EFORMAT, "the store: counts of experts that cannot be read");
+    sh_status st = sh_routing_add(ctx, m);
+    shoal__routing__free_unpacked(m, NULL);
+    return st;
+}
+
+sh_status sh_dispatch_routing(sh_dispatch *d, sh_routing **out) {
+    SH_CLEANUP(sh_routing_destroy) sh_routing *r = NULL;
+    SH_TRY(sh_routing_create(d->config, &r));
+    SH_TRY(save_routing(d));
+    SH_TRY(sh_store_routing(d->store, add_routing, r));
+    *out = r;
+    r = NULL;
     return SH_OK;
 }
 
@@ -260,14 +290,16 @@ static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault, bool
     return SH_OK;
 }
 
-static void forget_lost(sh_dispatch *d) {
+static sh_status forget_lost(sh_dispatch *d) {
     int lost = 0;
     for (int i = d->n - 1; i >= 0; i--) {
         if (d->group[i]->state != SH_GROUP_LOST || ++lost <= SH_LOST_KEPT) continue;
+        SH_TRY(sh_group_save_routing(d->group[i], d->store));
         sh_group_destroy(&d->group[i]);
         memmove(d->group + i, d->group + i + 1, (size_t)(d->n - i - 1) * sizeof *d->group);
         d->n--;
     }
+    return SH_OK;
 }
 
 /* Multiply-adds of one row in a stage: its matrices, and attention over the longest context. */
@@ -313,19 +345,22 @@ static sh_status group_plan(sh_dispatch *d, sh_group *g) {
                          .max_seqs = o->max_seqs,
                          .chunk = o->chunk,
                          .max_context = o->max_context,
-                         .kv_memory = o->kv_memory};
+                         .kv_memory = o->kv_memory,
+                         .routing = d->routing,
+                         .replicate = o->replicate};
     SH_TRY(sh_plan_make(d->config, &q, &g->plan));
     g->stall = stall_time(d, g->plan);
     g->load = load_time(d, g->plan);
     sh_buf text;
     sh_buf_init(&text, 0);
     SH_TRY(sh_plan_print(d->config, g->plan, &text));
+    if (d->routing) SH_TRY(sh_placement_print(d->config, d->routing, g->plan, &text));
     g->plan_text = sh_buf_take(&text);
     return SH_OK;
 }
 
 static sh_status group_add(sh_dispatch *d, const Shoal__Hello *h, sh_group **out) {
-    forget_lost(d);
+    SH_TRY(forget_lost(d));
     if (d->n == d->cap) {
         int cap = d->cap ? d->cap * 2 : 8;
         sh_group **p = realloc(d->group, (size_t)cap * sizeof *p);
@@ -460,6 +495,7 @@ static void hear_heartbeat(sh_dispatch *d, sh_group *g, int rank, const Shoal__H
         s->times.base.n_unknown_fields = 0;
         s->times.base.unknown_fields = NULL;
     }
+    if (h->routing && sh_group_keep_routing(g, rank, h->routing) != SH_OK) sh_warn("%s", sh_error_text());
     if (rank == 0 && h->has_running) g->said_running = h->running;
     Shoal__ToRank m = SHOAL__TO_RANK__INIT;
     m.has_heartbeat = m.heartbeat = true;

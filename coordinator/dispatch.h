@@ -13,6 +13,7 @@
 
 #include "coordinator/coordinator.h"
 #include "coordinator/jobs.h"
+#include "partition/routing.h"
 #include "proto/group.pb-c.h"
 #include "proto/wire.h"
 
@@ -50,6 +51,8 @@ void sh_dispatch_leave(sh_dispatch *d, const char *reason);
 /* What the supervisor of a run knows: groups that it keeps up, and groups whose processes are gone. */
 sh_status sh_dispatch_supervised(sh_dispatch *d, const Shoal__Supervision *s);
 
+/* How often each expert was chosen in the life of this store: the caller's to destroy. SH_EINPUT: no experts. */
+sh_status sh_dispatch_routing(sh_dispatch *d, sh_routing **out);
 /* Requests that were in hand, without progress, when two groups or more ended in a row. */
 int sh_dispatch_suspects(const sh_dispatch *d);
 

@@ -2,6 +2,7 @@
 #ifndef SH_COORDINATOR_GROUP_H
 #define SH_COORDINATOR_GROUP_H
 
+#include "coordinator/store.h"
 #include "partition/plan.h"
 #include "proto/job.pb-c.h"
 #include "proto/wire.h"
@@ -18,6 +19,8 @@ typedef struct sh_rank_seat {
     uint64_t step;
     bool busy, has_times;
     Shoal__StageTimes times;
+    sh_buf routing;    /* packed, as last heard */
+    bool routing_news; /* not in the store yet */
 } sh_rank_seat;
 
 typedef enum sh_group_state { SH_GROUP_STARTING, SH_GROUP_LOADING, SH_GROUP_READY, SH_GROUP_LOST } sh_group_state;
@@ -51,6 +54,10 @@ typedef struct sh_group {
     int n_done, cap_done;
 } sh_group;
 
+/* How often a rank's rows chose each expert since the rank started: kept until saved, under a name for the rank's life.
+ */
+sh_status sh_group_keep_routing(sh_group *g, int rank, const Shoal__Routing *m);
+sh_status sh_group_save_routing(sh_group *g, sh_store *store);
 sh_status sh_group_create(const char *name, int size, int number, sh_group **out);
 void sh_group_destroy(sh_group **g);
 sh_status sh_group_add_done(sh_group *g, uint64_t key);
