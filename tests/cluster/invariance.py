@@ -118,6 +118,11 @@ def main():
                     same(f"{pp} stages of {ep} local ranks by experts", "--pp", pp, "--ep", ep, "--launcher", "local", "--chunk", 9 * ep)
             same("2 stages of 2 MPI ranks by experts", "--pp", 2, "--ep", 2) if has_experts(name) else None
             same("2 stages of 2 MPI ranks by heads", "--pp", 2, "--tp", 2) if first or a.long else None
+            if first or a.long:  # few sequences at once, so that every group gets some
+                same("2 groups of 2 ranks", "-n", 2, "--replicas", 2, "--max-seqs", 4)
+                same("3 groups of a rank", "-n", 1, "--replicas", 3, "--max-seqs", 4)
+            if "a4b" in name:
+                same("2 groups of 2 ranks by experts", "--ep", 2, "--replicas", 2, "--max-seqs", 4)
             for m in ((1, 2, 7, 16, 40) if first else (1, 40)):
                 same(f"--max-seqs {m}", "-n", 1, "--max-seqs", m)
             for c in (1, 7, 64):
