@@ -259,6 +259,46 @@ static sh_status predicted_lines(const sh_closing *c, sh_buf *to) {
     return SH_OK;
 }
 
+/* What the ranks of a group tell of their experts, summed. */
+typedef struct expert_sums {
+    double busiest, rows;         /* rows that experts computed: the busiest member's of each stage; all */
+    double exposed[2], travel[2]; /* seconds: global, sliding */
+    double sent;
+} expert_sums;
+
+static void add_expert_times(const Shoal__GroupState *g, int ep, expert_sums *to) {
+    double most = 0;
+    for (size_t i = 0; i < g->n_times; i++) {
+        Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, g->times[i].len, g->times[i].data);
+        if (!t) continue;
+        if (t->rank % ep == 0) most = 0; /* the next stage */
+        if ((double)t->expert_rows > most) {
+            to->busiest += (double)t->expert_rows - most;
+            most = (double)t->expert_rows;
+        }
+        to->rows += (double)t->expert_rows;
+        to->exposed[0] += t->exposed_global, to->exposed[1] += t->exposed_sliding;
+        to->travel[0] += t->travel_global, to->travel[1] += t->travel_sliding;
+        to->sent += (double)t->sent_experts;
+        shoal__stage_times__free_unpacked(t, NULL);
+    }
+}
+
+/* How evenly the experts' work lay on the members of a stage, and how much of the exchange nothing was computed beside.
+ */
+static sh_status expert_line(const sh_closing *c, sh_buf *to) {
+    expert_sums s = {0};
+    for (size_t g = 0; c->ep > 1 && c->last && g < c->last->n_group; g++)
+        add_expert_times(c->last->group[g], c->ep, &s);
+    if (s.rows <= 0) return SH_OK;
+    return sh_buf_printf(
+        to,
+        "  experts    busiest rank %.2f of the mean; %.1f MB between ranks; waited %.1f s of the %.1f s "
+        "they took (sliding layers %.1f of %.1f, global %.1f of %.1f; all ranks together)\n",
+        s.busiest * c->ep / s.rows, s.sent * 1e-6, s.exposed[0] + s.exposed[1], s.travel[0] + s.travel[1], s.exposed[1],
+        s.travel[1], s.exposed[0], s.travel[0]);
+}
+
 static sh_status closing_words(const sh_closing *c, sh_buf *to) {
     uint64_t rows = 0;
     for (int i = 0; i < c->outcomes->n; i++) rows += c->outcomes->rows[i];
@@ -275,6 +315,7 @@ static sh_status closing_words(const sh_closing *c, sh_buf *to) {
                              (double)c->tokens_out_now / t));
     SH_TRY(stage_lines(c, to));
     SH_TRY(predicted_lines(c, to));
+    SH_TRY(expert_line(c, to));
     return sh_buf_printf(to, "  results    %s\n", c->output);
 }
 
@@ -291,6 +332,15 @@ static json_t *predicted_json(const sh_prediction *p) {
                      ranks);
 }
 
+static void add_expert_json(const Shoal__StageTimes *t, json_t *to) {
+    json_object_set_new(to, "sent_experts", json_integer((json_int_t)t->sent_experts));
+    json_object_set_new(to, "expert_rows", json_integer((json_int_t)t->expert_rows));
+    json_object_set_new(to, "exposed_sliding", json_real(t->exposed_sliding));
+    json_object_set_new(to, "exposed_global", json_real(t->exposed_global));
+    json_object_set_new(to, "travel_sliding", json_real(t->travel_sliding));
+    json_object_set_new(to, "travel_global", json_real(t->travel_global));
+}
+
 static sh_status closing_json(const sh_closing *c, sh_buf *to) {
     SH_CLEANUP(sh_json_release) json_t *j = json_object();
     json_t *outcomes = json_object(), *stages = json_array();
@@ -304,11 +354,13 @@ static sh_status closing_json(const sh_closing *c, sh_buf *to) {
             const ProtobufCBinaryData *b = &c->last->group[g]->times[i];
             Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, b->len, b->data);
             if (!t) continue;
-            json_array_append_new(stages, json_pack("{s:s, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I}", "group",
-                                                    c->last->group[g]->group, "rank", t->rank, "weights", t->weights,
-                                                    "attention", t->attention, "experts", t->experts, "exchange",
-                                                    t->exchange, "other", t->other, "idle", t->idle, "bytes",
-                                                    (json_int_t)t->bytes, "steps", (json_int_t)t->steps));
+            json_t *stage =
+                json_pack("{s:s, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:I}", "group", c->last->group[g]->group,
+                          "rank", t->rank, "weights", t->weights, "attention", t->attention, "experts", t->experts,
+                          "exchange", t->exchange, "other", t->other, "idle", t->idle, "bytes", (json_int_t)t->bytes,
+                          "steps", (json_int_t)t->steps, "sent", (json_int_t)t->sent);
+            if (stage && c->ep > 1) add_expert_json(t, stage);
+            json_array_append_new(stages, stage);
             shoal__stage_times__free_unpacked(t, NULL);
         }
     json_object_set_new(j, "event", json_string("end"));
