@@ -381,6 +381,51 @@ static void test_experts(const char *name, int stages, int ep, const char *mode,
     fake_close(&f);
 }
 
+/* ---- positions -----------------------------------------------------------------------------------------------------
+ */
+
+/* docs/planning.md, all members together: sliding layers send every K/V row to all others. Row by row, and for global
+ * layers, tests/cluster/context_test.c counts; here the cost model's averages are compared with what was sent. */
+static void check_positions(const char *name, const sh_config *c, const fake *f, const layout *y, load l) {
+    static const sh_cost_rates rates = {1e9, 1e9, 1, 1, 1, 1, 0, 0};
+    static const sh_cost_link link = {0, 1e9};
+    sh_cost_model m = {.config = c, .plan = &f->plan, .rates = &rates, .alike = true, .net = {link, link, 1}};
+    sh_cost_rank cost[FAKE_RANKS];
+    sh_cost_span span[FAKE_WORK];
+    double got = 0, want = 0, sliding = 0, headers = 0;
+    for (int i = 0; i < f->n_work; i++)
+        span[i] =
+            (sh_cost_span){.seqs = 1, .rows = f->work[i].n_prompt + f->work[i].n - 1, .kept = (double)f->work[i].n};
+    MUST(sh_cost_step(&m, span, f->n_work, cost));
+    for (int r = 0; r < f->n; r++) {
+        want += cost[r].context.bytes;
+        got += (double)counters[r].bytes[SH_TAG_CONTEXT];
+        headers += 64 * (double)counters[r].messages[SH_TAG_CONTEXT];
+    }
+    for (int i = 0; i < c->n_layers; i++) {
+        const sh_layer *x = &c->layer[i];
+        if (x->window > 0 && x->has_kv)
+            sliding += (double)l.rows * (y->cp - 1) * (x->k_eq_v ? 1 : 2) * x->kv_heads * x->head_dim * 2;
+    }
+    CHECK(got > sliding, "%s, %d stages, cp %d: %.0f bytes, sliding layers alone are %.0f", name, y->stages, y->cp, got,
+          sliding);
+    CHECK(fabs(got - headers - want) <= 0.1 * want,
+          "%s, %d stages, cp %d: %.0f bytes, %.0f of headers: the cost model %.0f", name, y->stages, y->cp, got,
+          headers, want);
+}
+
+static void test_positions(const char *name, int stages, int cp) {
+    static sh_config c;
+    char model[600];
+    snprintf(model, sizeof model, "%s/text/models/%s", SH_TEST_DATA, name);
+    MUST(sh_config_load(model, &c));
+    layout y = {.stages = stages, .ep = 1, .tp = 1, .cp = cp};
+    fake f;
+    load l;
+    if (run_group(name, &c, &y, "bf16", "bf16", &f, &l)) check_positions(name, &c, &f, &y, l);
+    fake_close(&f);
+}
+
 int main(void) {
     test_pipeline("e2b-like", "exact", "f32", 4);
     test_pipeline("e2b-like", "bf16", "bf16", 2);
@@ -397,6 +442,9 @@ int main(void) {
     test_experts("26b-a4b-like", 1, 3, "exact", 4);
     test_experts("26b-a4b-like", 1, 5, "bf16", 2);
     test_experts("26b-a4b-like", 2, 2, "bf16", 2);
+    test_positions("31b-like", 1, 2);
+    test_positions("31b-like", 1, 4);
+    test_positions("26b-a4b-like", 2, 2);
     for (int r = 0; r < FAKE_RANKS; r++) sh_batch_release(&counters[r].batch);
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
