@@ -5,9 +5,10 @@
  *   per span:  u64 seq, i32 pos rows keep, per KV kind: i32 page0 n_pages, i32 pages[n_pages]
  *   per start: u64 seq, sampling, i32 n_prompt n_tokens, i32 tokens[n_tokens]
  *   u64 drops[n_drops]
- *   i32 n_handoffs (0 or n_spans); where any: u64 after, per span and KV kind: i32 from page0 n_pages, i32 pages[n_pages]
- * row0, kept0 and n_kept follow from the spans. Reading trusts nothing: every count is checked against the bytes that
- * are left before memory is taken for it. What only a model can know (vocabulary, pool size) sh_model_forward checks.
+ *   i32 n_handoffs (0 or n_spans); where any: u64 after, per span and KV kind: i32 from page0 n_pages, i32
+ * pages[n_pages] row0, kept0 and n_kept follow from the spans. Reading trusts nothing: every count is checked against
+ * the bytes that are left before memory is taken for it. What only a model can know (vocabulary, pool size)
+ * sh_model_forward checks.
  */
 #include "model/batch.h"
 
@@ -307,8 +308,8 @@ static sh_status get_handoff(reader *r, const sh_span *s, sh_handoff *h) {
         int32_t end = s->pos + s->rows;
         SH_TRY(get_i32(r, "first position handed over", s->pos, end, &h->from[k]));
         SH_TRY(get_pages(r, &h->page0[k], &h->n_pages[k], &h->pages[k]));
-        if (h->from[k] < end && (h->page0[k] > h->from[k] / SH_PAGE_TOKENS ||
-                                 h->page0[k] + h->n_pages[k] <= (end - 1) / SH_PAGE_TOKENS))
+        if (h->from[k] < end &&
+            (h->page0[k] > h->from[k] / SH_PAGE_TOKENS || h->page0[k] + h->n_pages[k] <= (end - 1) / SH_PAGE_TOKENS))
             SH_FAIL(SH_EFORMAT, "batch: pages %d to %d do not hold positions %d to %d that are handed over",
                     h->page0[k], h->page0[k] + h->n_pages[k] - 1, h->from[k], end - 1);
     }

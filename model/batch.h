@@ -38,9 +38,10 @@ typedef struct sh_seq_start {
 /* Where the K/V rows that a span makes go besides its own pages: into the decode pool of another rank, as shards
  * (worker/shard.h). Positions [from[kind], pos + rows) travel; none where that is empty. */
 typedef struct sh_handoff {
-    int32_t from[SH_KV_KINDS];                        /* pos ≤ from ≤ pos + rows */
-    int32_t page0[SH_KV_KINDS], n_pages[SH_KV_KINDS]; /* as in a span, of the pool that they go to; they hold the rows */
-    const int32_t *pages[SH_KV_KINDS];                /* borrowed from the batch */
+    int32_t from[SH_KV_KINDS]; /* pos ≤ from ≤ pos + rows */
+    int32_t page0[SH_KV_KINDS],
+        n_pages[SH_KV_KINDS];          /* as in a span, of the pool that they go to; they hold the rows */
+    const int32_t *pages[SH_KV_KINDS]; /* borrowed from the batch */
 } sh_handoff;
 
 typedef struct sh_batch {
@@ -58,7 +59,7 @@ typedef struct sh_batch {
     int32_t n_handoffs;
     uint64_t after;
     sh_handoff *handoffs;
-    sh_arena arena;  /* holds all of the above */
+    sh_arena arena; /* holds all of the above */
 } sh_batch;
 
 /* A batch with room for `bytes` of descriptor; reused by decode and by the leader for every step, without allocation.

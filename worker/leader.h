@@ -30,11 +30,11 @@ typedef struct sh_leader_options {
     int chunk;       /* prompt rows of a micro-batch, at most */
     int max_context; /* tokens of one sequence */
     int vocab;
-    int window;                 /* widest window of the sliding layers; 0 when there are none */
-    bool kind[SH_KV_KINDS];     /* kinds that the model's layers use */
-    int32_t pages[SH_KV_KINDS]; /* the pool: the smallest stage's */
-    int prefill;                /* stages that make the K/V of prompts; 0: none, the others do it */
-    int confirms;               /* ranks that take such rows and say so */
+    int window;                         /* widest window of the sliding layers; 0 when there are none */
+    bool kind[SH_KV_KINDS];             /* kinds that the model's layers use */
+    int32_t pages[SH_KV_KINDS];         /* the pool: the smallest stage's */
+    int prefill;                        /* stages that make the K/V of prompts; 0: none, the others do it */
+    int confirms;                       /* ranks that take such rows and say so */
     int32_t prefill_pages[SH_KV_KINDS]; /* the pool of those stages */
 } sh_leader_options;
 

@@ -189,7 +189,8 @@ static void run_batch(world *w, const sh_batch *b) {
         decodes += s->rows == 1;
         run_span(w, w->slot, w->o.pages, b, s);
     }
-    for (int i = 0; i < b->n_spans && ok; i++) see_span(w, w->slot, &b->spans[i]); /* after all writes, as the layers do */
+    for (int i = 0; i < b->n_spans && ok; i++)
+        see_span(w, w->slot, &b->spans[i]); /* after all writes, as the layers do */
     for (int i = 0; i < b->n_spans && ok; i++) sample_span(w, &b->spans[i], a);
     MUST(rows == b->n_rows && kept == b->n_kept);
     if (decodes > w->wide) w->wide = decodes;
