@@ -111,7 +111,7 @@ static void heads_of_row(const row_job *j, int r, const sh_attn_rows *s) {
     const sh_kernels *kn = m->kn;
     const sh_rope *rope = rope_of(m, j->layer);
     int pos = s->pos + r - s->row, hd = l->head_dim;
-    for (int h = 0; h < l->heads; h++) {
+    for (int h = 0; j->w->q_norm && h < l->heads; h++) {
         float *q = row(m->q, r * l->heads + h, hd);
         kn->rmsnorm(q, q, j->w->q_norm, hd, m->config.eps);
         sh_rope_apply(rope, kn, q, pos);
@@ -137,19 +137,21 @@ static void heads_rows(void *arg, int lo, int hi) {
     }
 }
 
-/* Queries of this layer, and keys and values if it has its own; all raw. */
+/* Queries of this layer, unless only its K/V are wanted, and keys and values if it has its own; all raw. */
 static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights *w) {
     size_t q = (size_t)l->heads * (size_t)l->head_dim, kv = (size_t)l->kv_heads * (size_t)l->head_dim;
     const sh_wmat *mats[] = {&w->q, &w->k, &w->v};
     float *out[] = {m->q, m->k, m->v};
     size_t ld[] = {q, kv, kv};
-    int count = !l->has_kv ? 1 : l->k_eq_v ? 2 : 3;
+    int count = !l->has_kv ? 1 : l->k_eq_v ? 2 : 3, from = w->q.data ? 0 : 1;
     book(m, &m->times.other);
-    sh_linear_multi(m->team, m->kn, count, mats, m->h, (size_t)m->config.hidden, m->n, out, ld);
+    sh_linear_multi(m->team, m->kn, count - from, mats + from, m->h, (size_t)m->config.hidden, m->n, out + from,
+                    ld + from);
     book(m, &m->times.weights);
 }
 
-static void attention_block(sh_model *m, int layer) {
+/* q, and K and V in their pages. */
+static sh_status heads_block(sh_model *m, int layer) {
     const sh_layer *l = &m->config.layer[layer];
     const sh_layer_weights *w = weights_of(m, layer);
     norm(m, m->x, w->input_norm, m->n, m->h);
@@ -157,6 +159,16 @@ static void attention_block(sh_model *m, int layer) {
     row_job j = {.m = m, .layer = layer, .l = l, .w = w};
     sh_row_loop_run(m->team, m->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
     book(m, &m->times.other);
+    const sh_peers *p = m->options.peers;
+    if (!l->has_kv || !p || !p->kv_written) return SH_OK;
+    SH_TRY(p->kv_written(p->ctx, layer));
+    m->mark = sh_now(); /* what peers do is time of theirs */
+    return SH_OK;
+}
+
+static void attention_block(sh_model *m, int layer) {
+    const sh_layer *l = &m->config.layer[layer];
+    const sh_layer_weights *w = weights_of(m, layer);
     sh_attention_run(m->attention, m->kv, l, w->k_norm, rope_of(m, layer), m->rows, m->n_row_spans, m->q);
     book(m, &m->times.attention);
     project(m, &w->o, m->q, m->n, m->h);
@@ -254,7 +266,9 @@ static void ple_block(sh_model *m, int layer, int r0, int n) {
 /* --- the layer -----------------------------------------------------------------------------------------------------
  */
 
-static void layer_run(sh_model *m, int layer) {
+static sh_status layer_run(sh_model *m, int layer) {
+    SH_TRY(heads_block(m, layer));
+    if (sh_config_only_kv(&m->config, layer)) return SH_OK;
     attention_block(m, layer);
     for (int r = 0; r < m->n; r += m->block) {
         int n = m->n - r < m->block ? m->n - r : m->block;
@@ -264,6 +278,7 @@ static void layer_run(sh_model *m, int layer) {
     row_job j = {.m = m, .w = weights_of(m, layer), .x = m->x};
     sh_row_loop_run(m->team, m->n, (size_t)m->config.hidden, scale_rows, &j);
     if (m->probe.hidden) m->probe.hidden(m->probe.arg, layer, m->x, m->n, m->config.hidden);
+    return SH_OK;
 }
 
 static void embed_rows(void *arg, int lo, int hi) {
@@ -301,12 +316,12 @@ sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void 
     begin_step(m, b, in);
     for (int i = m->options.first; i < m->options.last; i++) {
         if (i == m->config.first_shared) sh_model_keep(m); /* consumers write no K/V: nobody needs the other rows */
-        layer_run(m, i);
+        SH_TRY(layer_run(m, i));
     }
     if (m->options.last >= m->config.first_shared) sh_model_keep(m);
-    if (m->options.last == m->config.n_layers)
+    if (sh_config_has_head(&m->config, m->options.last))
         norm(m, m->x, m->weights->final_norm, m->n, out);
-    else
+    else if (m->options.last != m->config.kv_end)
         sh_model_send(m, in, out);
     book(m, &m->times.other);
     return SH_OK;

@@ -34,14 +34,15 @@ void sh_model_destroy(sh_model **m);
  *   x   f32 [rows here, hidden]       rows here: n_rows, or n_kept when cut ≥ first_shared
  *   x0  f32 [rows here, hidden]       scaled embeddings, when P > 0 (later stages make their per-layer inputs from it)
  *   kv  per crossing producer, ascending: [n_rows][sh_kv_row_bytes], rounded to the KV type
- * 0 for cut 0 (nothing comes in); f32 [n_kept, hidden] for cut n_layers (the final output).
+ * 0 for cut 0 (nothing comes in) and for cut kv_end where only K/V are made; f32 [n_kept, hidden] for cut n_layers (the
+ * final output).
  */
 size_t sh_model_cut_bytes(const sh_config *c, sh_kv_type type, int cut, int n_rows, int n_kept);
 
 /* Runs the stage. in: the block of this stage's first cut (NULL at layer 0). out: room for the block of its last cut,
- * or, when the stage ends the model, f32 [n_kept, hidden] after the final norm. in must stay as it is until the return;
- * in and out do not overlap. A batch that this stage cannot run (limits, ids, pages) is refused before anything is
- * computed. Allocates nothing. */
+ * or, when the stage ends the model, f32 [n_kept, hidden] after the final norm (NULL where only K/V are made and the
+ * stage is the last). in must stay as it is until the return; in and out do not overlap. A batch that this stage cannot
+ * run (limits, ids, pages) is refused before anything is computed. Allocates nothing. */
 sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void *out);
 /* Soft-capped logits [n, vocab] of n rows of that final output. Last stage only. */
 void sh_model_logits(sh_model *m, const float *hidden, int n, float *logits);

@@ -36,11 +36,12 @@ static widths measure(const sh_model *m) {
     widths w = {0};
     for (int i = m->options.first; i < m->options.last; i++) {
         const sh_layer *l = &m->config.layer[i];
+        bool only_kv = sh_config_only_kv(&m->config, i);
         size_t q = (size_t)l->heads * (size_t)l->head_dim, kv = (size_t)l->kv_heads * (size_t)l->head_dim;
         if (q > w.q) w.q = q;
         if (kv > w.kv) w.kv = kv;
         if ((size_t)l->ff > w.ff) w.ff = (size_t)l->ff;
-        w.moe = w.moe || l->moe;
+        w.moe = w.moe || (l->moe && !only_kv);
     }
     if ((size_t)m->config.ple > w.ff) w.ff = (size_t)m->config.ple; /* its gate uses the same scratch */
     return w;
@@ -250,6 +251,7 @@ static size_t hidden_bytes(const sh_config *c, int cut, int n_rows, int n_kept) 
 
 size_t sh_model_cut_bytes(const sh_config *c, sh_kv_type type, int cut, int n_rows, int n_kept) {
     if (cut <= 0) return 0;
+    if (c->kv_end && cut >= c->kv_end) return 0; /* nobody reads more than the K/V */
     if (cut >= c->n_layers) return (size_t)n_kept * (size_t)c->hidden * sizeof(float);
     size_t bytes = hidden_bytes(c, cut, n_rows, n_kept) * (c->ple ? 2 : 1);
     for (int j = 0; j < cut; j++)

@@ -22,15 +22,22 @@ static sh_wmat take_matrix(cursor *at, int n, int k) {
     return (sh_wmat){.n = n, .k = k, .data = take(at, sh_wmat_bytes(n, k))};
 }
 
+/* What makes K/V. */
+static void layout_kv(const sh_config *c, const sh_layer *l, sh_layer_weights *w, cursor *at) {
+    int kv = l->kv_heads * l->head_dim;
+    w->k_norm = take_vector(at, l->head_dim);
+    w->k = take_matrix(at, kv, c->hidden);
+    if (!l->k_eq_v) w->v = take_matrix(at, kv, c->hidden);
+}
+
 static void layout_attention(const sh_config *c, const sh_layer *l, sh_layer_weights *w, cursor *at) {
-    int q = l->heads * l->head_dim, kv = l->kv_heads * l->head_dim;
+    int q = l->heads * l->head_dim;
     w->q_norm = take_vector(at, l->head_dim);
     w->q = take_matrix(at, q, c->hidden);
-    if (l->has_kv || l->k_eq_v) w->k_norm = take_vector(at, l->head_dim);
-    if (l->has_kv) {
-        w->k = take_matrix(at, kv, c->hidden);
-        if (!l->k_eq_v) w->v = take_matrix(at, kv, c->hidden);
-    }
+    if (l->has_kv)
+        layout_kv(c, l, w, at);
+    else if (l->k_eq_v)
+        w->k_norm = take_vector(at, l->head_dim);
     w->o = take_matrix(at, c->hidden, q);
 }
 
@@ -56,6 +63,10 @@ static void layout_layer(const sh_config *c, int layer, sh_layer_weights *w, sh_
     const sh_layer *l = &c->layer[layer];
     *w = (sh_layer_weights){.scalar = 1};
     w->input_norm = take_vector(at, c->hidden);
+    if (sh_config_only_kv(c, layer)) {
+        layout_kv(c, l, w, at);
+        return;
+    }
     w->post_attn_norm = take_vector(at, c->hidden);
     w->pre_ff_norm = take_vector(at, c->hidden);
     w->post_ff_norm = take_vector(at, c->hidden);
@@ -80,7 +91,7 @@ size_t sh_weights_layout(sh_weights *w, sh_wmat *expert, void *base) {
         layout_layer(c, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
     }
     if (c->ple) w->ple_norm = take_vector(&at, c->ple);
-    if (w->last == c->n_layers) {
+    if (sh_config_has_head(c, w->last)) {
         w->final_norm = take_vector(&at, c->hidden);
         w->head = take_matrix(&at, c->vocab, c->hidden);
     }

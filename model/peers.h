@@ -7,6 +7,7 @@
 #define SH_MODEL_PEERS_H
 
 #include <stdint.h>
+#include "common/status.h"
 
 typedef struct sh_peers {
     void *ctx;
@@ -14,6 +15,8 @@ typedef struct sh_peers {
     void (*experts_begin)(void *ctx, int layer, const float *rows, const int32_t *ids, int n);
     /* Waits for one result row per chosen expert: [n, top_k, hidden]. */
     void (*experts_end)(void *ctx, int layer, float *results, int n);
+    /* The K/V rows of the batch at hand are in the pages of `layer`, and nothing has attended to them yet. Optional. */
+    sh_status (*kv_written)(void *ctx, int layer);
 } sh_peers;
 
 #endif

@@ -40,7 +40,8 @@ typedef struct sh_weights {
     void *impl;
 } sh_weights;
 
-/* Loads layers [first, last) of MODEL; the embedding when first is 0, final norm and head when last is the layer count.
+/* Loads layers [first, last) of MODEL; the embedding when first is 0, final norm and head when last is the layer count
+ * (not where config.kv_end says that only K/V are made: then neither these nor more than K/V of layer kv_end − 1).
  * Missing, wrongly shaped or typed tensors fail by name; unexpected ones too, except those the model description allows
  * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */
 sh_status sh_weights_load(const char *model_dir, const sh_config *c, int first, int last, sh_team *team,

@@ -12,7 +12,13 @@
 #include <stdint.h>
 #include "common/status.h"
 
-typedef enum sh_link_tag { SH_TAG_BATCH = 1, SH_TAG_TOKENS = 2, SH_TAG_CONTROL = 3 } sh_link_tag;
+typedef enum sh_link_tag {
+    SH_TAG_BATCH = 1,
+    SH_TAG_TOKENS = 2,
+    SH_TAG_CONTROL = 3,
+    SH_TAG_SHARD = 7, /* K/V rows of prompts, from who made them to who decodes */
+    SH_TAG_LANDED = 8 /* to rank 0: they are in place */
+} sh_link_tag;
 #define SH_LINK_MAX_BYTES ((size_t)1 << 40)
 
 typedef struct sh_link sh_link;
@@ -20,12 +26,14 @@ typedef struct sh_link_ops {
     const char *name;
     /* Starts sending; the bytes must stay until test says done. *req ≥ 0. At most SH_LINK_MAX_SENDS open. */
     sh_status (*send)(sh_link *l, int to, int tag, const void *p, size_t n, int *req);
-    /* Progress; *done when the request's buffer is free again (the request is then closed). */
+    /* Progress; *done when the request's buffer is free again, or filled (the request is then closed). */
     sh_status (*test)(sh_link *l, int req, bool *done);
     /* If a message with this tag from `from` (−1: anyone) waits or is arriving: its source and length. */
     sh_status (*probe)(sh_link *l, int from, int tag, bool *found, int *source, size_t *len);
     /* Receives the message just probed into p (len bytes); returns when it is whole. */
     sh_status (*recv)(sh_link *l, int from, int tag, void *p, size_t len);
+    /* The same without waiting: *req is open until test says that the message is whole in p. Counts as a send. */
+    sh_status (*recv_start)(sh_link *l, int from, int tag, void *p, size_t len, int *req);
     sh_status (*barrier)(sh_link *l); /* Collective; for start-up and tests only */
     void (*destroy)(sh_link **l);
 } sh_link_ops;

@@ -48,13 +48,19 @@ static sh_status type_for(size_t n, int *count, MPI_Datatype *type, bool *made) 
     return SH_OK;
 }
 
-static sh_status mpi_send(sh_link *base, int to, int tag, const void *p, size_t n, int *req) {
-    mpi_link *l = (mpi_link *)base;
-    if (to < 0 || to >= base->size) SH_FAIL(SH_EINPUT, "send to rank %d: ranks are 0 to %d", to, base->size - 1);
+static sh_status free_slot(const mpi_link *l, int *out) {
     int i = 0;
     while (i < SH_LINK_MAX_SENDS && l->open[i]) i++;
     if (i == SH_LINK_MAX_SENDS) SH_FAIL(SH_ELIMIT, "more than %d sends are open", SH_LINK_MAX_SENDS);
-    int count = 0;
+    *out = i;
+    return SH_OK;
+}
+
+static sh_status mpi_send(sh_link *base, int to, int tag, const void *p, size_t n, int *req) {
+    mpi_link *l = (mpi_link *)base;
+    if (to < 0 || to >= base->size) SH_FAIL(SH_EINPUT, "send to rank %d: ranks are 0 to %d", to, base->size - 1);
+    int i = 0, count = 0;
+    SH_TRY(free_slot(l, &i));
     bool made = false;
     MPI_Datatype type = MPI_BYTE;
     SH_TRY(type_for(n, &count, &type, &made));
@@ -94,17 +100,32 @@ static sh_status mpi_probe(sh_link *base, int from, int tag, bool *found, int *s
     return SH_OK;
 }
 
-static sh_status mpi_recv(sh_link *base, int from, int tag, void *p, size_t len) {
+static sh_status start_recv(const sh_link *base, int from, int tag, void *p, size_t len, MPI_Request *req) {
     if (from < 0 || from >= base->size)
         SH_FAIL(SH_EINPUT, "receive from rank %d: ranks are 0 to %d", from, base->size - 1);
-    int count = 0, flag = 0;
+    int count = 0;
     bool made = false;
     MPI_Datatype type = MPI_BYTE;
     SH_TRY(type_for(len, &count, &type, &made));
-    MPI_Request req;
-    int rc = MPI_Irecv(p, count, type, from, tag, MPI_COMM_WORLD, &req);
+    int rc = MPI_Irecv(p, count, type, from, tag, MPI_COMM_WORLD, req);
     if (made) MPI_Type_free(&type);
-    SH_TRY(check(rc, "MPI_Irecv"));
+    return check(rc, "MPI_Irecv");
+}
+
+static sh_status mpi_recv_start(sh_link *base, int from, int tag, void *p, size_t len, int *req) {
+    mpi_link *l = (mpi_link *)base;
+    int i = 0;
+    SH_TRY(free_slot(l, &i));
+    SH_TRY(start_recv(base, from, tag, p, len, &l->req[i]));
+    l->open[i] = true;
+    *req = i;
+    return SH_OK;
+}
+
+static sh_status mpi_recv(sh_link *base, int from, int tag, void *p, size_t len) {
+    int flag = 0;
+    MPI_Request req;
+    SH_TRY(start_recv(base, from, tag, p, len, &req));
     double since = sh_now();
     while (!flag) {
         SH_TRY(check(MPI_Test(&req, &flag, MPI_STATUS_IGNORE), "MPI_Test"));
@@ -137,6 +158,7 @@ static const sh_link_ops mpi_ops = {.name = "mpi",
                                     .test = mpi_test,
                                     .probe = mpi_probe,
                                     .recv = mpi_recv,
+                                    .recv_start = mpi_recv_start,
                                     .barrier = mpi_barrier,
                                     .destroy = mpi_destroy};
 

@@ -43,6 +43,10 @@ struct sh_stage {
     sh_buf encoded;    /* rank 0: its own descriptor */
     handout *handouts; /* rank 0: [SENDS][width − 1] */
     int next_handout;
+    handout prompts[SENDS]; /* rank 0: descriptors on their way to the first prefill rank */
+    int next_prompts;
+    sh_kv_sender *sender; /* a prefill stage */
+    sh_peers peers;
     sh_batch batch;   /* ranks above 0: the descriptor decoded */
     sh_token *tokens; /* rank 0: [max_rows] */
     uint64_t steps;
@@ -74,6 +78,10 @@ static size_t message_bytes(const sh_stage_options *o, int cut) {
 
 static sh_status create_model(sh_stage *s) {
     const sh_stage_options *o = &s->o;
+    if (o->root > 0) {
+        SH_TRY(sh_kv_sender_create(o->stream, &s->sender));
+        s->peers = (sh_peers){.ctx = s->sender, .kv_written = sh_kv_sender_written};
+    }
     sh_model_options m = {.mode = o->mode,
                           .kv_type = o->kv_type,
                           .first = o->first,
@@ -83,8 +91,9 @@ static sh_status create_model(sh_stage *s) {
                           .n_cpus = o->n_cpus,
                           .max_rows = sh_leader_max_rows(o->schedule),
                           .max_spans = o->schedule->max_seqs,
-                          .max_context = o->schedule->max_context};
-    memcpy(m.pages, o->schedule->pages, sizeof m.pages);
+                          .max_context = o->schedule->max_context,
+                          .peers = s->sender ? &s->peers : NULL};
+    memcpy(m.pages, s->sender ? o->schedule->prefill_pages : o->schedule->pages, sizeof m.pages);
     return sh_model_create(o->model_dir, o->config, &m, &s->model);
 }
 
@@ -116,6 +125,7 @@ static sh_status create_handouts(sh_stage *s) {
     if (!s->handouts) SH_FAIL(SH_EMEMORY, "no memory for %d descriptors", n);
     for (int i = 0; i < n; i++) s->handouts[i].req = -1;
     for (int i = 0; i < n; i++) SH_TRY(sh_buf_reserve(&s->handouts[i].encoded, s->descriptor_max));
+    for (int i = 0; i < SENDS && s->o.stream; i++) SH_TRY(sh_buf_reserve(&s->prompts[i].encoded, s->descriptor_max));
     return SH_OK;
 }
 
@@ -152,14 +162,15 @@ sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out) {
     if (!s) SH_FAIL(SH_EMEMORY, "no memory for a stage");
     s->o = *o;
     s->link = o->link;
-    s->stage = o->link->rank / o->width;
-    s->member = o->link->rank % o->width;
+    s->stage = (o->link->rank - o->root) / o->width;
+    s->member = (o->link->rank - o->root) % o->width;
     s->leads = o->link->rank == 0;
     s->is_last = s->stage == o->stages - 1;
-    s->samples = s->is_last && (o->lanes || s->member == 0);
+    s->samples = s->is_last && o->root == 0 && (o->lanes || s->member == 0);
+    for (int i = 0; i < SENDS; i++) s->prompts[i].req = -1;
     sh_status st = create_model(s);
     if (st == SH_OK) st = create_buffers(s);
-    if (st == SH_OK && s->is_last) st = create_hidden(s);
+    if (st == SH_OK && s->is_last && !s->sender) st = create_hidden(s);
     if (st == SH_OK && s->samples) st = create_sampler(s);
     if (st != SH_OK) {
         sh_stage_destroy(&s);
@@ -177,6 +188,7 @@ void sh_stage_destroy(sh_stage **p) {
         if (s->sends[i].block) sh_mem_free(s->sends[i].block, s->send_bytes);
     }
     for (int i = 0; s->handouts && i < SENDS * (s->o.width - 1); i++) sh_buf_release(&s->handouts[i].encoded);
+    for (int i = 0; i < SENDS; i++) sh_buf_release(&s->prompts[i].encoded);
     free(s->handouts);
     free(s->sends);
     free(s->tokens);
@@ -188,6 +200,7 @@ void sh_stage_destroy(sh_stage **p) {
     sh_sampler_destroy(&s->sampler);
     sh_tokenizer_destroy(&s->tokenizer);
     sh_model_destroy(&s->model);
+    sh_kv_sender_destroy(&s->sender);
     free(s);
     *p = NULL;
 }
@@ -210,7 +223,8 @@ static sh_status test_send(sh_stage *s, int *req) {
 sh_status sh_stage_progress(sh_stage *s) {
     for (int i = 0; i < s->n_sends; i++) SH_TRY(test_send(s, &s->sends[i].req));
     for (int i = 0; i < n_handouts(s); i++) SH_TRY(test_send(s, &s->handouts[i].req));
-    return SH_OK;
+    for (int i = 0; i < SENDS; i++) SH_TRY(test_send(s, &s->prompts[i].req));
+    return s->sender ? sh_kv_sender_progress(s->sender) : SH_OK;
 }
 
 bool sh_stage_has_room(const sh_stage *s) {
@@ -224,7 +238,9 @@ bool sh_stage_is_idle(const sh_stage *s) {
         if (s->sends[i].req >= 0) return false;
     for (int i = 0; i < n_handouts(s); i++)
         if (s->handouts[i].req >= 0) return false;
-    return true;
+    for (int i = 0; i < SENDS; i++)
+        if (s->prompts[i].req >= 0) return false;
+    return !s->sender || sh_kv_sender_is_idle(s->sender);
 }
 
 /* The next buffer in turn, once the stage after has taken what it held. */
@@ -303,6 +319,7 @@ static sh_status finish(sh_stage *s, const sh_batch *b, const void *in) {
 }
 
 static sh_status step(sh_stage *s, const sh_batch *b, const void *descriptor, size_t len, const void *in) {
+    if (s->sender) sh_kv_sender_begin(s->sender, sh_model_kv(s->model), b);
     SH_TRY(s->is_last ? finish(s, b, in) : forward_on(s, b, descriptor, len, in));
     s->steps++;
     return SH_OK;
@@ -333,6 +350,18 @@ sh_status sh_stage_lead(sh_stage *s, const sh_batch *batches) {
     sh_buf_clear(&s->encoded);
     if (!s->is_last) SH_TRY(encode(s, batches, &s->encoded));
     return step(s, batches, s->encoded.data, s->encoded.len, NULL);
+}
+
+bool sh_stage_has_room_for_prompts(const sh_stage *s) {
+    return s->prompts[s->next_prompts].req < 0;
+}
+
+sh_status sh_stage_send_prompts(sh_stage *s, const sh_batch *b) {
+    handout *h = &s->prompts[s->next_prompts];
+    s->next_prompts = (s->next_prompts + 1) % SENDS;
+    SH_TRY(encode(s, b, &h->encoded));
+    return s->link->ops->send(s->link, s->o.stages * s->o.width, SH_TAG_BATCH, h->encoded.data, h->encoded.len,
+                              &h->req);
 }
 
 sh_status sh_stage_receive(sh_stage *s, bool *got) {
@@ -403,11 +432,15 @@ sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *at, const
 }
 
 double sh_stage_exchange_seconds(const sh_stage *s) {
-    return s->exchange;
+    return s->exchange + (s->sender ? sh_kv_sender_seconds(s->sender) : 0);
 }
 
 uint64_t sh_stage_steps(const sh_stage *s) {
     return s->steps;
+}
+
+sh_kv_pool *sh_stage_kv(sh_stage *s) {
+    return sh_model_kv(s->model);
 }
 
 const sh_model *sh_stage_model(const sh_stage *s) {
