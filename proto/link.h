@@ -16,6 +16,7 @@ typedef enum sh_link_tag {
     SH_TAG_BATCH = 1,
     SH_TAG_TOKENS = 2,
     SH_TAG_CONTROL = 3,
+    SH_TAG_TENSOR = 5,
     SH_TAG_SHARD = 7, /* K/V rows of prompts, from who made them to who decodes */
     SH_TAG_LANDED = 8 /* to rank 0: they are in place */
 } sh_link_tag;

@@ -10,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/clock.h"
 #include "common/hash.h"
 #include "common/log.h"
 #include "worker/backoff.h"
@@ -104,7 +103,6 @@ struct sh_kv_sender {
     int next;
     const sh_kv_pool *pool;
     const sh_batch *batch;
-    double seconds;
 };
 
 static sh_status create_sends(sh_kv_sender *s) {
@@ -183,10 +181,6 @@ bool sh_kv_sender_is_idle(const sh_kv_sender *s) {
     return true;
 }
 
-double sh_kv_sender_seconds(const sh_kv_sender *s) {
-    return s->seconds;
-}
-
 static sh_status claim(sh_kv_sender *s, sending **out) {
     sending *to = &s->sends[s->next];
     SH_TRY(sh_kv_sender_progress(s));
@@ -224,13 +218,11 @@ static size_t write_message(const sh_kv_sender *s, int layer, uint8_t *block) {
 sh_status sh_kv_sender_written(void *sender, int layer) {
     sh_kv_sender *s = sender;
     sending *to = NULL;
-    double t0 = sh_now();
     SH_TRY(claim(s, &to));
     size_t n = write_message(s, layer, to->block);
     for (int d = 0; d < s->decode; d++)
         if (s->holds[(layer - s->first) * s->decode + d])
             SH_TRY(s->o.link->ops->send(s->o.link, d, SH_TAG_SHARD, to->block, n, &to->req[d]));
-    s->seconds += sh_now() - t0;
     return SH_OK;
 }
 

@@ -39,7 +39,6 @@ void sh_kv_sender_begin(sh_kv_sender *s, const sh_kv_pool *pool, const sh_batch 
 sh_status sh_kv_sender_written(void *sender, int layer);
 sh_status sh_kv_sender_progress(sh_kv_sender *s);
 bool sh_kv_sender_is_idle(const sh_kv_sender *s);
-double sh_kv_sender_seconds(const sh_kv_sender *s); /* copying, checksums and waiting */
 
 /* ---- on a rank that decodes ---------------------------------------------------------------------------------------
  */

@@ -2,7 +2,7 @@
 """SIGKILL at random moments, of any process or of all at once; the same command again until it ends; the rows must equal those of
 an undisturbed run, none missing, none twice, nothing left behind.
 
-usage: kill.py [--kills N] [--seed S] [--ranks N] [--model NAME]"""
+usage: kill.py [--kills N] [--seed S] [--ranks N] [--model NAME] [--options "--ep 2 --pp 2"]"""
 import argparse
 import os
 import random
@@ -36,11 +36,12 @@ def main():
     a.add_argument("--model", default="e2b-like")
     a.add_argument("--requests", type=int, default=60)
     a.add_argument("--tokens", type=int, default=96)
+    a.add_argument("--options", default="", help="of the run besides -n and --mode")
     a = a.parse_args()
     check, rnd = st.Checks(), random.Random(a.seed)
     with st.Scratch() as s:
         model, req = os.path.join(st.MODELS, a.model), requests(a.model, a.requests, a.tokens)
-        options = ["-n", a.ranks, "--mode", "exact"]
+        options = ["-n", a.ranks, "--mode", "exact", *a.options.split()]
         t0 = time.time()
         code, want, err = st.run(s, model, req, *options, name="want")
         took = time.time() - t0
