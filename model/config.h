@@ -111,6 +111,8 @@ int64_t sh_layer_params(const sh_config *c, int layer);
 /* Bytes of anonymous memory that sh_weights_load (weights.h) holds for layers [first, last): for budgets, before
  * loading. */
 size_t sh_weights_estimate(const sh_config *c, int first, int last);
+/* Of these, the bytes of one expert of one layer: a member that does not hold it has them less. */
+size_t sh_expert_bytes(const sh_config *c);
 /* The same for one of the members that divide a stage. */
 size_t sh_weights_estimate_share(const sh_config *c, sh_share s, int first, int last);
 /* The configuration as one of these members sees it: every layer as sh_share_layer says, the rest unchanged. Its KV

@@ -48,7 +48,9 @@ static void layout_attention(const sh_config *c, sh_share s, const sh_layer *l, 
     w->o = take_mixing(s, at, c->hidden, l->heads * l->head_dim, q);
 }
 
-static void layout_experts(const sh_config *c, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+static void layout_experts(const sh_weights *own, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+    const sh_config *c = own->config;
+    const sh_held_experts *held = &own->held;
     w->post_ff_norm_1 = take_vector(at, c->hidden);
     w->post_ff_norm_2 = take_vector(at, c->hidden);
     w->pre_ff_norm_2 = take_vector(at, c->hidden);
@@ -58,16 +60,18 @@ static void layout_experts(const sh_config *c, sh_layer_weights *w, sh_wmat *exp
     w->expert_gate_up = expert;
     w->expert_down = expert ? expert + c->experts : NULL;
     for (int e = 0; e < c->experts; e++) {
-        sh_wmat gate_up = take_matrix(at, 2 * c->expert_ff, c->hidden);
-        sh_wmat down = take_matrix(at, c->hidden, c->expert_ff);
+        bool here = !held->holds || held->holds(held->ctx, layer, e);
+        sh_wmat gate_up = here ? take_matrix(at, 2 * c->expert_ff, c->hidden) : (sh_wmat){0};
+        sh_wmat down = here ? take_matrix(at, c->hidden, c->expert_ff) : (sh_wmat){0};
         if (!expert) continue;
         expert[e] = gate_up;
         expert[c->experts + e] = down;
     }
 }
 
-static void layout_layer(const sh_config *c, sh_share s, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
-    const sh_layer *l = &c->layer[layer], mine = sh_share_layer(s, l);
+static void layout_layer(const sh_weights *own, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+    const sh_config *c = own->config;
+    const sh_layer *l = &c->layer[layer], mine = sh_share_layer(own->share, l);
     int ff = mine.ff;
     *w = (sh_layer_weights){.scalar = 1};
     w->input_norm = take_vector(at, c->hidden);
@@ -78,11 +82,11 @@ static void layout_layer(const sh_config *c, sh_share s, int layer, sh_layer_wei
     w->post_attn_norm = take_vector(at, c->hidden);
     w->pre_ff_norm = take_vector(at, c->hidden);
     w->post_ff_norm = take_vector(at, c->hidden);
-    layout_attention(c, s, l, w, at);
+    layout_attention(c, own->share, l, w, at);
     w->gate = take_matrix(at, ff, c->hidden);
     w->up = take_matrix(at, ff, c->hidden);
-    w->down = take_mixing(s, at, c->hidden, l->ff, ff);
-    if (l->moe) layout_experts(c, w, expert, at);
+    w->down = take_mixing(own->share, at, c->hidden, l->ff, ff);
+    if (l->moe) layout_experts(own, layer, w, expert, at);
     if (c->ple == 0) return;
     w->ple_gate = take_matrix(at, c->ple, c->hidden);
     w->ple_proj = take_matrix(at, c->hidden, c->ple);
@@ -96,7 +100,7 @@ size_t sh_weights_layout(sh_weights *w, sh_wmat *expert, void *base) {
     for (int i = w->first; i < w->last; i++) {
         sh_layer_weights scratch;
         size_t skip = (size_t)(i - w->first) * 2 * (size_t)c->experts;
-        layout_layer(c, w->share, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
+        layout_layer(w, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
     }
     if (c->ple) w->ple_norm = take_vector(&at, c->ple);
     if (sh_config_has_head(c, w->last)) {
@@ -110,6 +114,10 @@ size_t sh_weights_layout(sh_weights *w, sh_wmat *expert, void *base) {
 size_t sh_weights_table_bytes(const sh_config *c, int first, int last) {
     size_t n = (size_t)(last - first);
     return n * sizeof(sh_layer_weights) + n * 2 * (size_t)c->experts * sizeof(sh_wmat);
+}
+
+size_t sh_expert_bytes(const sh_config *c) {
+    return sh_wmat_bytes(2 * c->expert_ff, c->hidden) + sh_wmat_bytes(c->hidden, c->expert_ff);
 }
 
 size_t sh_weights_estimate_share(const sh_config *c, sh_share s, int first, int last) {

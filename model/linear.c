@@ -17,6 +17,7 @@
 #define PIECES_EACH  4 /* pieces per member to aim at */
 
 typedef struct product {
+    const sh_team *team;
     const sh_kernels *kn;
     int count, m, total; /* total: panels of all matrices */
     const sh_wmat *const *w;
@@ -48,7 +49,6 @@ static void share_run(void *arg, int member, int size) {
 
 static void pieces_run(void *arg, int member, int size) {
     product *p = arg;
-    (void)member;
     (void)size;
     for (;;) {
         int i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed);
@@ -56,6 +56,7 @@ static void pieces_run(void *arg, int member, int size) {
         int lo = i % p->across * p->panels, r0 = i / p->across * p->rows;
         run_part(p, lo, lo + p->panels < p->total ? lo + p->panels : p->total, r0,
                  r0 + p->rows < p->m ? r0 + p->rows : p->m);
+        sh_team_poll(p->team, member);
     }
 }
 
@@ -83,7 +84,7 @@ static void cut_runs(product *p, int members) {
 
 void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const float *x, size_t ldx,
                      int m, float *const *y, const size_t *ldy) {
-    product p = {.kn = kn, .count = count, .m = m, .w = w, .x = x, .ldx = ldx, .y = y, .ldy = ldy};
+    product p = {.team = t, .kn = kn, .count = count, .m = m, .w = w, .x = x, .ldx = ldx, .y = y, .ldy = ldy};
     for (int i = 0; i < count; i++) p.total += sh_wmat_panels(w[i]->n);
     if (m <= 0 || p.total == 0) return;
     int members = sh_team_size(t);
@@ -91,7 +92,7 @@ void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat 
         cut_runs(&p, members);
     else
         cut_pieces(&p, members);
-    sh_team_run(t, p.pieces > 0 && members > 1 ? pieces_run : share_run, &p);
+    sh_team_run(t, p.pieces > 0 && (members > 1 || sh_team_polls(t)) ? pieces_run : share_run, &p);
 }
 
 void sh_linear(sh_team *t, const sh_kernels *kn, const sh_wmat *w, const float *x, size_t ldx, int m, float *y,

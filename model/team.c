@@ -17,6 +17,8 @@
 struct sh_team {
     uint64_t id; /* unique within the process: tells a thread whether it is bound for this team */
     int threads, n_cpus;
+    void (*poll)(void *arg);
+    void *poll_arg;
     int cpus[];
 };
 
@@ -36,6 +38,7 @@ sh_status sh_team_create(int threads, const int *cpus, int n_cpus, sh_team **out
     t->id = atomic_fetch_add(&last_id, 1) + 1;
     t->threads = threads;
     t->n_cpus = n_cpus;
+    t->poll = NULL;
     if (n_cpus > 0) memcpy(t->cpus, cpus, (size_t)n_cpus * sizeof(int));
     *out = t;
     return SH_OK;
@@ -57,6 +60,20 @@ void sh_team_destroy(sh_team **t) {
 
 int sh_team_size(const sh_team *t) {
     return t->threads;
+}
+
+void sh_team_set_poll(sh_team *t, void (*fn)(void *arg), void *arg) {
+    t->poll = fn;
+    t->poll_arg = arg;
+}
+
+bool sh_team_polls(const sh_team *t) {
+    return t->poll != NULL;
+}
+
+/* Member 0 runs on the calling thread (sh_team_run). */
+void sh_team_poll(const sh_team *t, int member) {
+    if (member == 0 && t->poll) t->poll(t->poll_arg);
 }
 
 /* A refused binding (the CPU is outside this process's set) leaves the thread where it is: slower, never wrong. */

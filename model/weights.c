@@ -232,6 +232,7 @@ static sh_status want_fused(loader *l, int i, const sh_layer_weights *w) {
     SH_TRY(need(l, name_of(l, i, "experts.gate_up_proj"), 3, (const int64_t[]){e, 2 * n, h}, &gu));
     SH_TRY(need(l, name_of(l, i, "experts.down_proj"), 3, (const int64_t[]){e, h, n}, &down));
     for (int x = 0; w && x < c->experts; x++) {
+        if (!w->expert_down[x].data) continue; /* another member's */
         SH_TRY(add_job(
             l,
             (job){
@@ -247,6 +248,7 @@ static sh_status want_unfused(loader *l, int i, int x, const sh_layer_weights *w
     const sh_config *c = l->c;
     char part[64];
     const sh_tensor *gate = NULL, *up = NULL;
+    if (w && !w->expert_down[x].data) w = NULL; /* another member's: only checked */
     snprintf(part, sizeof part, "experts.%d.down_proj", x);
     SH_TRY(want_matrix(l, i, part, c->hidden, c->expert_ff, w ? &w->expert_down[x] : NULL));
     snprintf(part, sizeof part, "experts.%d.gate_up_proj", x);
@@ -629,11 +631,18 @@ static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t,
 
 sh_status sh_weights_load(const char *model_dir, const sh_config *c, sh_share share, int first, int last, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out) {
+    return sh_weights_load_held(model_dir, c, share, NULL, first, last, team, progress, arg, out);
+}
+
+sh_status sh_weights_load_held(const char *model_dir, const sh_config *c, sh_share share, const sh_held_experts *held,
+                               int first, int last, sh_team *team,
+                               void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out) {
     if (first < 0 || first >= last || last > c->n_layers)
         SH_FAIL(SH_EINPUT, "layers %d to %d: the model has %d layers", first, last, c->n_layers);
     sh_weights *w = calloc(1, sizeof *w);
     if (!w) SH_FAIL(SH_EMEMORY, "weights: no memory");
     *w = (sh_weights){.config = c, .share = share, .first = first, .last = last};
+    if (held) w->held = *held;
     loader l = {.dir = model_dir, .c = c, .w = w};
     sh_status st = load(&l, team, progress, arg);
     free(l.used);

@@ -6,6 +6,7 @@
 #ifndef SH_MODEL_WEIGHTS_H
 #define SH_MODEL_WEIGHTS_H
 
+#include <stdbool.h>
 #include "model/config.h"
 #include "model/kernels/kernels.h"
 #include "model/team.h"
@@ -21,8 +22,8 @@ typedef struct sh_layer_weights {
     const float *post_ff_norm_1, *post_ff_norm_2, *pre_ff_norm_2;
     const float *router_scale, *expert_scale; /* [hidden], [experts] */
     sh_wmat router;                           /* [experts, hidden] */
-    const sh_wmat *expert_gate_up;            /* experts × [2·expert_ff, hidden]: gate rows first */
-    const sh_wmat *expert_down;               /* experts × [hidden, expert_ff] */
+    const sh_wmat *expert_gate_up; /* experts × [2·expert_ff, hidden]: gate rows first; data NULL: not held */
+    const sh_wmat *expert_down;    /* experts × [hidden, expert_ff]; the same */
     /* per-layer embedding */
     sh_wmat ple_gate, ple_proj; /* [P, hidden], [hidden, P] */
     sh_wmat ple_model_proj;     /* this layer's rows of per_layer_model_projection: [P, hidden] */
@@ -30,9 +31,16 @@ typedef struct sh_layer_weights {
     float scalar; /* layer_scalar, 1 when absent */
 } sh_layer_weights;
 
+/* Which experts a member of a stage holds. */
+typedef struct sh_held_experts {
+    bool (*holds)(const void *ctx, int layer, int expert); /* NULL: every expert */
+    const void *ctx;
+} sh_held_experts;
+
 typedef struct sh_weights {
     const sh_config *config; /* borrowed; of the whole model */
     sh_share share;          /* what of each layer is here */
+    sh_held_experts held;
     int first, last;         /* layers [first, last) */
     sh_layer_weights *layer; /* [last − first] */
     const float *ple_norm;   /* [P] */
@@ -50,6 +58,10 @@ typedef struct sh_weights {
  * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */
 sh_status sh_weights_load(const char *model_dir, const sh_config *c, sh_share share, int first, int last, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
+/* The same, but of the experts only those that are held are read. held NULL: all. */
+sh_status sh_weights_load_held(const char *model_dir, const sh_config *c, sh_share share, const sh_held_experts *held,
+                               int first, int last, sh_team *team,
+                               void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
 /* Resolves and checks every tensor of an open checkpoint against config.json, from headers alone: what sh_weights_load
  * does first. model_dir is for messages. */
 struct sh_tensors;

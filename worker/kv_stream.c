@@ -20,6 +20,7 @@ enum { SENDS = 4, RECEIVES = 3 };
 
 #define ENVELOPE_MAGIC 0x31564b53u /* "SKV1" */
 #define WORD_MAGIC     0x31444c53u /* "SLD1" */
+#define TAG_WORD       sh_link_channel(SH_TAG_SHARD, 1)
 
 typedef struct envelope {
     uint32_t magic, shards;
@@ -357,7 +358,7 @@ static sh_status start_receive(sh_kv_receiver *r, message *m, bool *worked) {
         if (!found) continue;
         if (m->len > r->block_bytes)
             SH_FAIL(SH_EPEER, "K/V message of %zu bytes from rank %d: room is %zu", m->len, s->rank, r->block_bytes);
-        SH_TRY(r->o.link->ops->recv_start(r->o.link, s->rank, SH_TAG_SHARD, m->block, m->len, &m->req));
+        SH_TRY(r->o.link->ops->accept(r->o.link, s->rank, SH_TAG_SHARD, m->block, m->len, &m->req));
         m->state = COMING;
         m->from = s->rank;
         m->layer = s->layer[s->next];
@@ -384,7 +385,7 @@ static sh_status say(sh_kv_receiver *r, uint64_t step, bool ok) {
     }
     r->next_say = (r->next_say + 1) % (r->depth + 1);
     s->word = (word){.magic = WORD_MAGIC, .ok = ok, .step = step};
-    if (l->rank > 0) return l->ops->send(l, 0, SH_TAG_LANDED, &s->word, sizeof s->word, &s->req);
+    if (l->rank > 0) return l->ops->send(l, 0, TAG_WORD, &s->word, sizeof s->word, &s->req);
     r->unheard++;
     return SH_OK;
 }
@@ -497,11 +498,11 @@ sh_status sh_kv_receiver_landed(sh_kv_receiver *r, bool *got, uint64_t *step, bo
         w = r->says[(r->next_say + r->depth + 1 - r->unheard) % (r->depth + 1)].word;
         r->unheard--;
     } else {
-        SH_TRY(l->ops->probe(l, -1, SH_TAG_LANDED, got, &from, &len));
+        SH_TRY(l->ops->probe(l, -1, TAG_WORD, got, &from, &len));
         if (!*got) return SH_OK;
         if (len != sizeof w)
             SH_FAIL(SH_EPEER, "word of %zu bytes from rank %d: %zu were expected", len, from, sizeof w);
-        SH_TRY(l->ops->recv(l, from, SH_TAG_LANDED, &w, len));
+        SH_TRY(l->ops->recv(l, from, TAG_WORD, &w, len));
     }
     if (w.magic != WORD_MAGIC || w.ok > 1) SH_FAIL(SH_EPEER, "word %08x from rank %d: no such word", w.magic, from);
     *step = w.step;
