@@ -249,6 +249,11 @@ static void join_rows(void *arg, int lo, int hi) {
     }
 }
 
+static void count_chosen(sh_model *m, int layer, const int32_t *ids, int n) {
+    uint64_t *to = m->chosen + (size_t)(layer - m->options.first) * (size_t)m->config.experts;
+    for (int i = 0; i < n * m->config.top_k; i++) to[ids[i]]++;
+}
+
 /* Rows leave for their experts. */
 static sh_status experts_begin(sh_model *m, int slot) {
     const sh_part *p = &m->part[slot];
@@ -256,6 +261,7 @@ static sh_status experts_begin(sh_model *m, int slot) {
     book(m, &m->times.other);
     SH_TRY(sh_moe_begin(m->moe, slot, p->layer, weights_of(m, p->layer), row(m->x, p->row0, m->config.hidden), p->n));
     book(m, &m->times.experts);
+    count_chosen(m, p->layer, sh_moe_ids(m->moe, slot), p->n);
     if (m->probe.router && p->n > 0)
         m->probe.router(m->probe.arg, p->layer, sh_moe_ids(m->moe, slot), sh_moe_weights(m->moe, slot), p->n,
                         m->config.top_k);

@@ -67,6 +67,10 @@ typedef struct sh_model_times {
     double weights, attention, experts, other, exchange; /* exchange: what peers do */
 } sh_model_times;
 sh_model_times sh_model_time(const sh_model *m);
+/* How often rows here chose each expert, since creation: [layers here, experts]; NULL: no experts. */
+const uint64_t *sh_model_chosen(const sh_model *m);
+/* Rows that experts here computed since creation, a row once per expert, other members' rows included. */
+uint64_t sh_model_expert_rows(const sh_model *m);
 const sh_kernels *sh_model_kernels(const sh_model *m);
 sh_team *sh_model_team(sh_model *m);
 size_t sh_model_weight_bytes(const sh_model *m);

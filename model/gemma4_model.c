@@ -85,6 +85,9 @@ static sh_status create_scratch(sh_model *m) {
     m->all = gathers ? sh_arena_take(a, all * f) : NULL;
     m->own = gathers ? sh_arena_take(a, own * f) : NULL;
     if (!w.moe) return SH_OK;
+    size_t counts = (size_t)(m->options.last - m->options.first) * (size_t)m->config.experts;
+    m->chosen = calloc(counts, sizeof *m->chosen);
+    if (!m->chosen) SH_FAIL(SH_EMEMORY, "model: no memory for %zu counts", counts);
     return sh_moe_create(&m->config, m->options.mode, m->part_rows, m->team, m->kn, m->experts, &m->moe);
 }
 
@@ -155,6 +158,7 @@ void sh_model_destroy(sh_model **mp) {
     sh_model *m = *mp;
     if (!m) return;
     sh_moe_destroy(&m->moe);
+    free(m->chosen);
     sh_attention_destroy(&m->attention);
     for (int i = 0; i < m->n_ropes; i++) sh_rope_release(&m->ropes[i]);
     free(m->ropes);
@@ -176,6 +180,14 @@ sh_model_times sh_model_time(const sh_model *m) {
 
 sh_range sh_model_ids(const sh_model *m) {
     return sh_share_range(m->options.share, m->config.vocab, SH_SHARE_VOCAB);
+}
+
+const uint64_t *sh_model_chosen(const sh_model *m) {
+    return m->chosen;
+}
+
+uint64_t sh_model_expert_rows(const sh_model *m) {
+    return m->moe ? sh_moe_computed(m->moe) : 0;
 }
 
 const sh_kernels *sh_model_kernels(const sh_model *m) {

@@ -28,6 +28,7 @@ struct sh_model {
     sh_kv_pool *kv;
     sh_attention *attention;
     sh_moe *moe;                    /* NULL: no layer has experts */
+    uint64_t *chosen;               /* [layers here, experts]; NULL: the same */
     const sh_expert_peers *experts; /* NULL: every expert is here */
     sh_rope *ropes;                 /* one per kind of rotation */
     int n_ropes;

@@ -45,7 +45,7 @@ typedef struct sh_expert_peers {
 } sh_expert_peers;
 
 /* What the members of a stage gather or add up in a layer. */
-typedef enum sh_joint { SH_JOINT_HEADS, SH_JOINT_O, SH_JOINT_FF, SH_JOINT_DOWN, SH_JOINT_LOGITS } sh_joint;
+typedef enum sh_joint { SH_JOINT_HEADS, SH_JOINT_O, SH_JOINT_FF, SH_JOINT_DOWN } sh_joint;
 
 typedef struct sh_peers {
     void *ctx;

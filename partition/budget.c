@@ -1,6 +1,8 @@
 /* From bytes to KV pages, and what a rank needs. See plan.h and docs/decisions/0006-plan-and-kv-budget.md. */
 #include "partition/plan.h"
 
+#include <string.h>
+
 #include <stdlib.h>
 
 #define PAGE_TOKENS  32   /* SH_PAGE_TOKENS of model/batch.h, which this folder does not see; plan_test compares them */
@@ -228,6 +230,32 @@ static uint64_t stream_bytes(const sh_config *c, const Shoal__Plan *p) {
     return 4 * ((uint64_t)p->chunk * (widest + 64) + 512 * (uint64_t)p->max_seqs);
 }
 
+/* Experts of all layers that a rank does not hold, in bytes of weights; *most gets the most that it holds in a layer.
+ */
+static uint64_t absent_bytes(const sh_config *c, const Shoal__Plan *p, int rank, uint64_t *most) {
+    uint64_t absent = 0;
+    *most = 0;
+    for (int layer = p->rank[rank]->first; layer < p->rank[rank]->last; layer++) {
+        uint64_t held = 0;
+        for (int e = 0; c->layer[layer].moe && e < c->experts; e++) held += sh_plan_holds(p, rank, layer, e);
+        if (c->layer[layer].moe) absent += (uint64_t)c->experts - held;
+        if (held > *most) *most = held;
+    }
+    return absent * sh_expert_bytes(c);
+}
+
+/* What the members of a stage that divides experts send each other (worker/experts.c), and the experts' scratch
+ * (model/moe.c): two parts of a step, each with everybody's rows. */
+static uint64_t expert_exchange_bytes(const sh_config *c, const Shoal__Plan *p, uint64_t rows, uint64_t held) {
+    if (p->ep <= 1) return 0;
+    uint64_t part = (uint64_t)sh_expert_part_rows((int)rows, p->ep), k = (uint64_t)c->top_k, h = (uint64_t)c->hidden;
+    uint64_t others = (uint64_t)p->ep - 1, row = h * (strcmp(p->mode, "exact") == 0 ? 4 : 2);
+    uint64_t theirs = part * (k < held ? k : held), copies = others < k ? others : k;
+    uint64_t of_slot = others * (part * row + theirs * (row + 4)) + part * copies * row + 2 * part * k * (row + 16);
+    uint64_t scratch = 2 * part * k * (h + 2 * (uint64_t)c->expert_ff) * 4 + part * k * (others + 1) * 8;
+    return 2 * of_slot + scratch;
+}
+
 sh_plan_memory sh_plan_rank_memory(const sh_config *config, const Shoal__Plan *p, int rank) {
     sh_share share = sh_plan_share(p, rank);
     sh_config whole, mine, *all = &whole, *c = &mine;
@@ -236,12 +264,14 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *config, const Shoal__Plan *p
     int first = p->rank[rank]->first, last = p->rank[rank]->last;
     uint64_t seqs = (uint64_t)p->max_seqs, rows = seqs + (uint64_t)p->chunk, context = (uint64_t)p->max_context;
     uint64_t threads = p->threads ? (uint64_t)p->threads : 16, vocab = (uint64_t)c->vocab;
-    sh_plan_memory m = {.weights = sh_weights_estimate_share(all, share, first, last)};
+    uint64_t held, absent = absent_bytes(all, p, rank, &held);
+    sh_plan_memory m = {.weights = sh_weights_estimate_share(all, share, first, last) - absent};
     m.scratch = rows * 4 * row_floats(c, first, last) + rope_bytes(c, context);
     m.scratch += threads * 8192 * widest_head(c); /* attention: blocks of rows, keys and partial sums */
     m.scratch += 4 * (MIB + seqs * 1024 + rows * 8 + context * 4); /* descriptors of micro-batches */
     m.scratch += stream_bytes(c, p);
     m.scratch += exchange_bytes(all, share, first, last, rows);
+    m.scratch += expert_exchange_bytes(all, p, rows, held);
     m.scratch += block_bytes(c, first, rows) + 4 * block_bytes(c, last, rows); /* in, and out until sent */
     if (sh_config_has_head(c, last))
         m.scratch += 64 * vocab + 512 * vocab + seqs * context * 4; /* logits, tokenizer, scored prompts */

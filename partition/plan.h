@@ -19,11 +19,13 @@ typedef struct sh_plan_request {
     const char *cuts; /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
     sh_mode mode;
     sh_kv_type kv;
-    int threads;        /* per rank; 0: the rank's CPU set */
-    int max_seqs;       /* 0: 32 per stage, at most 256 */
-    int chunk;          /* 0: 512 */
-    int max_context;    /* 0: the model's */
-    uint64_t kv_memory; /* bytes per rank; 0: what is left */
+    int threads;                      /* per rank; 0: the rank's CPU set */
+    int max_seqs;                     /* 0: 32 per stage, at most 256 */
+    int chunk;                        /* 0: 512 */
+    int max_context;                  /* 0: the model's */
+    uint64_t kv_memory;               /* bytes per rank; 0: what is left */
+    const struct sh_routing *routing; /* with ep: experts are placed by these counts; NULL: in even shares */
+    uint64_t replicate;               /* bytes per rank for copies of hot experts */
 } sh_plan_request;
 
 /* How the ranks of a group stand: rank s·width + m is member m of stage s; behind those, ranks that make the K/V of
@@ -46,6 +48,8 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
 void sh_plan_free(Shoal__Plan **p); /* also what protobuf unpacked */
 /* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
+/* Whether a rank computes an expert of one of its layers: every one where ep is 1. */
+bool sh_plan_holds(const Shoal__Plan *p, int rank, int layer, int expert);
 /* "pipeline of 4 stages: layers 0-1 | 2-3 | 4 | 5 + head" */
 sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out);
 /* First layers of stages 1 … ranks−1, in cut[] (below kv_end where that is set), such that the dearest stage is as

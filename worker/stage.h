@@ -11,6 +11,8 @@
 #include "model/gemma4.h"
 #include "model/sampler.h"
 #include "proto/link.h"
+#include "proto/group.pb-c.h"
+#include "worker/experts.h"
 #include "worker/kv_stream.h"
 
 typedef struct sh_stage sh_stage;
@@ -28,6 +30,7 @@ typedef struct sh_stage_options {
     int stages, width;                 /* rank r is member r % width of stage r / width */
     bool lanes;                        /* each member has micro-batches of its own; else all have the same */
     sh_share share;                    /* parts > 1: the members divide heads, columns and vocabulary */
+    const Shoal__Plan *plan;           /* borrowed; with lanes: which member holds which experts */
     sh_link *link;                     /* borrowed */
     /* With ranks that make the K/V of prompts (worker/kv_stream.h); else NULL. root is the rank of the first stage: 0,
      * or the first of those ranks, whose stages have a config with kv_end. */
@@ -62,7 +65,8 @@ sh_status sh_stage_serve(sh_stage *s);
 sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *step, const sh_token **tokens, int *n);
 
 double sh_stage_exchange_seconds(const sh_stage *s); /* in and around the link, waiting for the next stage included */
-uint64_t sh_stage_steps(const sh_stage *s);          /* micro-batches finished */
+sh_experts_times sh_stage_experts_time(const sh_stage *s); /* zeros where experts are not divided */
+uint64_t sh_stage_steps(const sh_stage *s);                /* micro-batches finished */
 sh_kv_pool *sh_stage_kv(sh_stage *s);
 const sh_model *sh_stage_model(const sh_stage *s);
 

@@ -86,6 +86,9 @@ def main():
                 for c in range(1, n_layers):
                     same(f"cut {c}", "-n", 2, "--launcher", "local", "--cuts", c)
                 same("a layer per rank", "-n", n_layers, "--launcher", "local")
+            for pp, tp in ((1, 2), (1, 4), (2, 2)) + (((1, 8), (3, 4)) if a.long and name == "31b-like" else ()):
+                same(f"{pp} stages of {tp} local ranks by heads", "--pp", pp, "--tp", tp, "--launcher", "local", "--chunk", 9 * tp)
+            same("2 stages of 2 MPI ranks by heads", "--pp", 2, "--tp", 2) if first or a.long else None
             for m in ((1, 2, 7, 16, 40) if first else (1, 40)):
                 same(f"--max-seqs {m}", "-n", 1, "--max-seqs", m)
             for c in (1, 7, 64):

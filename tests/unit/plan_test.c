@@ -308,6 +308,35 @@ static void test_rank_budget(void) {
     sh_plan_free(&p);
 }
 
+/* Members that divide heads: a quarter of the weights each, and pages a quarter as large. */
+static void test_tensor_budget(void) {
+    sh_plan_request r = {.ranks = 1, .mode = SH_MODE_BF16, .kv = SH_KV_BF16}, r4 = r;
+    Shoal__Plan *one = NULL, *four = NULL;
+    r4.ranks = r4.tp = 4;
+    CU_ASSERT_EQUAL_FATAL(sh_plan_make(&b31, &r, &one), SH_OK);
+    r4.max_seqs = one->max_seqs;
+    CU_ASSERT_EQUAL_FATAL(sh_plan_make(&b31, &r4, &four), SH_OK);
+    sh_plan_memory whole = sh_plan_rank_memory(&b31, one, 0);
+    for (int i = 0; i < 4; i++) {
+        sh_plan_memory part = sh_plan_rank_memory(&b31, four, i);
+        CU_ASSERT_TRUE(part.weights >= whole.weights / 4 && part.weights < whole.weights / 4 + whole.weights / 50);
+        CU_ASSERT_TRUE(part.scratch > whole.scratch / 4 && part.scratch < 2 * whole.scratch);
+        CU_ASSERT_EQUAL(sh_plan_share(four, i).part, i);
+        CU_ASSERT_EQUAL(sh_plan_share(four, i).parts, 4);
+    }
+    sh_kv_limits l;
+    sh_kv_plan kv1, kv4;
+    const uint64_t all[] = {16384 * MIB}, each[] = {4096 * MIB, 4096 * MIB, 4096 * MIB, 4096 * MIB};
+    CU_ASSERT_EQUAL_FATAL(sh_plan_kv_limits(one, &l), SH_OK);
+    CU_ASSERT_EQUAL(sh_plan_kv_group(&b31, &l, one, all, &kv1), SH_OK);
+    CU_ASSERT_EQUAL(sh_plan_kv_group(&b31, &l, four, each, &kv4), SH_OK);
+    CU_ASSERT_EQUAL(kv1.pages[SH_KV_GLOBAL], kv4.pages[SH_KV_GLOBAL]);
+    CU_ASSERT_EQUAL(kv1.pages[SH_KV_SLIDING], kv4.pages[SH_KV_SLIDING]);
+    CU_ASSERT_EQUAL(sh_plan_share(one, 0).parts, 0);
+    sh_plan_free(&one);
+    sh_plan_free(&four);
+}
+
 int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("plan", load, NULL);
@@ -321,6 +350,7 @@ int main(void) {
     CU_add_test(s, "kv example", test_kv_example);
     CU_add_test(s, "kv of a group", test_kv_group);
     CU_add_test(s, "rank budget", test_rank_budget);
+    CU_add_test(s, "budget of a member by heads", test_tensor_budget);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures() + (CU_get_number_of_suites_failed() != 0);
     CU_cleanup_registry();
