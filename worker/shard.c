@@ -69,7 +69,7 @@ static uint64_t checksum(const uint8_t *p, const header *h) {
     plain.checksum = 0;
     uint64_t sum = sh_hash64(0, &plain, sizeof plain);
     sum = sh_hash64(sum, p + sizeof plain, h->header_bytes - sizeof plain);
-    return sh_hash64(sum, p + h->header_bytes, h->payload_bytes);
+    return sh_hash64_long(sum, p + h->header_bytes, h->payload_bytes);
 }
 
 void sh_shard_seal(void *shard) {
