@@ -18,6 +18,7 @@
 #include "cli/hosts.h"
 #include "cli/input.h"
 #include "cli/options.h"
+#include "cli/planuse.h"
 #include "cli/session.h"
 #include "common/clock.h"
 #include "common/file.h"
@@ -197,6 +198,7 @@ static sh_status check_output(run *r) {
 /* The coordinator makes the same plan; what is wrong with it is better said before anything is started. */
 static sh_status check_plan(const run *r, const sh_config *config) {
     sh_plan_request q;
+    if (r->shared.plan) return SH_OK; /* read and checked already */
     sh_options_plan(&r->shared, r->ranks, &q);
     Shoal__Plan *plan = NULL;
     SH_CLEANUP(sh_routing_destroy) sh_routing *routing = NULL;
@@ -233,6 +235,9 @@ static sh_status choose_ranks(run *r, int numa) {
 static sh_status check_ranks(run *r) {
     static sh_config config; /* a large table */
     SH_TRY(sh_config_load(r->model, &config));
+    Shoal__Plan *plan = NULL;
+    SH_TRY(sh_plan_use(&r->shared, &config, &plan));
+    sh_plan_free(&plan);
     r->ranks = sh_options_ranks(&r->shared);
     static sh_machine machine;
     SH_TRY(sh_machine_read(NULL, &machine));

@@ -48,6 +48,13 @@ static void book(sh_model *m, double *cause) {
     m->mark = now;
 }
 
+/* Books the time that was spent waiting for who shares positions out; the rest is of another cause. */
+static void book_waiting(sh_model *m) {
+    double waited = m->spread ? sh_spread_waited(m->spread) : 0;
+    m->times.exchange += waited;
+    m->mark += waited;
+}
+
 /* y [n, w->n] = x [n, w->k] · wᵀ */
 static void project(sh_model *m, const sh_wmat *w, const float *x, int n, float *y) {
     book(m, &m->times.other);
@@ -164,7 +171,10 @@ static void heads_of_row(const row_job *j, int r, const sh_attn_rows *s) {
         kn->rmsnorm(k, k, j->w->k_norm, hd, m->config.eps);
         sh_rope_apply(rope, kn, k, pos);
     }
-    sh_kv_write(m->kv, kn, j->layer, s->span, pos - s->span->pos, l->k_eq_v ? NULL : k_row, v_row);
+    if (m->spread)
+        sh_spread_put(m->spread, j->layer, r, k_row, v_row);
+    else
+        sh_kv_write(m->kv, kn, j->layer, s->span, pos - s->span->pos, l->k_eq_v ? NULL : k_row, v_row);
 }
 
 static void heads_rows(void *arg, int lo, int hi) {
@@ -206,12 +216,25 @@ static sh_status heads_block(sh_model *m, const sh_part *p) {
     return SH_OK;
 }
 
+/* q = softmax(q · k) v over all positions, wherever their K/V are stored. */
+static sh_status attend(sh_model *m, int layer) {
+    const sh_layer *l = &m->config.layer[layer];
+    const float *k_norm = weights_of(m, layer)->k_norm;
+    const sh_rope *rope = rope_of(m, layer);
+    if (m->spread)
+        SH_TRY(sh_spread_attend(m->spread, layer, k_norm, rope, m->part_spans, m->n_part_spans, m->q));
+    else
+        sh_attention_run(m->attention, m->kv, l, k_norm, rope, m->part_spans, m->n_part_spans, m->q);
+    book_waiting(m);
+    book(m, &m->times.attention);
+    return SH_OK;
+}
+
 static sh_status attention_block(sh_model *m, const sh_part *p) {
     const sh_layer *l = &m->config.layer[p->layer];
     const sh_layer_weights *w = weights_of(m, p->layer);
     float *x = row(m->x, p->row0, m->config.hidden);
-    sh_attention_run(m->attention, m->kv, l, w->k_norm, rope_of(m, p->layer), m->part_spans, m->n_part_spans, m->q);
-    book(m, &m->times.attention);
+    SH_TRY(attend(m, p->layer));
     int all = m->whole.layer[p->layer].heads * l->head_dim;
     SH_TRY(mix(m, p->layer, SH_JOINT_HEADS, SH_JOINT_O, &w->o, m->q, p->n, all, l->head_dim, m->h));
     residual(m, x, m->h, w->post_attn_norm, p->n);
@@ -408,7 +431,7 @@ static void begin_step(sh_model *m, const sh_batch *b, const void *in) {
         if (b->spans[i].pos + b->spans[i].rows > end) end = b->spans[i].pos + b->spans[i].rows;
     for (int i = 0; i < m->n_ropes; i++) sh_rope_reach(&m->ropes[i], m->kn, end);
     sh_model_view(m, false);
-    if (b->n_rows > 0) memcpy(m->ids, b->ids, (size_t)b->n_rows * sizeof *m->ids);
+    if (m->n > 0) memcpy(m->ids, b->ids + m->lo, (size_t)m->n * sizeof *m->ids);
     if (m->options.first == 0) {
         row_job j = {.m = m};
         sh_row_loop_run(m->team, m->n, (size_t)m->config.hidden, embed_rows, &j);
@@ -431,10 +454,13 @@ sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void 
     }
     SH_TRY(settle(m));
     if (m->options.last >= m->config.first_shared) sh_model_keep(m);
-    if (sh_config_has_head(&m->config, m->options.last))
-        norm(m, m->x, m->weights->final_norm, m->n, out);
-    else if (m->options.last != m->config.kv_end)
+    if (sh_config_has_head(&m->config, m->options.last)) {
+        norm(m, m->x, m->weights->final_norm, m->n, m->spread ? m->h : out);
+        if (m->spread) SH_TRY(sh_spread_gather(m->spread, m->h, m->config.hidden, out));
+        book_waiting(m);
+    } else if (m->options.last != m->config.kv_end) {
         sh_model_send(m, in, out);
+    }
     book(m, &m->times.other);
     return SH_OK;
 }

@@ -33,6 +33,8 @@ typedef struct sh_leader_options {
     int window;                         /* widest window of the sliding layers; 0 when there are none */
     bool kind[SH_KV_KINDS];             /* kinds that the model's layers use */
     int32_t pages[SH_KV_KINDS];         /* the pool: the smallest stage's */
+    int members;                        /* of a stage that share positions out (model/owner.h): each has a pool of
+                                           global pages of that size, and all have the same sliding ones. 0: 1 */
     int prefill;                        /* stages that make the K/V of prompts; 0: none, the others do it */
     int confirms;                       /* ranks that take such rows and say so */
     int32_t prefill_pages[SH_KV_KINDS]; /* the pool of those stages */
@@ -53,7 +55,7 @@ int32_t sh_leader_capacity(const sh_leader_options *o);
 /* Tokens of KV of all sequences together: of the kind whose pages stay (global), or of the sliding kind when there is
  * no other. */
 int64_t sh_leader_total(const sh_leader_options *o);
-/* Pages of a kind that a sequence of n tokens holds at most at any time. */
+/* Pages of a kind that a sequence of n tokens holds at most at any time in one pool. */
 int32_t sh_leader_peak(const sh_leader_options *o, sh_kv_kind kind, int32_t n);
 
 typedef struct sh_leader sh_leader;
@@ -85,7 +87,7 @@ sh_status sh_leader_confirm(sh_leader *l, uint64_t step, bool ok);
 typedef struct sh_leader_state {
     int running, waiting, in_flight;
     int prompts_out; /* micro-batches in the prefill pipeline, or not yet confirmed */
-    int64_t kv_free; /* tokens' worth of open pages: the scarcer kind */
+    int64_t kv_free; /* tokens' worth of open pages: of the global kind where there is one, over all members */
     uint64_t pauses; /* sequences paused for want of pages, since creation */
     uint64_t redone; /* times that rows of a prompt were made again */
     int32_t free[SH_KV_KINDS], prefill_free[SH_KV_KINDS];

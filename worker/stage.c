@@ -12,8 +12,10 @@
 #include <string.h>
 
 #include "common/clock.h"
+#include "model/spread.h"
 #include "partition/plan.h"
 #include "worker/backoff.h"
+#include "worker/context.h"
 #include "worker/tensor.h"
 #include "worker/tokens.h"
 #include "worker/vocabulary.h"
@@ -39,7 +41,10 @@ struct sh_stage {
     bool leads, is_last, samples; /* rank 0; last stage; a member of it that samples */
     sh_config part;               /* the model as this member sees it (o.share) */
     sh_tensor_link *tensor;
-    sh_experts *experts; /* with lanes: what the members of this stage send each other */
+    sh_experts *experts;  /* where members are lanes: what they send each other */
+    sh_context *context;  /* where they share positions out */
+    sh_kv_sender *sender; /* a stage that makes the K/V of prompts */
+    sh_peers peers;       /* of these three */
     sh_model *model;
     size_t descriptor_max, recv_bytes, send_bytes;
     uint8_t *recv;   /* from the rank before; rank 0: answers of the last stage */
@@ -51,10 +56,8 @@ struct sh_stage {
     int next_handout;
     handout prompts[SENDS]; /* rank 0: descriptors on their way to the first prefill rank */
     int next_prompts;
-    sh_kv_sender *sender; /* a stage that makes the K/V of prompts */
-    sh_peers peers;       /* where there are experts of others, or a sender */
-    sh_batch batch;       /* ranks above 0: the descriptor decoded */
-    sh_token *tokens;     /* rank 0: [max_rows] */
+    sh_batch batch;   /* ranks above 0: the descriptor decoded */
+    sh_token *tokens; /* rank 0: [max_rows] */
     uint64_t steps;
     double exchange; /* seconds */
     /* last stage */
@@ -112,6 +115,15 @@ static sh_status create_sender(sh_stage *s) {
     return SH_OK;
 }
 
+static sh_status create_context(sh_stage *s) {
+    const sh_stage_options *o = &s->o;
+    size_t bytes =
+        sh_spread_message_bytes(o->config, o->kv_type, o->first, o->last, sh_leader_max_rows(o->schedule), o->width);
+    SH_TRY(sh_context_create(o->link, s->stage * o->width, o->width, bytes, &s->context));
+    s->peers.context = sh_context_table(s->context);
+    return SH_OK;
+}
+
 static sh_status create_peers(sh_stage *s) {
     const sh_stage_options *o = &s->o;
     sh_tensor_options t = {.link = o->link,
@@ -122,7 +134,8 @@ static sh_status create_peers(sh_stage *s) {
     sh_config_share(o->config, o->share, &s->part);
     if (o->lanes && o->width > 1) return create_experts(s);
     if (o->share.parts > 1) return sh_tensor_link_create(&t, &s->tensor);
-    return o->root > 0 ? create_sender(s) : SH_OK;
+    if (o->root > 0) return create_sender(s);
+    return o->spread ? create_context(s) : SH_OK;
 }
 
 static sh_status create_model(sh_stage *s) {
@@ -138,9 +151,9 @@ static sh_status create_model(sh_stage *s) {
                           .max_spans = o->schedule->max_seqs,
                           .max_context = o->schedule->max_context,
                           .share = o->share,
-                          .peers = s->tensor                 ? sh_tensor_link_peers(s->tensor)
-                                   : s->experts || s->sender ? &s->peers
-                                                             : NULL};
+                          .peers = s->tensor                               ? sh_tensor_link_peers(s->tensor)
+                                   : s->experts || s->context || s->sender ? &s->peers
+                                                                           : NULL};
     memcpy(m.pages, s->sender ? o->schedule->prefill_pages : o->schedule->pages, sizeof m.pages);
     return sh_model_create(o->model_dir, o->config, &m, &s->model);
 }
@@ -261,6 +274,7 @@ void sh_stage_destroy(sh_stage **p) {
     sh_kv_sender_destroy(&s->sender);
     sh_tensor_link_destroy(&s->tensor);
     sh_experts_destroy(&s->experts);
+    sh_context_destroy(&s->context);
     free(s);
     *p = NULL;
 }
@@ -285,7 +299,8 @@ sh_status sh_stage_progress(sh_stage *s) {
     for (int i = 0; i < n_handouts(s); i++) SH_TRY(test_send(s, &s->handouts[i].req));
     for (int i = 0; i < SENDS; i++) SH_TRY(test_send(s, &s->prompts[i].req));
     if (s->experts) s->peers.experts->poll(s->experts); /* a failure is told by the next exchange */
-    return s->sender ? sh_kv_sender_progress(s->sender) : SH_OK;
+    if (s->sender) SH_TRY(sh_kv_sender_progress(s->sender));
+    return s->context ? sh_context_progress(s->context) : SH_OK;
 }
 
 bool sh_stage_has_room(const sh_stage *s) {
@@ -302,7 +317,7 @@ bool sh_stage_is_idle(const sh_stage *s) {
     for (int i = 0; i < SENDS; i++)
         if (s->prompts[i].req >= 0) return false;
     if (s->sender && !sh_kv_sender_is_idle(s->sender)) return false;
-    return !s->experts || sh_experts_is_idle(s->experts);
+    return (!s->experts || sh_experts_is_idle(s->experts)) && (!s->context || sh_context_is_idle(s->context));
 }
 
 /* The next buffer in turn, once the stage after has taken what it held. */
@@ -325,7 +340,7 @@ static sh_status forward_on(sh_stage *s, const sh_batch *b, const void *descript
     double t0 = sh_now();
     SH_TRY(claim_send(s, &to));
     s->exchange += sh_now() - t0;
-    size_t at = align64(len), n = cut_bytes(s, s->o.last, b->n_rows, b->n_kept);
+    size_t at = align64(len), n = sh_model_block_bytes(s->model, s->o.last, b);
     memcpy(to->block, descriptor, len);
     memset(to->block + len, 0, at - len);
     SH_TRY(sh_model_forward(s->model, b, in, to->block + at));
@@ -457,7 +472,7 @@ sh_status sh_stage_receive(sh_stage *s, bool *got) {
     s->exchange += sh_now() - t0;
     SH_TRY(sh_batch_decode(&s->batch, s->recv, len, &used));
     const sh_batch *b = &s->batch;
-    size_t need = cut_bytes(s, s->o.first, b->n_rows, b->n_kept);
+    size_t need = sh_model_block_bytes(s->model, s->o.first, b);
     if (b->n_rows > sh_leader_max_rows(s->o.schedule) || b->n_spans > s->o.schedule->max_seqs ||
         used > s->descriptor_max || len != (s->stage ? align64(used) + need : used))
         SH_FAIL(SH_EPEER,

@@ -29,6 +29,7 @@ typedef struct sh_stage_options {
     const sh_leader_options *schedule; /* the same on every rank: bounds of a lane's micro-batch, pages */
     int stages, width;                 /* rank r is member r % width of stage r / width */
     bool lanes;                        /* each member has micro-batches of its own; else all have the same */
+    bool spread;                       /* the members share positions out; schedule->members of them */
     sh_share share;                    /* parts > 1: the members divide heads, columns and vocabulary */
     const Shoal__Plan *plan;           /* borrowed; with lanes: which member holds which experts */
     sh_link *link;                     /* borrowed */

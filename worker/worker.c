@@ -77,8 +77,11 @@ static sh_status read_plan(rank *r) {
     r->shape = sh_plan_shape_of(r->plan);
     sh_kv_limits lane;
     SH_TRY(sh_plan_kv_limits(r->plan, &lane));
-    r->schedule = (sh_leader_options){
-        .stages = r->shape.pp, .max_seqs = lane.max_seqs, .chunk = lane.chunk, .max_context = lane.max_context};
+    r->schedule = (sh_leader_options){.stages = r->shape.pp,
+                                      .max_seqs = lane.max_seqs,
+                                      .chunk = lane.chunk,
+                                      .max_context = lane.max_context,
+                                      .members = r->shape.cp};
     sh_leader_options_model(&r->schedule, r->config);
     r->schedule.prefill = r->shape.prefill;
     r->schedule.confirms = r->shape.decode;
@@ -212,6 +215,7 @@ static sh_status load(rank *r) {
                           .stream = r->shape.prefill > 0 ? &r->stream : NULL,
                           .width = r->shape.width,
                           .lanes = r->shape.ep > 1,
+                          .spread = r->shape.cp > 1,
                           .share = sh_plan_share(r->plan, r->link->rank),
                           .plan = r->plan,
                           .link = r->link};
@@ -385,7 +389,8 @@ static sh_status lead_step(rank *r, bool *worked) {
     if (!sh_stage_has_room(r->stage)) return SH_OK;
     SH_TRY(sh_lanes_next(r->lanes, &batches, &made));
     if (!made) return SH_OK;
-    beat(r, true, true); /* busy from here on, should the step get stuck */
+    sh_backoff_reset(&r->idle); /* the step is not waiting */
+    beat(r, true, true);        /* busy from here on, should the step get stuck */
     SH_TRY(sh_stage_lead(r->stage, batches));
     *worked = true;
     return SH_OK;
@@ -445,7 +450,8 @@ static sh_status serve(rank *r) {
         if (s == SH_UPLINK_LEAVE && told_at <= 0) told_at = sh_now();
         SH_TRY(sh_stage_receive(r->stage, &worked));
         if (worked) {
-            beat(r, true, true); /* busy from here on, should the step get stuck */
+            sh_backoff_reset(&r->idle); /* the step is not waiting */
+            beat(r, true, true);        /* busy from here on, should the step get stuck */
             SH_TRY(sh_stage_serve(r->stage));
         }
         SH_TRY(take_rows(r, &worked));
