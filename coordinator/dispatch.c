@@ -341,6 +341,7 @@ static sh_status make_plan(const sh_dispatch *d, sh_group *g) {
                          .tp = o->tp,
                          .cp = o->cp,
                          .tp_sum = o->tp_sum,
+                         .prefill = o->prefill,
                          .cuts = o->cuts,
                          .mode = o->mode,
                          .kv = o->kv,
