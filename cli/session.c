@@ -305,6 +305,7 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     add(a, "--model", s->o.model);
     add(a, "--mode", sh_mode_name(sh_options_mode(o)));
     add(a, "--kv", sh_kv_type_name(sh_options_kv(o)));
+    if (o->plan) add(a, "--plan", o->plan);
     if (o->cuts) add(a, "--cuts", o->cuts);
     add_number(a, "--pp", (uint64_t)o->pp, false);
     add_number(a, "--ep", (uint64_t)o->ep, false);

@@ -330,8 +330,11 @@ static double load_time(const sh_dispatch *d, const Shoal__Plan *p) {
     return (d->o->load_ms > 0 ? 1e-3 * d->o->load_ms : SH_LOAD_LEAST) + bytes / SH_LOAD_RATE;
 }
 
-static sh_status group_plan(sh_dispatch *d, sh_group *g) {
+static sh_status make_plan(const sh_dispatch *d, sh_group *g) {
     const sh_coordinator_options *o = d->o;
+    if (o->plan && (int)o->plan->n_rank != g->size)
+        SH_FAIL(SH_EINPUT, "the plan is for groups of %zu ranks, and this one has %d", o->plan->n_rank, g->size);
+    if (o->plan) return sh_plan_copy(o->plan, &g->plan);
     sh_plan_request q = {.ranks = g->size,
                          .pp = o->pp,
                          .ep = o->ep,
@@ -348,7 +351,11 @@ static sh_status group_plan(sh_dispatch *d, sh_group *g) {
                          .kv_memory = o->kv_memory,
                          .routing = d->routing,
                          .replicate = o->replicate};
-    SH_TRY(sh_plan_make(d->config, &q, &g->plan));
+    return sh_plan_make(d->config, &q, &g->plan);
+}
+
+static sh_status group_plan(sh_dispatch *d, sh_group *g) {
+    SH_TRY(make_plan(d, g));
     g->stall = stall_time(d, g->plan);
     g->load = load_time(d, g->plan);
     sh_buf text;

@@ -166,8 +166,8 @@ void sh_model_destroy(sh_model **mp) {
     sh_model *m = *mp;
     if (!m) return;
     sh_moe_destroy(&m->moe);
-    sh_spread_destroy(&m->spread);
     free(m->chosen);
+    sh_spread_destroy(&m->spread);
     sh_attention_destroy(&m->attention);
     for (int i = 0; i < m->n_ropes; i++) sh_rope_release(&m->ropes[i]);
     free(m->ropes);

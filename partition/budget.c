@@ -1,9 +1,8 @@
 /* From bytes to KV pages, and what a rank needs. See plan.h and docs/decisions/0006-plan-and-kv-budget.md. */
 #include "partition/plan.h"
 
-#include <string.h>
-
 #include <stdlib.h>
+#include <string.h>
 
 #include "model/owner.h"
 
@@ -210,30 +209,17 @@ static uint64_t exchange_bytes(const sh_config *c, sh_share s, int first, int la
     return 2 * parts * message + 4 * rows * (widest + (uint64_t)c->hidden / parts + SH_SHARE_COLUMNS);
 }
 
-/* What members that share positions out send each other: two messages to each other one and one from it, partials of
- * own rows, final hidden states; rows: of a micro-batch, own: of a member (model/spread.c). */
-static uint64_t spread_bytes(const sh_config *c, uint64_t members, int first, int last, uint64_t rows, uint64_t own) {
-    uint64_t widest = 0;
-    if (members <= 1) return 0;
-    for (int i = first; i < last; i++) {
-        const sh_layer *l = &c->layer[i];
-        uint64_t n = (uint64_t)sh_layer_kv_values(l) + (uint64_t)l->heads * (uint64_t)l->head_dim;
-        uint64_t partials = SH_OWNER_BLOCKS * (uint64_t)l->heads * (uint64_t)(l->head_dim + 2);
-        if (l->kind == SH_KV_GLOBAL && partials > n) n = partials;
-        if (n > widest) widest = n;
-    }
-    return 4 * own * widest * (3 * (members - 1) + 2) + rows * (4 * (uint64_t)c->hidden + 32);
-}
-
 /* Experts of all layers that a rank does not hold, in bytes of weights; *most gets the most that it holds in a layer.
  */
 static uint64_t absent_bytes(const sh_config *c, const Shoal__Plan *p, int rank, uint64_t *most) {
+    const Shoal__PlanRank *r = p->rank[rank];
     uint64_t absent = 0;
-    *most = 0;
-    for (int layer = p->rank[rank]->first; layer < p->rank[rank]->last; layer++) {
-        uint64_t held = 0;
-        for (int e = 0; c->layer[layer].moe && e < c->experts; e++) held += sh_plan_holds(p, rank, layer, e);
-        if (c->layer[layer].moe) absent += (uint64_t)c->experts - held;
+    *most = p->ep > 1 ? 0 : (uint64_t)c->experts;
+    for (int layer = r->first; layer < r->last && p->ep > 1; layer++)
+        if (c->layer[layer].moe) absent += (uint64_t)c->experts;
+    for (size_t i = 0; i < r->n_experts; i++) {
+        uint64_t held = r->experts[i]->n_expert;
+        absent -= held < absent ? held : absent;
         if (held > *most) *most = held;
     }
     return absent * sh_expert_bytes(c);
@@ -251,6 +237,21 @@ static uint64_t expert_exchange_bytes(const sh_config *c, const Shoal__Plan *p, 
     return 2 * of_slot + scratch;
 }
 
+/* What members that share positions out send each other: two messages to each other one and one from it, partials of
+ * own rows, final hidden states; rows: of a micro-batch, own: of a member (model/spread.c). */
+static uint64_t spread_bytes(const sh_config *c, uint64_t members, int first, int last, uint64_t rows, uint64_t own) {
+    uint64_t widest = 0;
+    if (members <= 1) return 0;
+    for (int i = first; i < last; i++) {
+        const sh_layer *l = &c->layer[i];
+        uint64_t n = (uint64_t)sh_layer_kv_values(l) + (uint64_t)l->heads * (uint64_t)l->head_dim;
+        uint64_t partials = SH_OWNER_BLOCKS * (uint64_t)l->heads * (uint64_t)(l->head_dim + 2);
+        if (l->kind == SH_KV_GLOBAL && partials > n) n = partials;
+        if (n > widest) widest = n;
+    }
+    return 4 * own * widest * (3 * (members - 1) + 2) + rows * (4 * (uint64_t)c->hidden + 32);
+}
+
 sh_plan_memory sh_plan_rank_memory(const sh_config *all, const Shoal__Plan *p, int rank) {
     sh_share share = sh_plan_share(p, rank);
     sh_config mine, *c = &mine;
@@ -258,15 +259,14 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *all, const Shoal__Plan *p, i
     int first = p->rank[rank]->first, last = p->rank[rank]->last;
     uint64_t seqs = (uint64_t)p->max_seqs, rows = seqs + (uint64_t)p->chunk, context = (uint64_t)p->max_context;
     uint64_t threads = p->threads ? (uint64_t)p->threads : 16, vocab = (uint64_t)c->vocab;
-    uint64_t members = p->cp > 1 ? (uint64_t)p->cp : 1, own = (rows + members - 1) / members;
     uint64_t held, absent = absent_bytes(all, p, rank, &held);
+    uint64_t members = p->cp > 1 ? (uint64_t)p->cp : 1, own = (rows + members - 1) / members;
     sh_plan_memory m = {.weights = sh_weights_estimate_share(all, share, first, last) - absent};
     m.scratch = own * 4 * row_floats(c, first, last) + rope_bytes(c, context);
     m.scratch += threads * 8192 * widest_head(c); /* attention: blocks of rows, keys and partial sums */
     m.scratch += 4 * (MIB + seqs * 1024 + rows * 8 + context * 4); /* descriptors of micro-batches */
-    m.scratch += exchange_bytes(all, share, first, last, rows);
+    m.scratch += exchange_bytes(all, share, first, last, rows) + spread_bytes(c, members, first, last, rows, own);
     m.scratch += expert_exchange_bytes(all, p, rows, held);
-    m.scratch += spread_bytes(c, members, first, last, rows, own);
     m.scratch += block_bytes(c, first, rows) + 4 * block_bytes(c, last, rows); /* in, and out until sent */
     if (last == c->n_layers)
         m.scratch += 64 * vocab + 512 * vocab + seqs * context * 4; /* logits, tokenizer, scored prompts */

@@ -21,15 +21,14 @@ int64_t sh_plan_cost(const sh_config *c, int first, int last) {
 /* Best way to cut the first i layers into r stages: the dearest stage, and the sum of squares to choose among equals.
  */
 typedef struct best {
-    int64_t worst;
-    double squares;
+    double worst, squares;
     int from; /* where the last of the r stages begins */
 } best;
 
-static best join(const best *before, const int64_t *sum, int from, int to) {
-    int64_t cost = sum[to] - sum[from];
+static best join(const best *before, const double *sum, int from, int to) {
+    double cost = sum[to] - sum[from];
     best b = {.worst = cost > before->worst ? cost : before->worst, .from = from};
-    b.squares = before->squares + (double)cost * (double)cost;
+    b.squares = before->squares + cost * cost;
     return b;
 }
 
@@ -38,10 +37,15 @@ static bool better(const best *a, const best *b) {
 }
 
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut) {
-    int n = c->n_layers;
+    double cost[SH_MAX_LAYERS];
+    for (int i = 0; i < c->n_layers; i++) cost[i] = (double)sh_plan_cost(c, i, i + 1); /* whole numbers: exact */
+    return sh_plan_balance_by(cost, c->n_layers, ranks, cut);
+}
+
+sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cut) {
     if (ranks < 1 || ranks > n) SH_FAIL(SH_EINPUT, "%d ranks: the model has %d layers: at most %d ranks", ranks, n, n);
-    int64_t sum[SH_MAX_LAYERS + 1] = {0}; /* cost of the layers below i; the last one's includes the head */
-    for (int i = 0; i < n; i++) sum[i + 1] = sum[i] + sh_plan_cost(c, i, i + 1);
+    double sum[SH_MAX_LAYERS + 1] = {0}; /* cost of the layers below i; the last one's includes the head */
+    for (int i = 0; i < n; i++) sum[i + 1] = sum[i] + layer_cost[i];
     best *t = calloc((size_t)(ranks + 1) * (size_t)(n + 1), sizeof *t);
     if (!t) SH_FAIL(SH_EMEMORY, "plan: no memory for balancing %d layers", n);
 #define BEST(r, i) t[(size_t)(r) * (size_t)(n + 1) + (size_t)(i)]
@@ -121,7 +125,9 @@ static sh_status choose_cuts(const sh_config *c, const sh_plan_request *r, int c
     if (r->ranks < 0) SH_FAIL(SH_EINPUT, "%d ranks: at least 1", r->ranks);
     if (r->cuts && *r->cuts) SH_TRY(read_cuts(c, r->cuts, cut, &count));
     SH_TRY(choose_shape(r, count, shape));
-    return count ? SH_OK : sh_plan_balance(c, shape->pp, cut);
+    if (count) return SH_OK;
+    return r->layer_cost ? sh_plan_balance_by(r->layer_cost, c->n_layers, shape->pp, cut)
+                         : sh_plan_balance(c, shape->pp, cut);
 }
 
 /* --- rules -----------------------------------------------------------------------------------------------------------
@@ -184,6 +190,27 @@ static sh_status check_rank_experts(const sh_config *c, int rank, const Shoal__P
     return SH_OK;
 }
 
+/* Lists of experts name layers that the rank has and that have experts, in order. */
+static sh_status check_lists(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
+    for (int i = 0; i < (int)p->n_rank; i++) {
+        const Shoal__PlanRank *r = p->rank[i];
+        int before = -1;
+        if (s->ep == 1 && r->n_experts)
+            SH_FAIL(SH_EINPUT, "plan: rank %d: experts are named, but ep is 1: allowed are none", i);
+        for (size_t k = 0; k < r->n_experts; k++) {
+            int layer = r->experts[k]->layer;
+            if (layer < r->first || layer >= r->last || layer <= before || !c->layer[layer].moe)
+                SH_FAIL(
+                    SH_EINPUT,
+                    "plan: rank %d: experts of layer %d: allowed are its layers %d to %d as far as they have experts, "
+                    "ascending",
+                    i, layer, r->first, r->last - 1);
+            before = layer;
+        }
+    }
+    return SH_OK;
+}
+
 bool sh_plan_holds(const Shoal__Plan *p, int rank, int layer, int expert) {
     const Shoal__PlanRank *r = p->rank[rank];
     if (p->ep <= 1) return true;
@@ -194,6 +221,7 @@ bool sh_plan_holds(const Shoal__Plan *p, int rank, int layer, int expert) {
 }
 
 static sh_status check_experts(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
+    SH_TRY(check_lists(c, s, p));
     for (int stage = 0; s->ep > 1 && stage < s->pp; stage++)
         for (int layer = p->rank[stage * s->width]->first; layer < p->rank[stage * s->width]->last; layer++) {
             bool held[SH_MAX_EXPERTS] = {0};
@@ -233,6 +261,7 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
     SH_TRY(check_experts(c, &s, p));
     SH_TRY(sh_mode_parse(p->mode, &mode));
     SH_TRY(sh_kv_type_parse(p->kv, &kv));
+    SH_TRY(in_range("plan: replicas", p->has_replicas ? p->replicas : 1, 1, SH_MAX_RANKS));
     SH_TRY(in_range("--threads", p->threads, 0, 4096));
     SH_TRY(in_range("--max-seqs", p->max_seqs, 1, SH_MAX_SEQS));
     SH_TRY(in_range("--chunk", p->chunk, 1, SH_MAX_CHUNK));
@@ -245,6 +274,16 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
 void sh_plan_free(Shoal__Plan **p) {
     if (*p) shoal__plan__free_unpacked(*p, NULL);
     *p = NULL;
+}
+
+sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out) {
+    size_t n = shoal__plan__get_packed_size(p);
+    uint8_t *bytes = malloc(n + 1);
+    Shoal__Plan *x = bytes ? shoal__plan__unpack(NULL, shoal__plan__pack(p, bytes), bytes) : NULL;
+    free(bytes);
+    if (!x) SH_FAIL(SH_EMEMORY, "plan: no memory for a copy");
+    *out = x;
+    return SH_OK;
 }
 
 /* Everything by malloc, so that protobuf's own free fits. */

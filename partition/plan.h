@@ -11,11 +11,12 @@
 #include "proto/group.pb-c.h"
 
 typedef struct sh_plan_request {
-    int ranks;        /* of the group; 0: stages × width, as the other members say */
-    int pp;           /* stages; 0: as the cuts say, else ranks / width */
-    int ep, tp, cp;   /* how a stage is divided among its members; 0: 1. At most one is above 1 */
-    bool tp_sum;      /* partial sums in place of gathered outputs */
-    const char *cuts; /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
+    int ranks;                /* of the group; 0: stages × width, as the other members say */
+    int pp;                   /* stages; 0: as the cuts say, else ranks / width */
+    int ep, tp, cp;           /* how a stage is divided among its members; 0: 1. At most one is above 1 */
+    bool tp_sum;              /* partial sums in place of gathered outputs */
+    const char *cuts;         /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
+    const double *layer_cost; /* [layers] what balanced means, head in the last; NULL: elements of weights */
     sh_mode mode;
     sh_kv_type kv;
     int threads;                      /* per rank; 0: the rank's CPU set */
@@ -39,6 +40,7 @@ sh_share sh_plan_share(const Shoal__Plan *p, int rank);
 /* Makes a checked plan; freed by sh_plan_free. Errors name the option, the value and what is possible. */
 sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out);
 void sh_plan_free(Shoal__Plan **p); /* also what protobuf unpacked */
+sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out);
 /* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
 /* Whether a rank computes an expert of one of its layers: every one where ep is 1. */
@@ -48,6 +50,8 @@ sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out);
 /* First layers of stages 1 … ranks−1, in cut[], such that the dearest stage is as cheap as possible. Cost is weight
  * bytes read per step, the head's on the last stage included. 1 ≤ ranks ≤ layers. */
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut);
+/* The same with the cost of each of n layers given, such as its seconds. */
+sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cut);
 /* Elements of weights that a step reads on a stage: the cost above. */
 int64_t sh_plan_cost(const sh_config *c, int first, int last);
 

@@ -41,8 +41,8 @@ struct sh_stage {
     bool leads, is_last, samples; /* rank 0; last stage; a member of it that samples */
     sh_config part;               /* the model as this member sees it (o.share) */
     sh_tensor_link *tensor;
-    sh_experts *experts; /* with lanes: what the members of this stage send each other */
-    sh_context *context; /* the same where they share positions out */
+    sh_experts *experts; /* where members are lanes: what they send each other */
+    sh_context *context; /* where they share positions out */
     sh_peers peers;      /* of these two */
     sh_model *model;
     size_t descriptor_max, recv_bytes, send_bytes;
@@ -108,8 +108,8 @@ static sh_status create_experts(sh_stage *s) {
 
 static sh_status create_context(sh_stage *s) {
     const sh_stage_options *o = &s->o;
-    int rows = sh_leader_max_rows(o->schedule);
-    size_t bytes = sh_spread_message_bytes(o->config, o->kv_type, o->first, o->last, rows, o->width);
+    size_t bytes =
+        sh_spread_message_bytes(o->config, o->kv_type, o->first, o->last, sh_leader_max_rows(o->schedule), o->width);
     SH_TRY(sh_context_create(o->link, s->stage * o->width, o->width, bytes, &s->context));
     s->peers.context = sh_context_table(s->context);
     return SH_OK;
@@ -124,8 +124,8 @@ static sh_status create_peers(sh_stage *s) {
                            .max_rows = sh_leader_max_rows(o->schedule)};
     sh_config_share(o->config, o->share, &s->part);
     if (o->lanes && o->width > 1) return create_experts(s);
-    if (o->spread) return create_context(s);
-    return o->share.parts > 1 ? sh_tensor_link_create(&t, &s->tensor) : SH_OK;
+    if (o->share.parts > 1) return sh_tensor_link_create(&t, &s->tensor);
+    return o->spread ? create_context(s) : SH_OK;
 }
 
 static sh_status create_model(sh_stage *s) {
@@ -141,10 +141,9 @@ static sh_status create_model(sh_stage *s) {
                           .max_spans = o->schedule->max_seqs,
                           .max_context = o->schedule->max_context,
                           .share = o->share,
-                          .peers = s->tensor    ? sh_tensor_link_peers(s->tensor)
-                                   : s->experts ? &s->peers
-                                   : s->context ? &s->peers
-                                                : NULL};
+                          .peers = s->tensor                  ? sh_tensor_link_peers(s->tensor)
+                                   : s->experts || s->context ? &s->peers
+                                                              : NULL};
     memcpy(m.pages, o->schedule->pages, sizeof m.pages);
     return sh_model_create(o->model_dir, o->config, &m, &s->model);
 }
@@ -299,8 +298,7 @@ bool sh_stage_is_idle(const sh_stage *s) {
         if (s->sends[i].req >= 0) return false;
     for (int i = 0; i < n_handouts(s); i++)
         if (s->handouts[i].req >= 0) return false;
-    if (s->experts && !sh_experts_is_idle(s->experts)) return false;
-    return !s->context || sh_context_is_idle(s->context);
+    return (!s->experts || sh_experts_is_idle(s->experts)) && (!s->context || sh_context_is_idle(s->context));
 }
 
 /* The next buffer in turn, once the stage after has taken what it held. */

@@ -338,7 +338,8 @@ static sh_status lead_step(rank *r, bool *worked) {
     if (!sh_stage_has_room(r->stage)) return SH_OK;
     SH_TRY(sh_lanes_next(r->lanes, &batches, &made));
     if (!made) return SH_OK;
-    beat(r, true, true); /* busy from here on, should the step get stuck */
+    sh_backoff_reset(&r->idle); /* the step is not waiting */
+    beat(r, true, true);        /* busy from here on, should the step get stuck */
     SH_TRY(sh_stage_lead(r->stage, batches));
     *worked = true;
     return SH_OK;
@@ -390,7 +391,8 @@ static sh_status serve(rank *r) {
         if (s == SH_UPLINK_LEAVE && told_at <= 0) told_at = sh_now();
         SH_TRY(sh_stage_receive(r->stage, &worked));
         if (worked) {
-            beat(r, true, true); /* busy from here on, should the step get stuck */
+            sh_backoff_reset(&r->idle); /* the step is not waiting */
+            beat(r, true, true);        /* busy from here on, should the step get stuck */
             SH_TRY(sh_stage_serve(r->stage));
         }
         if (!worked) SH_TRY(sh_ranks_told_leave(r->link, &leave));

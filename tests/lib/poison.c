@@ -1,5 +1,5 @@
-/* Loaded into ranks by a test (LD_PRELOAD): a process ends by SIGKILL when it hears a message that holds the bytes named
- * by $POISON (hexadecimal): a request that ends every worker it is given to. */
+/* Loaded into ranks by a test (LD_PRELOAD): a process ends by SIGKILL when it hears a message that holds the bytes
+ * named by $POISON (hexadecimal): a request that ends every worker it is given to. */
 #include <dlfcn.h>
 #include <signal.h>
 #include <stdio.h>

@@ -152,6 +152,28 @@ static void test_cuts(void) {
             }
 }
 
+/* The members of a stage send what they have: own rows, own heads, what they store. */
+static void test_member_cuts(void) {
+    double hidden = 2 * 2560 * 4.0, sliding = 2048,
+           global = 4096; /* E4B after layer 25: both producers are before it */
+    for (int way = 0; way < 3; way++) {
+        sh_plan_request q = bf16;
+        q.cuts = "26";
+        q.tp = way == 1 ? 2 : 1;
+        q.cp = way == 2 ? 2 : 1;
+        Shoal__Plan *p = plan_of(&e4b, q);
+        sh_cost_model m = model_of(&e4b, p);
+        sh_cost_span s = {.seqs = 1, .rows = 80, .kept = 8, .lo = 0, .hi = 0};
+        sh_cost_rank r[4];
+        CU_ASSERT_EQUAL(sh_cost_step(&m, &s, 1, r), SH_OK);
+        double want = 8 * hidden + 80 * (sliding + global);
+        if (way == 1) want = 8 * hidden + 80 * (sliding + global) / 2;
+        if (way == 2) want = 4 * hidden + 80 * sliding + 40 * global;
+        near(r[0].cut.bytes, want, 1e-6, "cut");
+        sh_plan_free(&p);
+    }
+}
+
 /* §2.9: r(R) other ranks per token; dispatch of one row to each, one row per chosen expert back. */
 static void test_expert_traffic(void) {
     static const struct {
@@ -182,17 +204,15 @@ static void test_expert_traffic(void) {
 
 /* One expert takes half of the rows; a copy of it halves what its rank has to do. */
 static void test_routing(void) {
-    double rows[30 * 128], routed[30];
-    for (int l = 0; l < 30; l++) {
-        routed[l] = 1000;
-        for (int e = 0; e < 128; e++) rows[l * 128 + e] = e == 0 ? 500 : 7500.0 / 127;
-    }
-    sh_cost_routing measured = {.rows = rows, .routed = routed};
+    sh_routing *measured = NULL;
+    CU_ASSERT_EQUAL_FATAL(sh_routing_create(&a4b, &measured), SH_OK);
+    for (int l = 0; l < 30; l++)
+        for (int e = 0; e < 128; e++) measured->chosen[l * 128 + e] = e == 0 ? 127 * 500 : 7500;
     sh_plan_request q = bf16;
     q.ep = 2;
     Shoal__Plan *p = plan_of(&a4b, q);
     sh_cost_model m = model_of(&a4b, p);
-    m.routing = &measured;
+    m.routing = measured;
     sh_cost_span s = decode(100, 100);
     sh_cost_layer a, b;
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 2, &s, 1, &a), SH_OK);
@@ -204,6 +224,15 @@ static void test_routing(void) {
     near(r[0].seconds, r[1].seconds, 1e-6, "members meet");
     CU_ASSERT_TRUE(r[1].waits > 0 || r[0].waits > 0);
     sh_plan_free(&p);
+    q.routing = measured; /* placed by the counts, with room for copies */
+    q.replicate = (uint64_t)1 << 30;
+    p = plan_of(&a4b, q);
+    m.plan = p;
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 2, &s, 1, &a), SH_OK);
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 1, 2, &s, 1, &b), SH_OK);
+    near(a.experts.flops / b.experts.flops, 1, 0.03, "a copy of the hot one evens it out");
+    sh_plan_free(&p);
+    sh_routing_destroy(&measured);
 }
 
 /* 31B by gathering: about 10 MB per token and other member (design section 5); by summing a quarter. */
@@ -245,6 +274,10 @@ static void test_context_traffic(void) {
     double want = 100 * 0.75 * (4096 + 4 * 32 * 512 * 4.0) + 100 * 0.75 * 8 * 32 * 514 * 4.0;
     near(l.context.bytes, want, 1, "global");
     near(l.attention.bytes, 64400 * 4096.0 / 4, 1, "its part of the keys");
+    sh_cost_rank r[4];
+    CU_ASSERT_EQUAL(sh_cost_step(&m, &s, 1, r), SH_OK);
+    CU_ASSERT_EQUAL(r[0].head.bytes, 0);
+    near(r[2].head.bytes, 5376, 1e-6, "its share of the kept row");
     sh_plan_free(&p);
 }
 
@@ -276,10 +309,15 @@ static void test_seconds(void) {
     m.net.ranks_per_node = 4;
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
     near(l.dispatch.seconds, 1e-6 + l.dispatch.bytes / 20e9, 1e-9, "dispatch within a node");
-    s = decode(300, 1024); /* enough rows to be cut into two parts: results of the first hide */
+    s = decode(200, 1024); /* enough rows to be cut into two parts, which hide each other's exchange */
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
     CU_ASSERT_EQUAL(l.dispatch.messages, 6);
-    near(l.hidden, fmin(l.dispatch.seconds, l.dense.seconds) + l.results.seconds / 2, 1e-12, "two parts");
+    CU_ASSERT_TRUE(l.dispatch.seconds < l.dense.seconds && l.results.seconds < l.experts.seconds);
+    near(l.exposed,
+         l.results.seconds / 2 -
+             fmin(l.results.seconds, l.project.seconds + l.attention.seconds + l.router.seconds) / 2,
+         1e-12, "two parts");
+    near(l.experts.bytes, 2 * 32 * (1 - pow(1 - 8.0 / 128, 400)) * 3 * 2816 * 704 * 2, 1e3, "read twice");
     sh_plan_free(&p);
 }
 
@@ -376,6 +414,7 @@ int main(void) {
     CU_add_test(s, "attention", test_attention);
     CU_add_test(s, "prompts", test_prompt);
     CU_add_test(s, "cuts", test_cuts);
+    CU_add_test(s, "cuts of members", test_member_cuts);
     CU_add_test(s, "traffic of experts", test_expert_traffic);
     CU_add_test(s, "measured routing", test_routing);
     CU_add_test(s, "traffic of heads and columns", test_tensor_traffic);

@@ -90,7 +90,6 @@ static void test_refused(void) {
          "8GiB"},
         {"--replicas", "257", "--replicas: 257 is out of range: allowed are 1 to 256"},
         {"--replicas", "x", "--replicas: 'x' is not a whole number: allowed are 1 to 256"},
-        {"--plan", "p.json", "--plan: is not provided yet: give -n and --cuts"},
         {"--model", "", "--model: the value is empty: give MODEL"},
         {"--max-", "3", "--max-: can mean --max-context or --max-seqs: write it out"},
         {"--frobnicate", "3", "--frobnicate: no such option: --help lists them"},
