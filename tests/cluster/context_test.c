@@ -352,6 +352,22 @@ static void compare(const fixture *f, const way *w) {
     close_group(&g);
 }
 
+/* A level that makes more blocks than there is room for is refused before anything is sent. */
+static void refuse_level(const fixture *f) {
+    const way w = {.members = 2, .chunk = 2048, .threads = 1};
+    group g;
+    open_group(&g, f, &w);
+    g.level[4] = 0;
+    add_span(&g, 4, 600, 1);
+    for (int m = 0; m < 2; m++) {
+        sh_status st = forward(&g.member[m]);
+        CHECK(st == SH_EFORMAT && strstr(sh_error_text(), "level 0 makes 5 blocks of 600 positions: at most 4"),
+              "member %d: a level that is too fine: %d: %s", m, st, sh_error_text());
+        CHECK(g.link[0][m]->sent_bytes == 0, "member %d sent something all the same", m);
+    }
+    close_group(&g);
+}
+
 /* --- one model alone -----------------------------------------------------------------------------------------------
  */
 
@@ -391,6 +407,7 @@ static void check_fixture(const char *name, bool odd, sh_mode mode) {
     int L = f.c.n_layers;
     compare(&f, &(way){.members = 4, .chunk = 2048, .threads = THREADS, .last_only = true});
     if (!SLOW) compare(&f, &(way){.members = 2, .chunk = 64, .threads = 1});
+    if (!odd) refuse_level(&f);
     if (!SLOW && mode == SH_MODE_BF16) { /* sharing out does not look at the mode */
         compare(&f, &(way){.members = 3, .chunk = 7, .threads = 1, .last_only = true});
         compare(&f, &(way){.members = 2, .chunk = 100, .threads = 1, .level = 1});
