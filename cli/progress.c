@@ -225,6 +225,40 @@ static sh_status stage_lines(const sh_closing *c, sh_buf *to) {
     return SH_OK;
 }
 
+static sh_status seconds_row(const char *what, double weights, double attention, double experts, double exchange,
+                             double other, double idle, sh_buf *to) {
+    return sh_buf_printf(to, "%-12s%9.2f  %9.2f  %7.2f  %8.2f  %5.2f  %5.2f\n", what, weights, attention, experts,
+                         exchange, other, idle);
+}
+
+static sh_status predicted_rows(const Shoal__StageTimes *t, const sh_prediction *p, sh_buf *to) {
+    if (t->rank < 0 || t->rank >= p->ranks) return SH_OK;
+    const sh_forecast_rank *r = &p->rank[t->rank];
+    SH_TRY(sh_buf_printf(to, "  %5d   ", t->rank));
+    SH_TRY(seconds_row("measured", t->weights, t->attention, t->experts, t->exchange, t->other, t->idle, to));
+    SH_TRY(sh_buf_printf(to, "  %5s   ", ""));
+    return seconds_row("predicted", r->seconds[SH_CAUSE_WEIGHTS], r->seconds[SH_CAUSE_ATTENTION],
+                       r->seconds[SH_CAUSE_EXPERTS], r->exchange, r->seconds[SH_CAUSE_OTHER], r->idle, to);
+}
+
+/* Seconds by cause beside what the planner would have said of these tokens. Of the first group: all have the same plan.
+ */
+static sh_status predicted_lines(const sh_closing *c, sh_buf *to) {
+    if (!c->predicted || !c->last || c->last->n_group == 0) return SH_OK;
+    const Shoal__GroupState *gs = c->last->group[0];
+    SH_TRY(sh_buf_printf(to, "  predicted  %.1f s at work, %s\n", c->predicted->seconds, c->predicted->from));
+    if (gs->n_times)
+        SH_TRY(sh_buf_add_str(to, "  stage   seconds       weights  attention  experts  exchange  other   idle\n"));
+    for (size_t i = 0; i < gs->n_times; i++) {
+        Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, gs->times[i].len, gs->times[i].data);
+        if (!t) continue;
+        sh_status st = predicted_rows(t, c->predicted, to);
+        shoal__stage_times__free_unpacked(t, NULL);
+        SH_TRY(st);
+    }
+    return SH_OK;
+}
+
 /* What the ranks of a group tell of their experts, summed. */
 typedef struct expert_sums {
     double busiest, rows;         /* rows that experts computed: the busiest member's of each stage; all */
@@ -265,40 +299,6 @@ static sh_status expert_line(const sh_closing *c, sh_buf *to) {
         s.travel[1], s.exposed[0], s.travel[0]);
 }
 
-static sh_status seconds_row(const char *what, double weights, double attention, double experts, double exchange,
-                             double other, double idle, sh_buf *to) {
-    return sh_buf_printf(to, "%-12s%9.2f  %9.2f  %7.2f  %8.2f  %5.2f  %5.2f\n", what, weights, attention, experts,
-                         exchange, other, idle);
-}
-
-static sh_status predicted_rows(const Shoal__StageTimes *t, const sh_prediction *p, sh_buf *to) {
-    if (t->rank < 0 || t->rank >= p->ranks) return SH_OK;
-    const sh_forecast_rank *r = &p->rank[t->rank];
-    SH_TRY(sh_buf_printf(to, "  %5d   ", t->rank));
-    SH_TRY(seconds_row("measured", t->weights, t->attention, t->experts, t->exchange, t->other, t->idle, to));
-    SH_TRY(sh_buf_printf(to, "  %5s   ", ""));
-    return seconds_row("predicted", r->seconds[SH_CAUSE_WEIGHTS], r->seconds[SH_CAUSE_ATTENTION],
-                       r->seconds[SH_CAUSE_EXPERTS], r->exchange, r->seconds[SH_CAUSE_OTHER], r->idle, to);
-}
-
-/* Seconds by cause beside what the planner would have said of these tokens. Of the first group: all have the same plan.
- */
-static sh_status predicted_lines(const sh_closing *c, sh_buf *to) {
-    if (!c->predicted || !c->last || c->last->n_group == 0) return SH_OK;
-    const Shoal__GroupState *gs = c->last->group[0];
-    SH_TRY(sh_buf_printf(to, "  predicted  %.1f s at work, %s\n", c->predicted->seconds, c->predicted->from));
-    if (gs->n_times)
-        SH_TRY(sh_buf_add_str(to, "  stage   seconds       weights  attention  experts  exchange  other   idle\n"));
-    for (size_t i = 0; i < gs->n_times; i++) {
-        Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, gs->times[i].len, gs->times[i].data);
-        if (!t) continue;
-        sh_status st = predicted_rows(t, c->predicted, to);
-        shoal__stage_times__free_unpacked(t, NULL);
-        SH_TRY(st);
-    }
-    return SH_OK;
-}
-
 static sh_status closing_words(const sh_closing *c, sh_buf *to) {
     uint64_t rows = 0;
     for (int i = 0; i < c->outcomes->n; i++) rows += c->outcomes->rows[i];
@@ -314,18 +314,9 @@ static sh_status closing_words(const sh_closing *c, sh_buf *to) {
         SH_TRY(sh_buf_printf(to, "  speed      %.1f tokens/s in, %.1f tokens/s out\n", (double)c->tokens_in_now / t,
                              (double)c->tokens_out_now / t));
     SH_TRY(stage_lines(c, to));
-    SH_TRY(expert_line(c, to));
     SH_TRY(predicted_lines(c, to));
+    SH_TRY(expert_line(c, to));
     return sh_buf_printf(to, "  results    %s\n", c->output);
-}
-
-static void add_expert_json(const Shoal__StageTimes *t, json_t *to) {
-    json_object_set_new(to, "sent_experts", json_integer((json_int_t)t->sent_experts));
-    json_object_set_new(to, "expert_rows", json_integer((json_int_t)t->expert_rows));
-    json_object_set_new(to, "exposed_sliding", json_real(t->exposed_sliding));
-    json_object_set_new(to, "exposed_global", json_real(t->exposed_global));
-    json_object_set_new(to, "travel_sliding", json_real(t->travel_sliding));
-    json_object_set_new(to, "travel_global", json_real(t->travel_global));
 }
 
 static json_t *predicted_json(const sh_prediction *p) {
@@ -339,6 +330,15 @@ static json_t *predicted_json(const sh_prediction *p) {
     }
     return json_pack("{s:f, s:b, s:s, s:o}", "seconds", p->seconds, "assumed", p->assumed, "from", p->from, "stages",
                      ranks);
+}
+
+static void add_expert_json(const Shoal__StageTimes *t, json_t *to) {
+    json_object_set_new(to, "sent_experts", json_integer((json_int_t)t->sent_experts));
+    json_object_set_new(to, "expert_rows", json_integer((json_int_t)t->expert_rows));
+    json_object_set_new(to, "exposed_sliding", json_real(t->exposed_sliding));
+    json_object_set_new(to, "exposed_global", json_real(t->exposed_global));
+    json_object_set_new(to, "travel_sliding", json_real(t->travel_sliding));
+    json_object_set_new(to, "travel_global", json_real(t->travel_global));
 }
 
 static sh_status closing_json(const sh_closing *c, sh_buf *to) {
