@@ -478,8 +478,8 @@ static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) 
     if (st == SH_EINPUT) {
         char why[1024];
         snprintf(why, sizeof why, "%s", sh_error_text());
-        SH_TRY(group_lose(d, g, why, true));
-        return d->o->run ? sh_jobs_fail(d->jobs, why) : SH_OK;
+        SH_TRY(group_lose(d, g, why, true)); /* other groups of a run may have the right ones */
+        return d->o->run && d->expected <= 1 ? sh_jobs_fail(d->jobs, why) : SH_OK;
     }
     SH_TRY(st);
     g->kv_tokens = r->kv_tokens;

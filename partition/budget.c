@@ -240,12 +240,14 @@ static uint64_t stream_bytes(const sh_config *c, const Shoal__Plan *p) {
 /* Experts of all layers that a rank does not hold, in bytes of weights; *most gets the most that it holds in a layer.
  */
 static uint64_t absent_bytes(const sh_config *c, const Shoal__Plan *p, int rank, uint64_t *most) {
+    const Shoal__PlanRank *r = p->rank[rank];
     uint64_t absent = 0;
-    *most = 0;
-    for (int layer = p->rank[rank]->first; layer < p->rank[rank]->last; layer++) {
-        uint64_t held = 0;
-        for (int e = 0; c->layer[layer].moe && e < c->experts; e++) held += sh_plan_holds(p, rank, layer, e);
-        if (c->layer[layer].moe) absent += (uint64_t)c->experts - held;
+    *most = p->ep > 1 ? 0 : (uint64_t)c->experts;
+    for (int layer = r->first; layer < r->last && p->ep > 1; layer++)
+        if (c->layer[layer].moe) absent += (uint64_t)c->experts;
+    for (size_t i = 0; i < r->n_experts; i++) {
+        uint64_t held = r->experts[i]->n_expert;
+        absent -= held < absent ? held : absent;
         if (held > *most) *most = held;
     }
     return absent * sh_expert_bytes(c);

@@ -72,6 +72,10 @@ def layers(name):
     return c.get("text_config", c)["num_hidden_layers"]
 
 
+def has_experts(name):
+    return name.startswith("26b")
+
+
 def main():
     a = argparse.ArgumentParser()
     a.add_argument("--long", action="store_true")
@@ -112,7 +116,16 @@ def main():
                 same("a layer per rank", "-n", n_layers, "--launcher", "local")
             for pp, tp in ((1, 2), (1, 4), (2, 2)) + (((1, 8), (3, 4)) if a.long and name == "31b-like" else ()):
                 same(f"{pp} stages of {tp} local ranks by heads", "--pp", pp, "--tp", tp, "--launcher", "local", "--chunk", 9 * tp)
+            for pp, ep in ((1, 2), (1, 5), (2, 2)) + (((1, 3), (1, 8), (3, 4)) if a.long else ()):
+                if has_experts(name):
+                    same(f"{pp} stages of {ep} local ranks by experts", "--pp", pp, "--ep", ep, "--launcher", "local", "--chunk", 9 * ep)
+            same("2 stages of 2 MPI ranks by experts", "--pp", 2, "--ep", 2) if has_experts(name) else None
             same("2 stages of 2 MPI ranks by heads", "--pp", 2, "--tp", 2) if first or a.long else None
+            if first or a.long:  # few sequences at once, so that every group gets some
+                same("2 groups of 2 ranks", "-n", 2, "--replicas", 2, "--max-seqs", 4)
+                same("3 groups of a rank", "-n", 1, "--replicas", 3, "--max-seqs", 4)
+            if "a4b" in name:
+                same("2 groups of 2 ranks by experts", "--ep", 2, "--replicas", 2, "--max-seqs", 4)
             for m in ((1, 2, 7, 16, 40) if first else (1, 40)):
                 same(f"--max-seqs {m}", "-n", 1, "--max-seqs", m)
             for c in (1, 7, 64):
