@@ -25,6 +25,7 @@ static sh_status check_options(const sh_shared_options *s, const Shoal__Plan *p)
     SH_TRY(left_to_plan("--tp", s->tp));
     SH_TRY(left_to_plan("--cp", s->cp));
     SH_TRY(left_to_plan("--tp-reduce", s->tp_reduce_at));
+    SH_TRY(left_to_plan("--prefill", s->prefill));
     SH_TRY(left_to_plan("--cuts", s->cuts));
     SH_TRY(left_to_plan("--routing", s->routing));
     SH_TRY(same_number("-n", s->ranks, (int)p->n_rank));

@@ -382,6 +382,11 @@ static sh_status try_fixed(const sh_search_options *o, sh_search *s) {
 }
 
 sh_status sh_search_run(const sh_search_options *o, sh_search **out) {
+    if (o->fixed.prefill)
+        SH_FAIL(SH_EINPUT,
+                "--prefill: %d: the planner does not weigh ranks that only read prompts: allowed here is 0; give it "
+                "to run or serve",
+                o->fixed.prefill);
     sh_search *s = calloc(1, sizeof *s);
     if (!s) SH_FAIL(SH_EMEMORY, "planner: no memory");
     for (int i = 0; i < SH_WAYS; i++)
