@@ -10,6 +10,7 @@ Layouts take turns, so that a busy moment of the machine hits them alike. One li
 then what the planner would have chosen beside what was fastest. Exit status 1: a layout is off by more than a quarter, or the
 planner's first choice is more than a tenth slower than the best."""
 import argparse
+import fcntl
 import itertools
 import json
 import os
@@ -91,7 +92,8 @@ def options_of(layout):
 
 
 class Job:
-    def __init__(self, s, nodes, model, inp, isa):
+    def __init__(self, s, nodes, model, inp, isa, lock):
+        self.lock = lock or s.file("lock")
         self.s, self.nodes, self.model, self.inp = s, nodes, model, inp
         self.env = s.env(**nodes.environment(), **({"SHOAL_ISA": isa} if isa else {}))
 
@@ -103,7 +105,9 @@ class Job:
             os.remove(out)
         cmd = [st.shoal(), "run", "-m", self.model, "-i", self.inp, "-o", out, "--plan", plan_file, "--threads", "1", "--progress", "plain",
                "--hosts", ",".join(self.nodes.names[1:ranks + 1])]
-        p = subprocess.run(self.nodes.command("head", cmd), env=self.env, capture_output=True, text=True, timeout=900)
+        with open(self.lock, "w") as lock:  # where others measure too
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            p = subprocess.run(self.nodes.command("head", cmd), env=self.env, capture_output=True, text=True, timeout=900)
         work = re.search(r"([0-9.]+) s of it with the ranks at work", p.stderr)
         if p.returncode or not work:
             raise RuntimeError(f"{plan_file}: exit {p.returncode}: {p.stderr[-800:]}")
@@ -145,6 +149,7 @@ def main():
     a.add_argument("--output", type=int, default=16)
     a.add_argument("--seqs", type=int, default=64)
     a.add_argument("--chunk", type=int, default=128)
+    a.add_argument("--lock", default="", help="file to lock for each job")
     a.add_argument("--verbose", action="store_true")
     o = a.parse_args()
     o.nodes = o.nodes or (2 if o.real else 8)
@@ -177,7 +182,7 @@ def main():
         nodes = netns.Nodes(s.file("net"), max(ranks.values()))
         try:
             nodes.shape(o.mbit)
-            job = Job(s, nodes, model, inp, None if o.real else o.isa)
+            job = Job(s, nodes, model, inp, None if o.real else o.isa, o.lock)
             for name in layouts * o.repeat:
                 seconds, table = job.run(file[name], ranks[name])
                 got[name].append(seconds)
