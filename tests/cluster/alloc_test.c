@@ -78,7 +78,7 @@ static void test_counter(void) {
     CHECK(atomic_load(&counted) > 0, "a malloc was not counted");
 }
 
-static void test_group(const char *name, int n, const int *cut, int threads, int cp, int prefill) {
+static void test_group(const char *name, int n, const int *cut, int threads, int ep, int tp, int cp, int prefill) {
     char model[600];
     fake f;
     int32_t ids[300];
@@ -88,7 +88,7 @@ static void test_group(const char *name, int n, const int *cut, int threads, int
     f.plan.chunk = 32;
     f.plan.threads = threads;
     f.prefill = prefill;
-    fake_divide(&f, 1, 1, cp);
+    fake_divide(&f, ep, tp, cp);
     n = f.n;
     int last = n - 1 - prefill; /* that samples */
     for (int i = 0; i < 30; i++) {
@@ -131,11 +131,13 @@ static void test_group(const char *name, int n, const int *cut, int threads, int
 int main(void) {
     test_thread = pthread_self();
     test_counter();
-    test_group("e2b-like", 1, (int[]){0, 15}, 1, 1, 0);
-    test_group("e2b-like", 3, (int[]){0, 4, 9, 15}, 1, 1, 0);
-    test_group("e2b-like", 2, (int[]){0, 8, 15}, 1, 1, 2);
-    test_group("26b-a4b-like", 2, (int[]){0, 6, 12}, 2, 1, 0);
-    test_group("31b-like", 1, (int[]){0, 12}, 1, 3, 0);
+    test_group("e2b-like", 1, (int[]){0, 15}, 1, 1, 1, 1, 0);
+    test_group("e2b-like", 3, (int[]){0, 4, 9, 15}, 1, 1, 1, 1, 0);
+    test_group("26b-a4b-like", 2, (int[]){0, 6, 12}, 2, 1, 1, 1, 0);
+    test_group("26b-a4b-like", 1, (int[]){0, 12}, 1, 3, 1, 1, 0);
+    test_group("31b-like", 2, (int[]){0, 7, 12}, 1, 1, 2, 1, 0);
+    test_group("31b-like", 1, (int[]){0, 12}, 1, 1, 1, 3, 0);
+    test_group("e2b-like", 2, (int[]){0, 9, 15}, 1, 1, 1, 1, 2);
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
 }
