@@ -281,9 +281,11 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {"lenient", 0, SH_OPTION_FLAG, &s->lenient, NULL, "ignore unknown fields of requests instead of refusing them"},
         {.kind = SH_OPTION_NOTE, .help = "Ranks and memory:"},
         {"ranks", 'n', SH_OPTION_INT, &s->ranks, "N",
-         "ranks of a group (default: what the next options need, else the machine's NUMA nodes)", 1, SH_MAX_RANKS},
+         "ranks of a group (default: what the next options need; where none is given, planned)", 1, SH_MAX_RANKS},
         {"replicas", 0, SH_OPTION_INT, &s->replicas, "R",
-         "groups, each with the whole model; they share hosts, CPUs and memory evenly (default 1)", 1, SH_MAX_REPLICAS},
+         "groups, each with the whole model; they share hosts, CPUs and memory evenly (default 1, or planned with the "
+         "ranks)",
+         1, SH_MAX_REPLICAS},
         {"pp", 0, SH_OPTION_INT, &s->pp, "P", "pipeline stages (default: the ranks, divided by the next three)", 1,
          SH_MAX_RANKS},
         {"ep", 0, SH_OPTION_INT, &s->ep, "E", "ranks of a stage that divide sequences and experts", 1, SH_MAX_RANKS},

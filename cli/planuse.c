@@ -73,3 +73,34 @@ sh_status sh_plan_use(sh_shared_options *s, const sh_config *c, Shoal__Plan **ou
     *out = p;
     return SH_OK;
 }
+
+static bool is_free(const sh_shared_options *s) {
+    return !s->ranks && !s->replicas && !s->pp && !s->ep && !s->tp && !s->cp && !s->prefill && !s->tp_reduce_at &&
+           !s->cuts && !s->plan && !s->routing;
+}
+
+static void take_choice(sh_shared_options *s, const sh_choice *x) {
+    s->ranks = x->ranks;
+    s->replicas = x->replicas;
+    s->pp = x->shape.pp;
+    s->ep = x->shape.ep;
+    s->tp = x->shape.tp;
+    s->cp = x->shape.cp;
+    if (!s->max_seqs) s->max_seqs = x->plan->max_seqs;
+    if (!s->chunk) s->chunk = x->plan->chunk;
+}
+
+sh_status sh_plan_choose(sh_shared_options *s, const sh_config *c, const sh_cluster *k, double requests, bool *chosen) {
+    sh_workload w = sh_workload_default();
+    sh_search *found = NULL;
+    *chosen = false;
+    if (!is_free(s) || !(requests >= 1)) return SH_OK;
+    w.requests = w.bin[0].requests = requests;
+    sh_search_options o = {.config = c, .cluster = k, .workload = &w};
+    sh_options_plan(s, 0, &o.fixed);
+    SH_TRY(sh_search_run(&o, &found));
+    *chosen = found->n > 0 && found->best[0].replicas <= SH_MAX_REPLICAS;
+    if (*chosen) take_choice(s, &found->best[0]);
+    sh_search_free(&found);
+    return SH_OK;
+}

@@ -20,6 +20,7 @@
 #include "cli/options.h"
 #include "cli/planuse.h"
 #include "cli/predict.h"
+#include "cli/probe.h"
 #include "cli/session.h"
 #include "common/clock.h"
 #include "common/file.h"
@@ -235,18 +236,36 @@ static sh_status choose_ranks(run *r, int numa, int most) {
     return st;
 }
 
+/* Where nothing is said and there is a choice: what the planner takes, with what is known of this machine's speed. The
+ * nodes of an allocation are taken to be like this one. */
+static sh_status choose_plan(run *r, const sh_machine *machine) {
+    int nodes = 1;
+    bool chosen = false;
+    sh_cluster k;
+    Shoal__Machine *m = NULL;
+    if (r->launcher || (r->hosts && !r->slurm_hosts.len)) return SH_OK; /* somebody else's choice */
+    for (size_t i = 0; i < r->slurm_hosts.len; i++) nodes += r->slurm_hosts.data[i] == ',';
+    if (nodes * machine->n_numa < 2) return SH_OK;
+    SH_TRY(sh_probe_machine(SH_PROBE_CACHED, &m));
+    sh_status st = sh_cluster_of(m, nodes, &k);
+    shoal__machine__free_unpacked(m, NULL);
+    if (st == SH_OK) st = sh_plan_choose(&r->shared, r->config, &k, (double)r->scanned.lines, &chosen);
+    return st;
+}
+
 static sh_status check_ranks(run *r) {
     static sh_config config; /* a large table */
     SH_TRY(sh_config_load(r->model, &config));
     r->config = &config;
     SH_TRY(sh_plan_use(&r->shared, &config, &r->planned));
-    r->ranks = sh_options_ranks(&r->shared);
     static sh_machine machine;
     SH_TRY(sh_machine_read(NULL, &machine));
     r->cpus = machine.n_cpus;
     r->memory = machine.memory;
-    r->replicas = r->shared.replicas ? r->shared.replicas : 1;
     SH_TRY(take_allocation(r));
+    SH_TRY(choose_plan(r, &machine));
+    r->ranks = sh_options_ranks(&r->shared);
+    r->replicas = r->shared.replicas ? r->shared.replicas : 1;
     if (!r->ranks) SH_TRY(choose_ranks(r, machine.n_numa, config.n_layers));
     SH_TRY(check_plan(r, &config));
     char copy[PATH_MAX];

@@ -298,6 +298,7 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
     SH_TRY(in_range("--threads", p->threads, 0, 4096));
     SH_TRY(in_range("--max-seqs", p->max_seqs, 1, SH_MAX_SEQS));
     SH_TRY(in_range("--chunk", p->chunk, 1, SH_MAX_CHUNK));
+    SH_TRY(in_range("plan: split_rows", p->split_rows, 0, SH_MAX_CHUNK + SH_MAX_SEQS));
     return in_range("--max-context", p->max_context, 1, c->max_context);
 }
 

@@ -47,7 +47,8 @@ double sh_cost_parts(const sh_cost_model *m, const sh_cost_place *p, double rows
     if (lanes == 1) return fmax(1, ceil(rows / BLOCK_ROWS));
     double most = ceil((double)m->plan->max_seqs / lanes) + ceil((double)m->plan->chunk / lanes);
     double part = fmin(most, fmax(64, fmin(BLOCK_ROWS, floor(1024.0 / lanes)))); /* sh_experts_part_rows */
-    return rows <= part && rows < SPLIT_ROWS ? 1 : 2 * fmax(1, ceil(rows / (2 * part)));
+    double split = m->plan->split_rows > 0 ? m->plan->split_rows : SPLIT_ROWS;
+    return rows <= part && rows < split ? 1 : 2 * fmax(1, ceil(rows / (2 * part)));
 }
 
 /* --- seconds on the wire -------------------------------------------------------------------------------------------

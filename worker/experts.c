@@ -268,8 +268,8 @@ static sh_status test_incoming(sh_experts *e, slot *s, enum kind kind, incoming 
     return SH_OK;
 }
 
-static incoming *incoming_of(peer *l, enum kind kind) {
-    return kind == ROWS ? &l->rows_in : &l->results_in;
+static incoming *incoming_of(peer *p, enum kind kind) {
+    return kind == ROWS ? &p->rows_in : &p->results_in;
 }
 
 /* Starts receiving what has come on one channel. */
@@ -306,11 +306,11 @@ static sh_status progress(sh_experts *e) {
         for (int kind = ROWS; kind <= RESULTS; kind++)
             if (s->awaited[kind] > 0) SH_TRY(take_new(e, i, (enum kind)kind));
         for (int m = 0; m < e->o.members; m++) {
-            peer *l = &s->peer[m];
-            SH_TRY(test_outgoing(e, &l->rows));
-            SH_TRY(test_outgoing(e, &l->results));
-            SH_TRY(test_incoming(e, s, ROWS, &l->rows_in));
-            SH_TRY(test_incoming(e, s, RESULTS, &l->results_in));
+            peer *p = &s->peer[m];
+            SH_TRY(test_outgoing(e, &p->rows));
+            SH_TRY(test_outgoing(e, &p->results));
+            SH_TRY(test_incoming(e, s, ROWS, &p->rows_in));
+            SH_TRY(test_incoming(e, s, RESULTS, &p->results_in));
         }
     }
     return SH_OK;
@@ -385,10 +385,10 @@ static void assign(sh_experts *e, slot *s, const int32_t *ids, int n) {
         int m = choose_member(e, s->layer, ids[i]);
         e->to[i] = (int16_t)m;
         if (m < 0) continue;
-        peer *l = &s->peer[m];
+        peer *p = &s->peer[m];
         e->load[m]++;
-        l->n_choices++;
-        l->n_rows += e->last_row[m] != i / k;
+        p->n_choices++;
+        p->n_rows += e->last_row[m] != i / k;
         e->last_row[m] = i / k;
     }
 }
@@ -397,18 +397,18 @@ static void assign(sh_experts *e, slot *s, const int32_t *ids, int n) {
 static void place_messages(sh_experts *e, slot *s, int i) {
     size_t out = 0, answers = 0;
     for (int m = 0; m < e->o.members; m++) {
-        peer *l = &s->peer[m];
+        peer *p = &s->peer[m];
         if (m == e->o.member) continue;
-        l->rows.data = s->out + out;
-        l->rows.len = rows_offset(l->n_choices) + (size_t)l->n_rows * e->row;
-        out += align64(l->rows.len);
-        l->results_in.data = s->answers + answers;
-        l->results_in.len = results_offset() + (size_t)l->n_choices * e->row;
-        answers += align64(l->results_in.len);
-        head h = {MAGIC, ROWS, (uint16_t)e->value, s->turn, s->layer, i, l->n_rows, l->n_choices};
-        memset(l->rows.data, 0, rows_offset(l->n_choices));
-        memcpy(l->rows.data, &h, sizeof h);
-        l->n_rows = l->n_choices = 0; /* counted again by pack */
+        p->rows.data = s->out + out;
+        p->rows.len = rows_offset(p->n_choices) + (size_t)p->n_rows * e->row;
+        out += align64(p->rows.len);
+        p->results_in.data = s->answers + answers;
+        p->results_in.len = results_offset() + (size_t)p->n_choices * e->row;
+        answers += align64(p->results_in.len);
+        head h = {MAGIC, ROWS, (uint16_t)e->value, s->turn, s->layer, i, p->n_rows, p->n_choices};
+        memset(p->rows.data, 0, rows_offset(p->n_choices));
+        memcpy(p->rows.data, &h, sizeof h);
+        p->n_rows = p->n_choices = 0; /* counted again by pack */
         e->last_row[m] = -1;
     }
 }
@@ -419,15 +419,15 @@ static void pack(sh_experts *e, slot *s, const uint8_t *rows, const int32_t *ids
     for (int i = 0; i < n * k; i++) {
         int m = e->to[i], r = i / k;
         if (m < 0) continue;
-        peer *l = &s->peer[m];
-        const head *h = (const head *)(const void *)l->rows.data;
+        peer *p = &s->peer[m];
+        const head *h = (const head *)(const void *)p->rows.data;
         if (e->last_row[m] != r)
-            memcpy(l->rows.data + rows_offset(h->choices) + (size_t)l->n_rows++ * e->row, rows + (size_t)r * e->row,
+            memcpy(p->rows.data + rows_offset(h->choices) + (size_t)p->n_rows++ * e->row, rows + (size_t)r * e->row,
                    e->row);
         e->last_row[m] = r;
-        uint16_t choice[2] = {(uint16_t)(l->n_rows - 1), (uint16_t)ids[i]};
-        memcpy(l->rows.data + sizeof(head) + (size_t)l->n_choices * sizeof choice, choice, sizeof choice);
-        answer[i] = l->results_in.data + results_offset() + (size_t)l->n_choices++ * e->row;
+        uint16_t choice[2] = {(uint16_t)(p->n_rows - 1), (uint16_t)ids[i]};
+        memcpy(p->rows.data + sizeof(head) + (size_t)p->n_choices * sizeof choice, choice, sizeof choice);
+        answer[i] = p->results_in.data + results_offset() + (size_t)p->n_choices++ * e->row;
     }
 }
 
@@ -539,14 +539,14 @@ static sh_status experts_reply(void *ctx, int i) {
     slot *s = &e->slots[i];
     if (s->state != ASKED) SH_FAIL(SH_ESTATE, "experts: slot %d has nothing to answer", i);
     for (int m = 0, g = 0; m < e->o.members; m++) {
-        peer *l = &s->peer[m];
+        peer *p = &s->peer[m];
         if (m == e->o.member) continue;
         int choices = s->guests[g++].n_choices;
         head h = {MAGIC, RESULTS, (uint16_t)e->value, s->turn, s->layer, i, 0, choices};
-        memset(l->results.data, 0, results_offset());
-        memcpy(l->results.data, &h, sizeof h);
-        l->results.len = results_offset() + (size_t)choices * e->row;
-        l->rows_in.state = AWAITED; /* of the slot's next exchange: may come any time from now on */
+        memset(p->results.data, 0, results_offset());
+        memcpy(p->results.data, &h, sizeof h);
+        p->results.len = results_offset() + (size_t)choices * e->row;
+        p->rows_in.state = AWAITED; /* of the slot's next exchange: may come any time from now on */
     }
     s->awaited[ROWS] = e->o.members - 1;
     s->state = REPLIED;
@@ -601,8 +601,8 @@ const sh_expert_peers *sh_experts_peers(const sh_experts *e) {
 bool sh_experts_is_idle(const sh_experts *e) {
     for (int i = 0; i < SH_EXPERT_SLOTS; i++)
         for (int m = 0; m < e->o.members; m++) {
-            const peer *l = &e->slots[i].peer[m];
-            if (l->rows.req >= 0 || l->results.req >= 0 || l->rows_in.req >= 0 || l->results_in.req >= 0) return false;
+            const peer *p = &e->slots[i].peer[m];
+            if (p->rows.req >= 0 || p->results.req >= 0 || p->rows_in.req >= 0 || p->results_in.req >= 0) return false;
         }
     return true;
 }

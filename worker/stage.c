@@ -107,6 +107,7 @@ static sh_status create_experts(sh_stage *s) {
                             .last = o->last,
                             .mode = o->mode,
                             .max_rows = sh_leader_max_rows(o->schedule),
+                            .split_rows = o->plan->split_rows,
                             .holds = member_holds,
                             .arg = s};
     SH_TRY(sh_experts_create(&e, &s->experts));

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "cli/planuse.h"
 #include "common/file.h"
 #include "partition/explain.h"
 #include "partition/protojson.h"
@@ -390,6 +391,32 @@ static void test_placement(void) {
     sh_routing_destroy(&counts);
 }
 
+/* What a run takes when nothing is said. */
+static void test_choice(void) {
+    sh_cluster k;
+    bool chosen = false;
+    sh_option t[SH_OPTIONS_MAX];
+    sh_shared_options s;
+    sh_options_shared(&s, t);
+    machine("xeon-1", &k);
+    must(sh_plan_choose(&s, &a4b, &k, 1e6, &chosen));
+    CU_ASSERT_TRUE(chosen && s.ranks == 1 && s.replicas == 2 && s.pp == 1 && s.ep == 1); /* a socket each */
+    machine("box-24g", &k);
+    k.nodes = 4;
+    k.between = (sh_cost_link){20e-6, 25e9 / 8};
+    sh_options_shared(&s, t);
+    must(sh_plan_choose(&s, &a4b, &k, 1e6, &chosen));
+    CU_ASSERT_TRUE(chosen && s.ranks == 4 && s.replicas == 1 && s.ep == 4 && s.max_seqs > 0);
+    sh_options_shared(&s, t);
+    s.pp = 4;
+    must(sh_plan_choose(&s, &a4b, &k, 1e6, &chosen));
+    CU_ASSERT_TRUE(!chosen && s.ep == 0 && s.ranks == 0); /* something is said */
+    s.pp = 0;
+    k.nodes = 1;
+    must(sh_plan_choose(&s, &b31, &k, 1e6, &chosen));
+    CU_ASSERT_TRUE(!chosen && s.ranks == 0); /* nothing fits */
+}
+
 static void test_json_errors(void) {
     static const struct {
         const char *text, *message;
@@ -483,6 +510,7 @@ int main(void) {
     CU_add_test(s, "more is not slower", test_monotone);
     CU_add_test(s, "small nodes", test_small_nodes);
     CU_add_test(s, "placing by counts", test_placement);
+    CU_add_test(s, "the choice of a run", test_choice);
     CU_add_test(s, "errors of machine files", test_json_errors);
     CU_add_test(s, "edited plans", test_edited);
     CU_basic_run_tests();
