@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -142,8 +143,8 @@ def main():
     a.add_argument("--repeat", type=int, default=3)
     a.add_argument("--folder", default="/tmp/shoal-predicted", help="where checkpoints are kept")
     a.add_argument("--shape", default="small-moe")
-    a.add_argument("--isa", default="model:10G,0.5G")
-    a.add_argument("--mbit", type=float, default=200)
+    a.add_argument("--isa", default="model:20G,1G")
+    a.add_argument("--mbit", type=float, default=400)
     a.add_argument("--requests", type=int, default=192)
     a.add_argument("--prompt", type=int, default=16)
     a.add_argument("--output", type=int, default=16)
@@ -152,9 +153,10 @@ def main():
     a.add_argument("--lock", default="", help="file to lock for each job")
     a.add_argument("--verbose", action="store_true")
     o = a.parse_args()
-    o.nodes = o.nodes or (2 if o.real else 8)
+    o.nodes = o.nodes or (2 if o.real else 4)
     os.makedirs(o.folder, exist_ok=True)
     model = checkpoint(o.folder, o.shape)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nodes go down
     with st.Scratch() as s:
         inp, machine = s.file("in.jsonl"), s.file("machine.json")
         workload(inp, o.requests, o.prompt, o.output)
