@@ -2,8 +2,9 @@
 """Throughput of a model on clusters that are not here: plans of many layouts, their timetables (timetable_bench), and what
 SimGrid says of them (replay.c as an MPI program on a simulated network). Appends rows to a table; docs/scaling.md says what is assumed.
 
-    tests/bench/simulate.py --machine FILE -o TABLE.tsv [--model DIR] [--workload FILE] LAYOUT…
-    LAYOUT: NODES:GROUPSxSTAGESxMEMBERS[:SEQS], SEQS of a group; or a set: weak, strong, check
+    tests/bench/simulate.py [--machine FILE] [--model DIR] [--workload FILE] [-o TABLE.tsv] LAYOUT…
+    LAYOUT: GROUPSxSTAGESxMEMBERS[:SEQS], SEQS at once in a group (else as many as the planner finds worth it), one rank a node;
+            or a set of them: full (as many sequences as nodes hold), few (64 sequences in all)
 
 Needs a release build, smpicc and smpirun (deploy/install-deps --simulate); exit status 77 without them."""
 import argparse
@@ -18,6 +19,21 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 BENCH = os.path.join(ROOT, "build/release/tests/timetable_bench")
 COLUMNS = ["set", "layout", "nodes", "groups", "stages", "members", "seqs", "chunk", "rows", "predicted", "simulated", "compute",
            "rows_wait", "results_wait", "batch_wait", "answers_wait", "round_trip", "bytes_per_token"]
+
+
+POWERS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+SETS = {
+    "full": [("replicas", f"{n}x1x1") for n in POWERS] +
+            [("pp", f"1x{n}x1") for n in (1, 2, 4, 8, 16, 30)] +
+            [("pp 4, replicas", f"{n // 4}x4x1") for n in POWERS if n >= 4] +
+            [("ep", f"1x1x{n}") for n in POWERS if n <= 64] +
+            [("ep 16, replicas", f"{n // 16}x1x16") for n in POWERS if n >= 16] +
+            [("pp and ep 16", f"1x{n // 16}x16") for n in POWERS if n >= 16],
+    "few": [("replicas", f"{n}x1x1:{64 // n}") for n in POWERS if n <= 64] +
+           [("pp", f"1x{n}x1:64") for n in (1, 2, 4, 8, 16, 30)] +
+           [("ep", f"1x1x{n}:64") for n in POWERS if n <= 64] +
+           [("ep 8, replicas", f"{n // 8}x1x8:{64 * 8 // n}") for n in POWERS if 8 <= n <= 64],
+}
 
 
 class Misfit(Exception):
@@ -106,24 +122,32 @@ def simulate(o, program, text, ranks, steps):
     return values(p.stdout)
 
 
-def row_of(o, program, name, nodes, groups, stages, members, seqs):
-    text, predicted, chunk = best_timetable(o, groups, stages, members, seqs)
-    # Replicas share nothing and the switch blocks nobody: one group is simulated, and counts as often as there are groups.
-    one = text.replace(f"groups {groups}\n", "groups 1\n")
-    cycle = max(1, round(1 / max(predicted["mixed"], 0.05)))  # micro-batches until each kind had its turn
-    ranks = stages * members
-    steps = o.steps or max(cycle * (2 if members > 16 else 4), 2 * stages)
+KNOWN = {}  # what a group of one shape does, in this run
+
+
+def group_of(o, program, groups, stages, members, seqs):
+    """Predicted and simulated, for one group: replicas share nothing and the switch blocks nobody."""
+    key = stages, members, seqs
+    if key not in KNOWN:
+        text, predicted, chunk = best_timetable(o, 1, stages, members, seqs)
+        cycle = max(1, round(1 / max(predicted["mixed"], 0.05)))  # micro-batches until each kind had its turn
+        steps = o.steps or (200 if members == 1 else 2 if members > 16 else max(4 * cycle, 2 * stages))
+        KNOWN[key] = predicted, chunk, simulate(o, program, text, stages * members, steps)
+    return KNOWN[key]
+
+
+def row_of(o, program, name, groups, stages, members, seqs):
     began = time.time()
-    seen = simulate(o, program, one, ranks, steps)
-    row = {"set": name, "layout": f"{groups}x{stages}x{members}", "nodes": nodes, "groups": groups, "stages": stages, "members": members,
-           "seqs": int(predicted["seqs"]), "chunk": chunk, "rows": predicted["decode"] + predicted["mixed"] * predicted["piece"],
-           "predicted": predicted["tokens_per_second"], "simulated": seen["tokens_per_second"] * groups, "compute": seen["compute"],
+    predicted, chunk, seen = group_of(o, program, groups, stages, members, seqs)
+    row = {"set": name, "layout": f"{groups}x{stages}x{members}", "nodes": groups * stages * members, "groups": groups, "stages": stages,
+           "members": members, "seqs": int(predicted["seqs"]), "chunk": chunk, "rows": predicted["decode"] + predicted["mixed"] * predicted["piece"],
+           "predicted": predicted["tokens_per_second"] * groups, "simulated": seen["tokens_per_second"] * groups, "compute": seen["compute"],
            "rows_wait": seen["rows"], "results_wait": seen["results"], "batch_wait": seen["batch"], "answers_wait": seen["answers"],
            "round_trip": predicted["round_trip"], "bytes_per_token": predicted["bytes_per_token"]}
-    print("%-8s %4d nodes  %-10s seqs %5d  rows %6.1f  predicted %8.1f  simulated %8.1f tokens/s  compute %5.1f %%  waits %4.1f %4.1f %4.1f %4.1f %%"
-          "  (%d steps, %.0f s)" % (name, nodes, row["layout"], row["seqs"], row["rows"], row["predicted"], row["simulated"], 100 * row["compute"],
-                                   100 * row["rows_wait"], 100 * row["results_wait"], 100 * row["batch_wait"], 100 * row["answers_wait"], steps,
-                                   time.time() - began), flush=True)
+    print("%-16s %4d nodes  %-10s seqs %5d  rows %6.1f  predicted %8.1f  simulated %8.1f tokens/s  compute %5.1f %%  waits %4.1f %4.1f %4.1f %4.1f %%"
+          "  (%.0f s)" % (name, row["nodes"], row["layout"], row["seqs"], row["rows"], row["predicted"], row["simulated"], 100 * row["compute"],
+                          100 * row["rows_wait"], 100 * row["results_wait"], 100 * row["batch_wait"], 100 * row["answers_wait"],
+                          time.time() - began), flush=True)
     return row
 
 
@@ -136,7 +160,6 @@ def main():
     p.add_argument("--latency-us", type=float, default=10)
     p.add_argument("--message-us", type=float, default=1, help="CPU time of a message, for its sender and for its receiver")
     p.add_argument("--steps", type=int, default=0)
-    p.add_argument("--name", default="try")
     p.add_argument("-o", "--output")
     p.add_argument("layouts", nargs="+")
     o = p.parse_args()
@@ -145,13 +168,13 @@ def main():
         sys.exit(77)
     with tempfile.TemporaryDirectory() as folder:
         program = build(folder, True)
-        for layout in o.layouts:
+        for name, layout in [x for l in o.layouts for x in SETS.get(l, [("try", l)])]:
             shape, _, seqs = layout.partition(":")
             groups, stages, members = (int(x) for x in shape.split("x"))
             try:
-                row = row_of(o, program, o.name, groups * stages * members, groups, stages, members, int(seqs or 0))
+                row = row_of(o, program, name, groups, stages, members, int(seqs or 0))
             except Misfit as e:
-                print(f"{o.name:8} {layout}: {e}")
+                print(f"{name:16} {layout}: {e}")
                 continue
             if o.output:
                 new = not os.path.exists(o.output)
