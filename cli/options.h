@@ -72,6 +72,8 @@ typedef struct sh_shared_options {
     const char *plan;   /* file, see planuse.h; NULL: not given */
     int mode_at, kv_at; /* place in the choices; kv_at −1: not given */
     uint64_t kv_memory;
+    const char *routing; /* NULL: not given */
+    uint64_t replicate;
     int max_context, threads, max_seqs, chunk;
     uint64_t seed;
     int default_max_tokens;

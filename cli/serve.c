@@ -110,6 +110,8 @@ int sh_cmd_serve(int argc, char **argv) {
         .chunk = o->chunk,
         .max_context = o->max_context,
         .kv_memory = o->kv_memory,
+        .routing = o->routing,
+        .replicate = o->replicate,
         .groups = o->replicas,
         .orphan_ms = s.orphan > INT_MAX / 1000 ? INT_MAX : s.orphan * 1000,
         .intake = {.seed = o->seed,

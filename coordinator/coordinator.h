@@ -24,9 +24,12 @@ typedef struct sh_coordinator_options {
     sh_kv_type kv;
     int threads, max_seqs, chunk, max_context;
     uint64_t kv_memory;
-    int groups; /* how many there will be, as far as anybody knows; a run's supervisor says it itself */
+    const char *routing; /* file of counts to place experts by; NULL: even shares */
+    uint64_t replicate;  /* bytes per rank for copies of hot experts */
+    int groups;          /* how many there will be, as far as anybody knows; a run's supervisor says it itself */
     int heartbeat_ms, orphan_ms;
     sh_intake_options intake;
+    int load_ms;     /* for tests: in place of SH_LOAD_LEAST */
     int progress_ms; /* token progress is saved at least this often; 0: 2000 */
 } sh_coordinator_options;
 

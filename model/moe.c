@@ -51,6 +51,7 @@ struct sh_moe {
     float *rows;             /* [places, hidden]: rows of the pairs at hand; then their results */
     float *act;              /* [places, 2·expert_ff] */
     unit *units;
+    uint64_t computed;
     /* the call at hand */
     const sh_layer_weights *w;
     part *s;
@@ -137,6 +138,10 @@ void sh_moe_destroy(sh_moe **m) {
     sh_arena_release(&(*m)->arena);
     free(*m);
     *m = NULL;
+}
+
+uint64_t sh_moe_computed(const sh_moe *m) {
+    return m->computed;
 }
 
 const int32_t *sh_moe_ids(const sh_moe *m, int slot) {
@@ -341,6 +346,7 @@ sh_status sh_moe_compute(sh_moe *m, int slot, const sh_layer_weights *w) {
     m->w = w;
     group_pairs(m);
     int total = m->first[m->config->experts];
+    m->computed += (uint64_t)total;
     for (m->place0 = 0; m->place0 < total; m->place0 += m->places) {
         m->places = total - m->place0 < m->max_places ? total - m->place0 : m->max_places;
         sh_row_loop_run(m->team, m->places, h, gather, m);

@@ -179,7 +179,8 @@ static sh_status traffic(const sh_choice *x, const sh_forecast *f, const sh_fore
         hidden += rank[i].overlapped / x->ranks;
         waiting += rank[i].exchange / x->ranks;
     }
-    SH_TRY(sh_buf_printf(out, "  traffic    %.3g kB per token put out; MB per step of the group:", f->sent * 1e-3));
+    SH_TRY(
+        sh_buf_printf(out, "  traffic    %s kB per token put out; MB per step of the group:", show(f->sent * 1e-3).s));
     bool any = false;
     for (int k = 0; k < 5; k++)
         if (sum[k] > 0) {

@@ -1,5 +1,6 @@
 /* Cuts: chosen, read, checked and printed. See plan.h. KV budgets are budget.c's. */
 #include "partition/plan.h"
+#include "partition/placement.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -210,6 +211,15 @@ static sh_status check_lists(const sh_config *c, const sh_plan_shape *s, const S
     return SH_OK;
 }
 
+bool sh_plan_holds(const Shoal__Plan *p, int rank, int layer, int expert) {
+    const Shoal__PlanRank *r = p->rank[rank];
+    if (p->ep <= 1) return true;
+    for (size_t i = 0; i < r->n_experts; i++)
+        for (size_t j = 0; r->experts[i]->layer == layer && j < r->experts[i]->n_expert; j++)
+            if (r->experts[i]->expert[j] == expert) return true;
+    return false;
+}
+
 static sh_status check_experts(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
     SH_TRY(check_lists(c, s, p));
     for (int stage = 0; s->ep > 1 && stage < s->pp; stage++)
@@ -310,8 +320,8 @@ sh_share sh_plan_share(const Shoal__Plan *p, int rank) {
     return (sh_share){.parts = p->tp, .part = rank % p->tp, .sum = p->tp_sum};
 }
 
-/* Experts [lo, hi) of one layer for a rank. */
-static sh_status add_experts(Shoal__PlanRank *r, int layer, int lo, int hi) {
+/* The experts of one layer that a rank holds; held [experts]. */
+static sh_status add_experts(Shoal__PlanRank *r, int layer, const bool *held, int experts) {
     Shoal__PlanExperts *e = calloc(1, sizeof *e);
     Shoal__PlanExperts **list = realloc(r->experts, (r->n_experts + 1) * sizeof *list);
     if (list) r->experts = list;
@@ -322,21 +332,41 @@ static sh_status add_experts(Shoal__PlanRank *r, int layer, int lo, int hi) {
     shoal__plan_experts__init(e);
     r->experts[r->n_experts++] = e;
     e->layer = layer;
-    e->expert = calloc((size_t)(hi - lo) + 1, sizeof *e->expert);
+    e->expert = calloc((size_t)experts + 1, sizeof *e->expert);
     if (!e->expert) SH_FAIL(SH_EMEMORY, "plan: no memory for the experts of layer %d", layer);
-    for (int i = lo; i < hi; i++) e->expert[e->n_expert++] = i;
+    for (int i = 0; i < experts; i++)
+        if (held[i]) e->expert[e->n_expert++] = i;
     return SH_OK;
 }
 
-/* Even shares of every layer's experts, in order, for the members of each stage. */
-static sh_status spread_experts(const sh_config *c, const sh_plan_shape *s, Shoal__Plan *p) {
-    for (int i = 0; s->ep > 1 && i < (int)p->n_rank; i++) {
-        int member = i % s->width;
-        for (int layer = p->rank[i]->first; layer < p->rank[i]->last; layer++)
-            if (c->layer[layer].moe)
-                SH_TRY(add_experts(p->rank[i], layer, (int)((long)c->experts * member / s->ep),
-                                   (int)((long)c->experts * (member + 1) / s->ep)));
-    }
+/* Who holds what of one stage: even shares of every layer's experts, in order, or by counts. held [layers of the
+ * stage, members, experts]. */
+static sh_status place_stage(const sh_config *c, const sh_plan_request *q, int ep, int first, int last, bool *held) {
+    size_t layer = (size_t)ep * (size_t)c->experts;
+    if (q->routing) return sh_placement_stage(c, q->routing, first, last, ep, q->replicate, held);
+    for (int i = 0; i < last - first; i++)
+        for (int m = 0; m < ep; m++)
+            for (int e = (int)((long)c->experts * m / ep); e < (int)((long)c->experts * (m + 1) / ep); e++)
+                held[(size_t)i * layer + (size_t)(m * c->experts + e)] = true;
+    return SH_OK;
+}
+
+static sh_status spread_stage(const sh_config *c, const sh_plan_request *q, int ep, Shoal__PlanRank **members) {
+    int first = members[0]->first, last = members[0]->last;
+    bool *held = calloc((size_t)(last - first) * (size_t)ep * (size_t)c->experts, sizeof *held);
+    if (!held) SH_FAIL(SH_EMEMORY, "plan: no memory for placing experts");
+    sh_status st = place_stage(c, q, ep, first, last, held);
+    for (int layer = first; layer < last; layer++)
+        for (int m = 0; st == SH_OK && c->layer[layer].moe && m < ep; m++)
+            st = add_experts(members[m], layer, held + (size_t)((layer - first) * ep + m) * (size_t)c->experts,
+                             c->experts);
+    free(held);
+    return st;
+}
+
+static sh_status spread_experts(const sh_config *c, const sh_plan_request *q, const sh_plan_shape *s, Shoal__Plan *p) {
+    for (int stage = 0; s->ep > 1 && stage < s->pp; stage++)
+        SH_TRY(spread_stage(c, q, s->ep, p->rank + stage * s->width));
     return SH_OK;
 }
 
@@ -347,6 +377,11 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     SH_TRY(choose_cuts(c, r, cut, &shape));
     int ranks = shape.pp * shape.width;
     SH_TRY(check_shape(c, &shape, ranks));
+    if ((r->routing || r->replicate) && shape.ep == 1)
+        SH_FAIL(SH_EINPUT, "%s: places experts on the ranks of a stage: give --ep too",
+                r->routing ? "--routing" : "--replicate");
+    if (r->replicate && !r->routing)
+        SH_FAIL(SH_EINPUT, "--replicate: which experts are hot is not known: give --routing too");
     SH_TRY(allocate(ranks, sh_mode_name(r->mode), sh_kv_type_name(r->kv), &p));
     for (int i = 0; i < ranks; i++) {
         int stage = i / shape.width;
@@ -363,7 +398,7 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     p->chunk = r->chunk ? r->chunk : DEFAULT_CHUNK;
     p->max_context = r->max_context ? r->max_context : sh_config_usual_context(c);
     p->kv_memory = r->kv_memory;
-    sh_status st = spread_experts(c, &shape, p);
+    sh_status st = spread_experts(c, r, &shape, p);
     if (st == SH_OK) st = sh_plan_check(c, p);
     if (st != SH_OK) {
         sh_plan_free(&p);

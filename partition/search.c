@@ -38,7 +38,7 @@ static void model_of(const sh_search_options *o, const sh_choice *x, sh_cost_rat
         .rates = rates,
         .alike = true,
         .net = {.within = o->cluster->within, .between = o->cluster->between, .ranks_per_node = x->ranks_per_node},
-        .routing = o->routing};
+        .routing = o->fixed.routing};
 }
 
 sh_status sh_search_forecast(const sh_search_options *o, const sh_choice *x, sh_forecast *out, sh_forecast_rank *rank) {

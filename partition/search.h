@@ -25,9 +25,8 @@ typedef struct sh_search_options {
     const sh_config *config; /* all borrowed */
     const sh_cluster *cluster;
     const sh_workload *workload;
-    sh_plan_request fixed;          /* members that are 0 or NULL are free; ranks: of a group */
-    int replicas;                   /* 0: free */
-    const sh_cost_routing *routing; /* NULL: experts alike */
+    sh_plan_request fixed; /* members that are 0 or NULL are free; ranks: of a group */
+    int replicas;          /* 0: free */
 } sh_search_options;
 
 typedef struct sh_choice {

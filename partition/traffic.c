@@ -112,14 +112,17 @@ bool sh_cost_experts_alike(const Shoal__Plan *plan, const sh_cost_place *p, int 
     return true;
 }
 
-/* Rows that choose an expert, of one. */
-static double chance(const sh_cost_model *m, int layer, int expert) {
+/* Of a layer's choices those of one expert, times k: rows that choose it, of one. */
+static double chance(const sh_cost_model *m, int layer, int expert, double all) {
     const sh_config *c = m->config;
-    int nth = 0;
-    for (int i = 0; i < layer; i++) nth += c->layer[i].moe;
-    if (!m->routing || !(m->routing->routed[nth] > 0)) return (double)c->top_k / c->experts;
-    double p = m->routing->rows[(size_t)nth * (size_t)c->experts + (size_t)expert] / m->routing->routed[nth];
-    return p < 1 ? p : 1;
+    if (!(all > 0)) return (double)c->top_k / c->experts;
+    return fmin(1, (double)sh_routing_of(m->routing, layer)[expert] * c->top_k / all);
+}
+
+static double choices(const sh_cost_model *m, int layer) {
+    double n = 0;
+    for (int e = 0; m->routing && e < m->config->experts; e++) n += (double)sh_routing_of(m->routing, layer)[e];
+    return n;
 }
 
 /* C(E − n, k) / C(E, k): no expert of n is among the k of a row. */
@@ -145,6 +148,7 @@ static sh_cost_routes even_routes(const sh_cost_model *m, const sh_cost_place *p
 static sh_cost_routes uneven_routes(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows) {
     const sh_config *c = m->config;
     int copies[SH_MAX_EXPERTS];
+    double all = choices(m, layer);
     sh_cost_routes r = {0};
     for (int e = 0; e < c->experts; e++) copies[e] = p->shape.ep > 1 ? 0 : 1;
     for (int i = 0; i < p->shape.width && p->shape.ep > 1; i++) {
@@ -157,7 +161,7 @@ static sh_cost_routes uneven_routes(const sh_cost_model *m, const sh_cost_place 
         size_t n = p->shape.ep > 1 ? x ? x->n_expert : 0 : (size_t)c->experts;
         for (size_t j = 0; j < n; j++) {
             int e = p->shape.ep > 1 ? x->expert[j] : (int)j;
-            double q = chance(m, layer, e) / (copies[e] ? copies[e] : 1);
+            double q = chance(m, layer, e, all) / (copies[e] ? copies[e] : 1);
             none *= 1 - q;
             if (i != p->member) continue;
             r.owned += q / c->top_k;

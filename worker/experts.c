@@ -16,10 +16,7 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "messages are little-endian and used in place");
 
-#define MAGIC      0x31584853u /* "SHX1" */
-#define PART_SUM   1024        /* rows of all members in one exchange, about */
-#define PART_LEAST 64
-#define PART_MOST  512
+#define MAGIC 0x31584853u /* "SHX1" */
 
 enum kind { ROWS, RESULTS };
 
@@ -106,10 +103,6 @@ static int min_int(int a, int b) {
 
 static int max_int(int a, int b) {
     return a > b ? a : b;
-}
-
-int sh_experts_part_rows(int max_rows, int members) {
-    return min_int(max_rows, max_int(PART_LEAST, min_int(PART_MOST, PART_SUM / members)));
 }
 
 /* --- making --------------------------------------------------------------------------------------------------------
@@ -227,7 +220,7 @@ sh_status sh_experts_create(const sh_experts_options *o, sh_experts **out) {
     if (!e) SH_FAIL(SH_EMEMORY, "no memory for the exchange of experts");
     e->o = *o;
     if (e->o.split_rows < 1) e->o.split_rows = SH_EXPERTS_SPLIT_ROWS;
-    e->part_rows = sh_experts_part_rows(o->max_rows, o->members);
+    e->part_rows = sh_expert_part_rows(o->max_rows, o->members);
     e->value = o->mode == SH_MODE_BF16 ? sizeof(uint16_t) : sizeof(float);
     e->row = (size_t)o->config->hidden * e->value;
     sh_status st = list_holders(e);

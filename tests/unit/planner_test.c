@@ -412,22 +412,19 @@ static void test_edited(void) {
 #define REST                                                                                                           \
     "\"mode\": \"bf16\", \"kv\": \"bf16\", \"threads\": 0, \"max_seqs\": 8, \"chunk\": 64, \"max_context\": 4096, "    \
     "\"kv_memory\": 0"
-    read_plan("{\"rank\": [], " REST "}", "f: 0 stages: the model has 30 layers: allowed are 1 to 30 stages");
+    read_plan("{\"rank\": [], " REST "}", "f: ranks of a group: 0 is out of range: allowed are 1 to 4096");
     read_plan("{\"rank\": [{\"first\": 0, \"last\": 20}], " REST "}", "f: plan: layers 20 to 29 are on no rank");
     read_plan("{\"rank\": [{\"first\": 0, \"last\": 20}, {\"first\": 19, \"last\": 30}], " REST "}",
               "f: plan: rank 1 has layers 19 to 29: it must begin at layer 20 and hold at least one");
     read_plan("{\"rank\": [{\"first\": 0}], " REST "}", "f: rank[0].last: is missing");
-    read_plan("{\"rank\": [{\"first\": 0, \"last\": 30}], \"mode\": \"q8\", \"kv\": \"bf16\", \"threads\": 0, "
-              "\"max_seqs\": 8, \"chunk\": 64, "
-              "\"max_context\": 4096, \"kv_memory\": 0}",
-              "f: mode: \"q8\" is not known: allowed are exact and bf16");
     read_plan("{\"rank\": [{\"first\": 0, \"last\": 30, \"experts\": [{\"layer\": 0, \"expert\": [1]}]}], " REST "}",
               "f: plan: rank 0: experts are named, but ep is 1: allowed are none");
     read_plan("{\"rank\": [{\"first\": 0, \"last\": 30}], " REST ", \"model\": {\"layers\": 30, \"hidden\": 5376}}",
               "f: plan: model.hidden: 5376: the plan was made for another model: this one has 2816");
     read_plan("{\"rank\": [{\"first\": 0, \"last\": 30}], " REST ", \"replicas\": 0}",
               "f: plan: replicas: 0 is out of range: allowed are 1 to 4096");
-    read_plan("{\"rank\": [{\"first\": 0, \"last\": 30}, {\"first\": 0, \"last\": 30}], \"tp\": 3, " REST "}",
+    read_plan("{\"rank\": [{\"first\": 0, \"last\": 30}, {\"first\": 0, \"last\": 30}, {\"first\": 0, \"last\": 30}], "
+              "\"tp\": 3, " REST "}",
               "f: --tp: 3 does not divide the 16 query heads of the model: allowed are 1, 2, 4, 8, 16");
 #undef REST
     /* an expert that nobody has, and one on two ranks: the first is refused, the second runs */
