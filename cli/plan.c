@@ -33,6 +33,7 @@ typedef struct command {
     const char *machine, *workload, *output, *save_machine;
     int nodes;
     bool probe, brief;
+    sh_routing *routing;
     sh_cluster cluster;
     sh_workload work;
     char work_note[512];
@@ -107,6 +108,7 @@ static sh_search_options options_of(const command *k, const subject *s) {
     sh_search_options o = {
         .config = &s->config, .cluster = &k->cluster, .workload = &k->work, .replicas = k->shared.replicas};
     sh_options_plan(&k->shared, k->shared.ranks, &o.fixed);
+    o.fixed.routing = k->routing;
     return o;
 }
 
@@ -243,6 +245,10 @@ static sh_status plan(command *k, subject *s, int n, sh_buf *out, bool *fits) {
     for (int i = 0; i < n; i++) SH_TRY(load_subject(k->models.n ? k->models.text[i] : NULL, &s[i]));
     SH_TRY(load_machine(k));
     SH_TRY(load_workload(k, &s[0]));
+    if (k->shared.routing) {
+        sh_status st = sh_routing_load(k->shared.routing, &s[0].config, &k->routing);
+        if (st != SH_OK) return sh_error_prefix(st, "--routing");
+    }
     if (k->shared.plan) return explain_file(k, &s[0], out, fits);
     if (n == 1) return explain_one(k, &s[0], out, fits);
     for (int i = 0; i < n; i++)
@@ -264,6 +270,7 @@ static int run(command *k) {
     sh_status st = plan(k, s, n, &out, &fits);
     flush(&out, k->output && strcmp(k->output, "-") == 0);
     sh_buf_release(&out);
+    sh_routing_destroy(&k->routing);
     free(s);
     if (st != SH_OK)
         return sh_options_complain("plan", st == SH_EINPUT || st == SH_EFORMAT ? SH_EXIT_USAGE : SH_EXIT_RUN);
@@ -313,6 +320,7 @@ int sh_cmd_plan(int argc, char **argv) {
         fprintf(stderr, "shoal plan: '%s': takes no operands: the model is given with -m\n", argv[1]);
         return SH_EXIT_USAGE;
     }
+    if (k.models.n > 1 && k.shared.routing) return contradiction("--routing: is for one model: give -m once");
     if (k.models.n > 1 && (k.shared.plan || k.output))
         return contradiction("--plan, -o: are for one model: give -m once");
     if (k.machine && (k.probe || k.save_machine))

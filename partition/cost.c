@@ -252,14 +252,15 @@ static void member_layers(const sh_cost_model *m, const sh_cost_place *p, const 
 /* Head and sampler: every lane's own rows; with tp each member its part of the vocabulary; with cp member 0 alone. */
 static double add_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_rank *out) {
     const sh_config *c = m->config;
-    if (!(kept > 0) || (p->shape.cp > 1 && p->member > 0)) return 0;
+    if (!(kept > 0)) return 0;
+    sh_cost_wire_head(m, p, kept, &out->head);
+    out->exposed += out->head.seconds;
+    if (p->shape.cp > 1 && p->member > 0) return out->head.seconds;
     double vocab = sh_cost_share(c->vocab, SH_COST_VOCAB, p->member, p->shape.tp), passes = ceil(kept / LOGIT_ROWS);
     sh_cost_part head = product(p->rates, vocab * c->hidden, kept, passes);
     sh_cost_part sample = {.seconds = kept * vocab * p->rates->sample};
     add_part(p->rates, out, SH_CAUSE_WEIGHTS, &head);
     add_part(p->rates, out, SH_CAUSE_OTHER, &sample);
-    if (p->shape.tp > 1) sh_cost_wire_head(m, p, kept, &out->head);
-    out->exposed += out->head.seconds;
     return head.seconds + sample.seconds + out->head.seconds;
 }
 

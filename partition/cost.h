@@ -108,9 +108,9 @@ typedef struct sh_cost_rank {
     sh_cost_wire dispatch, results, gather, context; /* inside the stage, over its layers */
     double hidden, exposed;                          /* of the exchange inside the stage */
     sh_cost_wire cut;                                /* the block to the same member of the next stage */
-    sh_cost_wire head;                               /* tp: candidates for the sampler */
-    double seconds; /* of its stage: the slowest member of each layer, with waiting; cut not included */
-    double waits;   /* of these: for other members that had more to do */
+    sh_cost_wire head; /* tp, cp: to member 0, which samples: candidates, or final hidden states */
+    double seconds;    /* of its stage: the slowest member of each layer, with waiting; cut not included */
+    double waits;      /* of these: for other members that had more to do */
 } sh_cost_rank;
 
 /* out [plan->n_rank]. */
