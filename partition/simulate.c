@@ -22,12 +22,6 @@ enum {
 #define STEP_SECONDS 50e-6 /* as the forecast's */
 #define BF16         2.0
 
-int sh_simulate_part_rows(int max_rows, int members) {
-    int n = 1024 / members;
-    n = n > 512 ? 512 : n < 64 ? 64 : n;
-    return n < max_rows ? n : max_rows;
-}
-
 static sh_status check(const sh_cost_model *m, sh_plan_shape s) {
     if (s.tp > 1 || s.cp > 1)
         SH_FAIL(SH_EUNSUPPORTED, "timetable: tp %d, cp %d: only stages that are divided by experts are laid out", s.tp,
@@ -61,7 +55,7 @@ static sh_status put_exchange(const sh_cost_model *m, sh_plan_shape s, sh_buf *o
     double elements = 3.0 * c->expert_ff * c->hidden, row = (double)c->hidden * sh_cost_expert_value_bytes(mode);
     SH_TRY(sh_buf_printf(out, "experts %d %d\n", c->experts, c->top_k));
     SH_TRY(put_owned(m, s, out));
-    SH_TRY(sh_buf_printf(out, "part_rows %d %d\n", sh_simulate_part_rows(lane.max_seqs + lane.chunk, s.ep),
+    SH_TRY(sh_buf_printf(out, "part_rows %d %d\n", sh_expert_part_rows(lane.max_seqs + lane.chunk, s.ep),
                          SH_SIMULATE_SPLIT_ROWS));
     SH_TRY(sh_buf_printf(out, "expert %.6g %.6g\n", elements * BF16 / (r->read * r->weights_read),
                          2 * elements / (r->fma * r->weights_fma)));

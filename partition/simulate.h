@@ -30,9 +30,7 @@
 
 #include "partition/forecast.h"
 
-/* As worker/experts.h has them; a test compares. max_rows: of a lane's micro-batch at most. */
-#define SH_SIMULATE_SPLIT_ROWS 128
-int sh_simulate_part_rows(int max_rows, int members);
+#define SH_SIMULATE_SPLIT_ROWS 128 /* SH_EXPERTS_SPLIT_ROWS of worker/experts.h; a test compares */
 
 /* The timetable of a plan for the rows of `mix`. tokens: of one lane and micro-batch. SH_EUNSUPPORTED where a stage is
  * divided otherwise than by experts, or its members are not alike. */
