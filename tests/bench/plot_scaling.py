@@ -4,14 +4,20 @@
     tests/bench/plot_scaling.py docs/scaling/full.tsv "title" > docs/scaling/full.svg"""
 import csv
 import math
+import re
 import sys
 from xml.sax.saxutils import escape
 
 # Colours of Okabe and Ito, told apart by everyone; each with a mark and a dash of its own, for print.
-STYLES = [("#000000", "circle", ""), ("#0072b2", "square", "7 3"), ("#d55e00", "diamond", ""), ("#009e73", "up", "2 3"), ("#cc79a7", "down", "9 3 2 3"),
-          ("#e69f00", "cross", "4 3")]
+STYLES = {"replicas": ("#000000", "circle", ""), "pp": ("#0072b2", "square", "7 3"), "ep": ("#d55e00", "diamond", ""),
+          "pp, replicas": ("#009e73", "up", "2 3"), "ep, replicas": ("#cc79a7", "down", "9 3 2 3"), "ep, stages": ("#e69f00", "cross", "4 3")}
 WIDTH, HEIGHT, TOP, BOTTOM = 1060, 500, 92, 64
 PANELS = [(86, 430), (632, 400)]  # left edge, width
+
+
+def style_of(name):
+    """The same for a layout in all figures, whatever its numbers."""
+    return STYLES[re.sub(r" \d+", "", name)]
 
 
 def number(v):
@@ -63,7 +69,7 @@ def frame(axes, ticks_y, label_y, title):
         k *= 2
     out += [line(axes.left, bottom, right, bottom, "#333333"), line(axes.left, TOP, axes.left, bottom, "#333333"),
             text((axes.left + right) / 2, bottom + 44, "nodes"), text((axes.left + right) / 2, TOP - 12, title, 14, more='font-weight="bold"')]
-    x, y = axes.left - (62 if axes.log_y else 52), (TOP + bottom) / 2
+    x, y = axes.left - (66 if axes.log_y else 62), (TOP + bottom) / 2
     return out + [text(x, y, label_y, more=f'transform="rotate(-90 {x:.1f} {y:.1f})"')]
 
 
@@ -100,12 +106,14 @@ def main():
     out += frame(speed, decades(low, high), "tokens/s put out, all nodes", "Throughput")
     out += frame(share, range(0, 101, 20), "throughput per node, one node alone = 100 %", "Efficiency")
     out += [line(speed.px(1), speed.py(alone), speed.px(most_x), speed.py(alone * most_x), "#888888", 1.2, "1 4")]
-    for style, (name, points) in zip(STYLES, curves.items()):
+    for name, points in curves.items():
+        style = style_of(name)
         out += curve(speed, points, style) + curve(share, [(x, 100 * y / x / alone) for x, y in points], style)
     x = PANELS[0][0]
-    for style, name in zip(STYLES, curves):
+    for name in curves:
+        style = style_of(name)
         out += [line(x, 48, x + 34, 48, style[0], 2, style[2]), mark(x + 17, 48, style[1], style[0]), text(x + 41, 52.5, name, anchor="start")]
-        x += 41 + 8.2 * len(name) + 22
+        x += 41 + 7 * len(name) + 18
     out += [line(x, 48, x + 34, 48, "#888888", 1.2, "1 4"), text(x + 41, 52.5, "one node × nodes", anchor="start"), "</svg>"]
     print("\n".join(out))
 

@@ -11,7 +11,6 @@
  * usage: replay TIMETABLE STEPS [SEED]
  * Prints one line "name=value …": see report().
  */
-#define _GNU_SOURCE
 #include <mpi.h>
 #include <math.h>
 #include <stdbool.h>
@@ -442,8 +441,8 @@ static void send_to(rank *r, int to, int tag, size_t bytes, MPI_Request *q) {
 static void run_stage(rank *r, int number) {
     const table *t = r->t;
     const kind *k = &t->kind[kind_of(t, number, r->member)];
-    step step = step_of(t, number);
-    int s = r->stage, rows = rows_of(t, number, r->member), parts = t->members > 1 ? parts_of(t, &step) : 1;
+    step now = step_of(t, number);
+    int s = r->stage, rows = rows_of(t, number, r->member), parts = t->members > 1 ? parts_of(t, &now) : 1;
     MPI_Request *q = &r->sends[number % SENDS];
     finish(r, 1, q, r->status, WAIT_BATCH);
     compute(r, k->enter[s]);

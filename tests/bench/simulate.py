@@ -8,6 +8,7 @@ SimGrid says of them (replay.c as an MPI program on a simulated network). Append
 
 Needs a release build, smpicc and smpirun (deploy/install-deps --simulate); exit status 77 without them."""
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ SETS = {
             [("pp 4, replicas", f"{n // 4}x4x1") for n in POWERS if n >= 4] +
             [("ep", f"1x1x{n}") for n in POWERS if n <= 64] +
             [("ep 16, replicas", f"{n // 16}x1x16") for n in POWERS if n >= 16] +
-            [("pp and ep 16", f"1x{n // 16}x16") for n in POWERS if n >= 16],
+            [("ep 16, stages", f"1x{n // 16}x16") for n in POWERS if n >= 16],
     "few": [("replicas", f"{n}x1x1:{64 // n}") for n in POWERS if n <= 64] +
            [("pp", f"1x{n}x1:64") for n in (1, 2, 4, 8, 16, 30)] +
            [("ep", f"1x1x{n}:64") for n in POWERS if n <= 64] +
@@ -72,7 +73,7 @@ def in_step(text, mixed, members):
 def best_timetable(o, groups, stages, members, seqs):
     """With the chunk of prompt rows that the planner's forecast, lanes out of step counted, likes best."""
     best, most = None, 0
-    for chunk in sorted({min(8192, rows * members) for rows in (8, 16, 32, 64, 128, 256, 512, 1024) if rows * members >= 64}):
+    for chunk in [o.chunk] if o.chunk else sorted({min(8192, rows * members) for rows in (8, 16, 32, 64, 128, 256, 512, 1024) if rows * members >= 64}):
         text, predicted = timetable(o, groups, stages, members, seqs, chunk)
         speed = predicted["tokens_per_second"] * in_step(text, predicted["mixed"], members)
         if speed > 1.005 * most:
@@ -151,22 +152,39 @@ def row_of(o, program, name, groups, stages, members, seqs):
     return row
 
 
+def choose_links(o, folder):
+    """The links as the machine's description has them, or the description with those that were asked for."""
+    with open(o.machine) as f:
+        m = json.load(f)
+    for key in ("gbit", "latency_us"):
+        if getattr(o, key) is None:
+            setattr(o, key, m["between"][key])
+        m["between"][key] = getattr(o, key)
+    o.machine = os.path.join(folder, "machine.json")
+    with open(o.machine, "w") as f:
+        json.dump(m, f)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=os.path.join(ROOT, "tests/data/configs/26b-a4b"))
     p.add_argument("--machine", default=os.path.join(ROOT, "tests/data/machines/epyc-256-100g.json"))
     p.add_argument("--workload")
-    p.add_argument("--gbit", type=float, default=100)
-    p.add_argument("--latency-us", type=float, default=10)
+    p.add_argument("--gbit", type=float, help="of the links between nodes, in place of the machine's")
+    p.add_argument("--latency-us", type=float, help="of a message between nodes, likewise")
     p.add_argument("--message-us", type=float, default=1, help="CPU time of a message, for its sender and for its receiver")
-    p.add_argument("--steps", type=int, default=0)
+    p.add_argument("--chunk", type=int, default=0, help="prompt rows of a step, over all lanes; 0: the best that keeps lanes in step")
+    p.add_argument("--steps", type=int, default=0, help="that count; 0: enough")
+    p.add_argument("--within", type=float, help="fail where simulated over predicted is further from 1 than this")
     p.add_argument("-o", "--output")
     p.add_argument("layouts", nargs="+")
     o = p.parse_args()
     if not shutil.which("smpicc") or not shutil.which("smpirun"):
         print("SimGrid is missing: deploy/install-deps --simulate")
         sys.exit(77)
+    wrong = 0
     with tempfile.TemporaryDirectory() as folder:
+        choose_links(o, folder)
         program = build(folder, True)
         for name, layout in [x for l in o.layouts for x in SETS.get(l, [("try", l)])]:
             shape, _, seqs = layout.partition(":")
@@ -175,13 +193,18 @@ def main():
                 row = row_of(o, program, name, groups, stages, members, int(seqs or 0))
             except Misfit as e:
                 print(f"{name:16} {layout}: {e}")
+                wrong += o.within is not None
                 continue
+            if o.within is not None and abs(row["simulated"] / row["predicted"] - 1) > o.within:
+                print(f"{layout}: simulated is {row['simulated'] / row['predicted']:.2f} of what is predicted")
+                wrong += 1
             if o.output:
                 new = not os.path.exists(o.output)
                 with open(o.output, "a") as f:
                     if new:
                         f.write("\t".join(COLUMNS) + "\n")
                     f.write("\t".join(f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS) + "\n")
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":
