@@ -19,7 +19,7 @@ static const float *take_vector(cursor *at, int n) {
 }
 
 static sh_wmat take_matrix(cursor *at, int n, int k) {
-    return (sh_wmat){.n = n, .k = k, .data = take(at, sh_wmat_bytes(n, k))};
+    return (sh_wmat){.n = n, .k = k, .data = take(at, sh_wmat_bytes(SH_W_BF16, n, k))};
 }
 
 static void layout_attention(const sh_config *c, const sh_layer *l, sh_layer_weights *w, cursor *at) {

@@ -511,7 +511,7 @@ static sh_status pack_all(loader *l, sh_team *team, void (*progress)(void *, siz
             size_t row = (size_t)j->k * item_bytes(j->t[s]->dtype);
             advise(j->t[s]->data + (size_t)j->row[s] * row, (size_t)j->n[s] * row, MADV_DONTNEED);
         }
-        done += j->to ? (size_t)j->k * 4 : sh_wmat_bytes(j->mat->n, j->mat->k);
+        done += j->to ? (size_t)j->k * 4 : sh_wmat_bytes(SH_W_BF16, j->mat->n, j->mat->k);
         if (progress) progress(arg, done < total ? done : total, total);
     }
     if (progress) progress(arg, total, total);

@@ -41,13 +41,13 @@ static double used(const bench *b) {
 
 static sh_status make_wmat(bench *b, int n, int k, sh_wmat *out) {
     void *p;
-    SH_TRY(sh_mem_alloc(sh_wmat_bytes(n, k), "weights", &p));
+    SH_TRY(sh_mem_alloc(sh_wmat_bytes(SH_W_BF16, n, k), "weights", &p));
     uint32_t *w = p, s = 1;
-    for (size_t i = 0; i < sh_wmat_bytes(n, k) / 4; i++) {
+    for (size_t i = 0; i < sh_wmat_bytes(SH_W_BF16, n, k) / 4; i++) {
         s = s * 1664525u + 1013904223u;
         w[i] = (s & 0x807f807fu) | 0x3c003c00u; /* about ±0.01 */
     }
-    b->weights += (double)sh_wmat_bytes(n, k) / 2;
+    b->weights += (double)sh_wmat_bytes(SH_W_BF16, n, k) / 2;
     *out = (sh_wmat){.n = n, .k = k, .data = w};
     return SH_OK;
 }
