@@ -30,6 +30,8 @@ static void rank_command(sh_launch *l, const sh_launch_options *o, bool local) {
     arg(l, "--group"), arg(l, o->group);
     if (o->keys) arg(l, "--keys"), arg(l, o->keys);
     if (o->threads) arg(l, "--threads"), arg(l, text(l, "%d", o->threads));
+    if (o->parts > 1) arg(l, "--part"), arg(l, text(l, "%d/%d", o->part + 1, o->parts));
+    if (o->memory) arg(l, "--memory"), arg(l, text(l, "%llu", (unsigned long long)o->memory));
     if (local) arg(l, "--link"), arg(l, "local"), arg(l, "-n"), arg(l, text(l, "%d", o->ranks));
 }
 
@@ -84,6 +86,7 @@ sh_status sh_launch_make(const sh_launch_options *o, sh_launch *out) {
     if (o->mark) env(&l, o->mark);
     env(&l, text(&l, "SHOAL_GROUP=%s", o->group));
     env(&l, text(&l, "SHOAL_RANKS=%d", o->ranks));
+    if (o->launcher && o->hosts) env(&l, text(&l, "SHOAL_HOSTS=%s", o->hosts));
     if (!local) mpi_settings(&l, o);
     if (!local && o->launcher) {
         /* The shell splits the command as the user would expect; the rank's command line follows as it is. */

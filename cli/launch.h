@@ -4,6 +4,7 @@
 #define SH_CLI_LAUNCH_H
 
 #include <stdbool.h>
+#include <stdint.h>
 #include "common/status.h"
 
 #define SH_LAUNCH_MOST 64
@@ -19,6 +20,8 @@ typedef struct sh_launch_options {
     const char *hosts;     /* "node1,node2:4" or NULL */
     const char *tmp, *shm; /* private folders; "" or NULL: none */
     int ranks, threads;    /* threads 0: the rank's share */
+    int part, parts;       /* group `part` (from 0) of `parts` that share its nodes; parts 0 or 1: alone there */
+    uint64_t memory;       /* of a node, for all its ranks together; 0: what is free there, divided by parts */
     bool root, crowded;    /* running as root; more ranks than CPUs */
 } sh_launch_options;
 

@@ -83,17 +83,11 @@ static sh_status set_number(const sh_option *o, const char *v) {
         *(uint64_t *)o->to = u;
         return SH_OK;
     }
-    int64_t min = o->kind == SH_OPTION_ONE ? 1 : o->min, max = o->kind == SH_OPTION_ONE ? 1 : o->max;
-    if (!parse_i64(v, &x)) {
-        if (o->kind == SH_OPTION_ONE) SH_FAIL(SH_EINPUT, "'%s' is not a whole number: allowed is 1", v);
-        SH_FAIL(SH_EINPUT, "'%s' is not a whole number: allowed are %lld to %lld", v, (long long)min, (long long)max);
-    }
-    if (o->kind == SH_OPTION_ONE) {
-        if (x != 1) SH_FAIL(SH_EUNSUPPORTED, "%s is not provided yet: allowed is 1", v);
-        return SH_OK;
-    }
-    if (x < min || x > max)
-        SH_FAIL(SH_EINPUT, "%s is out of range: allowed are %lld to %lld", v, (long long)min, (long long)max);
+    if (!parse_i64(v, &x))
+        SH_FAIL(SH_EINPUT, "'%s' is not a whole number: allowed are %lld to %lld", v, (long long)o->min,
+                (long long)o->max);
+    if (x < o->min || x > o->max)
+        SH_FAIL(SH_EINPUT, "%s is out of range: allowed are %lld to %lld", v, (long long)o->min, (long long)o->max);
     *(int *)o->to = (int)x;
     return SH_OK;
 }
@@ -278,6 +272,8 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {.kind = SH_OPTION_NOTE, .help = "Ranks and memory:"},
         {"ranks", 'n', SH_OPTION_INT, &s->ranks, "N",
          "ranks of a group (default: what the next options need, else the machine's NUMA nodes)", 1, SH_MAX_RANKS},
+        {"replicas", 0, SH_OPTION_INT, &s->replicas, "R",
+         "groups, each with the whole model; they share hosts, CPUs and memory evenly (default 1)", 1, SH_MAX_REPLICAS},
         {"pp", 0, SH_OPTION_INT, &s->pp, "P", "pipeline stages (default: the ranks, divided by the next three)", 1,
          SH_MAX_RANKS},
         {"ep", 0, SH_OPTION_INT, &s->ep, "E", "ranks of a stage that divide sequences and experts", 1, SH_MAX_RANKS},
@@ -295,7 +291,6 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {"chunk", 0, SH_OPTION_INT, &s->chunk, "N", "prompt tokens per step", 1, SH_MAX_CHUNK},
         {"kv-memory", 0, SH_OPTION_SIZE, &s->kv_memory, "SIZE",
          "KV budget per rank, such as 8GiB (default: what is left after weights)"},
-        {"replicas", 0, SH_OPTION_ONE, NULL, "R", NULL},
         {"plan", 0, SH_OPTION_LATER, NULL, "FILE", "give -n and --cuts"},
         {"report", 0, SH_OPTION_LATER, NULL, "FILE", "the closing table and --progress json tell what happened"},
         {"vision-tokens", 0, SH_OPTION_LATER, NULL, "LIST", "text only for now"},

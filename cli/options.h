@@ -28,7 +28,6 @@ typedef enum sh_option_kind {
     SH_OPTION_SIZE,   /* uint64_t *: bytes, with KiB, MiB, GiB, TiB, KB, MB, GB, TB, or K, M, G, T (binary) */
     SH_OPTION_LIST,   /* const char **: increasing whole numbers, "5,9" */
     SH_OPTION_CHOICE, /* int *: place in `choices` */
-    SH_OPTION_ONE,    /* part of the contract, not provided yet: only the value 1 ("none") is taken */
     SH_OPTION_LATER,  /* part of the contract, not provided yet: refused */
     SH_OPTION_NOTE    /* no option: a line of help between the others */
 } sh_option_kind;
@@ -53,10 +52,13 @@ int sh_options_begin(const char *command, const char *usage, const sh_option *t,
 /* Says "shoal COMMAND: the last error" on standard error; returns `status`. */
 int sh_options_complain(const char *command, int status);
 
+#define SH_MAX_REPLICAS 256
+
 /* What run, serve, plan and bench share. */
 typedef struct sh_shared_options {
     const char *model;  /* as given; NULL: the demo model */
-    int ranks;          /* 0: not given */
+    int ranks;          /* of a group; 0: not given */
+    int replicas;       /* groups; 0: not given */
     int pp, ep, tp, cp; /* 0: not given */
     int tp_reduce_at;   /* place in the choices: 0 gather, 1 sum */
     const char *cuts;   /* NULL: not given */

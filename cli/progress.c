@@ -186,11 +186,13 @@ static const char *outcome_name(int status) {
     }
 }
 
-/* One line per stage: shares of its time by cause, and what it read. */
+/* One line per stage: shares of its time by cause, and what it read; each group under its name where there are several.
+ */
 static sh_status stage_lines(const sh_closing *c, sh_buf *to) {
     bool head = false;
     for (size_t g = 0; c->last && g < c->last->n_group; g++) {
         const Shoal__GroupState *gs = c->last->group[g];
+        bool named = c->last->n_group < 2;
         for (size_t i = 0; i < gs->n_times; i++) {
             Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, gs->times[i].len, gs->times[i].data);
             if (!t) continue;
@@ -200,6 +202,10 @@ static sh_status stage_lines(const sh_closing *c, sh_buf *to) {
                 st = sh_buf_add_str(
                     to, "  stage   weights  attention  experts  exchange  other   idle     steps    weights read\n");
                 head = true;
+            }
+            if (st == SH_OK && all > 0 && !named) {
+                st = sh_buf_printf(to, "  %s, %s\n", gs->group, gs->state);
+                named = true;
             }
             double f = all > 0 ? 100 / all : 0, gbs = t->weights > 0 ? (double)t->bytes / t->weights * 1e-9 : 0;
             if (st == SH_OK && all > 0)
@@ -248,11 +254,11 @@ static sh_status closing_json(const sh_closing *c, sh_buf *to) {
             const ProtobufCBinaryData *b = &c->last->group[g]->times[i];
             Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, b->len, b->data);
             if (!t) continue;
-            json_array_append_new(stages,
-                                  json_pack("{s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I}", "rank", t->rank, "weights",
-                                            t->weights, "attention", t->attention, "experts", t->experts, "exchange",
-                                            t->exchange, "other", t->other, "idle", t->idle, "bytes",
-                                            (json_int_t)t->bytes, "steps", (json_int_t)t->steps));
+            json_array_append_new(stages, json_pack("{s:s, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I}", "group",
+                                                    c->last->group[g]->group, "rank", t->rank, "weights", t->weights,
+                                                    "attention", t->attention, "experts", t->experts, "exchange",
+                                                    t->exchange, "other", t->other, "idle", t->idle, "bytes",
+                                                    (json_int_t)t->bytes, "steps", (json_int_t)t->steps));
             shoal__stage_times__free_unpacked(t, NULL);
         }
     json_object_set_new(j, "event", json_string("end"));

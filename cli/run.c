@@ -15,6 +15,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #include "cli/commands.h"
+#include "cli/hosts.h"
 #include "cli/input.h"
 #include "cli/options.h"
 #include "cli/session.h"
@@ -40,7 +41,9 @@ typedef struct run {
     char model[PATH_MAX], model_name[320], program[PATH_MAX], store_path[PATH_MAX], spool[PATH_MAX];
     char fresh[PATH_MAX + 8]; /* a stream as read now; becomes the spool when the store is this job's */
     bool spooled;             /* the input is a stream: what is submitted is the spool */
-    int ranks, cpus;
+    int replicas, ranks, cpus;
+    uint64_t memory;
+    sh_buf slurm_hosts; /* of the allocation, where `hosts` names them */
     sh_input scanned;
     sh_runstore folder;
     sh_progress progress;
@@ -198,6 +201,27 @@ static sh_status check_plan(const run *r, const sh_config *config) {
     return SH_OK;
 }
 
+/* Inside an allocation of several nodes the groups are on all of them. */
+static sh_status take_allocation(run *r) {
+    const char *nodes = getenv("SLURM_JOB_NODELIST"), *n = getenv("SLURM_JOB_NUM_NODES");
+    if (r->hosts || r->launcher || !nodes || !n || atoi(n) < 2) return SH_OK;
+    sh_buf_init(&r->slurm_hosts, 0);
+    SH_TRY(sh_hosts_expand(nodes, &r->slurm_hosts));
+    r->hosts = (const char *)r->slurm_hosts.data;
+    return SH_OK;
+}
+
+/* One rank for each NUMA node (of nodes like this one), less where groups share a node. */
+static sh_status choose_ranks(run *r, int numa) {
+    int part = 0, parts = r->replicas;
+    sh_buf list;
+    sh_buf_init(&list, 0);
+    sh_status st = r->hosts ? sh_hosts_divide(r->hosts, 0, r->replicas, &list, &part, &parts) : SH_OK;
+    sh_buf_release(&list);
+    r->ranks = numa > parts ? numa / parts : 1;
+    return st;
+}
+
 static sh_status check_ranks(run *r) {
     static sh_config config; /* a large table */
     SH_TRY(sh_config_load(r->model, &config));
@@ -205,7 +229,10 @@ static sh_status check_ranks(run *r) {
     static sh_machine machine;
     SH_TRY(sh_machine_read(NULL, &machine));
     r->cpus = machine.n_cpus;
-    if (!r->ranks) r->ranks = machine.n_numa < config.n_layers ? machine.n_numa : config.n_layers;
+    r->memory = machine.memory;
+    r->replicas = r->shared.replicas ? r->shared.replicas : 1;
+    SH_TRY(take_allocation(r));
+    if (!r->ranks) SH_TRY(choose_ranks(r, machine.n_numa < config.n_layers ? machine.n_numa : config.n_layers));
     SH_TRY(check_plan(r, &config));
     char copy[PATH_MAX];
     snprintf(copy, sizeof copy, "%s", r->model);
@@ -326,8 +353,10 @@ static int run_with_store(run *r) {
                              .shared = &r->shared,
                              .store = &r->folder,
                              .ordered = r->ordered,
+                             .replicas = r->replicas,
                              .ranks = r->ranks,
                              .cpus = r->cpus,
+                             .memory = r->memory,
                              .launcher = r->launcher,
                              .hosts = r->hosts,
                              .progress = &r->progress,
@@ -387,6 +416,7 @@ int sh_cmd_run(int argc, char **argv) {
         r.progress.awaits_start = true;
         rc = run_job(&r);
     }
+    sh_buf_release(&r.slurm_hosts);
     free(typed);
     return rc;
 }

@@ -98,6 +98,7 @@ int sh_cmd_serve(int argc, char **argv) {
         .chunk = o->chunk,
         .max_context = o->max_context,
         .kv_memory = o->kv_memory,
+        .groups = o->replicas,
         .orphan_ms = s.orphan > INT_MAX / 1000 ? INT_MAX : s.orphan * 1000,
         .intake = {.seed = o->seed,
                    .default_max_tokens = o->default_max_tokens,

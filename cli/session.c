@@ -14,7 +14,9 @@
 #include <unistd.h>
 #include "cli/collect.h"
 #include "cli/commands.h"
+#include "cli/hosts.h"
 #include "cli/logtail.h"
+#include "cli/replica.h"
 #include "common/clock.h"
 #include "common/file.h"
 #include "coordinator/supervise.h"
@@ -23,15 +25,6 @@
 #define JOB_NAME       "run"
 #define STATUS_CALL_MS 1000
 #define SUBMIT_CALL_MS 10000
-#define FAULT_WAIT     0.3 /* seconds for a group's last words to arrive by way of the coordinator */
-
-/* One of the two supervised processes: its tries since the last progress. */
-typedef struct attempt {
-    int tries;
-    uint64_t mark;     /* progress seen when it was last started */
-    double not_before; /* pause before the next start */
-    char reason[1024]; /* of the last failure */
-} attempt;
 
 typedef enum submit_state { SUBMIT_NONE, SUBMIT_RUNNING, SUBMIT_ENDED, SUBMIT_DONE } submit_state;
 
@@ -39,16 +32,15 @@ struct sh_session {
     sh_session_options o;
     bool over_tcp;
     char keys[PATH_MAX + 16];
-    int coordinators, groups; /* started so far */
-    sh_child coordinator, group;
-    attempt of_coordinator, of_group;
+    int coordinators; /* started so far */
+    sh_child coordinator;
+    sh_attempt of_coordinator;
+    uint64_t mark;           /* progress when a coordinator failed last */
     char endpoint[160];      /* as this process reaches it */
     char rank_endpoint[320]; /* as ranks reach it */
-    char group_name[96], group_mark[112];
-    sh_launch launch;
-    double group_started, group_gone; /* gone: when its launcher was seen to have ended; 0: not yet */
-    bool group_on;                    /* started, and not given up */
-    bool group_seen, group_ready, said_first;
+    sh_replica *replica;     /* [o.replicas] */
+    char **hosts;            /* [o.replicas]: each one's share of o.hosts, or NULL */
+    bool said_first;
     sh_client *client;
     double heard;
     Shoal__JobReply *last; /* the last good status */
@@ -72,26 +64,19 @@ static uint64_t progress_mark(const sh_session *s) {
     return s->done + s->tokens_out;
 }
 
-/* Notes a failure; fails itself when there were too many without progress. */
-static sh_status note_failure(sh_session *s, attempt *a, const char *who) {
-    if (progress_mark(s) > a->mark) a->tries = 0;
-    a->mark = progress_mark(s);
-    a->tries++;
-    if (a->tries >= SH_SESSION_TRIES)
-        SH_FAIL(SH_EPEER, "%s: gave up after %d tries without progress: %s", who, a->tries, a->reason);
-    a->not_before = sh_now() + 0.1 * (double)(1 << a->tries);
-    sh_progress_warn(s->o.progress, "%s: %s; starting again", who, a->reason);
+/* Notes a failure of the coordinator; fails itself when there were too many without progress. */
+static sh_status note_failure(sh_session *s) {
+    sh_attempt *a = &s->of_coordinator;
+    bool progressed = progress_mark(s) > s->mark;
+    s->mark = progress_mark(s);
+    if (!sh_attempt_again(a, progressed, SH_SESSION_TRIES, sh_now()))
+        SH_FAIL(SH_EPEER, "coordinator: gave up after %d tries without progress: %s", a->tries, a->reason);
+    sh_progress_warn(s->o.progress, "coordinator: %s; starting again", a->reason);
     return SH_OK;
 }
 
-/* What the process wrote last before it ended, as far as it looks like a reason. */
-static void describe(sh_session *s, const sh_child *c, attempt *a) {
-    char how[128], why[768];
-    sh_child_describe(c, how, sizeof how);
-    if (sh_logtail_reason(&s->tail, WIFSIGNALED(c->status), why, sizeof why))
-        snprintf(a->reason, sizeof a->reason, "%s: %s", how, why);
-    else
-        snprintf(a->reason, sizeof a->reason, "%s", how);
+static void describe_coordinator(sh_session *s) {
+    sh_child_reason(&s->coordinator, &s->tail, s->of_coordinator.reason, sizeof s->of_coordinator.reason);
 }
 
 /* --- the submitting thread ------------------------------------------------------------------------------------------
@@ -154,6 +139,131 @@ static sh_status tend_submit(sh_session *s) {
         s->submit_mark = s->total;
         if (s->submit_status == SH_EPEER && s->coordinator.running && ++s->submit_failures >= SH_SESSION_TRIES)
             SH_FAIL(SH_EPEER, "the input cannot be submitted: %s", s->submit_text);
+    }
+    return SH_OK;
+}
+
+/* --- the groups ----------------------------------------------------------------------------------------------------
+ */
+
+static const Shoal__GroupState *state_of(const sh_session *s, const sh_replica *r) {
+    for (size_t i = 0; s->last && r->starts && i < s->last->n_group; i++)
+        if (strcmp(s->last->group[i]->group, r->name) == 0) return s->last->group[i];
+    return NULL;
+}
+
+static int count_state(const sh_session *s, sh_replica_state state) {
+    int n = 0;
+    for (int i = 0; i < s->o.replicas; i++) n += s->replica[i].state == state;
+    return n;
+}
+
+static int living(const sh_session *s) {
+    return s->o.replicas - count_state(s, SH_REPLICA_GIVEN_UP);
+}
+
+/* The clock of the work runs while a group is ready. */
+static void keep_work_time(sh_session *s, bool at_work) {
+    if (at_work && s->work_began <= 0) s->work_began = sh_now();
+    if (at_work || s->work_began <= 0) return;
+    s->worked += sh_now() - s->work_began;
+    s->work_began = 0;
+}
+
+static void end_groups(sh_session *s) {
+    for (int i = 0; i < s->o.replicas; i++) sh_replica_ask_end(&s->replica[i]); /* all at once */
+    for (int i = 0; i < s->o.replicas; i++) sh_replica_end(&s->replica[i]);
+    keep_work_time(s, false);
+}
+
+static void say_first_line(sh_session *s, const Shoal__GroupState *g) {
+    const sh_shared_options *o = s->o.shared;
+    char many[40] = "";
+    if (s->o.replicas > 1) snprintf(many, sizeof many, "%d groups, each a ", s->o.replicas);
+    sh_progress_say(s->o.progress, "start", "%s, %s%s, mode %s, KV %s, %lld tokens of KV fit%s, %d in one sequence",
+                    s->o.model_name, many, g->plan ? g->plan : "one stage", sh_mode_name(sh_options_mode(o)),
+                    sh_kv_type_name(sh_options_kv(o)), (long long)g->kv_total, s->o.replicas > 1 ? " in the first" : "",
+                    g->kv_tokens);
+    for (size_t i = 0; i < g->n_note; i++) sh_progress_say(s->o.progress, "note", "%s", g->note[i]);
+    s->said_first = true;
+}
+
+/* "group", or "group 2 (node3,node4)" where there are several. */
+static const char *name_of(const sh_session *s, const sh_replica *r, char *to, size_t size) {
+    const char *hosts = r->o.like.hosts;
+    if (s->o.replicas == 1)
+        snprintf(to, size, "group");
+    else
+        snprintf(to, size, "group %d%s%.80s%s", r->o.number, hosts ? " (" : "", hosts ? hosts : "", hosts ? ")" : "");
+    return to;
+}
+
+/* The run goes on with the others, if there are any. */
+static sh_status give_up(sh_session *s, const sh_replica *r) {
+    char who[128], why[1200];
+    if (r->lasting)
+        snprintf(why, sizeof why, "%s", r->attempt.reason);
+    else
+        snprintf(why, sizeof why, "gave up after %d tries without progress: %s", r->attempt.tries, r->attempt.reason);
+    name_of(s, r, who, sizeof who);
+    if (living(s) > 0) {
+        sh_progress_warn(s->o.progress, "%s: %s; the run goes on with %d of %d groups", who, why, living(s),
+                         s->o.replicas);
+        return SH_OK;
+    }
+    if (s->o.replicas > 1) SH_FAIL(SH_EPEER, "no group is left: %s: %s", who, why);
+    SH_FAIL(r->lasting ? SH_EFORMAT : SH_EPEER, "%s%s%s", r->lasting ? "" : who, r->lasting ? "" : ": ", why);
+}
+
+static sh_status tend_group(sh_session *s, sh_replica *r) {
+    const Shoal__GroupState *g = state_of(s, r);
+    bool alone = s->last && s->last->has_suspects && s->last->suspects > 0;
+    sh_replica_event event;
+    char who[128];
+    SH_TRY(sh_replica_tend(r, g, s->rank_endpoint, alone ? SH_SESSION_ALONE : SH_SESSION_TRIES, &event));
+    if (event == SH_REPLICA_BECAME_READY && !s->said_first) say_first_line(s, g);
+    if (event == SH_REPLICA_FAILED)
+        sh_progress_warn(s->o.progress, "%s: %s; starting again", name_of(s, r, who, sizeof who), r->attempt.reason);
+    return event == SH_REPLICA_GAVE_UP ? give_up(s, r) : SH_OK;
+}
+
+static sh_status tend_groups(sh_session *s) {
+    for (int i = 0; i < s->o.replicas; i++) SH_TRY(tend_group(s, &s->replica[i]));
+    keep_work_time(s, count_state(s, SH_REPLICA_READY) > 0);
+    return SH_OK;
+}
+
+/* Who gets which hosts, and which part of a node. */
+static sh_status make_groups(sh_session *s) {
+    const sh_session_options *o = &s->o;
+    s->replica = calloc((size_t)o->replicas, sizeof *s->replica);
+    s->hosts = calloc((size_t)o->replicas, sizeof *s->hosts);
+    if (!s->replica || !s->hosts) SH_FAIL(SH_EMEMORY, "no memory for %d groups", o->replicas);
+    for (int i = 0; i < o->replicas; i++) {
+        sh_replica_options ro = {.number = i + 1, .store = o->store};
+        int part = i, parts = o->replicas;
+        if (o->hosts) {
+            sh_buf list;
+            sh_buf_init(&list, 0);
+            sh_status st = sh_hosts_divide(o->hosts, i, o->replicas, &list, &part, &parts);
+            s->hosts[i] = sh_buf_take(&list);
+            SH_TRY(st);
+        }
+        ro.like = (sh_launch_options){.program = o->program,
+                                      .keys = s->over_tcp ? s->keys : NULL,
+                                      .mark = o->store->mark,
+                                      .launcher = o->launcher,
+                                      .hosts = s->hosts[i],
+                                      .tmp = o->store->ipc,
+                                      .shm = o->store->shm,
+                                      .ranks = o->ranks,
+                                      .threads = o->shared->threads,
+                                      .part = part,
+                                      .parts = parts,
+                                      .memory = parts > 1 && !o->hosts ? o->memory / (uint64_t)parts : 0,
+                                      .root = geteuid() == 0,
+                                      .crowded = o->ranks * parts > o->cpus};
+        sh_replica_init(&s->replica[i], &ro);
     }
     return SH_OK;
 }
@@ -286,14 +396,6 @@ static sh_status start_coordinator(sh_session *s) {
     return st;
 }
 
-static void end_group(sh_session *s) {
-    sh_child_end(&s->group, SH_RUN_GRACE);
-    if (s->group_mark[0]) (void)sh_process_end_marked(s->group_mark, 1.0); /* ranks whose launcher was killed */
-    if (s->work_began > 0) s->worked += sh_now() - s->work_began;
-    s->work_began = 0;
-    s->group_on = s->group_seen = s->group_ready = false;
-}
-
 /* From here on everything that bears the store's mark is the newer run's. */
 static sh_status superseded(sh_session *s) {
     s->superseded = true;
@@ -306,10 +408,10 @@ static sh_status renew_coordinator(sh_session *s) {
     sh_client_close(&s->client);
     if (!first) {
         sh_child_end(&s->coordinator, 0); /* one that does not answer cannot save anything either */
-        end_group(s);
+        end_groups(s);
         if (WIFEXITED(s->coordinator.status) && WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED)
             return superseded(s);
-        SH_TRY(note_failure(s, &s->of_coordinator, "coordinator"));
+        SH_TRY(note_failure(s));
         while (sh_now() < s->of_coordinator.not_before && !*s->o.interrupted) sh_sleep(0.02);
     }
     sh_status st = start_coordinator(s);
@@ -319,107 +421,15 @@ static sh_status renew_coordinator(sh_session *s) {
     bool silent = s->coordinator.running;
     if (silent) sh_child_end(&s->coordinator, SH_RUN_GRACE);
     if (WIFEXITED(s->coordinator.status) && !silent) {
-        describe(s, &s->coordinator,
-                 &s->of_coordinator); /* ended by itself before it began: trying again would not help */
+        describe_coordinator(s); /* ended by itself before it began: trying again would not help */
         if (WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED) return superseded(s);
         SH_FAIL(SH_EPEER, "coordinator: %s", s->of_coordinator.reason);
     }
     if (silent)
         snprintf(s->of_coordinator.reason, sizeof s->of_coordinator.reason, "%.500s", sh_error_text());
     else
-        describe(s, &s->coordinator, &s->of_coordinator);
+        describe_coordinator(s);
     return SH_OK; /* the next round tries again */
-}
-
-/* --- the group ------------------------------------------------------------------------------------------------------
- */
-
-static sh_status start_group(sh_session *s) {
-    s->groups++;
-    snprintf(s->group_name, sizeof s->group_name, "run-%d-%d", (int)getpid(), s->groups);
-    snprintf(s->group_mark, sizeof s->group_mark, "SHOAL_GROUP=%s", s->group_name);
-    sh_launch_options lo = {.program = s->o.program,
-                            .endpoint = s->rank_endpoint,
-                            .keys = s->over_tcp ? s->keys : NULL,
-                            .group = s->group_name,
-                            .mark = s->o.store->mark,
-                            .launcher = s->o.launcher,
-                            .hosts = s->o.hosts,
-                            .tmp = s->o.store->ipc,
-                            .shm = s->o.store->shm,
-                            .ranks = s->o.ranks,
-                            .threads = s->o.shared->threads,
-                            .root = geteuid() == 0,
-                            .crowded = s->o.ranks > s->o.cpus};
-    sh_launch_release(&s->launch);
-    SH_TRY(sh_launch_make(&lo, &s->launch));
-    sh_child_spec spec = {
-        .argv = s->launch.argv, .env = s->launch.env, .log = s->o.store->log, .keep_fd = -1, .death_signal = SIGTERM};
-    sh_logtail_mark(&s->tail);
-    s->group_started = sh_now();
-    s->group_gone = 0;
-    SH_TRY(sh_child_start(&spec, &s->group));
-    s->group_on = true;
-    return SH_OK;
-}
-
-static const Shoal__GroupState *our_group(const sh_session *s) {
-    for (size_t i = 0; s->last && i < s->last->n_group; i++)
-        if (strcmp(s->last->group[i]->group, s->group_name) == 0) return s->last->group[i];
-    return NULL;
-}
-
-static void say_first_line(sh_session *s, const Shoal__GroupState *g) {
-    const sh_shared_options *o = s->o.shared;
-    sh_progress_say(s->o.progress, "start", "%s, %s, mode %s, KV %s, %lld tokens of KV fit, %d in one sequence",
-                    s->o.model_name, g->plan ? g->plan : "one stage", sh_mode_name(sh_options_mode(o)),
-                    sh_kv_type_name(sh_options_kv(o)), (long long)g->kv_total, g->kv_tokens);
-    for (size_t i = 0; i < g->n_note; i++) sh_progress_say(s->o.progress, "note", "%s", g->note[i]);
-    s->said_first = true;
-}
-
-/* Ends and notes a group that is lost; the next round starts another, unless its fault would come again. */
-static sh_status lose_group(sh_session *s, const char *why) {
-    const Shoal__GroupState *g = our_group(s);
-    bool ran = sh_child_poll(&s->group), lasting = g && g->has_lasting && g->lasting;
-    snprintf(s->of_group.reason, sizeof s->of_group.reason, "%s", why);
-    end_group(s);
-    if (lasting) SH_FAIL(SH_EFORMAT, "%s", s->of_group.reason);
-    if (!ran && !*why) describe(s, &s->group, &s->of_group);
-    return note_failure(s, &s->of_group, "group");
-}
-
-/* The launcher has ended; why, its ranks have told the coordinator, if they could. */
-static sh_status mourn_group(sh_session *s, const char *fault) {
-    if (s->group_gone <= 0) s->group_gone = sh_now();
-    if (!fault && sh_now() - s->group_gone < FAULT_WAIT) return SH_OK;
-    return lose_group(s, fault ? fault : "");
-}
-
-static sh_status tend_group(sh_session *s) {
-    if (!s->group_on) {
-        if (s->groups && sh_now() < s->of_group.not_before) return SH_OK;
-        return start_group(s);
-    }
-    const Shoal__GroupState *g = our_group(s);
-    const char *fault = g && g->fault && *g->fault ? g->fault : NULL;
-    if (!sh_child_poll(&s->group)) return mourn_group(s, fault);
-    if (!g) {
-        if (s->group_seen) return lose_group(s, "the coordinator has given it up");
-        if (sh_now() - s->group_started <= SH_SESSION_CONNECT) return SH_OK;
-        char why[400];
-        snprintf(why, sizeof why, "no rank connected within %.0f s%s%.300s", SH_SESSION_CONNECT,
-                 s->o.hosts ? " from " : "", s->o.hosts ? s->o.hosts : "");
-        return lose_group(s, why);
-    }
-    s->group_seen = true;
-    if (strcmp(g->state, "lost") == 0) return lose_group(s, fault ? fault : "fell silent");
-    if (strcmp(g->state, "ready") == 0 && !s->group_ready) {
-        s->group_ready = true;
-        s->work_began = sh_now();
-        if (!s->said_first) say_first_line(s, g);
-    }
-    return SH_OK;
 }
 
 /* --- the round ------------------------------------------------------------------------------------------------------
@@ -435,6 +445,27 @@ static void take_counts(sh_session *s, const Shoal__JobCounts *c) {
     s->have_counts = true;
 }
 
+typedef struct supervision {
+    Shoal__Supervision message;
+    Shoal__EndedGroup ended[SH_MAX_REPLICAS], *list[SH_MAX_REPLICAS];
+} supervision;
+
+/* How many groups the coordinator may count on, and which ones it need not wait for. */
+static void tell_groups(sh_session *s, supervision *to) {
+    shoal__supervision__init(&to->message);
+    to->message.groups = living(s);
+    to->message.ended = to->list;
+    for (int i = 0; i < s->o.replicas; i++) {
+        sh_replica *r = &s->replica[i];
+        if (!r->ended[0]) continue;
+        size_t k = to->message.n_ended++;
+        shoal__ended_group__init(&to->ended[k]);
+        to->ended[k].group = r->ended;
+        to->ended[k].reason = r->ended_reason;
+        to->list[k] = &to->ended[k];
+    }
+}
+
 /* Asks the coordinator; *answered false when it did not answer in time. Fails when the job can never finish. */
 static sh_status ask_status(sh_session *s, bool *answered) {
     *answered = false;
@@ -443,11 +474,15 @@ static sh_status ask_status(sh_session *s, bool *answered) {
     Shoal__Request all = SHOAL__REQUEST__INIT;
     Shoal__JobRequest request = SHOAL__JOB_REQUEST__INIT;
     request.status = &all;
+    supervision said;
+    tell_groups(s, &said);
+    request.supervision = &said.message;
     Shoal__JobReply *reply = NULL;
     if (sh_client_call(s->client, &request, &reply) != SH_OK) {
         sh_client_close(&s->client); /* a late answer must not be taken for the next one */
         return SH_OK;
     }
+    for (int i = 0; i < s->o.replicas; i++) s->replica[i].ended[0] = 0;
     if (s->last) shoal__job_reply__free_unpacked(s->last, NULL);
     s->last = reply;
     s->heard = sh_now();
@@ -466,18 +501,29 @@ static sh_status ask_status(sh_session *s, bool *answered) {
 }
 
 static void show(sh_session *s, bool at_once) {
-    const Shoal__GroupState *g = our_group(s);
+    const char *state = "starting";
     sh_progress_view v = {.total = s->total > s->o.lines ? s->total : s->o.lines,
                           .done = s->done,
                           .errors = s->errors,
                           .tokens_in = s->tokens_in,
                           .tokens_out = s->tokens_out,
-                          .ranks = s->o.ranks,
-                          .ranks_up = g ? g->ranks_up : 0,
-                          .state = s->group_ready ? ""
-                                   : g            ? g->state
-                                                  : "starting"};
+                          .ranks = s->o.ranks * s->o.replicas};
+    for (int i = 0; i < s->o.replicas; i++) {
+        const Shoal__GroupState *g = state_of(s, &s->replica[i]);
+        if (!g || s->replica[i].state < SH_REPLICA_STARTING || !sh_replica_lives(&s->replica[i])) continue;
+        v.ranks_up += g->ranks_up;
+        state = g->state;
+    }
+    v.state = count_state(s, SH_REPLICA_READY) ? "" : state;
     sh_progress_update(s->o.progress, &v, at_once);
+}
+
+static void show_warnings(sh_session *s) {
+    const char *warning;
+    while ((warning = sh_logtail_next_warning(&s->tail))) sh_progress_warn(s->o.progress, "%s", warning);
+    for (int i = 1; i < s->o.replicas; i++) /* the first group's are in the run's own log */
+        while ((warning = sh_logtail_next_warning(&s->replica[i].tail)))
+            sh_progress_warn(s->o.progress, "group %d: %s", i + 1, warning);
 }
 
 /* One round; *finished when every request has its row and all of the input was taken. */
@@ -485,7 +531,7 @@ static sh_status work_round(sh_session *s, bool *finished) {
     bool answered = false;
     if (s->coordinators == 0) return renew_coordinator(s);
     if (!sh_child_poll(&s->coordinator)) {
-        describe(s, &s->coordinator, &s->of_coordinator);
+        describe_coordinator(s);
         return renew_coordinator(s);
     }
     SH_TRY(ask_status(s, &answered));
@@ -500,10 +546,9 @@ static sh_status work_round(sh_session *s, bool *finished) {
         SH_FAIL(SH_EINPUT, "-i: %s: changed while it was read: it had %llu requests, the job has %llu", s->o.input,
                 (unsigned long long)s->o.lines, (unsigned long long)s->total);
     if (*finished || !answered) return SH_OK;
-    if (!s->finished) SH_TRY(tend_group(s));
+    if (!s->finished) SH_TRY(tend_groups(s));
     show(s, false);
-    const char *warning;
-    while ((warning = sh_logtail_next_warning(&s->tail))) sh_progress_warn(s->o.progress, "%s", warning);
+    show_warnings(s);
     return SH_OK;
 }
 
@@ -519,14 +564,22 @@ static int stages_reported(const Shoal__GroupState *g) {
     return n;
 }
 
+static bool all_reported(const sh_session *s) {
+    for (int i = 0; i < s->o.replicas; i++) {
+        const Shoal__GroupState *g = state_of(s, &s->replica[i]);
+        bool worked = s->replica[i].state == SH_REPLICA_READY && g && (!g->has_progress || g->progress);
+        if (worked && stages_reported(g) < s->o.ranks) return false;
+    }
+    return true;
+}
+
 /* Ranks report their times once a second: a job that was over sooner waits for the first report, if anybody will read
  * it. */
 static void await_times(sh_session *s) {
     double until = sh_now() + 1.5;
     bool answered = true;
-    while (s->o.progress->style != SH_PROGRESS_NONE && s->group_ready && sh_now() < until && answered) {
-        const Shoal__GroupState *g = our_group(s);
-        if (!g || stages_reported(g) >= s->o.ranks) return;
+    while (s->o.progress->style != SH_PROGRESS_NONE && sh_now() < until && answered) {
+        if (all_reported(s)) return;
         sh_sleep(0.05);
         if (ask_status(s, &answered) != SH_OK) return;
     }
@@ -542,8 +595,7 @@ sh_status sh_session_drive(sh_session *s) {
         if (!finished) sh_sleep(sh_now() - began < 10 ? 0.02 : 0.1);
     }
     show(s, true);
-    if (s->work_began > 0) s->worked += sh_now() - s->work_began;
-    s->work_began = 0;
+    keep_work_time(s, false);
     await_times(s);
     return SH_OK;
 }
@@ -563,6 +615,14 @@ sh_status sh_session_collect(sh_session *s, const char *output, sh_outcomes *out
     }
 }
 
+/* Those that are told to leave; others would not hear it. */
+static bool any_ready_runs(sh_session *s) {
+    bool runs = false;
+    for (int i = 0; i < s->o.replicas; i++)
+        runs |= s->replica[i].state == SH_REPLICA_READY && sh_child_poll(&s->replica[i].child);
+    return runs;
+}
+
 void sh_session_stop(sh_session *s, bool finished) {
     if (finished && s->coordinator.running) {
         Shoal__JobRequest request = SHOAL__JOB_REQUEST__INIT;
@@ -572,14 +632,14 @@ void sh_session_stop(sh_session *s, bool finished) {
             SH_IGNORE(sh_client_open(s->endpoint, s->over_tcp ? s->keys : NULL, STATUS_CALL_MS, &s->client));
         if (s->client && sh_client_call(s->client, &request, &reply) == SH_OK)
             shoal__job_reply__free_unpacked(reply, NULL);
-        double until = sh_now() + (s->group_ready ? SH_RUN_GRACE : 0);
-        while (sh_child_poll(&s->group) && sh_now() < until) sh_sleep(0.01);
+        double until = sh_now() + SH_RUN_GRACE;
+        while (any_ready_runs(s) && sh_now() < until) sh_sleep(0.01);
     } else {
         if (sh_child_poll(&s->coordinator))
             kill(-s->coordinator.pid, SIGTERM); /* both at once: it saves while the ranks end */
     }
     sh_client_close(&s->client);
-    end_group(s);
+    end_groups(s);
     double until = sh_now() + SH_RUN_GRACE;
     while (finished && sh_child_poll(&s->coordinator) && sh_now() < until) sh_sleep(0.01);
     sh_child_end(&s->coordinator, SH_RUN_GRACE);
@@ -611,6 +671,7 @@ sh_status sh_session_create(const sh_session_options *o, sh_session **out) {
         st = sh_path_remove(s->keys); /* keys are made for each run */
         if (st == SH_OK) st = sh_wire_keygen(s->keys);
     }
+    if (st == SH_OK) st = make_groups(s);
     if (st != SH_OK) {
         sh_session_destroy(&s);
         return st;
@@ -623,7 +684,12 @@ void sh_session_destroy(sh_session **sp) {
     sh_session *s = *sp;
     if (!s) return;
     sh_client_close(&s->client);
-    sh_launch_release(&s->launch);
+    for (int i = 0; s->replica && s->hosts && i < s->o.replicas; i++) {
+        sh_replica_release(&s->replica[i]);
+        free(s->hosts[i]);
+    }
+    free(s->replica);
+    free(s->hosts);
     sh_logtail_close(&s->tail);
     if (s->last) shoal__job_reply__free_unpacked(s->last, NULL);
     if (submit_now(s) == SUBMIT_RUNNING || submit_now(s) == SUBMIT_ENDED) {

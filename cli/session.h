@@ -1,7 +1,8 @@
 /*
- * A run at work: keeps the coordinator and the group alive until the job is finished. Each is restarted when it dies or
- * falls silent, with growing pauses; after SH_SESSION_TRIES starts of one of them without a request or token of
- * progress it gives up and says why. A coordinator that died takes its group along: the ranks of the older epoch are
+ * A run at work: keeps the coordinator and the groups alive until the job is finished. Each is restarted when it dies
+ * or falls silent, with growing pauses; after SH_SESSION_TRIES starts in a row of one of them without a request or
+ * token of progress it is given up. The run goes on as long as one group is left; without any, or without a
+ * coordinator, it says why and ends. A coordinator that died takes its groups along: the ranks of the older epoch are
  * ended, and the new ones go on from the store. To be driven by one thread.
  */
 #ifndef SH_CLI_SESSION_H
@@ -15,8 +16,8 @@
 #include "proto/client.h"
 
 #define SH_SESSION_TRIES   3
+#define SH_SESSION_ALONE   7     /* the same while the coordinator finds out which request ends groups */
 #define SH_SESSION_SILENCE 20.0  /* seconds without an answer of the coordinator */
-#define SH_SESSION_CONNECT 60.0  /* seconds until the first rank of a group is heard of */
 #define SH_SESSION_READY   120.0 /* seconds until a coordinator takes requests … */
 #define SH_SESSION_TAKING  5e6   /* … and one more for each so many bytes of the store, which it copies and checks */
 
@@ -28,7 +29,9 @@ typedef struct sh_session_options {
     const sh_shared_options *shared;
     sh_runstore *store;
     bool ordered;
-    int ranks, cpus;              /* of the group; CPUs of this machine */
+    int replicas, ranks;          /* groups; ranks of each */
+    int cpus;                     /* of this machine */
+    uint64_t memory;              /* of this machine: what is free before anything was started */
     const char *launcher, *hosts; /* or NULL */
     sh_progress *progress;
     const char *model_name;             /* for the first line */

@@ -27,7 +27,8 @@ static const char *const links[] = {"auto", "mpi", "local", NULL};
 enum { LINK_AUTO, LINK_MPI, LINK_LOCAL };
 
 typedef struct arguments {
-    const char *connect, *keys, *group, *cpus;
+    const char *connect, *keys, *group, *cpus, *part;
+    uint64_t memory;
     int link, ranks, threads, patience;
 } arguments;
 
@@ -59,6 +60,18 @@ static sh_status parse_cpus(const char *s, int *cpus, int *n) {
         p = end + 1;
     }
     *n = count;
+    return SH_OK;
+}
+
+/* "2/4": the second of four → 1, 4. */
+static sh_status parse_part(const char *s, int *part, int *parts) {
+    char *end = NULL;
+    long k = *s >= '1' && *s <= '9' ? strtol(s, &end, 10) : 0;
+    long n = end && *end == '/' && end[1] >= '1' && end[1] <= '9' ? strtol(end + 1, &end, 10) : 0;
+    if (!n || *end || k > n || n > SH_MAX_RANKS)
+        SH_FAIL(SH_EINPUT, "--part: '%s': K/N is allowed, 1 to N of at most %d, as in 2/4", s, SH_MAX_RANKS);
+    *part = (int)k - 1;
+    *parts = (int)n;
     return SH_OK;
 }
 
@@ -131,9 +144,11 @@ static int run_worker(const arguments *a) {
                            .keys = a->keys,
                            .group = a->group,
                            .threads = a->threads,
+                           .memory = a->memory,
                            .first_wait_ms = a->patience * 1000};
     if (a->cpus && parse_cpus(a->cpus, cpus, &o.n_cpus) != SH_OK) return sh_options_complain("worker", SH_EXIT_USAGE);
     o.cpus = o.n_cpus ? cpus : NULL;
+    if (a->part && parse_part(a->part, &o.part, &o.parts) != SH_OK) return sh_options_complain("worker", SH_EXIT_USAGE);
     bool mpi = a->link == LINK_MPI || (a->link == LINK_AUTO && launched());
     if (mpi && a->ranks) {
         fprintf(stderr,
@@ -173,6 +188,11 @@ int sh_cmd_worker(int argc, char **argv) {
          "how long to wait for the coordinator's first word; default 120", 1, 86400, NULL},
         {"cpus", 0, SH_OPTION_TEXT, &a.cpus, "LIST",
          "CPUs that this node's ranks share, as in 0-3,8; default: the process's", 0, 0, NULL},
+        {"part", 0, SH_OPTION_TEXT, &a.part, "K/N",
+         "this is the K-th of N groups that share their nodes: take that part of the CPUs and an Nth of the memory", 0,
+         0, NULL},
+        {"memory", 0, SH_OPTION_SIZE, &a.memory, "SIZE",
+         "what the group's ranks on a node may use together; default: what is free there", 0, 0, NULL},
     };
     int operands = 0;
     int rc = sh_options_begin("worker", usage, t, (int)(sizeof t / sizeof *t), argc, argv, &operands);

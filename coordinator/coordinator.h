@@ -22,6 +22,7 @@ typedef struct sh_coordinator_options {
     sh_kv_type kv;
     int threads, max_seqs, chunk, max_context;
     uint64_t kv_memory;
+    int groups; /* how many there will be, as far as anybody knows; a run's supervisor says it itself */
     int heartbeat_ms, orphan_ms;
     sh_intake_options intake;
     int progress_ms; /* token progress is saved at least this often; 0: 2000 */

@@ -29,6 +29,7 @@ struct sh_dispatch {
     sh_jobs *jobs;
     sh_wire *wire;
     double silent;
+    int expected; /* groups that are up or will come: a request that fits none of those that are up waits for them */
     sh_group **group;
     int n, cap, last_number;
     sh_running *bucket[BUCKETS];
@@ -49,6 +50,7 @@ sh_status sh_dispatch_create(const sh_coordinator_options *o, const sh_config *c
     if (!d) SH_FAIL(SH_EMEMORY, "no memory for dispatch");
     d->o = o, d->config = config, d->store = s, d->intake = in, d->jobs = jobs, d->wire = wire;
     d->silent = 1e-3 * o->heartbeat_ms * SH_SILENT_BEATS;
+    d->expected = o->groups;
     sh_buf_init(&d->out, 0);
     *out = d;
     return SH_OK;
@@ -481,7 +483,7 @@ static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t
     sh_running *r = running_find(d, t->key);
     if (!r) SH_TRY(take_up(d, g, t->key, &r));
     if (!r) return SH_OK;
-    int added = 0;
+    int added = 0, known = r->tokens.n + r->prompt.n;
     sh_status st = sh_running_take(r, t, &added);
     if (st == SH_EPEER) {
         /* What was lost with a connection is missing here until the rank hears our welcome and sends all again. */
@@ -489,6 +491,7 @@ static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t
         return SH_OK;
     }
     SH_TRY(st);
+    g->taken += (uint64_t)(r->tokens.n + r->prompt.n - known) + (r->finish != SH_FINISH_NONE);
     sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
     if (e) e->live += (uint64_t)added;
     if (r->finish == SH_FINISH_NONE) return SH_OK;
@@ -700,6 +703,15 @@ void sh_dispatch_drop_job(sh_dispatch *d, uint64_t job) {
             if (g) say_cancel(d, g, r->key);
             running_remove(d, r);
         }
+}
+
+sh_status sh_dispatch_supervised(sh_dispatch *d, const Shoal__Supervision *s) {
+    d->expected = s->groups;
+    for (size_t i = 0; i < s->n_ended; i++) {
+        sh_group *g = group_by_name(d, s->ended[i]->group);
+        if (g) SH_TRY(group_lose(d, g, s->ended[i]->reason, false));
+    }
+    return SH_OK;
 }
 
 int sh_dispatch_groups(const sh_dispatch *d) {

@@ -45,6 +45,9 @@ void sh_dispatch_drop_job(sh_dispatch *d, uint64_t job);
 /* All ranks are told to leave. */
 void sh_dispatch_leave(sh_dispatch *d, const char *reason);
 
+/* What the supervisor of a run knows: groups that it keeps up, and groups whose processes are gone. */
+sh_status sh_dispatch_supervised(sh_dispatch *d, const Shoal__Supervision *s);
+
 int sh_dispatch_groups(const sh_dispatch *d);
 /* Group i for a status; free with sh_dispatch_release_group. */
 sh_status sh_dispatch_fill(const sh_dispatch *d, int i, Shoal__GroupState *g);

@@ -122,6 +122,8 @@ sh_status sh_group_fill(const sh_group *g, Shoal__GroupState *out) {
     s.fault = g->fault;
     s.plan = g->plan_text;
     s.has_lasting = s.lasting = g->lasting;
+    s.has_progress = true;
+    s.progress = g->taken;
     sh_status st = fill_times(g, &s);
     if (st != SH_OK) {
         sh_group_release_state(&s);

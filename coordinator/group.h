@@ -36,6 +36,7 @@ typedef struct sh_group {
     int kv_tokens, max_seqs;
     int64_t kv_total; /* 0: not told */
     int given;        /* requests it has */
+    uint64_t taken;   /* tokens and scores that came from it and were new */
     int said_running; /* as its leader's heartbeat says; −1: nothing yet */
     double born;
     double stall;   /* seconds */

@@ -260,6 +260,7 @@ static sh_status commit_first(sh_service *v) {
 static sh_status hear_request(sh_service *v, const sh_wire_peer *from, const Shoal__JobRequest *q) {
     if (q->submit) return hear_submit(v, from, q->submit);
     if (q->cancel) return hear_cancel(v, from, q->cancel);
+    if (q->supervision && v->run) SH_TRY(sh_dispatch_supervised(v->dispatch, q->supervision));
     SH_TRY(commit_first(v));
     if (q->status) return reply_status(v, from, q->status);
     if (q->results) return hear_results(v, from, q->results);

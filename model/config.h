@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include "common/limits.h"
 #include "common/status.h"
+#include "model/share.h"
 
 typedef enum sh_kv_kind { SH_KV_GLOBAL, SH_KV_SLIDING, SH_KV_KINDS } sh_kv_kind;
 typedef enum sh_kv_type { SH_KV_F32, SH_KV_BF16 } sh_kv_type;
@@ -95,5 +96,10 @@ int64_t sh_layer_params(const sh_config *c, int layer);
 /* Bytes of anonymous memory that sh_weights_load (weights.h) holds for layers [first, last): for budgets, before
  * loading. */
 size_t sh_weights_estimate(const sh_config *c, int first, int last);
+/* The same for one of the members that divide a stage. */
+size_t sh_weights_estimate_share(const sh_config *c, sh_share s, int first, int last);
+/* The configuration as one of these members sees it: every layer as sh_share_layer says, the rest unchanged. Its KV
+ * pages, rows that cross cuts and scratch follow from it as from any other. */
+void sh_config_share(const sh_config *c, sh_share s, sh_config *out);
 
 #endif

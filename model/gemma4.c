@@ -51,8 +51,47 @@ static void book(sh_model *m, double *cause) {
 /* y [n, w->n] = x [n, w->k] · wᵀ */
 static void project(sh_model *m, const sh_wmat *w, const float *x, int n, float *y) {
     book(m, &m->times.other);
-    sh_linear(m->team, m->kn, w, x, (size_t)w->k, n, y, (size_t)w->n);
+    if (w->k > 0)
+        sh_linear(m->team, m->kn, w, x, (size_t)w->k, n, y, (size_t)w->n);
+    else
+        memset(y, 0, (size_t)n * (size_t)w->n * sizeof *y); /* a share without columns */
     book(m, &m->times.weights);
+}
+
+/* --- members of a stage --------------------------------------------------------------------------------------------
+ */
+
+/* all [n, total] from every member's columns of it; cut at multiples of `unit` */
+static sh_status gather(sh_model *m, int layer, sh_joint what, const float *mine, int n, int total, int unit,
+                        float *all) {
+    const sh_peers *p = m->options.peers;
+    book(m, &m->times.other);
+    SH_TRY(p->gather(p->ctx, layer, what, mine, n, total, unit, all));
+    book(m, &m->times.exchange);
+    return SH_OK;
+}
+
+/* y [n, hidden] = Σ of every member's y */
+static sh_status sum(sh_model *m, int layer, sh_joint what, float *y, int n) {
+    const sh_peers *p = m->options.peers;
+    SH_TRY(p->sum(p->ctx, layer, what, y, n, m->config.hidden));
+    book(m, &m->times.exchange);
+    return SH_OK;
+}
+
+/* y [n, hidden] = x [n, total] · wᵀ, x being what the members of a stage computed column by column. Each gathers x,
+ * computes some outputs of all inputs and gathers those; where sums may be split, each multiplies the columns that it
+ * has, and the products are added. */
+static sh_status mix(sh_model *m, int layer, sh_joint from, sh_joint to, const sh_wmat *w, const float *x, int n,
+                     int total, int unit, float *y) {
+    const sh_share *s = &m->options.share;
+    if (s->parts <= 1 || s->sum) {
+        project(m, w, x, n, y);
+        return s->parts <= 1 ? SH_OK : sum(m, layer, to, y, n);
+    }
+    SH_TRY(gather(m, layer, from, x, n, total, unit, m->all));
+    project(m, w, m->all, n, m->own);
+    return gather(m, layer, to, m->own, n, m->config.hidden, SH_SHARE_COLUMNS, y);
 }
 
 /* --- passes over rows ----------------------------------------------------------------------------------------------
@@ -149,7 +188,7 @@ static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights
     book(m, &m->times.weights);
 }
 
-static void attention_block(sh_model *m, int layer) {
+static sh_status attention_block(sh_model *m, int layer) {
     const sh_layer *l = &m->config.layer[layer];
     const sh_layer_weights *w = weights_of(m, layer);
     norm(m, m->x, w->input_norm, m->n, m->h);
@@ -159,15 +198,18 @@ static void attention_block(sh_model *m, int layer) {
     book(m, &m->times.other);
     sh_attention_run(m->attention, m->kv, l, w->k_norm, rope_of(m, layer), m->rows, m->n_row_spans, m->q);
     book(m, &m->times.attention);
-    project(m, &w->o, m->q, m->n, m->h);
+    int all = m->whole.layer[layer].heads * l->head_dim;
+    SH_TRY(mix(m, layer, SH_JOINT_HEADS, SH_JOINT_O, &w->o, m->q, m->n, all, l->head_dim, m->h));
     residual(m, m->x, m->h, w->post_attn_norm, m->n);
+    return SH_OK;
 }
 
 /* --- feed-forward --------------------------------------------------------------------------------------------------
  */
 
 /* y = down( gelu(gate h) ⊙ (up h) ) */
-static void dense(sh_model *m, const sh_layer *l, const sh_layer_weights *w, const float *h, int n, float *y) {
+static sh_status dense(sh_model *m, int layer, const sh_layer_weights *w, const float *h, int n, float *y) {
+    const sh_layer *l = &m->config.layer[layer];
     const sh_wmat *mats[] = {&w->gate, &w->up};
     float *out[] = {m->gate, m->up};
     size_t ld[] = {(size_t)l->ff, (size_t)l->ff};
@@ -176,7 +218,8 @@ static void dense(sh_model *m, const sh_layer *l, const sh_layer_weights *w, con
     book(m, &m->times.weights);
     row_job j = {.m = m, .x = m->gate, .y = m->up, .width = l->ff};
     sh_row_loop_run(m->team, n, (size_t)l->ff, gelu_rows, &j);
-    project(m, &w->down, m->gate, n, y);
+    return mix(m, layer, SH_JOINT_FF, SH_JOINT_DOWN, &w->down, m->gate, n, m->whole.layer[layer].ff, SH_SHARE_COLUMNS,
+               y);
 }
 
 static void join_rows(void *arg, int lo, int hi) {
@@ -193,7 +236,7 @@ static void join_rows(void *arg, int lo, int hi) {
 }
 
 /* Rows [r0, r0+n): the experts' rows are on their way while the dense branch computes. */
-static void feed_forward_rows(sh_model *m, int layer, int r0, int n) {
+static sh_status feed_forward_rows(sh_model *m, int layer, int r0, int n) {
     const sh_layer *l = &m->config.layer[layer];
     const sh_layer_weights *w = weights_of(m, layer);
     int H = m->config.hidden;
@@ -206,7 +249,7 @@ static void feed_forward_rows(sh_model *m, int layer, int r0, int n) {
         if (m->probe.router)
             m->probe.router(m->probe.arg, layer, sh_moe_ids(m->moe), sh_moe_weights(m->moe), n, m->config.top_k);
     }
-    dense(m, l, w, h, n, m->y);
+    SH_TRY(dense(m, layer, w, h, n, m->y));
     if (l->moe) {
         book(m, &m->times.other);
         sh_moe_end(m->moe, layer, w, m->z);
@@ -215,6 +258,7 @@ static void feed_forward_rows(sh_model *m, int layer, int r0, int n) {
         sh_row_loop_run(m->team, n, 3 * (size_t)H, join_rows, &j);
     }
     residual(m, x, m->y, w->post_ff_norm, n);
+    return SH_OK;
 }
 
 /* --- per-layer embedding -------------------------------------------------------------------------------------------
@@ -254,16 +298,17 @@ static void ple_block(sh_model *m, int layer, int r0, int n) {
 /* --- the layer -----------------------------------------------------------------------------------------------------
  */
 
-static void layer_run(sh_model *m, int layer) {
-    attention_block(m, layer);
+static sh_status layer_run(sh_model *m, int layer) {
+    SH_TRY(attention_block(m, layer));
     for (int r = 0; r < m->n; r += m->block) {
         int n = m->n - r < m->block ? m->n - r : m->block;
-        feed_forward_rows(m, layer, r, n);
+        SH_TRY(feed_forward_rows(m, layer, r, n));
         if (m->config.ple) ple_block(m, layer, r, n);
     }
     row_job j = {.m = m, .w = weights_of(m, layer), .x = m->x};
     sh_row_loop_run(m->team, m->n, (size_t)m->config.hidden, scale_rows, &j);
     if (m->probe.hidden) m->probe.hidden(m->probe.arg, layer, m->x, m->n, m->config.hidden);
+    return SH_OK;
 }
 
 static void embed_rows(void *arg, int lo, int hi) {
@@ -301,7 +346,7 @@ sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void 
     begin_step(m, b, in);
     for (int i = m->options.first; i < m->options.last; i++) {
         if (i == m->config.first_shared) sh_model_keep(m); /* consumers write no K/V: nobody needs the other rows */
-        layer_run(m, i);
+        SH_TRY(layer_run(m, i));
     }
     if (m->options.last >= m->config.first_shared) sh_model_keep(m);
     if (m->options.last == m->config.n_layers)
@@ -321,8 +366,8 @@ void sh_model_logits(sh_model *m, const float *hidden, int n, float *logits) {
     m->mark = sh_now();
     project(m, &m->weights->head, hidden, n, logits);
     if (m->config.softcap > 0) {
-        row_job j = {.m = m, .x = logits, .width = m->config.vocab};
-        sh_row_loop_run(m->team, n, (size_t)m->config.vocab, softcap_rows, &j);
+        row_job j = {.m = m, .x = logits, .width = m->weights->head.n};
+        sh_row_loop_run(m->team, n, (size_t)j.width, softcap_rows, &j);
     }
     book(m, &m->times.other);
 }

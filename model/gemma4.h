@@ -22,6 +22,7 @@ typedef struct sh_model_options {
     int max_spans;
     int max_context;
     int32_t pages[SH_KV_KINDS]; /* KV pool */
+    sh_share share;             /* heads and columns of each layer that are this member's; {0}: all */
     const sh_peers *peers;      /* NULL: alone */
 } sh_model_options;
 
@@ -34,7 +35,8 @@ void sh_model_destroy(sh_model **m);
  *   x   f32 [rows here, hidden]       rows here: n_rows, or n_kept when cut ≥ first_shared
  *   x0  f32 [rows here, hidden]       scaled embeddings, when P > 0 (later stages make their per-layer inputs from it)
  *   kv  per crossing producer, ascending: [n_rows][sh_kv_row_bytes], rounded to the KV type
- * 0 for cut 0 (nothing comes in); f32 [n_kept, hidden] for cut n_layers (the final output).
+ * 0 for cut 0 (nothing comes in); f32 [n_kept, hidden] for cut n_layers (the final output). c as the member sees it
+ * (sh_config_share): the KV heads that cross are its own.
  */
 size_t sh_model_cut_bytes(const sh_config *c, sh_kv_type type, int cut, int n_rows, int n_kept);
 
@@ -43,7 +45,9 @@ size_t sh_model_cut_bytes(const sh_config *c, sh_kv_type type, int cut, int n_ro
  * in and out do not overlap. A batch that this stage cannot run (limits, ids, pages) is refused before anything is
  * computed. Allocates nothing. */
 sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void *out);
-/* Soft-capped logits [n, vocab] of n rows of that final output. Last stage only. */
+/* Soft-capped logits [n, vocab] of n rows of that final output. Last stage only. A share has those of its ids alone:
+ * [n, sh_model_ids(m)]. */
+sh_range sh_model_ids(const sh_model *m);
 void sh_model_logits(sh_model *m, const float *hidden, int n, float *logits);
 
 /* Optional observers for tests and tracing: called after each layer (−1: the embeddings) with the rows' hidden states
@@ -60,7 +64,7 @@ void sh_model_set_probe(sh_model *m, const sh_model_probe *p); /* NULL: off; p i
 
 /* Seconds spent by cause since creation. */
 typedef struct sh_model_times {
-    double weights, attention, experts, other;
+    double weights, attention, experts, other, exchange; /* exchange: with the other members of the stage */
 } sh_model_times;
 sh_model_times sh_model_time(const sh_model *m);
 const sh_kernels *sh_model_kernels(const sh_model *m);

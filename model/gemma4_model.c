@@ -29,17 +29,22 @@ static sh_status create_ropes(sh_model *m) {
 
 typedef struct widths {
     size_t q, kv, ff;
+    size_t all_q, all_ff, own; /* of all members together; outputs of a shared matrix */
     bool moe;
 } widths;
 
 static widths measure(const sh_model *m) {
     widths w = {0};
+    sh_range own = sh_share_range(m->options.share, m->config.hidden, SH_SHARE_COLUMNS);
+    w.own = (size_t)(own.hi - own.lo);
     for (int i = m->options.first; i < m->options.last; i++) {
-        const sh_layer *l = &m->config.layer[i];
+        const sh_layer *l = &m->config.layer[i], *all = &m->whole.layer[i];
         size_t q = (size_t)l->heads * (size_t)l->head_dim, kv = (size_t)l->kv_heads * (size_t)l->head_dim;
         if (q > w.q) w.q = q;
         if (kv > w.kv) w.kv = kv;
         if ((size_t)l->ff > w.ff) w.ff = (size_t)l->ff;
+        if ((size_t)all->heads * (size_t)l->head_dim > w.all_q) w.all_q = (size_t)all->heads * (size_t)l->head_dim;
+        if ((size_t)all->ff > w.all_ff) w.all_ff = (size_t)all->ff;
         w.moe = w.moe || l->moe;
     }
     if ((size_t)m->config.ple > w.ff) w.ff = (size_t)m->config.ple; /* its gate uses the same scratch */
@@ -51,7 +56,9 @@ static sh_status create_scratch(sh_model *m) {
     size_t R = (size_t)m->options.max_rows, H = (size_t)m->config.hidden, P = (size_t)m->config.ple;
     size_t B = (size_t)m->block, f = sizeof(float), spans = (size_t)m->options.max_spans;
     size_t rows = R * (2 * H + (P ? H : 0) + w.q + 2 * w.kv + 1), blocks = B * (2 * w.ff + 2 * H + 2 * P);
-    size_t bytes = (rows + blocks) * f + spans * sizeof *m->rows + 14 * 64;
+    bool gathers = m->options.share.parts > 1 && !m->options.share.sum;
+    size_t all = !gathers ? 0 : R * w.all_q > B * w.all_ff ? R * w.all_q : B * w.all_ff, own = gathers ? R * w.own : 0;
+    size_t bytes = (rows + blocks + all + own) * f + spans * sizeof *m->rows + 16 * 64;
     SH_TRY(sh_arena_create(bytes, "scratch of the layers", &m->arena));
     sh_arena *a = &m->arena;
     m->x = sh_arena_take(a, R * H * f);
@@ -68,6 +75,8 @@ static sh_status create_scratch(sh_model *m) {
     m->ple = sh_arena_take(a, B * P * f);
     m->ids = sh_arena_take(a, R * sizeof *m->ids);
     m->rows = sh_arena_take(a, spans * sizeof *m->rows);
+    m->all = gathers ? sh_arena_take(a, all * f) : NULL;
+    m->own = gathers ? sh_arena_take(a, own * f) : NULL;
     if (w.moe) SH_TRY(sh_moe_create(&m->config, m->options.mode, m->block, m->team, m->kn, m->options.peers, &m->moe));
     return SH_OK;
 }
@@ -88,14 +97,20 @@ static sh_status check_options(const sh_config *c, const sh_model_options *o) {
     if (o->max_rows < 1 || o->max_spans < 1 || o->max_context < 1)
         SH_FAIL(SH_EINPUT, "model: %d rows, %d spans, context %d: 1 or more are allowed", o->max_rows, o->max_spans,
                 o->max_context);
+    const sh_share *s = &o->share;
+    if (s->parts > 1 && (s->part < 0 || s->part >= s->parts || c->layer[0].heads % s->parts != 0))
+        SH_FAIL(SH_EINPUT, "model: part %d of %d: the %d query heads must divide evenly", s->part, s->parts,
+                c->layer[0].heads);
+    if (s->parts > 1 && (!o->peers || !o->peers->gather || !o->peers->sum))
+        SH_FAIL(SH_ESTATE, "model: part %d of %d needs its peers", s->part, s->parts);
     return SH_OK;
 }
 
 static sh_status create_members(sh_model *m, const char *model_dir) {
     const sh_model_options *o = &m->options;
     SH_TRY(sh_kernels_select(&m->kn));
-    SH_TRY(sh_team_create(o->threads, o->cpus, o->n_cpus, &m->team));
-    SH_TRY(sh_weights_load(model_dir, &m->config, o->first, o->last, m->team, NULL, NULL, &m->weights));
+    SH_TRY(sh_team_create(m->kn->modelled ? 1 : o->threads, o->cpus, o->n_cpus, &m->team));
+    SH_TRY(sh_weights_load(model_dir, &m->whole, o->share, o->first, o->last, m->team, NULL, NULL, &m->weights));
     SH_TRY(sh_kv_create(&m->config, o->kv_type, o->first, o->last, o->pages, &m->kv));
     SH_TRY(create_ropes(m));
     SH_TRY(sh_attention_create(&m->config, o->first, o->last, o->max_rows, o->max_spans, o->max_context, m->team, m->kn,
@@ -107,7 +122,8 @@ sh_status sh_model_create(const char *model_dir, const sh_config *c, const sh_mo
     SH_TRY(check_options(c, o));
     sh_model *m = calloc(1, sizeof *m);
     if (!m) SH_FAIL(SH_EMEMORY, "model: no memory");
-    m->config = *c;
+    m->whole = *c;
+    sh_config_share(c, o->share, &m->config);
     m->options = *o;
     m->block = o->max_rows < SH_FF_ROWS ? o->max_rows : SH_FF_ROWS;
     find_windows(m);
@@ -143,6 +159,10 @@ void sh_model_set_probe(sh_model *m, const sh_model_probe *p) {
 
 sh_model_times sh_model_time(const sh_model *m) {
     return m->times;
+}
+
+sh_range sh_model_ids(const sh_model *m) {
+    return sh_share_range(m->options.share, m->config.vocab, SH_SHARE_VOCAB);
 }
 
 const sh_kernels *sh_model_kernels(const sh_model *m) {

@@ -11,7 +11,8 @@
 
 /* H: hidden, P: per-layer embedding width, R: max_rows, B: rows of a feed-forward block. */
 struct sh_model {
-    sh_config config;
+    sh_config whole;  /* the model */
+    sh_config config; /* as this share of it is computed: fewer heads and feed-forward columns */
     sh_model_options options;
     sh_team *team;
     const sh_kernels *kn;
@@ -37,6 +38,7 @@ struct sh_model {
     float *y, *z;     /* [B, H] dense and expert branch */
     float *ctx, *ple; /* [B, P] gate of the per-layer embedding; the embedding itself */
     int32_t *ids;     /* [R] */
+    float *all, *own; /* of a share: gathered columns; [R, own outputs] */
     int block;        /* B */
 
     /* the step at hand */

@@ -22,8 +22,15 @@ static sh_wmat take_matrix(cursor *at, int n, int k) {
     return (sh_wmat){.n = n, .k = k, .data = take(at, sh_wmat_bytes(SH_W_BF16, n, k))};
 }
 
-static void layout_attention(const sh_config *c, const sh_layer *l, sh_layer_weights *w, cursor *at) {
-    int q = l->heads * l->head_dim, kv = l->kv_heads * l->head_dim;
+/* A matrix that mixes what the parts of a stage computed: n outputs of k inputs, of which this part has k_mine. */
+static sh_wmat take_mixing(sh_share s, cursor *at, int n, int k, int k_mine) {
+    sh_range mine = sh_share_range(s, n, SH_SHARE_COLUMNS);
+    return s.sum ? take_matrix(at, n, k_mine) : take_matrix(at, mine.hi - mine.lo, k);
+}
+
+static void layout_attention(const sh_config *c, sh_share s, const sh_layer *l, sh_layer_weights *w, cursor *at) {
+    sh_layer mine = sh_share_layer(s, l);
+    int q = mine.heads * l->head_dim, kv = mine.kv_heads * l->head_dim;
     w->q_norm = take_vector(at, l->head_dim);
     w->q = take_matrix(at, q, c->hidden);
     if (l->has_kv || l->k_eq_v) w->k_norm = take_vector(at, l->head_dim);
@@ -31,7 +38,7 @@ static void layout_attention(const sh_config *c, const sh_layer *l, sh_layer_wei
         w->k = take_matrix(at, kv, c->hidden);
         if (!l->k_eq_v) w->v = take_matrix(at, kv, c->hidden);
     }
-    w->o = take_matrix(at, c->hidden, q);
+    w->o = take_mixing(s, at, c->hidden, l->heads * l->head_dim, q);
 }
 
 static void layout_experts(const sh_config *c, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
@@ -52,17 +59,18 @@ static void layout_experts(const sh_config *c, sh_layer_weights *w, sh_wmat *exp
     }
 }
 
-static void layout_layer(const sh_config *c, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+static void layout_layer(const sh_config *c, sh_share s, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
     const sh_layer *l = &c->layer[layer];
+    int ff = sh_share_layer(s, l).ff;
     *w = (sh_layer_weights){.scalar = 1};
     w->input_norm = take_vector(at, c->hidden);
     w->post_attn_norm = take_vector(at, c->hidden);
     w->pre_ff_norm = take_vector(at, c->hidden);
     w->post_ff_norm = take_vector(at, c->hidden);
-    layout_attention(c, l, w, at);
-    w->gate = take_matrix(at, l->ff, c->hidden);
-    w->up = take_matrix(at, l->ff, c->hidden);
-    w->down = take_matrix(at, c->hidden, l->ff);
+    layout_attention(c, s, l, w, at);
+    w->gate = take_matrix(at, ff, c->hidden);
+    w->up = take_matrix(at, ff, c->hidden);
+    w->down = take_mixing(s, at, c->hidden, l->ff, ff);
     if (l->moe) layout_experts(c, w, expert, at);
     if (c->ple == 0) return;
     w->ple_gate = take_matrix(at, c->ple, c->hidden);
@@ -77,12 +85,13 @@ size_t sh_weights_layout(sh_weights *w, sh_wmat *expert, void *base) {
     for (int i = w->first; i < w->last; i++) {
         sh_layer_weights scratch;
         size_t skip = (size_t)(i - w->first) * 2 * (size_t)c->experts;
-        layout_layer(c, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
+        layout_layer(c, w->share, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
     }
     if (c->ple) w->ple_norm = take_vector(&at, c->ple);
     if (w->last == c->n_layers) {
         w->final_norm = take_vector(&at, c->hidden);
-        w->head = take_matrix(&at, c->vocab, c->hidden);
+        sh_range ids = sh_share_range(w->share, c->vocab, SH_SHARE_VOCAB);
+        w->head = take_matrix(&at, ids.hi - ids.lo, c->hidden);
     }
     return at.used;
 }
@@ -92,7 +101,11 @@ size_t sh_weights_table_bytes(const sh_config *c, int first, int last) {
     return n * sizeof(sh_layer_weights) + n * 2 * (size_t)c->experts * sizeof(sh_wmat);
 }
 
-size_t sh_weights_estimate(const sh_config *c, int first, int last) {
-    sh_weights w = {.config = c, .first = first, .last = last};
+size_t sh_weights_estimate_share(const sh_config *c, sh_share s, int first, int last) {
+    sh_weights w = {.config = c, .share = s, .first = first, .last = last};
     return sh_weights_layout(&w, NULL, NULL) + sh_weights_table_bytes(c, first, last);
+}
+
+size_t sh_weights_estimate(const sh_config *c, int first, int last) {
+    return sh_weights_estimate_share(c, (sh_share){0}, first, last);
 }

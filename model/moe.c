@@ -56,7 +56,8 @@ sh_status sh_moe_create(const sh_config *c, sh_mode mode, int max_rows, sh_team 
                         const sh_peers *peers, sh_moe **out) {
     sh_moe *m = calloc(1, sizeof *m);
     if (!m) SH_FAIL(SH_EMEMORY, "experts: no memory");
-    *m = (sh_moe){.config = c, .mode = mode, .team = team, .kn = kn, .peers = peers, .max_rows = max_rows};
+    *m = (sh_moe){.config = c, .mode = mode, .team = team, .kn = kn, .max_rows = max_rows};
+    if (peers && peers->experts_begin) m->peers = peers; /* else every member computes all experts */
     size_t n = (size_t)max_rows, h = (size_t)c->hidden, e = (size_t)c->experts, k = (size_t)c->top_k;
     size_t ff = (size_t)c->expert_ff, units = (size_t)units_of(c), f = sizeof(float);
     size_t bytes = f * (n * h + n * e + n * k * (3 + h + 2 * ff) + e + 1) + 2 * n * k * h + units * sizeof(unit);

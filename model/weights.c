@@ -26,11 +26,19 @@ typedef struct impl {
     sh_wmat *expert;
 } impl;
 
+/* Rows that are taken head by head, where a part's KV heads are not one run (sh_share_kv_head). */
+typedef struct head_map {
+    const sh_layer *layer; /* NULL: rows follow each other */
+    sh_share share;
+} head_map;
+
 /* One thing to fill: a vector (to) or a packed matrix (mat) from the rows of up to two tensors. */
 typedef struct job {
     const sh_tensor *t[2];
     int64_t row[2]; /* first row taken of each */
     int n[2], k;
+    int col, width; /* first item taken of each row; items of a row (0: k) */
+    head_map heads;
     float *to;
     const sh_wmat *mat;
 } job;
@@ -165,6 +173,36 @@ static sh_status want_matrix(loader *l, int layer, const char *part, int n, int 
     return want_rows(l, layer, part, n, k, 0, to);
 }
 
+/* Matrix [n, k] of which this part computes outputs [mine.lo, mine.hi). */
+static sh_status want_outputs(loader *l, int layer, const char *part, int n, int k, sh_range mine, const sh_wmat *to) {
+    return want_rows(l, layer, part, n, k, mine.lo, to);
+}
+
+/* Matrix [n, k] that mixes what the parts computed: this part takes some outputs of all inputs, or (share.sum) all
+ * outputs of its inputs [mine.lo, mine.hi). */
+static sh_status want_mixing(loader *l, int layer, const char *part, int n, int k, sh_range mine, const sh_wmat *to) {
+    const sh_tensor *t = NULL;
+    sh_share s = l->w->share;
+    if (!s.sum) return want_outputs(l, layer, part, n, k, sh_share_range(s, n, SH_SHARE_COLUMNS), to);
+    SH_TRY(need(l, name_of(l, layer, part), 2, (const int64_t[]){n, k}, &t));
+    if (!to) return SH_OK;
+    return add_job(l, (job){.t = {t}, .n = {n}, .k = to->k, .col = mine.lo, .width = k, .mat = to});
+}
+
+/* Keys or values [kv_heads·head_dim, k]: the heads that this part's queries read. */
+static sh_status want_kv(loader *l, int layer, const char *part, const sh_wmat *to) {
+    const sh_layer *y = &l->c->layer[layer];
+    const sh_tensor *t = NULL;
+    sh_share s = l->w->share;
+    int n = sh_share_layer(s, y).kv_heads, first = sh_share_kv_head(s, y, 0), last = sh_share_kv_head(s, y, n - 1);
+    const int64_t shape[] = {(int64_t)y->kv_heads * y->head_dim, l->c->hidden};
+    SH_TRY(need(l, name_of(l, layer, part), 2, shape, &t));
+    if (!to) return SH_OK;
+    job j = {.t = {t}, .row = {(int64_t)first * y->head_dim}, .n = {to->n}, .k = to->k, .mat = to};
+    if (last - first + 1 != n) j.heads = (head_map){y, s}; /* some heads come more than once */
+    return add_job(l, j);
+}
+
 /* --- what a layer has ----------------------------------------------------------------------------------------------
  */
 
@@ -173,16 +211,17 @@ static sh_status want_matrix(loader *l, int layer, const char *part, int n, int 
 
 static sh_status want_attention(loader *l, int i, const sh_layer_weights *w) {
     const sh_layer *y = &l->c->layer[i];
-    int h = l->c->hidden, q = y->heads * y->head_dim, kv = y->kv_heads * y->head_dim;
+    int h = l->c->hidden, q = y->heads * y->head_dim;
+    sh_range mine = sh_share_range(l->w->share, q, y->head_dim);
     SH_TRY(want_vector(l, i, "self_attn.q_norm", y->head_dim, AT(q_norm)));
-    SH_TRY(want_matrix(l, i, "self_attn.q_proj", q, h, MAT(q)));
-    SH_TRY(want_matrix(l, i, "self_attn.o_proj", h, q, MAT(o)));
+    SH_TRY(want_outputs(l, i, "self_attn.q_proj", q, h, mine, MAT(q)));
+    SH_TRY(want_mixing(l, i, "self_attn.o_proj", h, q, mine, MAT(o)));
     /* A consumer of K = V pages forms K itself, with its producer's norm. */
     if (!y->has_kv) return y->k_eq_v ? want_vector(l, y->kv_from, "self_attn.k_norm", y->head_dim, AT(k_norm)) : SH_OK;
     SH_TRY(want_vector(l, i, "self_attn.k_norm", y->head_dim, AT(k_norm)));
-    SH_TRY(want_matrix(l, i, "self_attn.k_proj", kv, h, MAT(k)));
+    SH_TRY(want_kv(l, i, "self_attn.k_proj", MAT(k)));
     if (y->k_eq_v) return SH_OK;
-    return want_matrix(l, i, "self_attn.v_proj", kv, h, MAT(v));
+    return want_kv(l, i, "self_attn.v_proj", MAT(v));
 }
 
 /* experts.gate_up_proj [E, 2I, H] and experts.down_proj [E, H, I]. */
@@ -243,14 +282,15 @@ static sh_status want_layer(loader *l, int i) {
     bool mine = i >= l->w->first && i < l->w->last;
     const sh_layer_weights *w = mine ? &l->w->layer[i - l->w->first] : NULL;
     int h = c->hidden, ff = c->layer[i].ff;
+    sh_range columns = sh_share_range(l->w->share, ff, SH_SHARE_COLUMNS);
     SH_TRY(want_vector(l, i, "input_layernorm", h, AT(input_norm)));
     SH_TRY(want_vector(l, i, "post_attention_layernorm", h, AT(post_attn_norm)));
     SH_TRY(want_vector(l, i, "pre_feedforward_layernorm", h, AT(pre_ff_norm)));
     SH_TRY(want_vector(l, i, "post_feedforward_layernorm", h, AT(post_ff_norm)));
     SH_TRY(want_attention(l, i, w));
-    SH_TRY(want_matrix(l, i, "mlp.gate_proj", ff, h, MAT(gate)));
-    SH_TRY(want_matrix(l, i, "mlp.up_proj", ff, h, MAT(up)));
-    SH_TRY(want_matrix(l, i, "mlp.down_proj", h, ff, MAT(down)));
+    SH_TRY(want_outputs(l, i, "mlp.gate_proj", ff, h, columns, MAT(gate)));
+    SH_TRY(want_outputs(l, i, "mlp.up_proj", ff, h, columns, MAT(up)));
+    SH_TRY(want_mixing(l, i, "mlp.down_proj", h, ff, columns, MAT(down)));
     if (c->layer[i].moe) SH_TRY(want_experts(l, i, w));
     const sh_tensor *scalar;
     SH_TRY(look_up(l, name_of(l, i, "layer_scalar"), &scalar));
@@ -296,7 +336,10 @@ static sh_status want_head(loader *l, const sh_tensor *embed) {
                 head->name, embed->name);
     if (!mine) return SH_OK;
     SH_TRY(want_vector(l, -1, "norm", c->hidden, l->w->final_norm));
-    return add_job(l, (job){.t = {c->tied ? embed : head}, .n = {c->vocab}, .k = c->hidden, .mat = &l->w->head});
+    sh_range ids = sh_share_range(l->w->share, c->vocab, SH_SHARE_VOCAB);
+    const sh_wmat *to = &l->w->head;
+    return add_job(
+        l, (job){.t = {c->tied ? embed : head}, .row = {ids.lo}, .n = {ids.hi - ids.lo}, .k = c->hidden, .mat = to});
 }
 
 static sh_status want_tables(loader *l) {
@@ -420,14 +463,24 @@ typedef struct packing {
     _Atomic bool no_memory;
 } packing;
 
+static int64_t row_items(const job *j) {
+    return j->width ? j->width : j->k;
+}
+
+/* Where row `row` of the matrix comes from. */
 static const sh_tensor *job_row(const job *j, int row, int64_t *item) {
     int part = row >= j->n[0];
-    *item = (j->row[part] + row - (part ? j->n[0] : 0)) * j->k;
+    int64_t from = j->row[part] + row - (part ? j->n[0] : 0);
+    if (j->heads.layer) {
+        int hd = j->heads.layer->head_dim;
+        from = (int64_t)sh_share_kv_head(j->heads.share, j->heads.layer, row / hd) * hd + row % hd;
+    }
+    *item = from * row_items(j) + j->col;
     return j->t[part];
 }
 
 static bool packs_in_place(const job *j) {
-    return !j->t[1] && j->t[0]->dtype == SH_BF16 && (uintptr_t)j->t[0]->data % 2 == 0;
+    return !j->t[1] && !j->heads.layer && j->t[0]->dtype == SH_BF16 && (uintptr_t)j->t[0]->data % 2 == 0;
 }
 
 static void note_inexact(packing *p, int64_t item) {
@@ -460,8 +513,10 @@ static void pack_member(void *arg, int member, int size) {
     sh_team_share(sh_wmat_panels(m->n), member, size, &lo, &hi);
     if (lo == hi) return;
     if (packs_in_place(p->j)) {
-        const uint16_t *src = (const uint16_t *)(const void *)p->j->t[0]->data + (size_t)p->j->row[0] * (size_t)m->k;
-        sh_pack_bf16((uint32_t *)(uintptr_t)m->data, src, (size_t)m->k, m->n, m->k, lo, hi);
+        size_t ld = (size_t)row_items(p->j);
+        const uint16_t *src = (const uint16_t *)(const void *)p->j->t[0]->data;
+        src += (size_t)p->j->row[0] * ld + (size_t)p->j->col;
+        sh_pack_bf16((uint32_t *)(uintptr_t)m->data, src, ld, m->n, m->k, lo, hi);
         return;
     }
     uint16_t *rows = malloc(SH_PANEL * (size_t)m->k * sizeof *rows);
@@ -508,7 +563,7 @@ static sh_status pack_all(loader *l, sh_team *team, void (*progress)(void *, siz
         const job *j = &l->jobs[i];
         SH_TRY(run_job(l, j, team));
         for (int s = 0; s < 2 && j->t[s]; s++) { /* packed: the source's pages need not stay in this process */
-            size_t row = (size_t)j->k * item_bytes(j->t[s]->dtype);
+            size_t row = (size_t)row_items(j) * item_bytes(j->t[s]->dtype);
             advise(j->t[s]->data + (size_t)j->row[s] * row, (size_t)j->n[s] * row, MADV_DONTNEED);
         }
         done += j->to ? (size_t)j->k * 4 : sh_wmat_bytes(SH_W_BF16, j->mat->n, j->mat->k);
@@ -572,13 +627,13 @@ static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t,
     return SH_OK;
 }
 
-sh_status sh_weights_load(const char *model_dir, const sh_config *c, int first, int last, sh_team *team,
+sh_status sh_weights_load(const char *model_dir, const sh_config *c, sh_share share, int first, int last, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out) {
     if (first < 0 || first >= last || last > c->n_layers)
         SH_FAIL(SH_EINPUT, "layers %d to %d: the model has %d layers", first, last, c->n_layers);
     sh_weights *w = calloc(1, sizeof *w);
     if (!w) SH_FAIL(SH_EMEMORY, "weights: no memory");
-    *w = (sh_weights){.config = c, .first = first, .last = last};
+    *w = (sh_weights){.config = c, .share = share, .first = first, .last = last};
     loader l = {.dir = model_dir, .c = c, .w = w};
     sh_status st = load(&l, team, progress, arg);
     free(l.used);

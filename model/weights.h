@@ -14,8 +14,9 @@ typedef struct sh_layer_weights {
     /* norms [hidden] unless said otherwise; NULL where the layer has none */
     const float *input_norm, *post_attn_norm, *pre_ff_norm, *post_ff_norm;
     const float *q_norm, *k_norm; /* [head_dim]; k_norm: producers; with k_eq_v consumers too: their producer's */
-    sh_wmat q, k, v, o;           /* k: producers only; v: producers without k_eq_v (data NULL otherwise) */
-    sh_wmat gate, up, down;       /* [ff, hidden], [ff, hidden], [hidden, ff] */
+    sh_wmat q, k, v, o;     /* of this part (model/share.h), as are gate, up, down and the head; k: producers only; v:
+                               producers without k_eq_v (data NULL otherwise) */
+    sh_wmat gate, up, down; /* [ff, hidden], [ff, hidden], [hidden, ff] */
     /* mixture of experts */
     const float *post_ff_norm_1, *post_ff_norm_2, *pre_ff_norm_2;
     const float *router_scale, *expert_scale; /* [hidden], [experts] */
@@ -30,20 +31,23 @@ typedef struct sh_layer_weights {
 } sh_layer_weights;
 
 typedef struct sh_weights {
-    const sh_config *config; /* borrowed */
+    const sh_config *config; /* borrowed; of the whole model */
+    sh_share share;          /* what of each layer is here */
     int first, last;         /* layers [first, last) */
     sh_layer_weights *layer; /* [last − first] */
     const float *ple_norm;   /* [P] */
     const float *final_norm; /* last stage only */
-    sh_wmat head;            /* [vocab, hidden]; last stage only */
+    sh_wmat head;            /* [vocab, hidden], of this part's ids; last stage only */
     size_t bytes;            /* anonymous memory held */
     void *impl;
 } sh_weights;
 
-/* Loads layers [first, last) of MODEL; the embedding when first is 0, final norm and head when last is the layer count.
+/* Loads a share of layers [first, last) of MODEL; the embedding when first is 0, final norm and head when last is the
+ * layer count. Of the matrices that are shared only this part's bytes are read; experts, router and per-layer embedding
+ * are whole on every part.
  * Missing, wrongly shaped or typed tensors fail by name; unexpected ones too, except those the model description allows
  * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */
-sh_status sh_weights_load(const char *model_dir, const sh_config *c, int first, int last, sh_team *team,
+sh_status sh_weights_load(const char *model_dir, const sh_config *c, sh_share share, int first, int last, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
 /* Resolves and checks every tensor of an open checkpoint against config.json, from headers alone: what sh_weights_load
  * does first. model_dir is for messages. */

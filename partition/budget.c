@@ -119,7 +119,11 @@ sh_status sh_plan_kv_group(const sh_config *c, const sh_kv_limits *l, const Shoa
                            sh_kv_plan *out) {
     stage *s = calloc(p->n_rank, sizeof *s);
     if (!s) SH_FAIL(SH_EMEMORY, "plan: no memory for %zu ranks", p->n_rank);
-    for (size_t i = 0; i < p->n_rank; i++) s[i] = stage_of(c, l->type, p->rank[i]->first, p->rank[i]->last, budget[i]);
+    sh_config mine; /* the heads of a member: every member's are alike */
+    for (size_t i = 0; i < p->n_rank; i++) {
+        sh_config_share(c, sh_plan_share(p, (int)i), &mine);
+        s[i] = stage_of(&mine, l->type, p->rank[i]->first, p->rank[i]->last, budget[i]);
+    }
     sh_status st = divide(c, l, s, (int)p->n_rank, out);
     free(s);
     return st;
@@ -183,14 +187,31 @@ static uint64_t widest_head(const sh_config *c) {
     return (uint64_t)n;
 }
 
-sh_plan_memory sh_plan_rank_memory(const sh_config *c, const Shoal__Plan *p, int rank) {
+/* What the members of a stage that divides heads and columns send each other: messages both ways, gathered columns. */
+static uint64_t exchange_bytes(const sh_config *c, sh_share s, int first, int last, uint64_t rows) {
+    uint64_t widest = 0, parts = (uint64_t)s.parts;
+    if (s.parts <= 1) return 0;
+    for (int i = first; i < last; i++) {
+        const sh_layer *l = &c->layer[i];
+        uint64_t q = (uint64_t)l->heads * (uint64_t)l->head_dim, n = q > (uint64_t)l->ff ? q : (uint64_t)l->ff;
+        if (n > widest) widest = n;
+    }
+    uint64_t message = 4 * rows * (s.sum ? (uint64_t)c->hidden : widest / parts + SH_SHARE_COLUMNS);
+    return 2 * parts * message + 4 * rows * (widest + (uint64_t)c->hidden / parts + SH_SHARE_COLUMNS);
+}
+
+sh_plan_memory sh_plan_rank_memory(const sh_config *all, const Shoal__Plan *p, int rank) {
+    sh_share share = sh_plan_share(p, rank);
+    sh_config mine, *c = &mine;
+    sh_config_share(all, share, c);
     int first = p->rank[rank]->first, last = p->rank[rank]->last;
     uint64_t seqs = (uint64_t)p->max_seqs, rows = seqs + (uint64_t)p->chunk, context = (uint64_t)p->max_context;
     uint64_t threads = p->threads ? (uint64_t)p->threads : 16, vocab = (uint64_t)c->vocab;
-    sh_plan_memory m = {.weights = sh_weights_estimate(c, first, last)};
+    sh_plan_memory m = {.weights = sh_weights_estimate_share(all, share, first, last)};
     m.scratch = rows * 4 * row_floats(c, first, last) + rope_bytes(c, context);
     m.scratch += threads * 8192 * widest_head(c); /* attention: blocks of rows, keys and partial sums */
-    m.scratch += 4 * (MIB + seqs * 1024 + rows * 8 + context * 4);             /* descriptors of micro-batches */
+    m.scratch += 4 * (MIB + seqs * 1024 + rows * 8 + context * 4); /* descriptors of micro-batches */
+    m.scratch += exchange_bytes(all, share, first, last, rows);
     m.scratch += block_bytes(c, first, rows) + 4 * block_bytes(c, last, rows); /* in, and out until sent */
     if (last == c->n_layers)
         m.scratch += 64 * vocab + 512 * vocab + seqs * context * 4; /* logits, tokenizer, scored prompts */

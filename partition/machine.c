@@ -226,7 +226,7 @@ static sh_status read_memory(const char *root, sh_machine *m) {
 
 /* The first logical CPU of each core in the set that lies in `within`, ascending. */
 static void add_cores(hwloc_topology_t t, hwloc_const_cpuset_t set, hwloc_const_cpuset_t within, hwloc_bitmap_t taken,
-                      sh_machine *m) {
+                      int numa, sh_machine *m) {
     hwloc_obj_t core = NULL;
     hwloc_bitmap_t own = hwloc_bitmap_alloc();
     while (own && (core = hwloc_get_next_obj_by_type(t, HWLOC_OBJ_CORE, core))) {
@@ -235,6 +235,7 @@ static void add_cores(hwloc_topology_t t, hwloc_const_cpuset_t set, hwloc_const_
         int cpu = hwloc_bitmap_first(own);
         if (cpu < 0 || hwloc_bitmap_intersects(taken, core->cpuset) || m->n_cpus == SH_MAX_CPUS) continue;
         hwloc_bitmap_or(taken, taken, core->cpuset);
+        m->numa[m->n_cpus] = (uint16_t)numa;
         m->cpus[m->n_cpus++] = cpu;
     }
     hwloc_bitmap_free(own);
@@ -252,10 +253,14 @@ static void list_cpus(hwloc_topology_t t, hwloc_const_cpuset_t set, hwloc_bitmap
     m->n_numa = count_inside(t, HWLOC_OBJ_NUMANODE, set);
     m->n_packages = count_inside(t, HWLOC_OBJ_PACKAGE, set);
     m->machine_cpus = hwloc_bitmap_weight(hwloc_topology_get_complete_cpuset(t));
-    for (hwloc_obj_t node = NULL; (node = hwloc_get_next_obj_by_type(t, HWLOC_OBJ_NUMANODE, node));)
-        add_cores(t, set, node->cpuset, taken, m);
-    add_cores(t, set, set, taken, m); /* cores that no node claims */
-    if (m->n_cpus == 0)               /* no cores told, as in some containers: the logical CPUs themselves */
+    int numa = 0;
+    for (hwloc_obj_t node = NULL; (node = hwloc_get_next_obj_by_type(t, HWLOC_OBJ_NUMANODE, node));) {
+        int before = m->n_cpus;
+        add_cores(t, set, node->cpuset, taken, numa, m);
+        numa += m->n_cpus > before;
+    }
+    add_cores(t, set, set, taken, numa, m); /* cores that no node claims */
+    if (m->n_cpus == 0)                     /* no cores told, as in some containers: the logical CPUs themselves */
         for (int i = hwloc_bitmap_first(set); i >= 0 && m->n_cpus < SH_MAX_CPUS; i = hwloc_bitmap_next(set, i))
             m->cpus[m->n_cpus++] = i;
     m->n_cores = m->n_cpus;
@@ -321,6 +326,32 @@ sh_status sh_machine_print(const sh_machine *m, sh_buf *out) {
             SH_TRY(sh_buf_printf(out, "%-14s %.2f GiB (%s)%s\n", m->limit[i].name, (double)m->limit[i].bytes / GIB,
                                  m->limit[i].source, i == m->memory_from ? ": the least, so what counts" : ""));
     return SH_OK;
+}
+
+/* The run of CPUs [*lo, *hi) that lies in NUMA nodes [first, last). */
+static void numa_run(const sh_machine *m, int first, int last, int *lo, int *hi) {
+    for (*lo = 0; *lo < m->n_cpus && m->numa[*lo] < first;) ++*lo;
+    for (*hi = *lo; *hi < m->n_cpus && m->numa[*hi] < last;) ++*hi;
+}
+
+void sh_machine_keep_cpus(sh_machine *m, int k, int n) {
+    int nodes = m->n_cpus > 0 ? m->numa[m->n_cpus - 1] + 1 : 1, lo = 0, hi = m->n_cpus;
+    if (nodes % n == 0) {
+        numa_run(m, k * (nodes / n), (k + 1) * (nodes / n), &lo, &hi);
+        k = 0, n = 1;
+    } else if (n % nodes == 0) {
+        numa_run(m, k / (n / nodes), k / (n / nodes) + 1, &lo, &hi);
+        n /= nodes;
+        k %= n;
+    }
+    int all = hi - lo, from = lo + (int)((long)all * k / n), to = lo + (int)((long)all * (k + 1) / n);
+    if (n > all) {
+        from = lo + k % all;
+        to = from + 1;
+    }
+    memmove(m->cpus, m->cpus + from, (size_t)(to - from) * sizeof *m->cpus);
+    memmove(m->numa, m->numa + from, (size_t)(to - from) * sizeof *m->numa);
+    m->n_cpus = to - from;
 }
 
 sh_machine_part sh_machine_share(const sh_machine *m, int i, int n) {

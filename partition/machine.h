@@ -25,6 +25,7 @@ typedef struct sh_machine {
     /* One logical CPU per core that this process may use, NUMA node by NUMA node, cut to the quota: one compute thread
      * each. */
     int cpus[SH_MAX_CPUS], n_cpus;
+    uint16_t numa[SH_MAX_CPUS];                 /* for each of them its NUMA node, counted from 0 in that order */
     int n_allowed, n_cores, n_numa, n_packages; /* logical CPUs, cores, … under the CPU set of this process */
     int machine_cpus;                           /* logical CPUs of the machine */
     double quota;                               /* CPUs' worth of time that the cgroup grants; 0: no quota */
@@ -45,6 +46,10 @@ sh_status sh_machine_read(const sh_machine_origin *origin, sh_machine *out);
 /* One line per fact: "memory  23.2 GiB  cgroup v1 (/sys/fs/cgroup/memory/…)". */
 sh_status sh_machine_print(const sh_machine *m, sh_buf *out);
 
+/* Leaves part k of n of the CPUs, for the k-th of n groups of ranks that share the machine: whole NUMA nodes where n
+ * divides their number, a part of one node where their number divides n, else equal runs of CPUs. With more groups than
+ * CPUs, groups take turns on a CPU. */
+void sh_machine_keep_cpus(sh_machine *m, int k, int n);
 /* What local rank i of n gets. With more ranks than CPUs, ranks take turns on a CPU. */
 typedef struct sh_machine_part {
     const int *cpus; /* borrowed from the machine */

@@ -266,6 +266,11 @@ sh_plan_shape sh_plan_shape_of(const Shoal__Plan *p) {
     return s;
 }
 
+sh_share sh_plan_share(const Shoal__Plan *p, int rank) {
+    if (p->tp <= 1) return (sh_share){0};
+    return (sh_share){.parts = p->tp, .part = rank % p->tp, .sum = p->tp_sum};
+}
+
 /* Experts [lo, hi) of one layer for a rank. */
 static sh_status add_experts(Shoal__PlanRank *r, int layer, int lo, int hi) {
     Shoal__PlanExperts *e = calloc(1, sizeof *e);

@@ -31,6 +31,8 @@ typedef struct sh_plan_shape {
     int width; /* ep · tp · cp: members of a stage */
 } sh_plan_shape;
 sh_plan_shape sh_plan_shape_of(const Shoal__Plan *p);
+/* What a rank has of its layers' heads and columns: with tp > 1 its member's part of tp. */
+sh_share sh_plan_share(const Shoal__Plan *p, int rank);
 
 /* Makes a checked plan; freed by sh_plan_free. Errors name the option, the value and what is possible. */
 sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out);

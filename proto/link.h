@@ -12,7 +12,7 @@
 #include <stdint.h>
 #include "common/status.h"
 
-typedef enum sh_link_tag { SH_TAG_BATCH = 1, SH_TAG_TOKENS = 2, SH_TAG_CONTROL = 3 } sh_link_tag;
+typedef enum sh_link_tag { SH_TAG_BATCH = 1, SH_TAG_TOKENS = 2, SH_TAG_CONTROL = 3, SH_TAG_TENSOR = 5 } sh_link_tag;
 #define SH_LINK_MAX_BYTES ((size_t)1 << 40)
 
 typedef struct sh_link sh_link;

@@ -13,6 +13,7 @@
 
 #include "common/clock.h"
 #include "worker/backoff.h"
+#include "worker/tensor.h"
 #include "worker/tokens.h"
 
 enum { SENDS = 2, LOGIT_ROWS = 16 };
@@ -34,6 +35,8 @@ struct sh_stage {
     sh_link *link;
     int stage, member;
     bool leads, is_last, samples; /* rank 0; last stage; a member of it that samples */
+    sh_config part;               /* the model as this member sees it (o.share) */
+    sh_tensor_link *tensor;
     sh_model *model;
     size_t descriptor_max, recv_bytes, send_bytes;
     uint8_t *recv;   /* from the rank before; rank 0: answers of the last stage */
@@ -50,7 +53,7 @@ struct sh_stage {
     /* last stage */
     sh_tokenizer *tokenizer;
     sh_sampler *sampler;
-    float *hidden, *logits;
+    float *hidden, *logits, *own; /* own: logits of a share */
     size_t hidden_bytes, logit_bytes;
     int waiting;   /* rank 0 as a last stage: answers not yet taken */
     int next_lane; /* rank 0: whom to ask first for an answer */
@@ -60,17 +63,28 @@ static size_t align64(size_t n) {
     return (n + 63) / 64 * 64;
 }
 
-static size_t cut_bytes(const sh_stage_options *o, int cut, int rows, int kept) {
-    return sh_model_cut_bytes(o->config, o->kv_type, cut, rows, kept);
+static size_t cut_bytes(const sh_stage *s, int cut, int rows, int kept) {
+    return sh_model_cut_bytes(&s->part, s->o.kv_type, cut, rows, kept);
 }
 
-static size_t message_bytes(const sh_stage_options *o, int cut) {
-    int rows = sh_leader_max_rows(o->schedule);
-    return align64(sh_leader_descriptor_bytes(o->schedule)) + cut_bytes(o, cut, rows, rows);
+static size_t message_bytes(const sh_stage *s, int cut) {
+    int rows = sh_leader_max_rows(s->o.schedule);
+    return align64(sh_leader_descriptor_bytes(s->o.schedule)) + cut_bytes(s, cut, rows, rows);
 }
 
 /* ---- creation -------------------------------------------------------------------------------------------------------
  */
+
+static sh_status create_peers(sh_stage *s) {
+    const sh_stage_options *o = &s->o;
+    sh_tensor_options t = {.link = o->link,
+                           .first_rank = s->stage * o->width,
+                           .share = o->share,
+                           .config = o->config,
+                           .max_rows = sh_leader_max_rows(o->schedule)};
+    sh_config_share(o->config, o->share, &s->part);
+    return o->share.parts > 1 ? sh_tensor_link_create(&t, &s->tensor) : SH_OK;
+}
 
 static sh_status create_model(sh_stage *s) {
     const sh_stage_options *o = &s->o;
@@ -83,7 +97,9 @@ static sh_status create_model(sh_stage *s) {
                           .n_cpus = o->n_cpus,
                           .max_rows = sh_leader_max_rows(o->schedule),
                           .max_spans = o->schedule->max_seqs,
-                          .max_context = o->schedule->max_context};
+                          .max_context = o->schedule->max_context,
+                          .share = o->share,
+                          .peers = s->tensor ? sh_tensor_link_peers(s->tensor) : NULL};
     memcpy(m.pages, o->schedule->pages, sizeof m.pages);
     return sh_model_create(o->model_dir, o->config, &m, &s->model);
 }
@@ -96,16 +112,23 @@ static sh_status create_hidden(sh_stage *s) {
     return SH_OK;
 }
 
+static sh_status create_logits(sh_stage *s) {
+    const sh_stage_options *o = &s->o;
+    void *p = NULL;
+    s->logit_bytes = LOGIT_ROWS * (size_t)o->config->vocab * sizeof(float);
+    SH_TRY(sh_mem_alloc(s->logit_bytes, "logits", &p));
+    s->logits = p;
+    if (!s->tensor) return SH_OK;
+    SH_TRY(sh_mem_alloc(s->logit_bytes, "logits", &p));
+    s->own = p;
+    return SH_OK;
+}
+
 static sh_status create_sampler(sh_stage *s) {
     const sh_stage_options *o = &s->o;
-    void *logits = NULL;
     SH_TRY(sh_tokenizer_load(o->model_dir, &s->tokenizer));
-    SH_TRY(sh_sampler_create(sh_model_kernels(s->model), s->tokenizer, o->config->vocab, o->schedule->max_seqs,
-                             o->schedule->max_context, &s->sampler));
-    s->logit_bytes = LOGIT_ROWS * (size_t)o->config->vocab * sizeof(float);
-    SH_TRY(sh_mem_alloc(s->logit_bytes, "logits", &logits));
-    s->logits = logits;
-    return SH_OK;
+    return sh_sampler_create(sh_model_kernels(s->model), s->tokenizer, o->config->vocab, o->schedule->max_seqs,
+                             o->schedule->max_context, &s->sampler);
 }
 
 /* Rank 0: descriptors for the other members of its stage, and its own. */
@@ -124,14 +147,14 @@ static sh_status create_buffers(sh_stage *s) {
     int rows = sh_leader_max_rows(o->schedule);
     void *p = NULL;
     s->descriptor_max = sh_leader_descriptor_bytes(o->schedule);
-    s->recv_bytes = s->leads ? sh_tokens_bytes(rows) : message_bytes(o, o->first);
+    s->recv_bytes = s->leads ? sh_tokens_bytes(rows) : message_bytes(s, o->first);
     SH_TRY(sh_mem_alloc(s->recv_bytes, "receive buffer", &p));
     s->recv = p;
     s->n_sends = s->is_last ? sh_leader_in_flight(o->schedule) + 1 : SENDS;
     s->sends = calloc((size_t)s->n_sends, sizeof *s->sends);
     if (!s->sends) SH_FAIL(SH_EMEMORY, "no memory for send buffers");
     for (int i = 0; i < s->n_sends; i++) s->sends[i].req = -1;
-    if (!s->is_last) s->send_bytes = message_bytes(o, o->last);
+    if (!s->is_last) s->send_bytes = message_bytes(s, o->last);
     for (int i = 0; i < s->n_sends; i++) {
         if (s->is_last) {
             SH_TRY(sh_buf_reserve(&s->sends[i].answer, sh_tokens_bytes(rows)));
@@ -157,9 +180,11 @@ sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out) {
     s->leads = o->link->rank == 0;
     s->is_last = s->stage == o->stages - 1;
     s->samples = s->is_last && (o->lanes || s->member == 0);
-    sh_status st = create_model(s);
+    sh_status st = create_peers(s);
+    if (st == SH_OK) st = create_model(s);
     if (st == SH_OK) st = create_buffers(s);
     if (st == SH_OK && s->is_last) st = create_hidden(s);
+    if (st == SH_OK && (s->samples || (s->is_last && s->tensor))) st = create_logits(s);
     if (st == SH_OK && s->samples) st = create_sampler(s);
     if (st != SH_OK) {
         sh_stage_destroy(&s);
@@ -183,11 +208,13 @@ void sh_stage_destroy(sh_stage **p) {
     sh_mem_free(s->recv, s->recv_bytes);
     sh_mem_free(s->hidden, s->hidden_bytes);
     sh_mem_free(s->logits, s->logit_bytes);
+    sh_mem_free(s->own, s->logit_bytes);
     sh_buf_release(&s->encoded);
     sh_batch_release(&s->batch);
     sh_sampler_destroy(&s->sampler);
     sh_tokenizer_destroy(&s->tokenizer);
     sh_model_destroy(&s->model);
+    sh_tensor_link_destroy(&s->tensor);
     free(s);
     *p = NULL;
 }
@@ -247,7 +274,7 @@ static sh_status forward_on(sh_stage *s, const sh_batch *b, const void *descript
     double t0 = sh_now();
     SH_TRY(claim_send(s, &to));
     s->exchange += sh_now() - t0;
-    size_t at = align64(len), n = cut_bytes(&s->o, s->o.last, b->n_rows, b->n_kept);
+    size_t at = align64(len), n = cut_bytes(s, s->o.last, b->n_rows, b->n_kept);
     memcpy(to->block, descriptor, len);
     memset(to->block + len, 0, at - len);
     SH_TRY(sh_model_forward(s->model, b, in, to->block + at));
@@ -275,17 +302,29 @@ static sh_status sample_rows(sh_stage *s, const sh_batch *b, int n, int *span, i
     return SH_OK;
 }
 
+static sh_status logits_of(sh_stage *s, int k, int n) {
+    const float *hidden = s->hidden + (size_t)k * (size_t)s->o.config->hidden;
+    sh_model_logits(s->model, hidden, n, s->tensor ? s->own : s->logits);
+    if (!s->tensor) return SH_OK;
+    const sh_peers *p = sh_tensor_link_peers(s->tensor);
+    return p->gather(p->ctx, -1, SH_JOINT_LOGITS, s->own, n, s->o.config->vocab, SH_SHARE_VOCAB, s->logits);
+}
+
 /* Logits and tokens of the kept rows, as the answer to rank 0. */
 static sh_status sample_batch(sh_stage *s, const sh_batch *b, sending *to) {
-    sh_buf_clear(&to->answer);
-    SH_TRY(sh_tokens_begin(&to->answer, b->step));
+    if (to) {
+        sh_buf_clear(&to->answer);
+        SH_TRY(sh_tokens_begin(&to->answer, b->step));
+    }
     int span = 0, row = 0, count = 0;
     for (int k = 0; k < b->n_kept; k += LOGIT_ROWS) {
         int n = b->n_kept - k < LOGIT_ROWS ? b->n_kept - k : LOGIT_ROWS;
-        sh_model_logits(s->model, s->hidden + (size_t)k * (size_t)s->o.config->hidden, n, s->logits);
+        SH_TRY(logits_of(s, k, n));
+        if (!s->samples) continue;
         SH_TRY(sample_rows(s, b, n, &span, &row, &to->answer, &count));
         SH_TRY(sh_stage_progress(s));
     }
+    if (!to) return SH_OK;
     SH_TRY(sh_tokens_end(&to->answer, count));
     if (!s->leads) return s->link->ops->send(s->link, 0, SH_TAG_TOKENS, to->answer.data, to->answer.len, &to->req);
     s->waiting++;
@@ -297,8 +336,8 @@ static sh_status finish(sh_stage *s, const sh_batch *b, const void *in) {
     for (int i = 0; s->samples && i < b->n_drops; i++) sh_sampler_drop(s->sampler, b->drops[i]);
     for (int i = 0; s->samples && i < b->n_starts; i++) SH_TRY(sh_sampler_start(s->sampler, &b->starts[i]));
     SH_TRY(sh_model_forward(s->model, b, in, s->hidden));
-    if (!s->samples || b->n_spans == 0) return SH_OK;
-    SH_TRY(claim_send(s, &to));
+    if ((!s->samples && !s->tensor) || b->n_spans == 0) return SH_OK;
+    if (s->samples) SH_TRY(claim_send(s, &to));
     return sample_batch(s, b, to);
 }
 
@@ -350,7 +389,7 @@ sh_status sh_stage_receive(sh_stage *s, bool *got) {
     s->exchange += sh_now() - t0;
     SH_TRY(sh_batch_decode(&s->batch, s->recv, len, &used));
     const sh_batch *b = &s->batch;
-    size_t need = cut_bytes(&s->o, s->o.first, b->n_rows, b->n_kept);
+    size_t need = cut_bytes(s, s->o.first, b->n_rows, b->n_kept);
     if (b->n_rows > sh_leader_max_rows(s->o.schedule) || b->n_spans > s->o.schedule->max_seqs ||
         used > s->descriptor_max || len != (s->stage ? align64(used) + need : used))
         SH_FAIL(SH_EPEER,
@@ -403,7 +442,7 @@ sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *at, const
 }
 
 double sh_stage_exchange_seconds(const sh_stage *s) {
-    return s->exchange;
+    return s->exchange + sh_model_time(s->model).exchange;
 }
 
 uint64_t sh_stage_steps(const sh_stage *s) {

@@ -27,6 +27,7 @@ typedef struct sh_stage_options {
     const sh_leader_options *schedule; /* the same on every rank: bounds of a lane's micro-batch, pages */
     int stages, width;                 /* rank r is member r % width of stage r / width */
     bool lanes;                        /* each member has micro-batches of its own; else all have the same */
+    sh_share share;                    /* parts > 1: the members divide heads, columns and vocabulary */
     sh_link *link;                     /* borrowed */
 } sh_stage_options;
 /* Micro-batches of a step: one per lane. */

@@ -82,6 +82,15 @@ typedef struct neighbour { /* what ranks tell each other to share a node */
     uint64_t cpu_set; /* hash of the CPUs that the process may use */
 } neighbour;
 
+/* Leaves this group its part of a node that other groups use, too. Their memory is gone already when this group is
+ * started again, so what was measured then says little: a stated limit goes before it. */
+static void leave_others(rank *r, bool bound) {
+    const sh_worker_options *o = r->o;
+    if (o->parts > 1 && !bound) sh_machine_keep_cpus(r->machine, o->part, o->parts);
+    if (o->memory && o->memory < r->machine->memory) r->machine->memory = o->memory;
+    if (o->parts > 1 && !o->memory) r->machine->memory /= (uint64_t)o->parts;
+}
+
 /* This rank's CPUs and memory. Ranks of one node share what the process may use, unless the launcher gave each its own.
  */
 static sh_status share_node(rank *r) {
@@ -95,6 +104,7 @@ static sh_status share_node(rank *r) {
     if (st == SH_OK && r->o->n_cpus > 0) {
         r->machine->n_cpus = r->o->n_cpus < SH_MAX_CPUS ? r->o->n_cpus : SH_MAX_CPUS;
         memcpy(r->machine->cpus, r->o->cpus, (size_t)r->machine->n_cpus * sizeof(int));
+        memset(r->machine->numa, 0, sizeof r->machine->numa);
     }
     if (st == SH_OK) {
         if (gethostname(me.host, sizeof me.host - 1) != 0) snprintf(me.host, sizeof me.host, "unknown");
@@ -111,6 +121,7 @@ static sh_status share_node(rank *r) {
     }
     free(all);
     if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
+    leave_others(r, bound);
     r->part = bound ? sh_machine_share_bound(r->machine, n) : sh_machine_share(r->machine, mine, n);
     return SH_OK;
 }
@@ -159,9 +170,14 @@ static sh_status load(rank *r) {
                           .stages = r->shape.pp,
                           .width = r->shape.width,
                           .lanes = r->shape.ep > 1,
+                          .share = sh_plan_share(r->plan, r->link->rank),
                           .link = r->link};
     SH_TRY(sh_stage_create(&o, &r->stage));
     return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);
+}
+
+static const sh_kernels *kernels_of(const rank *r) {
+    return sh_model_kernels(sh_stage_model(r->stage));
 }
 
 /* Hash of the checkpoint and of what else decides a group's results beside the requests. */
@@ -171,18 +187,28 @@ static sh_status fingerprint(const rank *r, uint64_t *out) {
     uint64_t h = sh_tensors_fingerprint(t);
     sh_tensors_close(&t);
     h = sh_hash64(h, r->plan->mode, strlen(r->plan->mode));
-    *out = sh_hash64(h, r->plan->kv, strlen(r->plan->kv));
+    h = sh_hash64(h, r->plan->kv, strlen(r->plan->kv));
+    if (kernels_of(r)->modelled) h = sh_hash64(h, "modelled", 8); /* never a row of these among the model's */
+    *out = h;
     return SH_OK;
 }
 
+/* What the kernels of some rank take from all results. */
+typedef struct reservation {
+    bool blas, modelled;
+} reservation;
+
 static sh_status announce(rank *r) {
     const sh_alive alive = {check_alive, r};
-    const char *isa = sh_model_kernels(sh_stage_model(r->stage))->isa, *note = NULL;
-    bool blas = strcmp(isa, "blas") == 0, any = blas;
-    bool *all = calloc((size_t)r->link->size, sizeof *all);
+    const char *isa = kernels_of(r)->isa, *note = NULL;
+    reservation mine = {.blas = strcmp(isa, "blas") == 0, .modelled = kernels_of(r)->modelled}, any = mine;
+    reservation *all = calloc((size_t)r->link->size, sizeof *all);
     if (!all) SH_FAIL(SH_EMEMORY, "no memory for the notes");
-    sh_status st = sh_ranks_exchange(r->link, &blas, sizeof blas, all, &alive); /* also: everyone has loaded */
-    for (int i = 0; st == SH_OK && i < r->link->size; i++) any = any || all[i];
+    sh_status st = sh_ranks_exchange(r->link, &mine, sizeof mine, all, &alive); /* also: everyone has loaded */
+    for (int i = 0; st == SH_OK && i < r->link->size; i++) {
+        any.blas = any.blas || all[i].blas;
+        any.modelled = any.modelled || all[i].modelled;
+    }
     free(all);
     if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
     const Shoal__PlanRank *p = r->plan->rank[r->link->rank];
@@ -190,7 +216,8 @@ static sh_status announce(rank *r) {
             (double)sh_model_weight_bytes(sh_stage_model(r->stage)) / 1048576.0,
             sh_team_size(sh_model_team((sh_model *)sh_stage_model(r->stage))), isa);
     if (r->link->rank > 0) return SH_OK;
-    if (any) note = "SHOAL_ISA=blas: results are not invariant";
+    if (any.blas) note = "SHOAL_ISA=blas: results are not invariant";
+    if (any.modelled) note = "SHOAL_ISA=model: results are made up, only the times are of use";
     uint64_t print = 0;
     SH_TRY(fingerprint(r, &print));
     int lanes = r->shape.ep;

@@ -2,6 +2,7 @@
 #ifndef SH_WORKER_H
 #define SH_WORKER_H
 
+#include <stdint.h>
 #include "proto/link.h"
 
 typedef struct sh_worker_options {
@@ -9,6 +10,8 @@ typedef struct sh_worker_options {
     const char *group;           /* the same on all ranks of the job */
     const int *cpus;             /* CPUs this rank may use; NULL: as the process */
     int n_cpus;
+    int part, parts;   /* this is group `part` of `parts` that share its nodes' CPUs; parts 0: it is alone there */
+    uint64_t memory;   /* what the group's ranks on a node may use together; 0: as measured, divided by `parts` */
     int threads;       /* 0: as the plan says */
     int first_wait_ms; /* how long to wait for the first welcome; 0: 120,000 */
 } sh_worker_options;

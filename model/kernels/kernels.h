@@ -14,6 +14,7 @@
 #ifndef SH_MODEL_KERNELS_H
 #define SH_MODEL_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include "common/status.h"
@@ -67,7 +68,8 @@ typedef struct sh_qrows {
 } sh_qrows;
 
 typedef struct sh_kernels {
-    const char *isa; /* "ref", "avx2", "avx512", "avx512vnni", "blas" */
+    const char *isa; /* "ref", "avx2", "avx512", "avx512vnni", "blas", "model" */
+    bool modelled;   /* "model": takes the time of a rank with given rates; its one thread stands for all of them */
 
     /* y[r, i] = Σ_k fma(x[r, k], W[i, k]) for rows r < m and outputs i of panels [p0, p1) that are < w->n. Strides in
      * floats. y must not overlap x. Any m ≥ 0. */
@@ -115,12 +117,14 @@ typedef struct sh_kernels {
     void (*sincos)(float *sn, float *cs, const float *angle, int n);
 } sh_kernels;
 
-/* The best table for this CPU, or the one SHOAL_ISA (ref|avx2|avx512|avx512vnni|blas) lowers it to. A level that this
- * CPU lacks or an unknown name is an error naming what is allowed. The table is static; nobody frees it. */
+/* The best table for this CPU, or the one SHOAL_ISA (ref|avx2|avx512|avx512vnni|blas|model:FMA,BYTES) lowers it to. A
+ * level that this CPU lacks or an unknown name is an error naming what is allowed. The table is static; nobody frees
+ * it. */
 sh_status sh_kernels_select(const sh_kernels **out);
-/* A level by name; SH_EUNSUPPORTED when the CPU or the build lacks it. For tests and `doctor`. */
+/* A level by name; SH_EUNSUPPORTED when the CPU or the build lacks it. For tests and `doctor`. A process has one pair
+ * of rates: another model:… than the first is SH_EINPUT. */
 sh_status sh_kernels_get(const char *isa, const sh_kernels **out);
-/* All level names, lowest first, NULL-terminated (also those this CPU lacks). */
+/* All names of levels that compute, lowest first, NULL-terminated (also those this CPU lacks). */
 extern const char *const sh_kernels_levels[];
 
 /* Fill-in functions of the levels, called bottom up by select.c. */
@@ -129,7 +133,8 @@ void sh_kernels_fill_avx2(sh_kernels *t);
 void sh_kernels_fill_avx2_quant(sh_kernels *t);
 void sh_kernels_fill_avx512(sh_kernels *t);
 void sh_kernels_fill_avx512vnni(sh_kernels *t);
-void sh_kernels_fill_blas(sh_kernels *t); /* after sh_blas_load */
+void sh_kernels_fill_blas(sh_kernels *t);                         /* after sh_blas_load */
+sh_status sh_kernels_fill_model(sh_kernels *t, const char *spec); /* spec: "FMA,BYTES"; SH_EINPUT says how */
 
 /* Opens OpenBLAS, once per process; SH_EUNSUPPORTED when it is missing. Where it does not know the CPU and falls back
  * to kernels of an old one, it is opened again with OPENBLAS_CORETYPE set to what the CPU has. Not before it is needed:

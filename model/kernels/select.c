@@ -7,13 +7,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { REF, AVX2, AVX512, AVX512VNNI, BLAS, LEVELS };
+enum { REF, AVX2, AVX512, AVX512VNNI, BLAS, LEVELS, MODEL = LEVELS, TABLES };
 
 const char *const sh_kernels_levels[] = {"ref", "avx2", "avx512", "avx512vnni", "blas", NULL};
 
-static sh_kernels tables[LEVELS];
+static sh_kernels tables[TABLES];
 static bool present[LEVELS];
 static pthread_once_t once = PTHREAD_ONCE_INIT, once_blas = PTHREAD_ONCE_INIT;
+static pthread_mutex_t model_lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* Fills `t` with the best native kernels up to `level` and says whether the CPU has that level. */
 static bool fill_native(sh_kernels *t, int level) {
@@ -55,8 +56,21 @@ static void build_blas(void) {
     tables[BLAS].isa = sh_kernels_levels[BLAS];
 }
 
+static sh_status get_model(const char *spec, const sh_kernels **out) {
+    sh_kernels t;
+    (void)fill_native(&t, AVX512);
+    t.isa = "model";
+    SH_TRY(sh_kernels_fill_model(&t, spec));
+    pthread_mutex_lock(&model_lock);
+    if (!tables[MODEL].isa) tables[MODEL] = t; /* a later one would be the same */
+    pthread_mutex_unlock(&model_lock);
+    *out = &tables[MODEL];
+    return SH_OK;
+}
+
 sh_status sh_kernels_get(const char *isa, const sh_kernels **out) {
     pthread_once(&once, build);
+    if (strncmp(isa, "model:", 6) == 0) return get_model(isa + 6, out);
     for (int i = 0; i < LEVELS; i++) {
         if (strcmp(isa, sh_kernels_levels[i]) != 0) continue;
         if (i == BLAS) {
@@ -72,7 +86,9 @@ sh_status sh_kernels_get(const char *isa, const sh_kernels **out) {
         *out = &tables[i];
         return SH_OK;
     }
-    SH_FAIL(SH_EINPUT, "instruction set '%.40s' is unknown: allowed are ref, avx2, avx512, avx512vnni, blas", isa);
+    SH_FAIL(SH_EINPUT,
+            "instruction set '%.40s' is unknown: allowed are ref, avx2, avx512, avx512vnni, blas, model:FMA,BYTES",
+            isa);
 }
 
 sh_status sh_kernels_select(const sh_kernels **out) {

@@ -83,6 +83,7 @@ typedef struct fake {
     int64_t kv_total;
     int kv_tokens, running_most;
     char fault[1024];
+    void (*on_link)(sh_link *l); /* sees each local link before the ranks start; NULL: nobody */
 } fake;
 
 /* A group of n ranks with layers [cut[i], cut[i+1]); cut has n + 1 entries. */
@@ -140,6 +141,7 @@ static void *fake_rank_main(void *arg) {
 static inline void fake_start_threads(fake *f) {
     sh_link *links[FAKE_RANKS];
     MUST(sh_link_local_create(f->n, links));
+    for (int i = 0; i < f->n && f->on_link; i++) f->on_link(links[i]);
     for (int i = 0; i < f->n; i++) {
         f->rank[i].link = links[i];
         f->rank[i].o = (sh_worker_options){.endpoint = f->endpoint, .group = "test"};

@@ -106,7 +106,7 @@ typedef struct seq {
 } seq;
 
 typedef struct chain {
-    sh_config c;
+    sh_config c, mine; /* the model; as the member of a divided stage sees it */
     sh_model *stage[MAX_STAGES];
     int n_stages, first[MAX_STAGES + 1];
     sh_kv_type kv;
@@ -126,11 +126,14 @@ typedef struct chain_options {
     int threads, max_rows, max_context, max_seqs;
     const int *cuts; /* ascending first layers of stages 1, 2, … */
     int n_cuts;
+    sh_share share; /* {0}: stages are not divided */
+    const sh_peers *peers;
 } chain_options;
 
 static inline chain chain_open(const chain_options *o) {
     chain ch = {.kv = o->kv, .max_context = o->max_context, .max_rows = o->max_rows, .n_stages = o->n_cuts + 1};
     MUST(sh_config_load(o->dir, &ch.c));
+    sh_config_share(&ch.c, o->share, &ch.mine);
     ch.n_pages = o->max_seqs * (o->max_context / SH_PAGE_TOKENS + 1);
     ch.first[ch.n_stages] = ch.c.n_layers;
     for (int i = 0; i < ch.c.n_layers; i++)
@@ -138,7 +141,7 @@ static inline chain chain_open(const chain_options *o) {
     size_t biggest = 0;
     for (int i = 0; i < ch.n_stages; i++) {
         ch.first[i] = i ? o->cuts[i - 1] : 0;
-        size_t b = sh_model_cut_bytes(&ch.c, o->kv, ch.first[i], o->max_rows, o->max_rows);
+        size_t b = sh_model_cut_bytes(&ch.mine, o->kv, ch.first[i], o->max_rows, o->max_rows);
         if (b > biggest) biggest = b;
     }
     for (int i = 0; i < ch.n_stages; i++) {
@@ -150,6 +153,8 @@ static inline chain chain_open(const chain_options *o) {
                               .max_rows = o->max_rows,
                               .max_spans = MAX_BATCH,
                               .max_context = o->max_context,
+                              .share = o->share,
+                              .peers = o->peers,
                               .pages = {ch.n_pages, ch.n_pages}};
         MUST(sh_model_create(o->dir, &ch.c, &m, &ch.stage[i]));
     }

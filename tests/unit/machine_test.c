@@ -196,11 +196,44 @@ static void test_here(void) {
     sh_buf_release(&b);
 }
 
+/* Groups that share a node: which CPUs each keeps, as "first+count" of the synthetic machine's numbers. */
+static void test_groups(void) {
+    static const struct {
+        const char *topology;
+        int groups;
+        const char *kept;
+    } all[] = {
+        {"numa:2 core:4 pu:1", 1, "0+8"},
+        {"numa:2 core:4 pu:1", 2, "0+4 4+4"},
+        {"numa:4 core:2 pu:1", 2, "0+4 4+4"},
+        {"numa:2 core:4 pu:1", 4, "0+2 2+2 4+2 6+2"},
+        {"numa:2 core:3 pu:1", 4, "0+1 1+2 3+1 4+2"}, /* none over two nodes */
+        {"numa:2 core:4 pu:1", 3, "0+2 2+3 5+3"},     /* no whole nodes */
+        {"core:2 pu:1", 3, "0+1 1+1 0+1"},
+        {"core:2 pu:1", 5, "0+1 1+1 0+1 1+1 0+1"},
+    };
+    empty_root();
+    put("/proc/meminfo", "MemAvailable: 1048576 kB\n");
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        char text[200] = "";
+        for (int k = 0; k < all[i].groups; k++) {
+            sh_machine m = read_at(all[i].topology);
+            sh_machine_keep_cpus(&m, k, all[i].groups);
+            CU_ASSERT_FATAL(m.n_cpus > 0);
+            CU_ASSERT_EQUAL(m.cpus[m.n_cpus - 1], m.cpus[0] + m.n_cpus - 1);
+            size_t n = strlen(text);
+            snprintf(text + n, sizeof text - n, "%s%d+%d", k ? " " : "", m.cpus[0], m.n_cpus);
+        }
+        CU_ASSERT_STRING_EQUAL(text, all[i].kept);
+    }
+}
+
 int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("machine", begin, end);
     CU_add_test(s, "cores", test_cores);
     CU_add_test(s, "shares", test_shares);
+    CU_add_test(s, "groups that share a node", test_groups);
     CU_add_test(s, "cgroup v1", test_cgroup_v1);
     CU_add_test(s, "cgroup v2", test_cgroup_v2);
     CU_add_test(s, "slurm", test_slurm);

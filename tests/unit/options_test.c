@@ -88,8 +88,8 @@ static void test_refused(void) {
         {"--kv-memory", "much",
          "--kv-memory: 'much' is not a size: allowed are bytes with KiB, MiB, GiB, TiB, KB, MB, GB or TB, such as "
          "8GiB"},
-        {"--replicas", "2", "--replicas: 2 is not provided yet: allowed is 1"},
-        {"--replicas", "x", "--replicas: 'x' is not a whole number: allowed is 1"},
+        {"--replicas", "257", "--replicas: 257 is out of range: allowed are 1 to 256"},
+        {"--replicas", "x", "--replicas: 'x' is not a whole number: allowed are 1 to 256"},
         {"--plan", "p.json", "--plan: is not provided yet: give -n and --cuts"},
         {"--model", "", "--model: the value is empty: give MODEL"},
         {"--max-", "3", "--max-: can mean --max-context or --max-seqs: write it out"},

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include "cli/attempt.h"
+#include "cli/hosts.h"
 #include "cli/input.h"
 #include "cli/launch.h"
 #include "cli/logtail.h"
@@ -92,6 +94,99 @@ static void test_launch(void) {
     CU_ASSERT_STRING_EQUAL(l.argv[2], "exec srun --mpi=pmix -n $SHOAL_RANKS \"$@\"");
     CU_ASSERT_TRUE(has_env(&l, "SHOAL_RANKS=4"));
     sh_launch_release(&l);
+}
+
+/* A group that shares its node with others; a launcher of the user's that is told its hosts. */
+static void test_launch_share(void) {
+    char line[2048];
+    sh_launch l;
+    sh_launch_options o = {.program = "/bin/shoal",
+                           .endpoint = "ipc:///t/c1",
+                           .group = "g",
+                           .ranks = 2,
+                           .part = 1,
+                           .parts = 4,
+                           .memory = 123456,
+                           .launcher = "start-ranks",
+                           .hosts = "n1,n2"};
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_PTR_NOT_NULL(strstr(joined(&l, line, sizeof line), " --part 2/4 --memory 123456"));
+    CU_ASSERT_TRUE(has_env(&l, "SHOAL_HOSTS=n1,n2"));
+    sh_launch_release(&l);
+}
+
+static void test_hosts(void) {
+    static const struct {
+        const char *list;
+        int groups;
+        const char *shares; /* LIST@PART/PARTS of each group */
+    } all[] = {
+        {"a,b,c,d", 2, "a,b@0/1 c,d@0/1"},
+        {"a:2,b,c:4", 2, "a:2@0/1 b,c:4@0/1"},
+        {"a,b", 1, "a,b@0/1"},
+        {"a", 3, "a@0/3 a@1/3 a@2/3"},
+        {"a:8,b:8", 4, "a:8@0/2 a:8@1/2 b:8@0/2 b:8@1/2"},
+        {"a,b", 3, "a@0/2 a@1/2 b@0/1"},
+        {"a,a,b,a", 2, "a,a,a@0/1 b@0/1"}, /* one host named thrice */
+        {"n1,n10", 2, "n1@0/1 n10@0/1"},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        sh_buf got;
+        sh_buf_init(&got, 0);
+        for (int k = 0; k < all[i].groups; k++) {
+            sh_buf share;
+            int part = -1, parts = -1;
+            sh_buf_init(&share, 0);
+            CU_ASSERT_EQUAL_FATAL(sh_hosts_divide(all[i].list, k, all[i].groups, &share, &part, &parts), SH_OK);
+            CU_ASSERT_EQUAL(sh_buf_printf(&got, "%s%s@%d/%d", k ? " " : "", (const char *)share.data, part, parts),
+                            SH_OK);
+            sh_buf_release(&share);
+        }
+        CU_ASSERT_STRING_EQUAL((const char *)got.data, all[i].shares);
+        sh_buf_release(&got);
+    }
+    sh_buf b;
+    int part, parts;
+    sh_buf_init(&b, 0);
+    CU_ASSERT_EQUAL(sh_hosts_divide("a,,b", 0, 2, &b, &part, &parts), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "--hosts: 'a,,b' has an entry without a name");
+    sh_buf_release(&b);
+}
+
+static void test_nodelist(void) {
+    static const char *const good[][2] = {{"a", "a"},
+                                          {"a,b", "a,b"},
+                                          {"n[1-3]", "n1,n2,n3"},
+                                          {"n[08-10,7],login1", "n08,n09,n10,n7,login1"},
+                                          {"x[1],y[2-2]", "x1,y2"}};
+    static const char *const bad[] = {"n[", "n[1-", "n[3-1]", "n[a]", "n[1]x", "n[1,]", "n[1-999999]"};
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        sh_buf b;
+        sh_buf_init(&b, 0);
+        CU_ASSERT_EQUAL_FATAL(sh_hosts_expand(good[i][0], &b), SH_OK);
+        CU_ASSERT_STRING_EQUAL((const char *)b.data, good[i][1]);
+        sh_buf_release(&b);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        sh_buf b;
+        sh_buf_init(&b, 0);
+        CU_ASSERT_EQUAL(sh_hosts_expand(bad[i], &b), SH_EINPUT);
+        sh_buf_release(&b);
+    }
+}
+
+static void test_attempts(void) {
+    sh_attempt a = {0};
+    CU_ASSERT_TRUE(sh_attempt_again(&a, false, 3, 10));
+    CU_ASSERT_DOUBLE_EQUAL(a.not_before, 10.2, 1e-9);
+    CU_ASSERT_TRUE(sh_attempt_again(&a, false, 3, 20));
+    CU_ASSERT_DOUBLE_EQUAL(a.not_before, 20.4, 1e-9);
+    CU_ASSERT_TRUE(sh_attempt_again(&a, true, 3, 30)); /* got something done: counted from here */
+    CU_ASSERT_DOUBLE_EQUAL(a.not_before, 30.2, 1e-9);
+    CU_ASSERT_TRUE(sh_attempt_again(&a, false, 3, 40));
+    CU_ASSERT_FALSE(sh_attempt_again(&a, false, 3, 50));
+    CU_ASSERT_EQUAL(a.tries, 3);
+    CU_ASSERT_TRUE(sh_attempt_again(&a, false, 7, 60)); /* more patience, meanwhile */
 }
 
 static void test_input(void) {
@@ -226,6 +321,10 @@ int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("parts of run", NULL, NULL);
     CU_add_test(s, "launch", test_launch);
+    CU_add_test(s, "launch beside others", test_launch_share);
+    CU_add_test(s, "hosts", test_hosts);
+    CU_add_test(s, "node list", test_nodelist);
+    CU_add_test(s, "attempts", test_attempts);
     CU_add_test(s, "input", test_input);
     CU_add_test(s, "log", test_logtail);
     CU_add_test(s, "closing", test_closing);

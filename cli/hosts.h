@@ -1,0 +1,15 @@
+/* Lists of hosts as mpirun takes them ("node1,node2:4"): from a Slurm allocation, and divided among groups. Pure but
+ * for reading the environment. */
+#ifndef SH_CLI_HOSTS_H
+#define SH_CLI_HOSTS_H
+
+#include "common/buf.h"
+
+/* What the k-th of `groups` groups gets, as a text appended to `out`. With as many hosts as groups or more, hosts of
+ * its own; else one host, on which it is group *part of *parts. Entries with the same name are one host. SH_EINPUT: an
+ * entry without a name. */
+sh_status sh_hosts_divide(const char *list, int k, int groups, sh_buf *out, int *part, int *parts);
+/* Appends the hosts of Slurm's notation, "a[01-03,7],b" → "a01,a02,a03,a7,b". SH_EINPUT: not that notation. */
+sh_status sh_hosts_expand(const char *nodelist, sh_buf *out);
+
+#endif

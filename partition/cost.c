@@ -1,0 +1,298 @@
+/* Seconds of a layer and of a step. See cost.h; traffic is traffic.c's, many micro-batches forecast.c's. */
+#include "partition/cost.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include "partition/cost_int.h"
+
+#define POSITIONS     8     /* samples of a span's first position */
+#define LOGIT_ROWS    16    /* rows of one product with the head: worker/stage.c */
+#define SEGMENT       128.0 /* keys that context parallelism never parts: SH_SEGMENT_TOKENS */
+#define GELU_FLOPS    120.0 /* multiply-adds' worth of one gelu(x)·y: docs/performance.md */
+#define NORM_FLOPS    10.0  /* the same for one value that a norm, a rotation or a sum passes */
+#define BF16          2.0
+#define SAME_AS_LAYER 8 /* shapes of layers that a step remembers */
+
+/* --- rows ----------------------------------------------------------------------------------------------------------
+ */
+
+/* Σ min(i, window) for i = 1 … n: keys that the first n rows of a sequence see. */
+static double keys_below(double n, double window) {
+    if (n <= window) return n * (n + 1) / 2;
+    return window * (window + 1) / 2 + (n - window) * window;
+}
+
+sh_cost_load sh_cost_load_of(const sh_cost_span *span, int n_spans, bool kept_only, int window) {
+    sh_cost_load l = {0};
+    double w = window > 0 ? window : INFINITY;
+    for (int i = 0; i < n_spans; i++) {
+        const sh_cost_span *s = &span[i];
+        double rows = kept_only ? s->kept : s->rows;
+        if (!(rows > 0) || !(s->seqs > 0)) continue;
+        l.all += s->seqs * s->rows;
+        l.rows += s->seqs * rows;
+        l.kept += s->seqs * s->kept;
+        l.end = fmax(l.end, s->hi + s->rows);
+        for (int k = 0; k < POSITIONS; k++) {
+            double first = s->lo + (s->hi - s->lo) * (k + 0.5) / POSITIONS, end = first + s->rows;
+            l.pairs += s->seqs * (keys_below(end, w) - keys_below(end - rows, w)) / POSITIONS;
+            l.keys += s->seqs * fmin(end, w - 1 + rows) / POSITIONS;
+        }
+    }
+    return l;
+}
+
+/* --- seconds -------------------------------------------------------------------------------------------------------
+ */
+
+const sh_cost_rates *sh_cost_rates_of(const sh_cost_model *m, int rank) {
+    return &m->rates[m->alike ? 0 : rank];
+}
+
+/* The roofline: whichever of memory and arithmetic takes longer. */
+static sh_cost_part part(double bytes, double flops, double read, double fma) {
+    return (sh_cost_part){.bytes = bytes, .flops = flops, .seconds = fmax(bytes / read, flops / fma)};
+}
+
+static sh_cost_part product(const sh_cost_rates *r, double elements, double rows) {
+    return rows > 0 ? part(elements * BF16, 2 * elements * rows, r->read * r->weights_read, r->fma * r->weights_fma)
+                    : (sh_cost_part){0};
+}
+
+/* Of n columns or outputs, those of this member. */
+static double slice(int n, const sh_cost_place *p) {
+    return sh_cost_share(n, SH_COST_COLUMNS, p->member, p->shape.tp);
+}
+
+static double kv_heads_of(const sh_layer *l, const sh_cost_place *p) {
+    return p->shape.tp > l->kv_heads ? 1 : (double)l->kv_heads / p->shape.tp;
+}
+
+/* Member m of a stage that is divided in positions holds whole segments: short sequences are one member's. */
+static double context_share(const sh_cost_place *p, const sh_layer *l, const sh_cost_load *d) {
+    double longest = d->rows > 0 ? d->pairs / d->rows : 0;
+    if (p->shape.cp == 1) return 1;
+    if (l->kind == SH_KV_SLIDING || longest <= 0) return 1.0 / p->shape.cp; /* its own rows */
+    return fmin(1, fmax(1.0 / p->shape.cp, SEGMENT / longest));
+}
+
+static sh_cost_part attention(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_load *d) {
+    const sh_config *c = m->config;
+    const sh_layer *l = &c->layer[layer];
+    const sh_cost_rates *r = p->rates;
+    double share = context_share(p, l, d), row = sh_layer_kv_values(&c->layer[l->kv_from]) * (double)p->kv_bytes;
+    double bytes = d->keys * row * kv_heads_of(l, p) / l->kv_heads * share;
+    double flops = 4.0 * l->heads / p->shape.tp * l->head_dim * d->pairs * share;
+    return part(bytes, flops, r->read * r->attention_read, r->fma * r->attention_fma);
+}
+
+static double project_elements(const sh_config *c, const sh_layer *l, const sh_cost_place *p) {
+    double q = (double)l->heads * l->head_dim, h = c->hidden;
+    double n = q / p->shape.tp * h + (p->sums ? h * q / p->shape.tp : slice(c->hidden, p) * q);
+    if (l->has_kv) n += (l->k_eq_v ? 1 : 2) * kv_heads_of(l, p) * l->head_dim * h;
+    return n;
+}
+
+/* gate, up and down of the dense branch. */
+static double dense_elements(const sh_config *c, const sh_layer *l, const sh_cost_place *p) {
+    double cut = slice(l->ff, p);
+    return 2 * cut * c->hidden + (p->sums ? cut * c->hidden : slice(c->hidden, p) * l->ff);
+}
+
+static sh_cost_part rest(const sh_config *c, const sh_layer *l, const sh_cost_place *p, double rows) {
+    double gelu = l->ff + (l->moe ? (double)c->top_k * c->expert_ff : 0) + c->ple;
+    double norms = 8.0 * c->hidden + 3.0 * (l->heads + 2 * l->kv_heads) * l->head_dim +
+                   (l->moe ? (double)(c->top_k + 3) * c->hidden + c->experts : 0);
+    double flops = rows * (GELU_FLOPS * gelu + NORM_FLOPS * norms) / p->shape.tp;
+    return (sh_cost_part){.flops = flops, .seconds = rows > 0 ? flops / p->rates->fma + p->rates->layer : 0};
+}
+
+/* --- one layer -----------------------------------------------------------------------------------------------------
+ */
+
+/* Rows that a member computes of those that its micro-batch has. */
+static double own_rows(const sh_cost_place *p, double rows) {
+    return rows / p->shape.cp;
+}
+
+static void experts(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows, sh_cost_layer *out) {
+    const sh_config *c = m->config;
+    const sh_cost_rates *r = p->rates;
+    int parts = sh_cost_parts(p, rows);
+    sh_cost_routes e = sh_cost_routes_of(m, p, layer, rows * p->shape.ep / parts);
+    double elements = 3.0 * c->expert_ff * c->hidden; /* whole ones, also where heads and columns are divided */
+    e.rows *= parts;
+    out->experts = part(e.touched * parts * elements * BF16, 2 * e.rows * elements, r->read * r->weights_read,
+                        r->fma * r->weights_fma);
+    out->experts_touched = e.touched;
+    out->router = product(r, (double)c->hidden * c->experts, rows);
+    sh_cost_wire_experts(m, p, rows, &e, out);
+}
+
+/* What of the exchange the rank has something to compute for: rows travel behind the dense branch. Results have
+ * nothing to hide behind, unless the rows are cut into two parts: then those of the first travel behind the second. */
+static void overlap(const sh_cost_place *p, double rows, sh_cost_layer *out) {
+    int parts = sh_cost_parts(p, rows);
+    double beside = (out->dense.seconds + out->experts.seconds) * (parts - 1) / parts;
+    double hidden = fmin(out->dispatch.seconds, out->dense.seconds);
+    hidden += fmin(out->results.seconds * (parts - 1) / parts, beside);
+    double all = out->dispatch.seconds + out->results.seconds + out->gather.seconds + out->context.seconds;
+    out->hidden = hidden;
+    out->exposed = all - hidden;
+}
+
+static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_span *span, int n_spans,
+                     sh_cost_layer *out) {
+    const sh_config *c = m->config;
+    const sh_layer *l = &c->layer[layer];
+    const sh_cost_rates *r = p->rates;
+    sh_cost_load d = sh_cost_load_of(span, n_spans, layer >= c->first_shared, l->window);
+    double rows = own_rows(p, d.rows);
+    *out = (sh_cost_layer){0};
+    if (!(d.rows > 0)) return;
+    out->project = product(r, project_elements(c, l, p), rows);
+    out->attention = attention(m, p, layer, &d);
+    if (l->moe) experts(m, p, layer, rows, out);
+    out->dense = product(r, dense_elements(c, l, p), rows);
+    if (c->ple) out->ple = product(r, 3.0 * c->ple * c->hidden, rows);
+    out->rest = rest(c, l, p, rows);
+    if (p->shape.tp > 1) sh_cost_wire_tensor(m, p, layer, d.rows, out);
+    if (p->shape.cp > 1) sh_cost_wire_context(m, p, layer, &d, out);
+    overlap(p, rows, out);
+    out->seconds = out->project.seconds + out->attention.seconds + out->router.seconds + out->dense.seconds +
+                   out->experts.seconds + out->ple.seconds + out->rest.seconds + out->exposed;
+}
+
+sh_status sh_cost_layer_of(const sh_cost_model *m, int rank, int layer, const sh_cost_span *span, int n_spans,
+                           sh_cost_layer *out) {
+    if (rank < 0 || rank >= (int)m->plan->n_rank)
+        SH_FAIL(SH_EINPUT, "cost: rank %d: the plan has %zu", rank, m->plan->n_rank);
+    if (layer < m->plan->rank[rank]->first || layer >= m->plan->rank[rank]->last)
+        SH_FAIL(SH_EINPUT, "cost: rank %d: layer %d: it has %d to %d", rank, layer, m->plan->rank[rank]->first,
+                m->plan->rank[rank]->last - 1);
+    sh_cost_place p;
+    SH_TRY(sh_cost_place_of(m, rank, &p));
+    layer_of(m, &p, layer, span, n_spans, out);
+    return SH_OK;
+}
+
+/* --- one step ------------------------------------------------------------------------------------------------------
+ */
+
+static void add_part(const sh_cost_rates *r, sh_cost_rank *to, sh_cause cause, const sh_cost_part *p) {
+    sh_cost_part *t = &to->part[cause];
+    t->bytes += p->bytes;
+    t->flops += p->flops;
+    t->seconds += p->seconds;
+    if (p->seconds > 0 && p->bytes * r->fma > p->flops * r->read) to->memory_bound += p->seconds;
+}
+
+static void add_wire(sh_cost_wire *to, const sh_cost_wire *w) {
+    to->messages += w->messages;
+    to->bytes += w->bytes;
+    to->seconds += w->seconds;
+}
+
+static void add_layer(const sh_cost_place *p, const sh_cost_layer *l, sh_cost_rank *to) {
+    const sh_cost_rates *r = p->rates;
+    add_part(r, to, SH_CAUSE_WEIGHTS, &l->project);
+    add_part(r, to, SH_CAUSE_WEIGHTS, &l->dense);
+    add_part(r, to, SH_CAUSE_WEIGHTS, &l->ple);
+    add_part(r, to, SH_CAUSE_ATTENTION, &l->attention);
+    add_part(r, to, SH_CAUSE_EXPERTS, &l->router);
+    add_part(r, to, SH_CAUSE_EXPERTS, &l->experts);
+    add_part(r, to, SH_CAUSE_OTHER, &l->rest);
+    add_wire(&to->dispatch, &l->dispatch);
+    add_wire(&to->results, &l->results);
+    add_wire(&to->gather, &l->gather);
+    add_wire(&to->context, &l->context);
+    to->hidden += l->hidden;
+    to->exposed += l->exposed;
+}
+
+/* Whether a layer costs a rank what another one does. */
+static bool same_layer(const sh_cost_model *m, const sh_cost_place *p, int a, int b) {
+    const sh_config *c = m->config;
+    const sh_layer *x = &c->layer[a], *y = &c->layer[b];
+    bool moe = x->moe && p->shape.ep > 1;
+    return !(x->moe && m->routing) && x->kind == y->kind && x->heads == y->heads && x->kv_heads == y->kv_heads &&
+           x->head_dim == y->head_dim && x->window == y->window && x->has_kv == y->has_kv && x->k_eq_v == y->k_eq_v &&
+           x->ff == y->ff && x->moe == y->moe && (a >= c->first_shared) == (b >= c->first_shared) &&
+           (!moe || sh_cost_experts_alike(m->plan, p, a, b));
+}
+
+/* The layers of a stage, as one of its members sees them; took [layers of the stage] gets the seconds of each. */
+static void member_layers(const sh_cost_model *m, const sh_cost_place *p, const sh_cost_span *span, int n_spans,
+                          double *took, sh_cost_rank *out) {
+    int first = m->plan->rank[p->rank]->first, last = m->plan->rank[p->rank]->last, n = 0;
+    struct {
+        int layer;
+        sh_cost_layer cost;
+    } known[SAME_AS_LAYER];
+    for (int i = first; i < last; i++) {
+        int k = 0;
+        while (k < n && !same_layer(m, p, known[k].layer, i)) k++;
+        if (k == n) {
+            k = n < SAME_AS_LAYER ? n++ : n - 1;
+            known[k].layer = i;
+            layer_of(m, p, i, span, n_spans, &known[k].cost);
+        }
+        add_layer(p, &known[k].cost, out);
+        took[i - first] = known[k].cost.seconds;
+    }
+}
+
+/* Head and sampler: every lane's own rows; with tp each member its part of the vocabulary; with cp member 0 alone. */
+static double add_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_rank *out) {
+    const sh_config *c = m->config;
+    if (!(kept > 0) || (p->shape.cp > 1 && p->member > 0)) return 0;
+    double vocab = sh_cost_share(c->vocab, SH_COST_VOCAB, p->member, p->shape.tp), passes = ceil(kept / LOGIT_ROWS);
+    sh_cost_part head = product(p->rates, vocab * c->hidden * passes, kept / passes);
+    sh_cost_part sample = {.seconds = kept * vocab * p->rates->sample};
+    add_part(p->rates, out, SH_CAUSE_WEIGHTS, &head);
+    add_part(p->rates, out, SH_CAUSE_OTHER, &sample);
+    if (p->shape.tp > 1) sh_cost_wire_head(m, p, kept, &out->head);
+    out->exposed += out->head.seconds;
+    return head.seconds + sample.seconds + out->head.seconds;
+}
+
+/* Members of a stage meet in every layer: each takes as long as the slowest. */
+static sh_status stage_step(const sh_cost_model *m, int stage, int width, const sh_cost_span *span, int n_spans,
+                            sh_cost_rank *out) {
+    int first = m->plan->rank[stage * width]->first, layers = m->plan->rank[stage * width]->last - first;
+    double slowest[SH_MAX_LAYERS + 1] = {0}, took[SH_MAX_LAYERS + 1], whole = 0;
+    bool last = first + layers == m->config->n_layers;
+    sh_cost_load d = sh_cost_load_of(span, n_spans, false, 0);
+    for (int i = 0; i < width; i++) {
+        sh_cost_rank *r = &out[i];
+        sh_cost_place p;
+        SH_TRY(sh_cost_place_of(m, stage * width + i, &p));
+        *r = (sh_cost_rank){0};
+        int twin = sh_cost_twin(m, &p);
+        if (twin >= 0) {
+            *r = out[twin];
+            if (!last) sh_cost_wire_cut(m, &p, d.rows, d.kept, &r->cut);
+            continue;
+        }
+        member_layers(m, &p, span, n_spans, took, r);
+        took[layers] = last ? add_head(m, &p, d.kept, r) : 0;
+        if (!last) sh_cost_wire_cut(m, &p, d.rows, d.kept, &r->cut);
+        for (int k = 0; k <= layers; k++) {
+            slowest[k] = fmax(slowest[k], took[k]);
+            r->seconds += took[k];
+        }
+    }
+    for (int k = 0; k <= layers; k++) whole += slowest[k];
+    for (int i = 0; i < width; i++) {
+        out[i].waits = whole - out[i].seconds;
+        out[i].seconds = whole;
+    }
+    return SH_OK;
+}
+
+sh_status sh_cost_step(const sh_cost_model *m, const sh_cost_span *span, int n_spans, sh_cost_rank *out) {
+    sh_plan_shape s = sh_plan_shape_of(m->plan);
+    for (int i = 0; i < s.pp; i++) SH_TRY(stage_step(m, i, s.width, span, n_spans, out + (size_t)i * (size_t)s.width));
+    return SH_OK;
+}

@@ -1,0 +1,136 @@
+/*
+ * What a step costs: seconds by cause, bytes on links and bytes of memory, for every rank of a plan. Pure functions of
+ * the model's configuration, a plan, what the cores and links can do, and the rows of a micro-batch: no files, no MPI,
+ * no clock, no randomness. Formulas with their reasons: docs/planning.md; sources: gemma4-text §2.5–2.9.
+ *
+ *   sh_cost_layer_of   one rank, one layer, one micro-batch: the finest grain, for simulations and for sleeping kernels
+ *   sh_cost_step       all ranks, one micro-batch: the layers of each, head, sampler, the block that crosses the cut
+ *   sh_cost_forecast   a workload in steady state: tokens/s, shares of time, traffic (forecast.h)
+ *
+ * Numbers of rows may be fractions: they are averages. Times are those of one micro-batch that meets no other; what
+ * several in flight do to each other is sh_cost_ring's (forecast.h).
+ */
+#ifndef SH_PARTITION_COST_H
+#define SH_PARTITION_COST_H
+
+#include "partition/plan.h"
+#include "partition/workload.h"
+
+/* --- what a rank and its links can do ------------------------------------------------------------------------------
+ */
+
+typedef struct sh_cost_rates {
+    double read; /* bytes/s that the rank's cores read from memory together */
+    double fma;  /* f32 operations/s of the same cores, a multiply-add counting as two */
+    /* Shares of these that the kernels reach, and what is left over */
+    double weights_read, weights_fma;     /* products with weights */
+    double attention_read, attention_fma; /* scores and weighted sums */
+    double layer;                         /* seconds of each layer whatever its rows: starting and joining threads */
+    double sample;                        /* seconds per sampled row and entry of the vocabulary */
+} sh_cost_rates;
+
+typedef struct sh_cost_link {
+    double latency;   /* seconds for a message of no bytes */
+    double bandwidth; /* bytes/s in each direction; between nodes: of a node, shared by its ranks */
+} sh_cost_link;
+
+typedef struct sh_cost_net {
+    sh_cost_link within, between; /* ranks of one node; ranks of two */
+    int ranks_per_node;           /* rank r of a group is on its node r / ranks_per_node */
+} sh_cost_net;
+
+/* Rows that chose each expert of each layer (model-wide numbering), as counted in a run; NULL: all experts alike. */
+typedef struct sh_cost_routing {
+    const double *rows;   /* [layers with experts, in order][experts] */
+    const double *routed; /* [layers with experts]: rows that passed the router */
+} sh_cost_routing;
+
+typedef struct sh_cost_model {
+    const sh_config *config;
+    const Shoal__Plan *plan;    /* checked; all borrowed */
+    const sh_cost_rates *rates; /* [plan->n_rank], or [1] with `alike` */
+    bool alike;                 /* all ranks have rates[0] */
+    sh_cost_net net;
+    const sh_cost_routing *routing; /* NULL: uniform */
+} sh_cost_model;
+
+/* --- rows ----------------------------------------------------------------------------------------------------------
+ */
+
+/* Spans of a micro-batch that are alike. With ep > 1 a micro-batch is one lane's, and all lanes have the same. */
+typedef struct sh_cost_span {
+    double seqs;       /* how many */
+    double rows, kept; /* of each: rows at consecutive positions, the last `kept` of which go to the sampler */
+    double lo, hi;     /* position of the first row: anywhere between, evenly */
+} sh_cost_span;
+
+/* --- one layer -----------------------------------------------------------------------------------------------------
+ */
+
+typedef struct sh_cost_part {
+    double bytes; /* read from memory */
+    double flops; /* 2 per multiply-add */
+    double seconds;
+} sh_cost_part;
+
+/* What one member sends to the other members of its stage, all together; it receives as much on average. */
+typedef struct sh_cost_wire {
+    double messages, bytes, seconds;
+} sh_cost_wire;
+
+/* In the order of their happening. Rows travel to experts beside `dense`. A step whose lanes have many rows is cut into
+ * two parts (sh_cost_parts), and the exchange of one travels while the other computes. */
+typedef struct sh_cost_layer {
+    sh_cost_part project;   /* products with q, k, v, o */
+    sh_cost_part attention; /* scores, softmax, weighted sums */
+    sh_cost_part router;    /* product with the router */
+    sh_cost_wire dispatch;  /* ep: rows to the owners of their experts */
+    sh_cost_part dense;     /* gate, up, down of the dense branch */
+    sh_cost_part experts;   /* those that this rank owns, for the rows of all members */
+    sh_cost_wire results;   /* ep: one row per chosen expert, back home */
+    sh_cost_part ple;       /* per-layer embedding: three products */
+    sh_cost_part rest;      /* norms, activations, starting threads */
+    sh_cost_wire gather;    /* tp: all gathers of the layer, or with tp_sum its sums */
+    sh_cost_wire context;   /* cp: K/V rows, queries, partial results */
+    double hidden;          /* seconds of exchange behind which the rank computes */
+    double exposed;         /* seconds of exchange in which it waits */
+    double seconds;         /* computing and waiting */
+    double experts_touched; /* expected number of own experts that some row chose */
+} sh_cost_layer;
+
+sh_status sh_cost_layer_of(const sh_cost_model *m, int rank, int layer, const sh_cost_span *span, int n_spans,
+                           sh_cost_layer *out);
+
+/* --- one step ------------------------------------------------------------------------------------------------------
+ */
+
+typedef enum sh_cause { SH_CAUSE_WEIGHTS, SH_CAUSE_ATTENTION, SH_CAUSE_EXPERTS, SH_CAUSE_OTHER, SH_CAUSES } sh_cause;
+
+/* One rank, one micro-batch. */
+typedef struct sh_cost_rank {
+    sh_cost_part part[SH_CAUSES]; /* as StageTimes books them: weights has the dense matrices and the head */
+    double memory_bound;          /* of the computing: seconds in which memory is the limit; the rest is arithmetic */
+    sh_cost_wire dispatch, results, gather, context; /* inside the stage, over its layers */
+    double hidden, exposed;                          /* of the exchange inside the stage */
+    sh_cost_wire cut;                                /* the block to the same member of the next stage */
+    sh_cost_wire head;                               /* tp: candidates for the sampler */
+    double seconds; /* of its stage: the slowest member of each layer, with waiting; cut not included */
+    double waits;   /* of these: for other members that had more to do */
+} sh_cost_rank;
+
+/* out [plan->n_rank]. */
+sh_status sh_cost_step(const sh_cost_model *m, const sh_cost_span *span, int n_spans, sh_cost_rank *out);
+
+/* --- traffic, in bytes, headers aside ------------------------------------------------------------------------------
+ */
+
+/* The block that crosses the cut before layer `cut`: what sh_model_cut_bytes says. */
+double sh_cost_cut_bytes(const sh_config *c, sh_kv_type kv, int cut, double rows, double kept);
+/* Bytes of one value on the way to and from experts. */
+int sh_cost_expert_value_bytes(sh_mode mode);
+/* Columns, outputs or ids of n that member m of w has (tp): shares of whole units, as even as that allows. */
+#define SH_COST_COLUMNS 32
+#define SH_COST_VOCAB   1024
+int sh_cost_share(int n, int unit, int m, int w);
+
+#endif

@@ -1,0 +1,61 @@
+/* What the files of the cost model share: where a rank stands, rows as a layer sees them, routes to experts. Private to
+ * cost.c, traffic.c and forecast.c. */
+#ifndef SH_PARTITION_COST_INT_H
+#define SH_PARTITION_COST_INT_H
+
+#include "partition/cost.h"
+
+#define SH_COST_SPLIT_ROWS 256 /* rows of a lane from which a step is cut into two parts */
+
+/* A rank in its stage. */
+typedef struct sh_cost_place {
+    int rank, member;
+    sh_plan_shape shape;
+    sh_mode mode;
+    int kv_bytes;  /* of one value */
+    bool sums;     /* tp by partial sums */
+    int near, far; /* other members on its node, on others */
+    int sharers;   /* ranks of the group on its node */
+    const sh_cost_rates *rates;
+} sh_cost_place;
+sh_status sh_cost_place_of(const sh_cost_model *m, int rank, sh_cost_place *out);
+const sh_cost_rates *sh_cost_rates_of(const sh_cost_model *m, int rank);
+
+/* Rows of a micro-batch as a layer sees them. */
+typedef struct sh_cost_load {
+    double all;   /* rows of the micro-batch */
+    double rows;  /* that pass the layer */
+    double kept;  /* that go to the sampler */
+    double pairs; /* Σ over those rows of the keys they see */
+    double end;   /* last position of any */
+    double keys;  /* Σ over sequences of the keys that some row of theirs sees: what is read */
+} sh_cost_load;
+sh_cost_load sh_cost_load_of(const sh_cost_span *span, int n_spans, bool kept_only, int window);
+
+/* What the router does to a rank, for `rows` rows of all members together. */
+typedef struct sh_cost_routes {
+    double rows;    /* rows × choices that this rank's experts compute */
+    double touched; /* its experts that some row chose */
+    double owned;   /* share of all choices that fall on this rank */
+    double reach;   /* other members that a row of this rank goes to */
+} sh_cost_routes;
+sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows);
+/* Whether a rank and its stage hold as many experts of layer a as of layer b, each once. */
+bool sh_cost_experts_alike(const Shoal__Plan *plan, const sh_cost_place *p, int a, int b);
+/* An earlier member of the stage whose cost is this one's; −1: none. */
+int sh_cost_twin(const sh_cost_model *m, const sh_cost_place *p);
+
+/* Parts that the rows of a layer are cut into, so that the exchange of one hides behind the other. */
+static inline int sh_cost_parts(const sh_cost_place *p, double rows) {
+    return p->shape.ep > 1 && rows >= SH_COST_SPLIT_ROWS ? 2 : 1;
+}
+
+void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
+                          sh_cost_layer *out);
+void sh_cost_wire_tensor(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows, sh_cost_layer *out);
+void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_load *d,
+                          sh_cost_layer *out);
+void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_wire *out);
+void sh_cost_wire_cut(const sh_cost_model *m, const sh_cost_place *p, double rows, double kept, sh_cost_wire *out);
+
+#endif

@@ -1,0 +1,288 @@
+/* Bytes on links, and which experts are reached: the formulas of docs/planning.md, headers aside. See cost.h. */
+#include <math.h>
+#include "partition/cost.h"
+#include "partition/cost_int.h"
+
+#define BLOCK_ROWS 512   /* rows that pass the feed-forward at a time: SH_FF_ROWS */
+#define SEGMENT    128.0 /* keys of a segment: SH_SEGMENT_TOKENS */
+
+sh_status sh_cost_place_of(const sh_cost_model *m, int rank, sh_cost_place *out) {
+    sh_cost_place p = {.rank = rank, .shape = sh_plan_shape_of(m->plan), .rates = sh_cost_rates_of(m, rank)};
+    sh_kv_type kv;
+    SH_TRY(sh_kv_type_parse(m->plan->kv, &kv));
+    SH_TRY(sh_mode_parse(m->plan->mode, &p.mode));
+    int per = m->net.ranks_per_node > 0 ? m->net.ranks_per_node : 1, ranks = (int)m->plan->n_rank;
+    int width = p.shape.width, begin = rank / width * width, node = rank / per;
+    p.member = rank - begin;
+    p.kv_bytes = (int)sh_kv_type_bytes(kv);
+    p.sums = m->plan->tp_sum && p.shape.tp > 1;
+    int lo = node * per, hi = lo + per < ranks ? lo + per : ranks;
+    p.sharers = hi - lo;
+    lo = lo > begin ? lo : begin;
+    hi = hi < begin + width ? hi : begin + width;
+    p.near = hi - lo - 1;
+    p.far = width - 1 - p.near;
+    *out = p;
+    return SH_OK;
+}
+
+int sh_cost_share(int n, int unit, int m, int w) {
+    int64_t units = ((int64_t)n + unit - 1) / unit, lo = units * m / w * unit, hi = units * (m + 1) / w * unit;
+    if (w <= 1) return n;
+    return (int)((hi < n ? hi : n) - (lo < n ? lo : n));
+}
+
+static int share(int n, const sh_cost_place *p, int member) {
+    return sh_cost_share(n, SH_COST_COLUMNS, member, p->shape.tp);
+}
+
+/* --- seconds on the wire -------------------------------------------------------------------------------------------
+ */
+
+/* `bytes` to the other members of the stage, even shares, in `rounds` that wait for each other. Ranks of a node send at
+ * the same time. */
+static sh_cost_wire to_members(const sh_cost_model *m, const sh_cost_place *p, double bytes, double rounds) {
+    int others = p->near + p->far;
+    sh_cost_wire w = {.messages = rounds * others, .bytes = bytes};
+    if (others == 0 || !(bytes > 0)) return (sh_cost_wire){0};
+    const sh_cost_link *in = &m->net.within, *out = &m->net.between;
+    double near = p->near ? rounds * in->latency + bytes * p->near / others / in->bandwidth : 0;
+    double far = p->far ? rounds * out->latency + bytes * p->far / others * p->sharers / out->bandwidth : 0;
+    w.seconds = fmax(near, far);
+    return w;
+}
+
+static void add(sh_cost_wire *to, sh_cost_wire w) {
+    to->messages += w.messages;
+    to->bytes += w.bytes;
+    to->seconds += w.seconds;
+}
+
+/* --- experts -------------------------------------------------------------------------------------------------------
+ */
+
+int sh_cost_expert_value_bytes(sh_mode mode) {
+    return mode == SH_MODE_EXACT ? 4 : 2;
+}
+
+static const Shoal__PlanExperts *experts_of(const Shoal__Plan *plan, int rank, int layer) {
+    const Shoal__PlanRank *r = plan->rank[rank];
+    for (size_t i = 0; i < r->n_experts; i++)
+        if (r->experts[i]->layer == layer) return r->experts[i];
+    return NULL;
+}
+
+static int count_of(const Shoal__Plan *plan, int rank, int layer) {
+    const Shoal__PlanExperts *e = experts_of(plan, rank, layer);
+    return e ? (int)e->n_expert : 0;
+}
+
+/* Experts of a layer that the stage holds, copies counted. */
+static int held(const Shoal__Plan *plan, const sh_cost_place *p, int layer) {
+    int n = 0;
+    for (int i = 0; i < p->shape.width; i++) n += count_of(plan, p->rank - p->member + i, layer);
+    return n;
+}
+
+bool sh_cost_experts_alike(const Shoal__Plan *plan, const sh_cost_place *p, int a, int b) {
+    int n = held(plan, p, a);
+    return count_of(plan, p->rank, a) == count_of(plan, p->rank, b) && n == held(plan, p, b);
+}
+
+/* Rows that choose an expert, of one. */
+static double chance(const sh_cost_model *m, int layer, int expert) {
+    const sh_config *c = m->config;
+    int nth = 0;
+    for (int i = 0; i < layer; i++) nth += c->layer[i].moe;
+    if (!m->routing || !(m->routing->routed[nth] > 0)) return (double)c->top_k / c->experts;
+    double p = m->routing->rows[(size_t)nth * (size_t)c->experts + (size_t)expert] / m->routing->routed[nth];
+    return p < 1 ? p : 1;
+}
+
+/* C(E − n, k) / C(E, k): no expert of n is among the k of a row. */
+static double missed(const sh_config *c, double n) {
+    double p = 1;
+    for (int i = 0; i < c->top_k; i++) p *= fmax(0, c->experts - n - i) / (c->experts - i);
+    return p;
+}
+
+/* Every expert on one rank of the stage, all chosen alike. */
+static sh_cost_routes even_routes(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows) {
+    const sh_config *c = m->config;
+    double k = c->top_k, own = p->shape.ep > 1 ? count_of(m->plan, p->rank, layer) : c->experts;
+    sh_cost_routes r = {.owned = own / c->experts};
+    r.rows = rows * k * r.owned;
+    r.touched = own * (1 - pow(1 - k / c->experts, rows));
+    for (int i = 0; i < p->shape.width && p->shape.ep > 1; i++)
+        if (i != p->member) r.reach += 1 - missed(c, count_of(m->plan, p->rank - p->member + i, layer));
+    return r;
+}
+
+/* Measured routing, or experts on several ranks, whose rows are then shared evenly among the copies. */
+static sh_cost_routes uneven_routes(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows) {
+    const sh_config *c = m->config;
+    int copies[SH_MAX_EXPERTS];
+    sh_cost_routes r = {0};
+    for (int e = 0; e < c->experts; e++) copies[e] = p->shape.ep > 1 ? 0 : 1;
+    for (int i = 0; i < p->shape.width && p->shape.ep > 1; i++) {
+        const Shoal__PlanExperts *x = experts_of(m->plan, p->rank - p->member + i, layer);
+        for (size_t j = 0; x && j < x->n_expert; j++) copies[x->expert[j]]++;
+    }
+    for (int i = 0; i < p->shape.width; i++) {
+        const Shoal__PlanExperts *x = experts_of(m->plan, p->rank - p->member + i, layer);
+        double none = 1;
+        size_t n = p->shape.ep > 1 ? x ? x->n_expert : 0 : (size_t)c->experts;
+        for (size_t j = 0; j < n; j++) {
+            int e = p->shape.ep > 1 ? x->expert[j] : (int)j;
+            double q = chance(m, layer, e) / (copies[e] ? copies[e] : 1);
+            none *= 1 - q;
+            if (i != p->member) continue;
+            r.owned += q / c->top_k;
+            r.touched += 1 - pow(1 - q, rows);
+        }
+        if (i != p->member && p->shape.ep > 1) r.reach += 1 - none;
+    }
+    r.rows = rows * c->top_k * r.owned;
+    return r;
+}
+
+sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows) {
+    bool once = p->shape.ep == 1 || held(m->plan, p, layer) == m->config->experts;
+    return once && !m->routing ? even_routes(m, p, layer, rows) : uneven_routes(m, p, layer, rows);
+}
+
+void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
+                          sh_cost_layer *out) {
+    if (p->shape.ep == 1) return;
+    double row = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode);
+    double blocks = fmax(ceil(rows / BLOCK_ROWS), sh_cost_parts(p, rows));
+    out->dispatch = to_members(m, p, rows * e->reach * row, blocks);
+    out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * row, blocks);
+}
+
+/* --- heads and columns ---------------------------------------------------------------------------------------------
+ */
+
+/* Outputs are gathered before and after the products that mix heads or columns; partial sums go to who adds their
+ * columns, and the sums to all. Experts are whole on every member. */
+void sh_cost_wire_tensor(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows, sh_cost_layer *out) {
+    const sh_config *c = m->config;
+    const sh_layer *l = &c->layer[layer];
+    double others = p->shape.tp - 1, blocks = ceil(rows / BLOCK_ROWS), hidden = share(c->hidden, p, p->member);
+    double row = rows * sizeof(float), heads = (double)l->heads / p->shape.tp * l->head_dim;
+    if (p->sums) {
+        double sum = c->hidden - hidden + others * hidden;
+        add(&out->gather, to_members(m, p, row * sum, 2));
+        add(&out->gather, to_members(m, p, row * sum, 2 * blocks));
+        return;
+    }
+    add(&out->gather, to_members(m, p, row * others * heads, 1));
+    add(&out->gather, to_members(m, p, row * others * hidden, 1));
+    add(&out->gather, to_members(m, p, row * others * share(l->ff, p, p->member), blocks));
+    add(&out->gather, to_members(m, p, row * others * hidden, blocks));
+}
+
+/* Candidates of a row: id and value of the best 64, and (max, sum) of each segment of 1,024 entries. */
+void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_wire *out) {
+    double vocab = sh_cost_share(m->config->vocab, SH_COST_VOCAB, p->member, p->shape.tp),
+           row = 64 * 8 + ceil(vocab / 1024) * 8;
+    if (p->member == 0) return;
+    const sh_cost_link *way = p->far ? &m->net.between : &m->net.within;
+    *out = (sh_cost_wire){.messages = 1, .bytes = kept * row};
+    out->seconds = way->latency + out->bytes * (p->far ? p->sharers : 1) / way->bandwidth;
+}
+
+/* --- positions -----------------------------------------------------------------------------------------------------
+ */
+
+/* Blocks of segments of a sequence of n tokens at most: the fewest segments to a block that give no more than two
+ * blocks per member. */
+static double block_tokens(double n, int members) {
+    double block = SEGMENT;
+    while (ceil(n / SEGMENT) * SEGMENT / block > 2.0 * members) block *= 2;
+    return block;
+}
+
+/* Blocks that a row sees, on average, and how many members store them. */
+static void blocks_seen(const sh_cost_load *d, int members, double *blocks, double *owners) {
+    double size = block_tokens(d->end, members), seen = d->rows > 0 ? d->pairs / d->rows : 1;
+    *blocks = ceil(seen / size);
+    *owners = fmin(*blocks, members);
+}
+
+/* Every member computes its share of the rows. Sliding layers: each K/V row to all. Global layers: each K/V row to its
+ * owner, each query to the owners of what it sees, and from these a partial result (o, m, l) of each head and block. */
+void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_load *d,
+                          sh_cost_layer *out) {
+    const sh_layer *l = &m->config->layer[layer];
+    double own = d->rows / p->shape.cp, others = p->shape.cp - 1, elsewhere = others / p->shape.cp, blocks, owners;
+    double kv = l->has_kv ? (double)sh_layer_kv_values(l) * p->kv_bytes : 0;
+    if (l->kind == SH_KV_SLIDING) {
+        add(&out->context, to_members(m, p, own * others * kv, 1));
+        return;
+    }
+    blocks_seen(d, p->shape.cp, &blocks, &owners);
+    double q = (double)l->heads * l->head_dim * sizeof(float);
+    double partial = (double)l->heads * (l->head_dim + 2) * sizeof(float);
+    add(&out->context, to_members(m, p, own * elsewhere * (kv + owners * q), 1));
+    add(&out->context, to_members(m, p, own * elsewhere * blocks * partial, 1));
+}
+
+/* --- cuts ----------------------------------------------------------------------------------------------------------
+ */
+
+double sh_cost_cut_bytes(const sh_config *c, sh_kv_type kv, int cut, double rows, double kept) {
+    if (cut <= 0) return 0;
+    double hidden = c->hidden * (double)sizeof(float);
+    if (cut >= c->n_layers) return kept * hidden;
+    double n = (cut >= c->first_shared ? kept : rows) * hidden * (c->ple ? 2 : 1);
+    for (int i = 0; i < cut; i++)
+        if (sh_config_kv_crosses(c, i, cut))
+            n += rows * sh_layer_kv_values(&c->layer[i]) * (double)sh_kv_type_bytes(kv);
+    return n;
+}
+
+void sh_cost_wire_cut(const sh_cost_model *m, const sh_cost_place *p, double rows, double kept, sh_cost_wire *out) {
+    sh_kv_type kv = p->kv_bytes == 4 ? SH_KV_F32 : SH_KV_BF16;
+    int per = m->net.ranks_per_node > 0 ? m->net.ranks_per_node : 1, width = p->shape.width, node = p->rank / per;
+    int leave = 0, end = (node + 1) * per;
+    for (int r = node * per; r < end && r + width < (int)m->plan->n_rank; r++) leave += r + width >= end;
+    bool far = p->rank + width >= end;
+    const sh_cost_link *way = far ? &m->net.between : &m->net.within;
+    *out = (sh_cost_wire){.messages = 1,
+                          .bytes = sh_cost_cut_bytes(m->config, kv, m->plan->rank[p->rank]->last, rows, kept)};
+    out->seconds = way->latency + out->bytes * (far ? leave : 1) / way->bandwidth;
+}
+
+/* --- members that are alike ----------------------------------------------------------------------------------------
+ */
+
+static bool same_shares(const sh_config *c, const sh_cost_place *p, int other) {
+    int w = p->shape.tp;
+    bool same =
+        share(c->hidden, p, p->member) == share(c->hidden, p, other) &&
+        sh_cost_share(c->vocab, SH_COST_VOCAB, p->member, w) == sh_cost_share(c->vocab, SH_COST_VOCAB, other, w);
+    for (int i = 0; i < c->n_layers && same; i++)
+        same = share(c->layer[i].ff, p, p->member) == share(c->layer[i].ff, p, other);
+    return same;
+}
+
+static bool same_experts(const sh_cost_model *m, const sh_cost_place *p, int other) {
+    for (int i = m->plan->rank[p->rank]->first; i < m->plan->rank[p->rank]->last && p->shape.ep > 1; i++)
+        if (count_of(m->plan, p->rank, i) != count_of(m->plan, other, i) || held(m->plan, p, i) > m->config->experts)
+            return false;
+    return true;
+}
+
+int sh_cost_twin(const sh_cost_model *m, const sh_cost_place *p) {
+    if (!m->alike || m->routing) return -1;
+    for (int i = p->shape.ep > 1 ? 0 : 1; i < p->member; i++) { /* member 0 has the head and the sampler to itself */
+        sh_cost_place q;
+        int rank = p->rank - p->member + i;
+        if (sh_cost_place_of(m, rank, &q) != SH_OK) return -1;
+        if (q.near == p->near && q.sharers == p->sharers && (p->shape.ep > 1 || same_shares(m->config, p, i)) &&
+            same_experts(m, p, rank))
+            return i;
+    }
+    return -1;
+}

@@ -1,0 +1,123 @@
+/*
+ * SHOAL_ISA=model:FMA,BYTES: what its entries take in time and what they leave behind. Times are compared with room for
+ * a busy machine: never much shorter than modelled, and the best of a few tries not much longer.
+ */
+#include <CUnit/Basic.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include "common/clock.h"
+#include "model/kernels/kernels.h"
+#include "model/linear.h"
+
+enum { K = 512, N = 2048, ROWS = 64, KEYS = 256, HD = 64, CALLS = 40, TRIES = 5 };
+
+static const sh_kernels *kn;
+static float x[ROWS * K], y[ROWS * N], z[ROWS * N];
+static uint32_t panels[N / SH_PANEL * K * 16];
+static const sh_wmat mat = {.n = N, .k = K, .data = panels};
+
+static void fill_rows(void) {
+    for (int i = 0; i < ROWS * K; i++) x[i] = sinf((float)i);
+}
+
+/* Seconds of CALLS products with m rows, the best of some tries. */
+static double products(int m) {
+    double best = 1e9;
+    for (int t = 0; t < TRIES; t++) {
+        double t0 = sh_now();
+        for (int i = 0; i < CALLS; i++) kn->gemm(&mat, 0, N / SH_PANEL, x, K, m, y, N);
+        best = fmin(best, sh_now() - t0);
+    }
+    return best;
+}
+
+static void check_seconds(const char *what, double got, double want) {
+    if (got < 0.93 * want || got > 1.25 * want) fprintf(stderr, "%s: %.4f s, modelled %.4f s\n", what, got, want);
+    CU_ASSERT(got > 0.93 * want && got < 1.25 * want);
+}
+
+/* 2 G multiply-adds and 2 GB a second: one row reads 2 MiB for 1 M multiply-adds, 64 rows multiply 64 M. */
+static void test_products_take_their_time(void) {
+    check_seconds("one row", products(1), CALLS * (double)N * K * 2 / 2e9);
+    check_seconds("64 rows", products(ROWS), CALLS * (double)ROWS * N * K / 2e9);
+}
+
+static void test_attention_takes_its_time(void) {
+    static uint16_t pages[2 * KEYS * HD];
+    static float tile[2 * KEYS * HD], scores[4 * KEYS];
+    for (int rows = 1; rows <= 4; rows += 3) { /* bound by reading; by arithmetic */
+        double best = 1e9, read = 2.0 * 2 * KEYS * HD / 2e9, add = 2.0 * rows * KEYS * HD / 2e9;
+        for (int t = 0; t < TRIES; t++) {
+            double t0 = sh_now();
+            for (int i = 0; i < 500; i++) {
+                for (int j = 0; j < 2 * KEYS; j++) kn->from_bf16(tile + j * HD, pages + j * HD, HD);
+                kn->scores(scores, KEYS, x, HD, rows, tile, KEYS, HD);
+                kn->weighted_sum(y, HD, scores, KEYS, rows, tile + KEYS * HD, KEYS, HD);
+            }
+            best = fmin(best, sh_now() - t0);
+        }
+        check_seconds(rows == 1 ? "attention, one row" : "attention, four rows", best, 500 * fmax(read, add));
+    }
+}
+
+/* The same numbers however panels and rows are shared out; rows that differ get different ones; all in (0, 1). */
+static void test_results_are_made_up_alike(void) {
+    sh_team *team = NULL;
+    CU_ASSERT_EQUAL_FATAL(sh_team_create(2, NULL, 0, &team), SH_OK);
+    kn->gemm(&mat, 0, N / SH_PANEL, x, K, 8, y, N);
+    sh_linear(team, kn, &mat, x, K, 8, z, N);
+    CU_ASSERT(memcmp(y, z, 8 * N * sizeof *y) == 0);
+    CU_ASSERT(memcmp(y, y + N, N * sizeof *y) != 0);
+    int largest = 0;
+    for (int i = 0; i < 8 * N; i++) {
+        CU_ASSERT(y[i] > 0 && y[i] < 1);
+        if (i < N && y[i] > y[largest]) largest = i;
+    }
+    CU_ASSERT(largest >= 256); /* no end of text */
+    sh_team_destroy(&team);
+}
+
+static void refused(const char *isa, const char *word) {
+    const sh_kernels *t = NULL;
+    CU_ASSERT_EQUAL(sh_kernels_get(isa, &t), SH_EINPUT);
+    CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), word));
+}
+
+static void test_rates(void) {
+    const sh_kernels *t = NULL;
+    refused("model:", "model:FMA,BYTES");
+    refused("model:50G", "model:FMA,BYTES");
+    refused("model:50G,", "model:FMA,BYTES");
+    refused("model:50G,20", "each from 1M");
+    refused("model:50G,20Gx", "model:FMA,BYTES");
+    refused("model:-5G,20G", "model:FMA,BYTES");
+    refused("model:nan,20G", "model:FMA,BYTES");
+    refused("model:0,20G", "model:FMA,BYTES");
+    refused("model", "allowed are");
+    refused("model:3G,2G", "this process has model:2G,2G");
+    CU_ASSERT_EQUAL(sh_kernels_get("model:2G,2G", &t), SH_OK);
+    CU_ASSERT_PTR_EQUAL(t, kn);
+    CU_ASSERT(kn->modelled);
+    CU_ASSERT_EQUAL(sh_kernels_get("ref", &t), SH_OK);
+    CU_ASSERT(!t->modelled);
+}
+
+int main(void) {
+    if (sh_kernels_get("model:2G,2G", &kn) != SH_OK) {
+        fprintf(stderr, "%s\n", sh_error_text());
+        return 1;
+    }
+    fill_rows();
+    if (CU_initialize_registry() != CUE_SUCCESS) return 1;
+    CU_pSuite s = CU_add_suite("modelled kernels", NULL, NULL);
+    CU_add_test(s, "products take their time", test_products_take_their_time);
+    CU_add_test(s, "attention takes its time", test_attention_takes_its_time);
+    CU_add_test(s, "results are made up alike", test_results_are_made_up_alike);
+    CU_add_test(s, "rates", test_rates);
+    CU_basic_set_mode(CU_BRM_VERBOSE);
+    CU_basic_run_tests();
+    unsigned failed = CU_get_number_of_failures() + CU_get_number_of_suites_failed();
+    CU_cleanup_registry();
+    return failed ? 1 : 0;
+}
