@@ -368,7 +368,10 @@ static long list_pieces(sh_attention *a, const sh_attn_rows *spans, int n_spans,
 static void run_pieces(void *arg, int member, int size) {
     sh_attention *a = arg;
     (void)size;
-    for (int i; (i = atomic_fetch_add(&a->next, 1)) < a->n_pieces;) piece_run(a, &a->scratch[member], &a->pieces[i]);
+    for (int i; (i = atomic_fetch_add(&a->next, 1)) < a->n_pieces;) {
+        piece_run(a, &a->scratch[member], &a->pieces[i]);
+        sh_team_poll(a->team, member);
+    }
 }
 
 static void run_joints(void *arg, int member, int size) {

@@ -169,38 +169,40 @@ static void heads_of_row(const row_job *j, int r, const sh_attn_rows *s) {
 
 static void heads_rows(void *arg, int lo, int hi) {
     const row_job *j = arg;
-    for (int i = 0; i < j->m->n_row_spans; i++) {
-        const sh_attn_rows *s = &j->m->rows[i];
+    for (int i = 0; i < j->m->n_part_spans; i++) {
+        const sh_attn_rows *s = &j->m->part_spans[i];
         int from = s->row > lo ? s->row : lo, to = s->row + s->n < hi ? s->row + s->n : hi;
         for (int r = from; r < to; r++) heads_of_row(j, r, s);
     }
 }
 
 /* Queries of this layer, and keys and values if it has its own; all raw. */
-static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights *w) {
+static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights *w, int n) {
     size_t q = (size_t)l->heads * (size_t)l->head_dim, kv = (size_t)l->kv_heads * (size_t)l->head_dim;
     const sh_wmat *mats[] = {&w->q, &w->k, &w->v};
     float *out[] = {m->q, m->k, m->v};
     size_t ld[] = {q, kv, kv};
     int count = !l->has_kv ? 1 : l->k_eq_v ? 2 : 3;
     book(m, &m->times.other);
-    sh_linear_multi(m->team, m->kn, count, mats, m->h, (size_t)m->config.hidden, m->n, out, ld);
+    sh_linear_multi(m->team, m->kn, count, mats, m->h, (size_t)m->config.hidden, n, out, ld);
     book(m, &m->times.weights);
 }
 
-static sh_status attention_block(sh_model *m, int layer) {
-    const sh_layer *l = &m->config.layer[layer];
-    const sh_layer_weights *w = weights_of(m, layer);
-    norm(m, m->x, w->input_norm, m->n, m->h);
-    project_heads(m, l, w);
-    row_job j = {.m = m, .layer = layer, .l = l, .w = w};
-    sh_row_loop_run(m->team, m->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
+static sh_status attention_block(sh_model *m, const sh_part *p) {
+    const sh_layer *l = &m->config.layer[p->layer];
+    const sh_layer_weights *w = weights_of(m, p->layer);
+    float *x = row(m->x, p->row0, m->config.hidden);
+    sh_model_clip(m, p);
+    norm(m, x, w->input_norm, p->n, m->h);
+    project_heads(m, l, w, p->n);
+    row_job j = {.m = m, .layer = p->layer, .l = l, .w = w};
+    sh_row_loop_run(m->team, p->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
     book(m, &m->times.other);
-    sh_attention_run(m->attention, m->kv, l, w->k_norm, rope_of(m, layer), m->rows, m->n_row_spans, m->q);
+    sh_attention_run(m->attention, m->kv, l, w->k_norm, rope_of(m, p->layer), m->part_spans, m->n_part_spans, m->q);
     book(m, &m->times.attention);
-    int all = m->whole.layer[layer].heads * l->head_dim;
-    SH_TRY(mix(m, layer, SH_JOINT_HEADS, SH_JOINT_O, &w->o, m->q, m->n, all, l->head_dim, m->h));
-    residual(m, m->x, m->h, w->post_attn_norm, m->n);
+    int all = m->whole.layer[p->layer].heads * l->head_dim;
+    SH_TRY(mix(m, p->layer, SH_JOINT_HEADS, SH_JOINT_O, &w->o, m->q, p->n, all, l->head_dim, m->h));
+    residual(m, x, m->h, w->post_attn_norm, p->n);
     return SH_OK;
 }
 
@@ -235,29 +237,41 @@ static void join_rows(void *arg, int lo, int hi) {
     }
 }
 
-/* Rows [r0, r0+n): the experts' rows are on their way while the dense branch computes. */
-static sh_status feed_forward_rows(sh_model *m, int layer, int r0, int n) {
-    const sh_layer *l = &m->config.layer[layer];
-    const sh_layer_weights *w = weights_of(m, layer);
-    int H = m->config.hidden;
-    float *x = row(m->x, r0, H), *h = row(m->h, r0, H);
-    norm(m, x, w->pre_ff_norm, n, h);
-    if (l->moe) {
-        book(m, &m->times.other);
-        sh_moe_begin(m->moe, layer, w, x, n);
-        book(m, &m->times.experts);
-        if (m->probe.router)
-            m->probe.router(m->probe.arg, layer, sh_moe_ids(m->moe), sh_moe_weights(m->moe), n, m->config.top_k);
-    }
-    SH_TRY(dense(m, layer, w, h, n, m->y));
-    if (l->moe) {
-        book(m, &m->times.other);
-        sh_moe_end(m->moe, layer, w, m->z);
-        book(m, &m->times.experts);
-        row_job j = {.m = m, .w = w, .y = m->y, .z = m->z};
-        sh_row_loop_run(m->team, n, 3 * (size_t)H, join_rows, &j);
-    }
-    residual(m, x, m->y, w->post_ff_norm, n);
+/* Rows leave for their experts. */
+static sh_status experts_begin(sh_model *m, int slot) {
+    const sh_part *p = &m->part[slot];
+    if (!m->config.layer[p->layer].moe) return SH_OK;
+    book(m, &m->times.other);
+    SH_TRY(sh_moe_begin(m->moe, slot, p->layer, weights_of(m, p->layer), row(m->x, p->row0, m->config.hidden), p->n));
+    book(m, &m->times.experts);
+    if (m->probe.router && p->n > 0)
+        m->probe.router(m->probe.arg, p->layer, sh_moe_ids(m->moe, slot), sh_moe_weights(m->moe, slot), p->n,
+                        m->config.top_k);
+    return SH_OK;
+}
+
+/* The dense branch, while the experts' rows are on their way; then this member's experts. */
+static sh_status feed_forward(sh_model *m, int slot) {
+    const sh_part *p = &m->part[slot];
+    const sh_layer_weights *w = weights_of(m, p->layer);
+    norm(m, row(m->x, p->row0, m->config.hidden), w->pre_ff_norm, p->n, m->h);
+    SH_TRY(dense(m, p->layer, w, m->h, p->n, p->y));
+    if (!m->config.layer[p->layer].moe) return SH_OK;
+    book(m, &m->times.other);
+    SH_TRY(sh_moe_compute(m->moe, slot, w));
+    book(m, &m->times.experts);
+    return SH_OK;
+}
+
+/* y = rms(dense) + rms(Σ experts), once the results are there. */
+static sh_status experts_end(sh_model *m, int slot) {
+    const sh_part *p = &m->part[slot];
+    if (!m->config.layer[p->layer].moe) return SH_OK;
+    book(m, &m->times.other);
+    SH_TRY(sh_moe_end(m->moe, slot, m->z));
+    book(m, &m->times.experts);
+    row_job j = {.m = m, .w = weights_of(m, p->layer), .y = p->y, .z = m->z};
+    sh_row_loop_run(m->team, p->n, 3 * (size_t)m->config.hidden, join_rows, &j);
     return SH_OK;
 }
 
@@ -282,32 +296,73 @@ static void ple_rows(void *arg, int lo, int hi) {
     }
 }
 
-static void ple_block(sh_model *m, int layer, int r0, int n) {
-    const sh_layer_weights *w = weights_of(m, layer);
-    int H = m->config.hidden, P = m->config.ple;
-    float *x = row(m->x, r0, H);
-    project(m, &w->ple_model_proj, row(m->x0, r0, H), n, m->ple);
+static void ple_block(sh_model *m, const sh_part *p) {
+    const sh_layer_weights *w = weights_of(m, p->layer);
+    int H = m->config.hidden, P = m->config.ple, n = p->n;
+    float *x = row(m->x, p->row0, H);
+    project(m, &w->ple_model_proj, row(m->x0, p->row0, H), n, m->ple);
     project(m, &w->ple_gate, x, n, m->gate); /* reads x itself, without a norm */
-    row_job j = {.m = m, .layer = layer, .ids = m->ids + r0};
+    row_job j = {.m = m, .layer = p->layer, .ids = m->ids + p->row0};
     sh_row_loop_run(m->team, n, 8 * (size_t)P, ple_rows, &j);
-    if (m->probe.ple) m->probe.ple(m->probe.arg, layer, m->ple, n, P);
-    project(m, &w->ple_proj, m->gate, n, m->y);
-    residual(m, x, m->y, w->post_ple_norm, n);
+    if (m->probe.ple) m->probe.ple(m->probe.arg, p->layer, m->ple, n, P);
+    project(m, &w->ple_proj, m->gate, n, m->h);
+    residual(m, x, m->h, w->post_ple_norm, n);
 }
 
 /* --- the layer -----------------------------------------------------------------------------------------------------
  */
 
+/* The second half of what a slot's part still has to do in its layer; nothing when it has no part. */
+static sh_status part_end(sh_model *m, int slot) {
+    sh_part *p = &m->part[slot];
+    if (!p->open) return SH_OK;
+    const sh_layer_weights *w = weights_of(m, p->layer);
+    float *x = row(m->x, p->row0, m->config.hidden);
+    SH_TRY(experts_end(m, slot));
+    residual(m, x, p->y, w->post_ff_norm, p->n);
+    if (m->config.ple) ple_block(m, p);
+    row_job j = {.m = m, .w = w, .x = x};
+    sh_row_loop_run(m->team, p->n, (size_t)m->config.hidden, scale_rows, &j);
+    if (m->probe.hidden) m->probe.hidden(m->probe.arg, p->layer, x, p->n, m->config.hidden);
+    p->open = false;
+    return SH_OK;
+}
+
+static sh_status part_begin(sh_model *m, int slot, int layer, int index, int parts) {
+    int lo, hi;
+    sh_part *p = &m->part[slot];
+    sh_team_share(m->n, index, parts, &lo, &hi);
+    *p = (sh_part){.open = true, .layer = layer, .row0 = lo, .n = hi - lo, .y = p->y};
+    SH_TRY(attention_block(m, p));
+    return experts_begin(m, slot);
+}
+
+/*
+ * A layer for all rows, part by part. Where experts are with other members two parts are under way, so that something
+ * is computed while messages travel:
+ *
+ *   rows of A        ──────►  experts of others  ──────►  results of A
+ *   here:  begin A │ begin B │ dense A, experts A │ dense B, experts B │ end A, begin A of the next layer │ end B, …
+ *   rows of B                ──────►  experts of others            ──────►  results of B
+ *
+ * A part's attention needs the K/V of earlier rows alone, and those have begun before. Every part is left open, for the
+ * next layer or settle() to end.
+ */
 static sh_status layer_run(sh_model *m, int layer) {
-    SH_TRY(attention_block(m, layer));
-    for (int r = 0; r < m->n; r += m->block) {
-        int n = m->n - r < m->block ? m->n - r : m->block;
-        SH_TRY(feed_forward_rows(m, layer, r, n));
-        if (m->config.ple) ple_block(m, layer, r, n);
+    int parts = sh_model_parts(m);
+    for (int i = 0; i < parts; i += m->n_parts) {
+        int here = parts - i < m->n_parts ? parts - i : m->n_parts;
+        for (int slot = 0; slot < here; slot++) {
+            SH_TRY(part_end(m, slot));
+            SH_TRY(part_begin(m, slot, layer, i + slot, parts));
+        }
+        for (int slot = 0; slot < here; slot++) SH_TRY(feed_forward(m, slot));
     }
-    row_job j = {.m = m, .w = weights_of(m, layer), .x = m->x};
-    sh_row_loop_run(m->team, m->n, (size_t)m->config.hidden, scale_rows, &j);
-    if (m->probe.hidden) m->probe.hidden(m->probe.arg, layer, m->x, m->n, m->config.hidden);
+    return SH_OK;
+}
+
+static sh_status settle(sh_model *m) {
+    for (int slot = 0; slot < m->n_parts; slot++) SH_TRY(part_end(m, slot));
     return SH_OK;
 }
 
@@ -325,6 +380,7 @@ static void embed_rows(void *arg, int lo, int hi) {
 static void begin_step(sh_model *m, const sh_batch *b, const void *in) {
     m->batch = b;
     m->mark = sh_now();
+    for (int slot = 0; slot < m->n_parts; slot++) m->part[slot].open = false; /* a step that failed leaves them so */
     int end = 0;
     for (int i = 0; i < b->n_spans; i++)
         if (b->spans[i].pos + b->spans[i].rows > end) end = b->spans[i].pos + b->spans[i].rows;
@@ -345,9 +401,13 @@ sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void 
     SH_TRY(sh_model_check(m, b));
     begin_step(m, b, in);
     for (int i = m->options.first; i < m->options.last; i++) {
-        if (i == m->config.first_shared) sh_model_keep(m); /* consumers write no K/V: nobody needs the other rows */
+        if (i == m->config.first_shared) { /* consumers write no K/V: nobody needs the other rows */
+            SH_TRY(settle(m));
+            sh_model_keep(m);
+        }
         SH_TRY(layer_run(m, i));
     }
+    SH_TRY(settle(m));
     if (m->options.last >= m->config.first_shared) sh_model_keep(m);
     if (m->options.last == m->config.n_layers)
         norm(m, m->x, m->weights->final_norm, m->n, out);

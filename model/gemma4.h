@@ -51,8 +51,8 @@ sh_range sh_model_ids(const sh_model *m);
 void sh_model_logits(sh_model *m, const float *hidden, int n, float *logits);
 
 /* Optional observers for tests and tracing: called after each layer (−1: the embeddings) with the rows' hidden states
- * [n, hidden], and with the router's choices (ids, weights [n, top_k]). router and ple come once per block of at most
- * 512 rows, in order of the rows. */
+ * [n, hidden], and with the router's choices (ids, weights [n, top_k]). All come once per part of at most 512 rows of a
+ * layer, in order of the rows. */
 typedef struct sh_model_probe {
     void *arg;
     void (*hidden)(void *arg, int layer, const float *x, int n, int hidden);

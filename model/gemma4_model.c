@@ -5,11 +5,17 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/linear.h"
+
 /* --- making --------------------------------------------------------------------------------------------------------
  */
 
 static int max_int(int a, int b) {
     return a > b ? a : b;
+}
+
+static int min_int(int a, int b) {
+    return a < b ? a : b;
 }
 
 static sh_status create_ropes(sh_model *m) {
@@ -51,34 +57,49 @@ static widths measure(const sh_model *m) {
     return w;
 }
 
+/* Room for the rows of the widest product in 8 bits. */
+static sh_status reserve_quantized(sh_model *m, const widths *w) {
+    sh_wtype type = sh_mode_wtype(m->options.mode);
+    size_t widest = (size_t)m->config.hidden;
+    if (type == SH_W_BF16) return SH_OK;
+    if (w->all_q > widest) widest = w->all_q;
+    if (w->all_ff > widest) widest = w->all_ff;
+    if ((size_t)m->config.ple > widest) widest = (size_t)m->config.ple;
+    return sh_team_reserve(m->team, sh_qrows_bytes(type, (int)widest, m->part_rows));
+}
+
 static sh_status create_scratch(sh_model *m) {
     widths w = measure(m);
     size_t R = (size_t)m->options.max_rows, H = (size_t)m->config.hidden, P = (size_t)m->config.ple;
-    size_t B = (size_t)m->block, f = sizeof(float), spans = (size_t)m->options.max_spans;
-    size_t rows = R * (2 * H + (P ? H : 0) + w.q + 2 * w.kv + 1), blocks = B * (2 * w.ff + 2 * H + 2 * P);
+    size_t B = (size_t)m->part_rows, f = sizeof(float), spans = (size_t)m->options.max_spans;
+    size_t parts = (size_t)m->n_parts;
+    size_t rows = R * (H + (P ? H : 0) + 1);
+    size_t of_part = B * (2 * H + w.q + 2 * w.kv + 2 * w.ff + 2 * P + parts * H);
     bool gathers = m->options.share.parts > 1 && !m->options.share.sum;
-    size_t all = !gathers ? 0 : R * w.all_q > B * w.all_ff ? R * w.all_q : B * w.all_ff, own = gathers ? R * w.own : 0;
-    size_t bytes = (rows + blocks + all + own) * f + spans * sizeof *m->rows + 16 * 64;
+    size_t all = !gathers ? 0 : B * (w.all_q > w.all_ff ? w.all_q : w.all_ff), own = gathers ? B * w.own : 0;
+    size_t bytes = (rows + of_part + all + own) * f + 2 * spans * sizeof *m->rows + (16 + parts) * 64;
     SH_TRY(sh_arena_create(bytes, "scratch of the layers", &m->arena));
     sh_arena *a = &m->arena;
     m->x = sh_arena_take(a, R * H * f);
     m->x0 = P ? sh_arena_take(a, R * H * f) : NULL;
-    m->h = sh_arena_take(a, R * H * f);
-    m->q = sh_arena_take(a, R * w.q * f);
-    m->k = sh_arena_take(a, R * w.kv * f);
-    m->v = sh_arena_take(a, R * w.kv * f);
+    m->h = sh_arena_take(a, B * H * f);
+    m->q = sh_arena_take(a, B * w.q * f);
+    m->k = sh_arena_take(a, B * w.kv * f);
+    m->v = sh_arena_take(a, B * w.kv * f);
     m->gate = sh_arena_take(a, B * w.ff * f);
     m->up = sh_arena_take(a, B * w.ff * f);
-    m->y = sh_arena_take(a, B * H * f);
+    for (int i = 0; i < m->n_parts; i++) m->part[i].y = sh_arena_take(a, B * H * f);
     m->z = sh_arena_take(a, B * H * f);
     m->ctx = sh_arena_take(a, B * P * f);
     m->ple = sh_arena_take(a, B * P * f);
     m->ids = sh_arena_take(a, R * sizeof *m->ids);
     m->rows = sh_arena_take(a, spans * sizeof *m->rows);
+    m->part_spans = sh_arena_take(a, spans * sizeof *m->part_spans);
     m->all = gathers ? sh_arena_take(a, all * f) : NULL;
     m->own = gathers ? sh_arena_take(a, own * f) : NULL;
-    if (w.moe) SH_TRY(sh_moe_create(&m->config, m->options.mode, m->block, m->team, m->kn, m->options.peers, &m->moe));
-    return SH_OK;
+    SH_TRY(reserve_quantized(m, &w));
+    if (!w.moe) return SH_OK;
+    return sh_moe_create(&m->config, m->options.mode, m->part_rows, m->team, m->kn, m->experts, &m->moe);
 }
 
 /* The furthest that any layer of a kind looks back. */
@@ -110,11 +131,15 @@ static sh_status create_members(sh_model *m, const char *model_dir) {
     const sh_model_options *o = &m->options;
     SH_TRY(sh_kernels_select(&m->kn));
     SH_TRY(sh_team_create(m->kn->modelled ? 1 : o->threads, o->cpus, o->n_cpus, &m->team));
-    SH_TRY(sh_weights_load(model_dir, &m->whole, o->share, o->first, o->last, m->team, NULL, NULL, &m->weights));
+    const sh_expert_peers *e = m->experts;
+    if (e) sh_team_set_poll(m->team, e->poll, e->ctx);
+    sh_weights_options w = {.mode = o->mode, .share = o->share, .first = o->first, .last = o->last};
+    if (e) w.held = (sh_held_experts){.holds = e->holds, .ctx = e->ctx};
+    SH_TRY(sh_weights_load(model_dir, &m->whole, &w, m->team, NULL, NULL, &m->weights));
     SH_TRY(sh_kv_create(&m->config, o->kv_type, o->first, o->last, o->pages, &m->kv));
     SH_TRY(create_ropes(m));
-    SH_TRY(sh_attention_create(&m->config, o->first, o->last, o->max_rows, o->max_spans, o->max_context, m->team, m->kn,
-                               &m->attention));
+    SH_TRY(sh_attention_create(&m->config, o->first, o->last, m->part_rows, o->max_spans, o->max_context, m->team,
+                               m->kn, &m->attention));
     return create_scratch(m);
 }
 
@@ -125,7 +150,9 @@ sh_status sh_model_create(const char *model_dir, const sh_config *c, const sh_mo
     m->whole = *c;
     sh_config_share(c, o->share, &m->config);
     m->options = *o;
-    m->block = o->max_rows < SH_FF_ROWS ? o->max_rows : SH_FF_ROWS;
+    m->experts = o->peers ? o->peers->experts : NULL;
+    m->n_parts = m->experts ? SH_EXPERT_SLOTS : 1;
+    m->part_rows = min_int(o->max_rows, m->experts ? min_int(m->experts->part_rows, SH_PART_ROWS) : SH_PART_ROWS);
     find_windows(m);
     sh_status st = create_members(m, model_dir);
     if (st != SH_OK) {
@@ -214,6 +241,9 @@ sh_status sh_model_check(const sh_model *m, const sh_batch *b) {
     if (b->n_rows > m->options.max_rows || b->n_spans > m->options.max_spans)
         SH_FAIL(SH_ELIMIT, "batch: %d rows in %d spans: at most %d and %d were announced", b->n_rows, b->n_spans,
                 m->options.max_rows, m->options.max_spans);
+    if (b->widest_rows > m->options.max_rows || b->widest_kept > m->options.max_rows)
+        SH_FAIL(SH_ELIMIT, "batch: %d rows, %d kept in another member's: at most %d were announced", b->widest_rows,
+                b->widest_kept, m->options.max_rows);
     int row = 0, kept = 0;
     for (int i = 0; i < b->n_spans; i++) {
         SH_TRY(check_span(m, &b->spans[i], row, kept));
@@ -244,6 +274,25 @@ void sh_model_view(sh_model *m, bool kept) {
         if (n == 0) continue;
         m->rows[m->n_row_spans++] =
             (sh_attn_rows){.span = s, .row = kept ? s->kept0 : s->row0, .n = n, .pos = s->pos + s->rows - n};
+    }
+}
+
+int sh_model_parts(const sh_model *m) {
+    const sh_batch *b = m->batch;
+    int widest = max_int(m->n, m->kept ? b->widest_kept : b->widest_rows), B = m->part_rows;
+    if (m->n_parts == 1) return (widest + B - 1) / B;
+    if (widest <= B && widest < m->experts->split_rows) return widest > 0;
+    return m->n_parts * ((widest + m->n_parts * B - 1) / (m->n_parts * B));
+}
+
+void sh_model_clip(sh_model *m, const sh_part *p) {
+    m->n_part_spans = 0;
+    for (int i = 0; i < m->n_row_spans; i++) {
+        const sh_attn_rows *s = &m->rows[i];
+        int lo = max_int(s->row, p->row0), hi = min_int(s->row + s->n, p->row0 + p->n);
+        if (lo < hi)
+            m->part_spans[m->n_part_spans++] =
+                (sh_attn_rows){.span = s->span, .row = lo - p->row0, .n = hi - lo, .pos = s->pos + lo - s->row};
     }
 }
 

@@ -6,6 +6,7 @@
 typedef struct cursor {
     char *base;
     size_t used;
+    sh_wtype type; /* of matrices */
 } cursor;
 
 static void *take(cursor *at, size_t bytes) {
@@ -19,7 +20,7 @@ static const float *take_vector(cursor *at, int n) {
 }
 
 static sh_wmat take_matrix(cursor *at, int n, int k) {
-    return (sh_wmat){.n = n, .k = k, .data = take(at, sh_wmat_bytes(SH_W_BF16, n, k))};
+    return (sh_wmat){.n = n, .k = k, .type = at->type, .data = take(at, sh_wmat_bytes(at->type, n, k))};
 }
 
 /* A matrix that mixes what the parts of a stage computed: n outputs of k inputs, of which this part has k_mine. */
@@ -41,37 +42,42 @@ static void layout_attention(const sh_config *c, sh_share s, const sh_layer *l, 
     w->o = take_mixing(s, at, c->hidden, l->heads * l->head_dim, q);
 }
 
-static void layout_experts(const sh_config *c, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+static void layout_experts(const sh_weights *own, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+    const sh_config *c = own->config;
+    const sh_held_experts *held = &own->held;
     w->post_ff_norm_1 = take_vector(at, c->hidden);
     w->post_ff_norm_2 = take_vector(at, c->hidden);
     w->pre_ff_norm_2 = take_vector(at, c->hidden);
     w->router_scale = take_vector(at, c->hidden);
     w->expert_scale = take_vector(at, c->experts);
-    w->router = take_matrix(at, c->experts, c->hidden);
+    w->router =
+        (sh_wmat){.n = c->experts, .k = c->hidden, .data = take(at, sh_wmat_bytes(SH_W_BF16, c->experts, c->hidden))};
     w->expert_gate_up = expert;
     w->expert_down = expert ? expert + c->experts : NULL;
     for (int e = 0; e < c->experts; e++) {
-        sh_wmat gate_up = take_matrix(at, 2 * c->expert_ff, c->hidden);
-        sh_wmat down = take_matrix(at, c->hidden, c->expert_ff);
+        bool here = !held->holds || held->holds(held->ctx, layer, e);
+        sh_wmat gate_up = here ? take_matrix(at, 2 * c->expert_ff, c->hidden) : (sh_wmat){0};
+        sh_wmat down = here ? take_matrix(at, c->hidden, c->expert_ff) : (sh_wmat){0};
         if (!expert) continue;
         expert[e] = gate_up;
         expert[c->experts + e] = down;
     }
 }
 
-static void layout_layer(const sh_config *c, sh_share s, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+static void layout_layer(const sh_weights *own, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
+    const sh_config *c = own->config;
     const sh_layer *l = &c->layer[layer];
-    int ff = sh_share_layer(s, l).ff;
+    int ff = sh_share_layer(own->share, l).ff;
     *w = (sh_layer_weights){.scalar = 1};
     w->input_norm = take_vector(at, c->hidden);
     w->post_attn_norm = take_vector(at, c->hidden);
     w->pre_ff_norm = take_vector(at, c->hidden);
     w->post_ff_norm = take_vector(at, c->hidden);
-    layout_attention(c, s, l, w, at);
+    layout_attention(c, own->share, l, w, at);
     w->gate = take_matrix(at, ff, c->hidden);
     w->up = take_matrix(at, ff, c->hidden);
-    w->down = take_mixing(s, at, c->hidden, l->ff, ff);
-    if (l->moe) layout_experts(c, w, expert, at);
+    w->down = take_mixing(own->share, at, c->hidden, l->ff, ff);
+    if (l->moe) layout_experts(own, layer, w, expert, at);
     if (c->ple == 0) return;
     w->ple_gate = take_matrix(at, c->ple, c->hidden);
     w->ple_proj = take_matrix(at, c->hidden, c->ple);
@@ -81,11 +87,11 @@ static void layout_layer(const sh_config *c, sh_share s, int layer, sh_layer_wei
 
 size_t sh_weights_layout(sh_weights *w, sh_wmat *expert, void *base) {
     const sh_config *c = w->config;
-    cursor at = {.base = base};
+    cursor at = {.base = base, .type = w->type};
     for (int i = w->first; i < w->last; i++) {
         sh_layer_weights scratch;
         size_t skip = (size_t)(i - w->first) * 2 * (size_t)c->experts;
-        layout_layer(c, w->share, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
+        layout_layer(w, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
     }
     if (c->ple) w->ple_norm = take_vector(&at, c->ple);
     if (w->last == c->n_layers) {
@@ -101,11 +107,16 @@ size_t sh_weights_table_bytes(const sh_config *c, int first, int last) {
     return n * sizeof(sh_layer_weights) + n * 2 * (size_t)c->experts * sizeof(sh_wmat);
 }
 
-size_t sh_weights_estimate_share(const sh_config *c, sh_share s, int first, int last) {
-    sh_weights w = {.config = c, .share = s, .first = first, .last = last};
+size_t sh_expert_bytes(const sh_config *c, sh_mode mode) {
+    sh_wtype t = sh_mode_wtype(mode);
+    return sh_wmat_bytes(t, 2 * c->expert_ff, c->hidden) + sh_wmat_bytes(t, c->hidden, c->expert_ff);
+}
+
+size_t sh_weights_estimate_share(const sh_config *c, sh_mode mode, sh_share s, int first, int last) {
+    sh_weights w = {.config = c, .type = sh_mode_wtype(mode), .share = s, .first = first, .last = last};
     return sh_weights_layout(&w, NULL, NULL) + sh_weights_table_bytes(c, first, last);
 }
 
-size_t sh_weights_estimate(const sh_config *c, int first, int last) {
-    return sh_weights_estimate_share(c, (sh_share){0}, first, last);
+size_t sh_weights_estimate(const sh_config *c, sh_mode mode, int first, int last) {
+    return sh_weights_estimate_share(c, mode, (sh_share){0}, first, last);
 }

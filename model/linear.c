@@ -18,6 +18,7 @@
 #define PIECES_EACH  4 /* pieces per member to aim at */
 
 typedef struct product {
+    const sh_team *team;
     const sh_kernels *kn;
     int count, m, total; /* total: panels of all matrices */
     const sh_wmat *const *w;
@@ -54,7 +55,6 @@ static void share_run(void *arg, int member, int size) {
 
 static void pieces_run(void *arg, int member, int size) {
     product *p = arg;
-    (void)member;
     (void)size;
     for (;;) {
         int i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed);
@@ -62,6 +62,7 @@ static void pieces_run(void *arg, int member, int size) {
         int lo = i % p->across * p->panels, r0 = i / p->across * p->rows;
         run_part(p, lo, lo + p->panels < p->total ? lo + p->panels : p->total, r0,
                  r0 + p->rows < p->m ? r0 + p->rows : p->m);
+        sh_team_poll(p->team, member);
     }
 }
 
@@ -93,7 +94,7 @@ static void multiply(sh_team *t, product *p) {
         cut_runs(p, members);
     else
         cut_pieces(p, members);
-    sh_team_run(t, p->pieces > 0 && members > 1 ? pieces_run : share_run, p);
+    sh_team_run(t, p->pieces > 0 && (members > 1 || sh_team_polls(t)) ? pieces_run : share_run, p);
 }
 
 /* ---- quantised matrices ------------------------------------------------------------------------------------------ */
@@ -145,7 +146,7 @@ static void multiply_quantized(sh_team *t, product *p, int m) {
 
 void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const float *x, size_t ldx,
                      int m, float *const *y, const size_t *ldy) {
-    product p = {.kn = kn, .count = count, .m = m, .w = w, .x = x, .ldx = ldx, .ldy = ldy};
+    product p = {.team = t, .kn = kn, .count = count, .m = m, .w = w, .x = x, .ldx = ldx, .ldy = ldy};
     for (int i = 0; i < count; i++) {
         p.total += sh_wmat_panels(w[i]->n);
         p.y[i] = y[i];

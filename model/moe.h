@@ -1,9 +1,9 @@
 /*
  * Mixture of experts, beside the dense feed-forward: the router chooses top_k experts per row; each chosen expert gives
- * one result row; the rows' results are summed in the order of the router's choice. Begin and end are apart so that
- * rows can be with remote experts while the dense branch computes. The row given to experts and each result are what
- * would travel, also when the expert is local: so placement cannot change bytes. Source: gemma4-text §4.7; reference
- * moe().
+ * one result row; the rows' results are summed in the order of the router's choice. The row given to experts and each
+ * result are what would travel, also when the expert is here: so placement cannot change bytes. Begin, compute and end
+ * are apart, and there are two slots, so that rows and results of one part of a step can be on their way while another
+ * part computes. Source: gemma4-text §4.7; reference moe().
  */
 #ifndef SH_MODEL_MOE_H
 #define SH_MODEL_MOE_H
@@ -14,17 +14,26 @@
 
 typedef struct sh_moe sh_moe;
 
-/* Scratch for blocks of at most max_rows rows. Borrowed: c, team, kn, peers (NULL: all experts are local). */
+/* Bytes of a row on its way to an expert, as the expert's kernel takes it: f32 in exact mode, bf16 in bf16 mode, in q8
+ * and q4 the codes, scales and sums of sh_qrows. Bytes of a result: f32 in exact mode, else bf16. */
+size_t sh_moe_row_bytes(const sh_config *c, sh_mode mode);
+size_t sh_moe_result_bytes(const sh_config *c, sh_mode mode);
+
+/* Scratch for parts of at most max_rows rows, in one slot, or two with peers. Borrowed: c, team, kn, peers (NULL: every
+ * expert is here). */
 sh_status sh_moe_create(const sh_config *c, sh_mode mode, int max_rows, sh_team *team, const sh_kernels *kn,
-                        const sh_peers *peers, sh_moe **out);
+                        const sh_expert_peers *peers, sh_moe **out);
 void sh_moe_destroy(sh_moe **m);
 
 /* Routes rows x [n, hidden] (the residual after attention) and sends them on their way. */
-void sh_moe_begin(sh_moe *m, int layer, const sh_layer_weights *w, const float *x, int n);
+sh_status sh_moe_begin(sh_moe *m, int slot, int layer, const sh_layer_weights *w, const float *x, int n);
+/* Runs this member's experts on the rows of the last begin and on those that others sent: one pass over the weights of
+ * each expert. */
+sh_status sh_moe_compute(sh_moe *m, int slot, const sh_layer_weights *w);
 /* z [n, hidden] = Σ_e w_e · expert_e(rms(x)), before any norm, for the rows of the last begin. */
-void sh_moe_end(sh_moe *m, int layer, const sh_layer_weights *w, float *z);
-/* The router's choices of the last begin: [n, top_k]. */
-const int32_t *sh_moe_ids(const sh_moe *m);
-const float *sh_moe_weights(const sh_moe *m);
+sh_status sh_moe_end(sh_moe *m, int slot, float *z);
+/* The router's choices of the slot's last begin: [n, top_k]. */
+const int32_t *sh_moe_ids(const sh_moe *m, int slot);
+const float *sh_moe_weights(const sh_moe *m, int slot);
 
 #endif

@@ -1,13 +1,48 @@
 /*
- * What a layer that is cut across ranks asks of the others. The model sees this table, never a rank; NULL means alone.
- * The members are filled by worker/ once expert and tensor parallelism exist; docs/decisions/0005 says what each will
- * carry.
+ * What a layer that is cut across the members of a stage asks of the others. The model sees these tables, never a rank;
+ * NULL means alone. worker/ fills them; docs/decisions/0005 says why nothing that crosses can change a bit.
  */
 #ifndef SH_MODEL_PEERS_H
 #define SH_MODEL_PEERS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include "common/status.h"
+
+/* Rows that another member sent because they chose experts of this one. Rows and results are as they travel: f32 in
+ * exact mode, else bf16. */
+typedef struct sh_expert_guest {
+    int n_rows, n_choices;
+    const uint16_t (*choice)[2]; /* [n_choices]: row, expert; rows ascend */
+    const void *rows;            /* [n_rows, hidden] */
+    void *results;               /* [n_choices, hidden]: to be filled */
+} sh_expert_guest;
+
+#define SH_EXPERT_SLOTS 2 /* exchanges under way at once */
+
+/*
+ * Experts that other members hold. One exchange is one part of a step's rows in one layer: begin sends rows to the
+ * members that hold their chosen experts, guests waits for the others' rows, reply sends their results, end waits for
+ * the own ones. Every member of the stage makes the same exchanges in the same order, with 0 rows too. Each slot takes
+ * one exchange at a time; an earlier failure of progress is told by the next call.
+ */
+typedef struct sh_expert_peers {
+    void *ctx;
+    int members;    /* of the stage, this one included */
+    int part_rows;  /* most rows of a part: what the buffers hold */
+    int split_rows; /* a step in which some member has this many rows is cut into parts that overlap */
+    /* Whether this member computes an expert of a layer. */
+    bool (*holds)(const void *ctx, int layer, int expert);
+    /* rows [n, hidden] as they travel, ids [n, top_k]. answer [n, top_k]: for a choice that another member computes the
+     * place where its result will be after end; NULL where this member does. Copies what it sends. */
+    sh_status (*begin)(void *ctx, int slot, int layer, const void *rows, const int32_t *ids, int n,
+                       const void **answer);
+    /* Borrowed until reply. */
+    sh_status (*guests)(void *ctx, int slot, const sh_expert_guest **guests, int *n);
+    sh_status (*reply)(void *ctx, int slot);
+    sh_status (*end)(void *ctx, int slot);
+    void (*poll)(void *ctx); /* progress; cheap */
+} sh_expert_peers;
 
 /* What the members of a stage gather or add up in a layer. */
 typedef enum sh_joint { SH_JOINT_HEADS, SH_JOINT_O, SH_JOINT_FF, SH_JOINT_DOWN, SH_JOINT_LOGITS } sh_joint;
@@ -19,10 +54,7 @@ typedef struct sh_peers {
     sh_status (*gather)(void *ctx, int layer, sh_joint what, const float *mine, int n, int total, int unit, float *all);
     /* y [n, width] becomes the sum of the members' y, added in the order of members. Bytes depend on their number. */
     sh_status (*sum)(void *ctx, int layer, sh_joint what, float *y, int n, int width);
-    /* Starts sending rows [n, hidden] to the owners of their chosen experts (ids [n, top_k]); returns at once. */
-    void (*experts_begin)(void *ctx, int layer, const float *rows, const int32_t *ids, int n);
-    /* Waits for one result row per chosen expert: [n, top_k, hidden]. */
-    void (*experts_end)(void *ctx, int layer, float *results, int n);
+    const sh_expert_peers *experts; /* NULL: every expert is here */
 } sh_peers;
 
 #endif

@@ -20,6 +20,8 @@ struct sh_team {
     int threads, n_cpus;
     void *scratch;
     size_t scratch_bytes;
+    void (*poll)(void *arg);
+    void *poll_arg;
     int cpus[];
 };
 
@@ -41,6 +43,7 @@ sh_status sh_team_create(int threads, const int *cpus, int n_cpus, sh_team **out
     t->n_cpus = n_cpus;
     t->scratch = NULL;
     t->scratch_bytes = 0;
+    t->poll = NULL;
     if (n_cpus > 0) memcpy(t->cpus, cpus, (size_t)n_cpus * sizeof(int));
     *out = t;
     return SH_OK;
@@ -78,6 +81,20 @@ void *sh_team_scratch(const sh_team *t, size_t *bytes) {
 
 int sh_team_size(const sh_team *t) {
     return t->threads;
+}
+
+void sh_team_set_poll(sh_team *t, void (*fn)(void *arg), void *arg) {
+    t->poll = fn;
+    t->poll_arg = arg;
+}
+
+bool sh_team_polls(const sh_team *t) {
+    return t->poll != NULL;
+}
+
+/* Member 0 runs on the calling thread (sh_team_run). */
+void sh_team_poll(const sh_team *t, int member) {
+    if (member == 0 && t->poll) t->poll(t->poll_arg);
 }
 
 /* A refused binding (the CPU is outside this process's set) leaves the thread where it is: slower, never wrong. */

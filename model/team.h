@@ -5,6 +5,7 @@
 #ifndef SH_MODEL_TEAM_H
 #define SH_MODEL_TEAM_H
 
+#include <stdbool.h>
 #include "common/status.h"
 
 typedef struct sh_team sh_team;
@@ -26,6 +27,11 @@ void *sh_team_scratch(const sh_team *t, size_t *bytes); /* 64-byte aligned; NULL
 /* Runs fn(arg, i, size) for every member and waits for all; members must not wait for each other within fn, for those
  * that share a CPU take turns on one thread. Where that is all of them, fn is called directly, without OpenMP. */
 void sh_team_run(sh_team *t, void (*fn)(void *arg, int member, int size), void *arg);
+/* Something that the calling thread does now and then while a team computes (progress of messages under way); NULL:
+ * nothing. Loops over pieces of work call sh_team_poll after each piece; it does nothing on other members' threads. */
+void sh_team_set_poll(sh_team *t, void (*fn)(void *arg), void *arg);
+bool sh_team_polls(const sh_team *t);
+void sh_team_poll(const sh_team *t, int member);
 /* [*lo, *hi) is member's share of n items, as even as possible, ascending. */
 static inline void sh_team_share(int n, int member, int size, int *lo, int *hi) {
     *lo = (int)((long)n * member / size);

@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 
 #include "common/mem.h"
+#include "model/kernels/quant.h"
 #include "model/layout.h"
 #include "model/safetensors.h"
 
@@ -232,6 +233,7 @@ static sh_status want_fused(loader *l, int i, const sh_layer_weights *w) {
     SH_TRY(need(l, name_of(l, i, "experts.gate_up_proj"), 3, (const int64_t[]){e, 2 * n, h}, &gu));
     SH_TRY(need(l, name_of(l, i, "experts.down_proj"), 3, (const int64_t[]){e, h, n}, &down));
     for (int x = 0; w && x < c->experts; x++) {
+        if (!w->expert_down[x].data) continue; /* another member's */
         SH_TRY(add_job(
             l,
             (job){
@@ -247,6 +249,7 @@ static sh_status want_unfused(loader *l, int i, int x, const sh_layer_weights *w
     const sh_config *c = l->c;
     char part[64];
     const sh_tensor *gate = NULL, *up = NULL;
+    if (w && !w->expert_down[x].data) w = NULL; /* another member's: only checked */
     snprintf(part, sizeof part, "experts.%d.down_proj", x);
     SH_TRY(want_matrix(l, i, part, c->hidden, c->expert_ff, w ? &w->expert_down[x] : NULL));
     snprintf(part, sizeof part, "experts.%d.gate_up_proj", x);
@@ -489,6 +492,14 @@ static void note_inexact(packing *p, int64_t item) {
     }
 }
 
+/* Panels [p0, p1) of n rows of src, whose first panel is at `to`. */
+static void pack_panels(const sh_wmat *m, uint8_t *to, const uint16_t *src, size_t ld, int n, int p0, int p1) {
+    if (m->type == SH_W_BF16)
+        sh_pack_bf16((uint32_t *)(void *)to, src, ld, n, m->k, p0, p1);
+    else
+        sh_quant_pack(m->type, to, src, ld, n, m->k, p0, p1);
+}
+
 static void pack_panel(packing *p, int panel, uint16_t *rows) {
     const job *j = p->j;
     const sh_wmat *m = j->mat;
@@ -502,8 +513,8 @@ static void pack_panel(packing *p, int panel, uint16_t *rows) {
             return;
         }
     }
-    uint32_t *to = (uint32_t *)(uintptr_t)m->data + (size_t)panel * (size_t)m->k * 16;
-    sh_pack_bf16(to, rows, (size_t)m->k, n, m->k, 0, 1);
+    uint8_t *to = (uint8_t *)(uintptr_t)m->data + (size_t)panel * sh_wmat_bytes(m->type, SH_PANEL, m->k);
+    pack_panels(m, to, rows, (size_t)m->k, n, 0, 1);
 }
 
 static void pack_member(void *arg, int member, int size) {
@@ -516,7 +527,7 @@ static void pack_member(void *arg, int member, int size) {
         size_t ld = (size_t)row_items(p->j);
         const uint16_t *src = (const uint16_t *)(const void *)p->j->t[0]->data;
         src += (size_t)p->j->row[0] * ld + (size_t)p->j->col;
-        sh_pack_bf16((uint32_t *)(uintptr_t)m->data, src, ld, m->n, m->k, lo, hi);
+        pack_panels(m, (uint8_t *)(uintptr_t)m->data, src, ld, m->n, lo, hi);
         return;
     }
     uint16_t *rows = malloc(SH_PANEL * (size_t)m->k * sizeof *rows);
@@ -566,7 +577,7 @@ static sh_status pack_all(loader *l, sh_team *team, void (*progress)(void *, siz
             size_t row = (size_t)row_items(j) * item_bytes(j->t[s]->dtype);
             advise(j->t[s]->data + (size_t)j->row[s] * row, (size_t)j->n[s] * row, MADV_DONTNEED);
         }
-        done += j->to ? (size_t)j->k * 4 : sh_wmat_bytes(SH_W_BF16, j->mat->n, j->mat->k);
+        done += j->to ? (size_t)j->k * 4 : sh_wmat_bytes(j->mat->type, j->mat->n, j->mat->k);
         if (progress) progress(arg, done < total ? done : total, total);
     }
     if (progress) progress(arg, total, total);
@@ -627,13 +638,18 @@ static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t,
     return SH_OK;
 }
 
-sh_status sh_weights_load(const char *model_dir, const sh_config *c, sh_share share, int first, int last, sh_team *team,
+sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_weights_options *o, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out) {
-    if (first < 0 || first >= last || last > c->n_layers)
-        SH_FAIL(SH_EINPUT, "layers %d to %d: the model has %d layers", first, last, c->n_layers);
+    if (o->first < 0 || o->first >= o->last || o->last > c->n_layers)
+        SH_FAIL(SH_EINPUT, "layers %d to %d: the model has %d layers", o->first, o->last, c->n_layers);
     sh_weights *w = calloc(1, sizeof *w);
     if (!w) SH_FAIL(SH_EMEMORY, "weights: no memory");
-    *w = (sh_weights){.config = c, .share = share, .first = first, .last = last};
+    *w = (sh_weights){.config = c,
+                      .type = sh_mode_wtype(o->mode),
+                      .share = o->share,
+                      .held = o->held,
+                      .first = o->first,
+                      .last = o->last};
     loader l = {.dir = model_dir, .c = c, .w = w};
     sh_status st = load(&l, team, progress, arg);
     free(l.used);

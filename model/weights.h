@@ -6,6 +6,7 @@
 #ifndef SH_MODEL_WEIGHTS_H
 #define SH_MODEL_WEIGHTS_H
 
+#include <stdbool.h>
 #include "model/config.h"
 #include "model/kernels/kernels.h"
 #include "model/team.h"
@@ -21,8 +22,8 @@ typedef struct sh_layer_weights {
     const float *post_ff_norm_1, *post_ff_norm_2, *pre_ff_norm_2;
     const float *router_scale, *expert_scale; /* [hidden], [experts] */
     sh_wmat router;                           /* [experts, hidden] */
-    const sh_wmat *expert_gate_up;            /* experts × [2·expert_ff, hidden]: gate rows first */
-    const sh_wmat *expert_down;               /* experts × [hidden, expert_ff] */
+    const sh_wmat *expert_gate_up; /* experts × [2·expert_ff, hidden]: gate rows first; data NULL: not held */
+    const sh_wmat *expert_down;    /* experts × [hidden, expert_ff]; the same */
     /* per-layer embedding */
     sh_wmat ple_gate, ple_proj; /* [P, hidden], [hidden, P] */
     sh_wmat ple_model_proj;     /* this layer's rows of per_layer_model_projection: [P, hidden] */
@@ -30,9 +31,22 @@ typedef struct sh_layer_weights {
     float scalar; /* layer_scalar, 1 when absent */
 } sh_layer_weights;
 
+/* Which experts a member of a stage holds. */
+typedef struct sh_held_experts {
+    bool (*holds)(const void *ctx, int layer, int expert); /* NULL: every expert */
+    const void *ctx;
+} sh_held_experts;
+
+/* How matrices are kept in a mode. The router's stays bf16 in all: its choices should not move. */
+static inline sh_wtype sh_mode_wtype(sh_mode m) {
+    return m == SH_MODE_Q8 ? SH_W_Q8 : m == SH_MODE_Q4 ? SH_W_Q4 : SH_W_BF16;
+}
+
 typedef struct sh_weights {
     const sh_config *config; /* borrowed; of the whole model */
+    sh_wtype type;           /* of matrices, the router's apart */
     sh_share share;          /* what of each layer is here */
+    sh_held_experts held;
     int first, last;         /* layers [first, last) */
     sh_layer_weights *layer; /* [last − first] */
     const float *ple_norm;   /* [P] */
@@ -42,12 +56,19 @@ typedef struct sh_weights {
     void *impl;
 } sh_weights;
 
+typedef struct sh_weights_options {
+    sh_mode mode;
+    sh_share share;
+    sh_held_experts held; /* only these are read */
+    int first, last;      /* layers [first, last) */
+} sh_weights_options;
+
 /* Loads a share of layers [first, last) of MODEL; the embedding when first is 0, final norm and head when last is the
  * layer count. Of the matrices that are shared only this part's bytes are read; experts, router and per-layer embedding
  * are whole on every part.
  * Missing, wrongly shaped or typed tensors fail by name; unexpected ones too, except those the model description allows
  * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */
-sh_status sh_weights_load(const char *model_dir, const sh_config *c, sh_share share, int first, int last, sh_team *team,
+sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_weights_options *o, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
 /* Resolves and checks every tensor of an open checkpoint against config.json, from headers alone: what sh_weights_load
  * does first. model_dir is for messages. */

@@ -207,8 +207,11 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *all, const Shoal__Plan *p, i
     int first = p->rank[rank]->first, last = p->rank[rank]->last;
     uint64_t seqs = (uint64_t)p->max_seqs, rows = seqs + (uint64_t)p->chunk, context = (uint64_t)p->max_context;
     uint64_t threads = p->threads ? (uint64_t)p->threads : 16, vocab = (uint64_t)c->vocab;
-    sh_plan_memory m = {.weights = sh_weights_estimate_share(all, share, first, last)};
-    m.scratch = rows * 4 * row_floats(c, first, last) + rope_bytes(c, context);
+    sh_mode mode = SH_MODE_BF16;
+    SH_IGNORE(sh_mode_parse(p->mode, &mode)); /* sh_plan_check has seen it */
+    sh_plan_memory m = {.weights = sh_weights_estimate_share(all, mode, share, first, last)};
+    if (mode >= SH_MODE_Q8) m.scratch += rows * 2 * row_floats(c, first, last); /* rows in 8 bits, with their scales */
+    m.scratch += rows * 4 * row_floats(c, first, last) + rope_bytes(c, context);
     m.scratch += threads * 8192 * widest_head(c); /* attention: blocks of rows, keys and partial sums */
     m.scratch += 4 * (MIB + seqs * 1024 + rows * 8 + context * 4); /* descriptors of micro-batches */
     m.scratch += exchange_bytes(all, share, first, last, rows);

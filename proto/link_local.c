@@ -35,8 +35,8 @@ typedef struct hub { /* shared by all ranks of the group */
 typedef struct local_link {
     sh_link base;
     hub *hub;
-    message slot[SH_LINK_MAX_SENDS];
-    int to[SH_LINK_MAX_SENDS];
+    message slot[SH_LINK_MAX_REQUESTS];
+    int to[SH_LINK_MAX_REQUESTS];
 } local_link;
 
 static local_link *local(sh_link *l) {
@@ -53,8 +53,8 @@ static sh_status local_send(sh_link *base, int to, int tag, const void *p, size_
     SH_TRY(check_peer(base, to, "send to"));
     int i = 0;
     pthread_mutex_lock(&l->hub->lock);
-    while (i < SH_LINK_MAX_SENDS && l->slot[i].state != FREE) i++;
-    if (i < SH_LINK_MAX_SENDS) {
+    while (i < SH_LINK_MAX_REQUESTS && l->slot[i].state != FREE) i++;
+    if (i < SH_LINK_MAX_REQUESTS) {
         message *m = &l->slot[i];
         *m = (message){.data = p, .len = n, .from = base->rank, .tag = tag, .state = QUEUED};
         l->to[i] = to;
@@ -66,16 +66,15 @@ static sh_status local_send(sh_link *base, int to, int tag, const void *p, size_
         b->tail = m;
     }
     pthread_mutex_unlock(&l->hub->lock);
-    if (i == SH_LINK_MAX_SENDS) SH_FAIL(SH_ELIMIT, "more than %d sends are open", SH_LINK_MAX_SENDS);
-    base->sent_bytes += n;
-    base->sent_messages++;
+    if (i == SH_LINK_MAX_REQUESTS) SH_FAIL(SH_ELIMIT, "more than %d requests are open", SH_LINK_MAX_REQUESTS);
+    sh_link_book(base, tag, n);
     *req = i;
     return SH_OK;
 }
 
 static sh_status local_test(sh_link *base, int req, bool *done) {
     local_link *l = local(base);
-    if (req < 0 || req >= SH_LINK_MAX_SENDS) SH_FAIL(SH_ESTATE, "request %d is not open", req);
+    if (req < 0 || req >= SH_LINK_MAX_REQUESTS) SH_FAIL(SH_ESTATE, "request %d is not open", req);
     pthread_mutex_lock(&l->hub->lock);
     bool open = l->slot[req].state != FREE, taken = l->slot[req].state == TAKEN;
     if (taken) l->slot[req].state = FREE;
@@ -137,6 +136,22 @@ static sh_status local_recv(sh_link *base, int from, int tag, void *p, size_t le
     return SH_OK;
 }
 
+/* What waits is whole: it is copied at once, and the request only says so. */
+static sh_status local_accept(sh_link *base, int from, int tag, void *p, size_t len, int *req) {
+    local_link *l = local(base);
+    int i = 0;
+    pthread_mutex_lock(&l->hub->lock);
+    while (i < SH_LINK_MAX_REQUESTS && l->slot[i].state != FREE) i++;
+    pthread_mutex_unlock(&l->hub->lock); /* this rank alone fills its slots */
+    if (i == SH_LINK_MAX_REQUESTS) SH_FAIL(SH_ELIMIT, "more than %d requests are open", SH_LINK_MAX_REQUESTS);
+    SH_TRY(local_recv(base, from, tag, p, len));
+    pthread_mutex_lock(&l->hub->lock);
+    l->slot[i] = (message){.state = TAKEN};
+    pthread_mutex_unlock(&l->hub->lock);
+    *req = i;
+    return SH_OK;
+}
+
 static sh_status local_barrier(sh_link *base) {
     hub *h = local(base)->hub;
     pthread_mutex_lock(&h->lock);
@@ -168,7 +183,7 @@ static void local_destroy(sh_link **p) {
     local_link *l = local(*p);
     if (!l) return;
     pthread_mutex_lock(&l->hub->lock);
-    for (int i = 0; i < SH_LINK_MAX_SENDS; i++) { /* what nobody took is gone with its sender */
+    for (int i = 0; i < SH_LINK_MAX_REQUESTS; i++) { /* what nobody took is gone with its sender */
         message *before = NULL, *m = &l->slot[i];
         if (m->state != QUEUED) continue;
         mailbox *b = &l->hub->box[l->to[i]];
@@ -185,6 +200,7 @@ static const sh_link_ops local_ops = {.name = "local",
                                       .send = local_send,
                                       .test = local_test,
                                       .probe = local_probe,
+                                      .accept = local_accept,
                                       .recv = local_recv,
                                       .barrier = local_barrier,
                                       .destroy = local_destroy};

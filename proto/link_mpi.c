@@ -14,8 +14,8 @@
 
 typedef struct mpi_link {
     sh_link base;
-    MPI_Request req[SH_LINK_MAX_SENDS];
-    bool open[SH_LINK_MAX_SENDS];
+    MPI_Request req[SH_LINK_MAX_REQUESTS];
+    bool open[SH_LINK_MAX_REQUESTS];
 } mpi_link;
 
 static sh_status check(int rc, const char *what) {
@@ -48,29 +48,34 @@ static sh_status type_for(size_t n, int *count, MPI_Datatype *type, bool *made) 
     return SH_OK;
 }
 
+static sh_status free_request(const mpi_link *l, int *out) {
+    int i = 0;
+    while (i < SH_LINK_MAX_REQUESTS && l->open[i]) i++;
+    if (i == SH_LINK_MAX_REQUESTS) SH_FAIL(SH_ELIMIT, "more than %d requests are open", SH_LINK_MAX_REQUESTS);
+    *out = i;
+    return SH_OK;
+}
+
 static sh_status mpi_send(sh_link *base, int to, int tag, const void *p, size_t n, int *req) {
     mpi_link *l = (mpi_link *)base;
     if (to < 0 || to >= base->size) SH_FAIL(SH_EINPUT, "send to rank %d: ranks are 0 to %d", to, base->size - 1);
-    int i = 0;
-    while (i < SH_LINK_MAX_SENDS && l->open[i]) i++;
-    if (i == SH_LINK_MAX_SENDS) SH_FAIL(SH_ELIMIT, "more than %d sends are open", SH_LINK_MAX_SENDS);
-    int count = 0;
+    int i = 0, count = 0;
     bool made = false;
     MPI_Datatype type = MPI_BYTE;
+    SH_TRY(free_request(l, &i));
     SH_TRY(type_for(n, &count, &type, &made));
     int rc = MPI_Isend(p, count, type, to, tag, MPI_COMM_WORLD, &l->req[i]);
     if (made) MPI_Type_free(&type); /* MPI keeps it until the request is done */
     SH_TRY(check(rc, "MPI_Isend"));
     l->open[i] = true;
-    base->sent_bytes += n;
-    base->sent_messages++;
+    sh_link_book(base, tag, n);
     *req = i;
     return SH_OK;
 }
 
 static sh_status mpi_test(sh_link *base, int req, bool *done) {
     mpi_link *l = (mpi_link *)base;
-    if (req < 0 || req >= SH_LINK_MAX_SENDS || !l->open[req]) SH_FAIL(SH_ESTATE, "request %d is not open", req);
+    if (req < 0 || req >= SH_LINK_MAX_REQUESTS || !l->open[req]) SH_FAIL(SH_ESTATE, "request %d is not open", req);
     int flag = 0;
     SH_TRY(check(MPI_Test(&l->req[req], &flag, MPI_STATUS_IGNORE), "MPI_Test"));
     if (flag) l->open[req] = false;
@@ -94,21 +99,31 @@ static sh_status mpi_probe(sh_link *base, int from, int tag, bool *found, int *s
     return SH_OK;
 }
 
-static sh_status mpi_recv(sh_link *base, int from, int tag, void *p, size_t len) {
+static sh_status mpi_accept(sh_link *base, int from, int tag, void *p, size_t len, int *req) {
+    mpi_link *l = (mpi_link *)base;
     if (from < 0 || from >= base->size)
         SH_FAIL(SH_EINPUT, "receive from rank %d: ranks are 0 to %d", from, base->size - 1);
-    int count = 0, flag = 0;
+    int i = 0, count = 0;
     bool made = false;
     MPI_Datatype type = MPI_BYTE;
+    SH_TRY(free_request(l, &i));
     SH_TRY(type_for(len, &count, &type, &made));
-    MPI_Request req;
-    int rc = MPI_Irecv(p, count, type, from, tag, MPI_COMM_WORLD, &req);
+    int rc = MPI_Irecv(p, count, type, from, tag, MPI_COMM_WORLD, &l->req[i]);
     if (made) MPI_Type_free(&type);
     SH_TRY(check(rc, "MPI_Irecv"));
+    l->open[i] = true;
+    *req = i;
+    return SH_OK;
+}
+
+static sh_status mpi_recv(sh_link *base, int from, int tag, void *p, size_t len) {
+    int req = 0;
+    bool done = false;
+    SH_TRY(mpi_accept(base, from, tag, p, len, &req));
     double since = sh_now();
-    while (!flag) {
-        SH_TRY(check(MPI_Test(&req, &flag, MPI_STATUS_IGNORE), "MPI_Test"));
-        if (!flag && sh_now() - since > 1e-3) sh_sleep(50e-6); /* long messages: leave the core to who sends */
+    while (!done) {
+        SH_TRY(mpi_test(base, req, &done));
+        if (!done && sh_now() - since > 1e-3) sh_sleep(50e-6); /* long messages: leave the core to who sends */
     }
     return SH_OK;
 }
@@ -136,6 +151,7 @@ static const sh_link_ops mpi_ops = {.name = "mpi",
                                     .send = mpi_send,
                                     .test = mpi_test,
                                     .probe = mpi_probe,
+                                    .accept = mpi_accept,
                                     .recv = mpi_recv,
                                     .barrier = mpi_barrier,
                                     .destroy = mpi_destroy};

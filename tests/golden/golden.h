@@ -117,6 +117,7 @@ typedef struct chain {
     int32_t *ids;
     sh_span *spans;
     uint64_t step;
+    int32_t widest_rows, widest_kept; /* among the members of the stage; 0: alone */
 } chain;
 
 typedef struct chain_options {
@@ -189,7 +190,11 @@ static inline void seq_close(seq *s) {
 /* One micro-batch: take[i] rows of seqs[i] (0: left out), keep[i] of them kept. ch->hidden gets the kept rows. Returns
  * how many. */
 static inline int chain_step(chain *ch, seq *seqs, int n, const int *take, const int *keep) {
-    sh_batch b = {.step = ++ch->step, .ids = ch->ids, .spans = ch->spans};
+    sh_batch b = {.step = ++ch->step,
+                  .ids = ch->ids,
+                  .spans = ch->spans,
+                  .widest_rows = ch->widest_rows,
+                  .widest_kept = ch->widest_kept};
     for (int i = 0; i < n; i++) {
         if (take[i] == 0) continue;
         seq *s = &seqs[i];

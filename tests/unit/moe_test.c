@@ -80,14 +80,16 @@ static int tear_down(void) {
     return 0;
 }
 
-static void run(sh_mode mode, const sh_peers *peers, sh_team *t, const float *in, int n, float *z, int32_t *ids,
+static void run(sh_mode mode, const sh_expert_peers *peers, sh_team *t, const float *in, int n, float *z, int32_t *ids,
                 float *w) {
     sh_moe *m = NULL;
+    int slot = peers ? 1 : 0;
     CU_ASSERT_FATAL(sh_moe_create(&config, mode, ROWS, t, kn, peers, &m) == SH_OK);
-    sh_moe_begin(m, 0, &weights, in, n);
-    if (ids) memcpy(ids, sh_moe_ids(m), (size_t)(n * TOP) * sizeof *ids);
-    if (w) memcpy(w, sh_moe_weights(m), (size_t)(n * TOP) * sizeof *w);
-    sh_moe_end(m, 0, &weights, z);
+    CU_ASSERT_EQUAL(sh_moe_begin(m, slot, 0, &weights, in, n), SH_OK);
+    if (ids) memcpy(ids, sh_moe_ids(m, slot), (size_t)(n * TOP) * sizeof *ids);
+    if (w) memcpy(w, sh_moe_weights(m, slot), (size_t)(n * TOP) * sizeof *w);
+    CU_ASSERT_EQUAL(sh_moe_compute(m, slot, &weights), SH_OK);
+    CU_ASSERT_EQUAL(sh_moe_end(m, slot, z), SH_OK);
     sh_moe_destroy(&m);
     sh_moe_destroy(&m);
 }
@@ -168,52 +170,121 @@ static void not_a_number(void) {
     CU_ASSERT(memcmp(alone, z + H, sizeof alone) == 0);
 }
 
-/* Experts elsewhere: gets rows as they travel, answers per choice. */
-typedef struct remote {
+/* A member that holds the odd experts, and sends as many rows as it gets, for the even ones. */
+typedef struct other {
     sh_mode mode;
-    float rows[ROWS * H];
-    int32_t ids[ROWS * TOP];
-} remote;
+    int calls;
+    uint8_t rows[ROWS * H * 4], results[ROWS * TOP * H * 4];   /* of the rows that came */
+    uint8_t theirs[ROWS * H * 4], answers[ROWS * TOP * H * 4]; /* of those that it sends */
+    uint16_t choice[ROWS * TOP][2];
+    sh_expert_guest guest;
+} other;
 
-static void remote_begin(void *ctx, int layer, const float *rows, const int32_t *ids, int n) {
-    remote *r = ctx;
-    CU_ASSERT_EQUAL(layer, 0);
-    memcpy(r->rows, rows, (size_t)(n * H) * sizeof(float));
-    memcpy(r->ids, ids, (size_t)(n * TOP) * sizeof *ids);
+static size_t wire(const other *o) {
+    return o->mode == SH_MODE_BF16 ? 2 : 4;
 }
 
-static void remote_end(void *ctx, int layer, float *results, int n) {
-    remote *r = ctx;
-    (void)layer;
+/* One expert on one row, as it travels. */
+static void expert_row(const other *o, int e, const uint8_t *row, uint8_t *to) {
+    float in[H], act[2 * FF], out[H];
+    if (o->mode == SH_MODE_BF16)
+        kn->from_bf16(in, (const uint16_t *)(const void *)row, H);
+    else
+        memcpy(in, row, sizeof in);
+    kn->gemm(&gate_up_mats[e], 0, sh_wmat_panels(2 * FF), in, H, 1, act, 2 * FF);
+    kn->gelu_mul(act, act, act + FF, FF);
+    kn->gemm(&down_mats[e], 0, sh_wmat_panels(H), act, FF, 1, out, H);
+    if (o->mode == SH_MODE_BF16)
+        kn->to_bf16((uint16_t *)(void *)to, out, H);
+    else
+        memcpy(to, out, sizeof out);
+}
+
+static bool other_holds(const void *ctx, int layer, int expert) {
+    (void)ctx, (void)layer;
+    return expert % 2 == 0;
+}
+
+static sh_status other_begin(void *ctx, int slot, int layer, const void *rows, const int32_t *ids, int n,
+                             const void **answer) {
+    other *o = ctx;
+    CU_ASSERT(slot == 1 && layer == 0 && o->calls++ == 0);
+    memcpy(o->rows, rows, (size_t)n * H * wire(o));
     for (int i = n * TOP - 1; i >= 0; i--) { /* in whatever order */
-        float act[2 * FF], *out = results + (size_t)i * H;
-        int e = r->ids[i];
-        kn->gemm(&gate_up_mats[e], 0, sh_wmat_panels(2 * FF), r->rows + (size_t)(i / TOP) * H, H, 1, act, 2 * FF);
-        kn->gelu_mul(act, act, act + FF, FF);
-        kn->gemm(&down_mats[e], 0, sh_wmat_panels(H), act, FF, 1, out, H);
-        if (r->mode != SH_MODE_BF16) continue;
-        uint16_t half[H];
-        kn->to_bf16(half, out, H);
-        kn->from_bf16(out, half, H);
+        if (ids[i] % 2 == 0) continue;
+        uint8_t *to = o->results + (size_t)i * H * wire(o);
+        expert_row(o, ids[i], o->rows + (size_t)(i / TOP) * H * wire(o), to);
+        answer[i] = to;
     }
+    return SH_OK;
+}
+
+static sh_status other_guests(void *ctx, int slot, const sh_expert_guest **guests, int *n) {
+    other *o = ctx;
+    CU_ASSERT(slot == 1 && o->calls++ == 1);
+    memcpy(o->theirs, o->rows, sizeof o->rows);
+    o->guest = (sh_expert_guest){.n_rows = ROWS, .choice = o->choice, .rows = o->theirs, .results = o->answers};
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j <= r % TOP; j++) {
+            o->choice[o->guest.n_choices][0] = (uint16_t)r;
+            o->choice[o->guest.n_choices++][1] = (uint16_t)(r % 5 == 4 ? 8 : 2 * j); /* one expert gets many */
+        }
+    *guests = &o->guest;
+    *n = 1;
+    return SH_OK;
+}
+
+static sh_status other_reply(void *ctx, int slot) {
+    other *o = ctx;
+    CU_ASSERT(slot == 1 && o->calls++ == 2);
+    for (int i = 0; i < o->guest.n_choices; i++) {
+        uint8_t want[H * 4];
+        size_t bytes = H * wire(o);
+        expert_row(o, o->choice[i][1], o->theirs + o->choice[i][0] * bytes, want);
+        CU_ASSERT(memcmp(want, o->answers + (size_t)i * bytes, bytes) == 0);
+    }
+    return SH_OK;
+}
+
+static sh_status other_end(void *ctx, int slot) {
+    other *o = ctx;
+    CU_ASSERT(slot == 1 && o->calls++ == 3);
+    return SH_OK;
+}
+
+static void other_poll(void *ctx) {
+    (void)ctx;
 }
 
 static void placement(void) {
-    static remote r;
-    sh_peers peers = {.ctx = &r, .experts_begin = remote_begin, .experts_end = remote_end};
+    static other o;
+    sh_expert_peers peers = {.ctx = &o,
+                             .members = 2,
+                             .part_rows = ROWS,
+                             .split_rows = ROWS + 1,
+                             .holds = other_holds,
+                             .begin = other_begin,
+                             .guests = other_guests,
+                             .reply = other_reply,
+                             .end = other_end,
+                             .poll = other_poll};
     sh_team *two = NULL;
     CU_ASSERT_FATAL(sh_team_create(2, NULL, 0, &two) == SH_OK);
-    float local[ROWS * H], other[ROWS * H];
+    float local[ROWS * H], elsewhere[ROWS * H];
     for (int mode = SH_MODE_EXACT; mode <= SH_MODE_BF16; mode++) {
-        r.mode = (sh_mode)mode;
-        run(r.mode, NULL, team, x, ROWS, local, NULL, NULL);
-        run(r.mode, &peers, team, x, ROWS, other, NULL, NULL);
-        CU_ASSERT(memcmp(local, other, sizeof local) == 0);
-        run(r.mode, NULL, two, x, ROWS, other, NULL, NULL);
-        CU_ASSERT(memcmp(local, other, sizeof local) == 0);
+        o.mode = (sh_mode)mode;
+        run(o.mode, NULL, team, x, ROWS, local, NULL, NULL);
+        for (int i = 0; i < 2; i++) {
+            o.calls = 0;
+            run(o.mode, &peers, i ? two : team, x, ROWS, elsewhere, NULL, NULL);
+            CU_ASSERT(memcmp(local, elsewhere, sizeof local) == 0);
+            CU_ASSERT_EQUAL(o.calls, 4);
+        }
+        run(o.mode, NULL, two, x, ROWS, elsewhere, NULL, NULL);
+        CU_ASSERT(memcmp(local, elsewhere, sizeof local) == 0);
         for (int i = 0; i < ROWS; i++) { /* a row alone */
-            run(r.mode, NULL, team, x + i * H, 1, other, NULL, NULL);
-            CU_ASSERT(memcmp(local + i * H, other, H * sizeof(float)) == 0);
+            run(o.mode, NULL, team, x + i * H, 1, elsewhere, NULL, NULL);
+            CU_ASSERT(memcmp(local + i * H, elsewhere, H * sizeof(float)) == 0);
         }
     }
     sh_team_destroy(&two);

@@ -294,7 +294,7 @@ static void test_rank_budget(void) {
         CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, i, 40960 * MIB, &left), SH_OK);
         CU_ASSERT_EQUAL(left, 40960 * MIB - m.weights - m.scratch - m.reserve);
     }
-    CU_ASSERT_EQUAL(total, sh_weights_estimate(&b31, 0, 60));
+    CU_ASSERT_EQUAL(total, sh_weights_estimate(&b31, SH_MODE_BF16, 0, 60));
     left = 7;
     CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, 1, 8192 * MIB, &left), SH_EMEMORY);
     CU_ASSERT_EQUAL(left, 7);

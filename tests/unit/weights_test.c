@@ -81,11 +81,13 @@ static void test_fixtures(void) {
         size_t p[2] = {0};
         CU_ASSERT_EQUAL_FATAL(sh_config_load(model[i], &c), SH_OK);
         CU_ASSERT_EQUAL_FATAL(sh_tensors_open(model[i], &t), SH_OK);
-        sh_status st = sh_weights_load(model[i], &c, (sh_share){0}, 0, c.n_layers, NULL, progressed, p, &w);
+        sh_status st =
+            sh_weights_load(model[i], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers},
+                            NULL, progressed, p, &w);
         if (st != SH_OK) printf("%s\n", sh_error_text());
         CU_ASSERT_EQUAL_FATAL(st, SH_OK);
         CU_ASSERT_EQUAL(p[0], p[1]);
-        CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, 0, c.n_layers));
+        CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, SH_MODE_BF16, 0, c.n_layers));
         for (int y = 0; y < c.n_layers; y++) check_layer(&c, t, y, &w->layer[y]);
         CU_ASSERT_EQUAL(differing(t, "model.language_model.embed_tokens.weight", 0, &w->head), 0);
         sh_weights_destroy(&w);
@@ -110,7 +112,10 @@ static void test_vectors(void) {
         sh_tensors *t = NULL;
         CU_ASSERT_EQUAL_FATAL(sh_config_load(model[i], &c), SH_OK);
         CU_ASSERT_EQUAL_FATAL(sh_tensors_open(model[i], &t), SH_OK);
-        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &c, (sh_share){0}, 0, c.n_layers, NULL, NULL, NULL, &w), SH_OK);
+        CU_ASSERT_EQUAL_FATAL(
+            sh_weights_load(model[i], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers},
+                            NULL, NULL, NULL, &w),
+            SH_OK);
         const sh_tensor *norm = sh_tensors_find(t, "model.language_model.norm.weight");
         const sh_tensor *scalar = sh_tensors_find(t, "model.language_model.layers.2.layer_scalar");
         const sh_tensor *post = sh_tensors_find(t, "model.language_model.layers.1.post_feedforward_layernorm.weight");
@@ -152,9 +157,11 @@ static void test_stages(void) {
         for (int first = 0, last; first < c.n_layers; first = last) {
             last = first + 2 < c.n_layers ? first + 2 : c.n_layers;
             sh_weights *w = NULL;
-            CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &c, (sh_share){0}, first, last, team, NULL, NULL, &w),
-                                  SH_OK);
-            CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, first, last));
+            CU_ASSERT_EQUAL_FATAL(
+                sh_weights_load(model[i], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = first, .last = last},
+                                team, NULL, NULL, &w),
+                SH_OK);
+            CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, SH_MODE_BF16, first, last));
             for (int y = first; y < last; y++) check_layer(&c, t, y, &w->layer[y - first]);
             CU_ASSERT_EQUAL(w->head.data != NULL, last == c.n_layers);
             CU_ASSERT_EQUAL(w->final_norm != NULL, last == c.n_layers);
@@ -168,9 +175,13 @@ static void test_stages(void) {
     sh_config c;
     sh_weights *w = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model[0], &c), SH_OK);
-    CU_ASSERT_EQUAL(sh_weights_load(model[0], &c, (sh_share){0}, 3, 3, NULL, NULL, NULL, &w), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_weights_load(model[0], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 3, .last = 3},
+                                    NULL, NULL, NULL, &w),
+                    SH_EINPUT);
     CU_ASSERT_STRING_EQUAL(sh_error_text(), "layers 3 to 3: the model has 12 layers");
-    CU_ASSERT_EQUAL(sh_weights_load(model[0], &c, (sh_share){0}, 3, 13, NULL, NULL, NULL, &w), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_weights_load(model[0], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 3, .last = 13},
+                                    NULL, NULL, NULL, &w),
+                    SH_EINPUT);
 }
 
 /* --- rewriting a fixture -------------------------------------------------------------------------------------------
@@ -287,7 +298,8 @@ static void check_spelling(const char *from, const edit *e, bool tied) {
     CU_ASSERT_EQUAL_FATAL(sh_config_load(from, &c), SH_OK);
     c.tied = tied;
     CU_ASSERT_EQUAL_FATAL(sh_tensors_open(from, &t), SH_OK);
-    sh_status st = sh_weights_load(dir, &c, (sh_share){0}, 0, c.n_layers, NULL, NULL, NULL, &w);
+    sh_status st = sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers},
+                                   NULL, NULL, NULL, &w);
     if (st != SH_OK) printf("\n%s\n", sh_error_text());
     CU_ASSERT_EQUAL_FATAL(st, SH_OK);
     for (int y = 0; y < c.n_layers; y++) check_layer(&c, t, y, &w->layer[y]);
@@ -330,7 +342,9 @@ static void test_half(void) {
     sh_weights *w = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model[2], &c), SH_OK);
     rewrite(model[2], &(edit){.type = "F16"});
-    CU_ASSERT_EQUAL(sh_weights_load(dir, &c, (sh_share){0}, 0, c.n_layers, NULL, NULL, NULL, &w),
+    CU_ASSERT_EQUAL(sh_weights_load(dir, &c,
+                                    &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers}, NULL,
+                                    NULL, NULL, &w),
                     SH_OK); /* 8 bits of mantissa fit */
     sh_tensors *t = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_tensors_open(model[2], &t), SH_OK);
@@ -355,7 +369,10 @@ static void refused(int from, const edit *e, bool tied, sh_status code, const ch
     rewrite(model[from], e);
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model[from], &c), SH_OK);
     c.tied = tied;
-    CU_ASSERT_EQUAL(sh_weights_load(dir, &c, (sh_share){0}, 0, c.n_layers, NULL, NULL, NULL, &w), code);
+    CU_ASSERT_EQUAL(sh_weights_load(dir, &c,
+                                    &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers}, NULL,
+                                    NULL, NULL, &w),
+                    code);
     CU_ASSERT_PTR_NULL(w);
     sh_weights_destroy(&w);
     snprintf(want, sizeof want, "%s%s", dir, message);
