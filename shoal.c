@@ -12,6 +12,7 @@ static const struct {
     bool more; /* a blank line before it in the overview */
 } commands[] = {
     {"run", "answer a file of requests, start to end", sh_cmd_run, false},
+    {"plan", "what would go where on which machine, what it costs, and why", sh_cmd_plan, false},
     {"inspect", "what a checkpoint is: variant, layers, parameters, memory per mode", sh_cmd_inspect, false},
     {"bench", "tokens/s, bytes/s and the share of this machine's limits", sh_cmd_bench, false},
     {"doctor", "what this machine has, what is missing, and the command that mends it", sh_cmd_doctor, false},
@@ -62,7 +63,6 @@ static int distance(const char *a, const char *b) {
 
 static int unknown_command(const char *name) {
     static const char *const later[][2] = {
-        {"plan", "'shoal inspect' tells what a model needs, the first line of a run its plan"},
         {"drain", "'shoal cancel' ends a job; a killed group's requests go on elsewhere"}};
     for (size_t i = 0; i < sizeof later / sizeof *later; i++)
         if (strcmp(name, later[i][0]) == 0) {
@@ -79,7 +79,7 @@ static int unknown_command(const char *name) {
 
 /* Commands that compute, themselves or in processes they start. */
 static bool runs_teams(const char *name) {
-    static const char *const those[] = {"run", "serve", "worker", "bench"};
+    static const char *const those[] = {"run", "serve", "worker", "bench", "plan"};
     for (size_t i = 0; i < sizeof those / sizeof *those; i++)
         if (strcmp(name, those[i]) == 0) return true;
     return false;

@@ -23,6 +23,7 @@ enum {
 };
 
 int sh_cmd_run(int argc, char **argv);
+int sh_cmd_plan(int argc, char **argv);
 int sh_cmd_serve(int argc, char **argv);
 int sh_cmd_worker(int argc, char **argv);
 int sh_cmd_submit(int argc, char **argv);

@@ -105,6 +105,10 @@ void sh_facts_isa(char *to, size_t size) {
     if (n < size) snprintf(to + n, size - n, ")");
 }
 
+const char *sh_facts_version(void) {
+    return SH_VERSION;
+}
+
 void sh_facts_print_version(FILE *to) {
     char isa[SH_FACTS_MAX];
     sh_facts_isa(isa, sizeof isa);

@@ -19,6 +19,7 @@ int sh_facts_libraries(sh_library_fact *f, int max);
 void sh_facts_isa(char *to, size_t size);
 /* OpenBLAS's core name ("SkylakeX"); "" when the library does not tell. */
 const char *sh_facts_blas_core(void);
+const char *sh_facts_version(void);
 void sh_facts_print_version(FILE *to);
 
 #endif

@@ -92,6 +92,14 @@ static sh_status set_number(const sh_option *o, const char *v) {
     return SH_OK;
 }
 
+static sh_status add_text(sh_option_texts *to, const sh_option *o, const char *v) {
+    if (!*v) SH_FAIL(SH_EINPUT, "the value is empty: give %s", o->arg ? o->arg : "a value");
+    if (to->n == SH_OPTION_TEXTS_MAX)
+        SH_FAIL(SH_EINPUT, "is given more than %d times: that many are allowed", SH_OPTION_TEXTS_MAX);
+    to->text[to->n++] = v;
+    return SH_OK;
+}
+
 static sh_status set_value(const sh_option *o, const char *v) {
     switch (o->kind) {
     case SH_OPTION_FLAG:
@@ -101,6 +109,8 @@ static sh_status set_value(const sh_option *o, const char *v) {
         if (!*v) SH_FAIL(SH_EINPUT, "the value is empty: give %s", o->arg ? o->arg : "a value");
         *(const char **)o->to = v;
         return SH_OK;
+    case SH_OPTION_TEXTS:
+        return add_text(o->to, o, v);
     case SH_OPTION_SIZE:
         return sh_options_size(v, o->to);
     case SH_OPTION_LIST: {
@@ -291,7 +301,12 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {"chunk", 0, SH_OPTION_INT, &s->chunk, "N", "prompt tokens per step", 1, SH_MAX_CHUNK},
         {"kv-memory", 0, SH_OPTION_SIZE, &s->kv_memory, "SIZE",
          "KV budget per rank, such as 8GiB (default: what is left after weights)"},
-        {"plan", 0, SH_OPTION_LATER, NULL, "FILE", "give -n and --cuts"},
+        {"routing", 0, SH_OPTION_TEXT, &s->routing, "FILE",
+         "with --ep: place experts by counts that --save-routing wrote (default: even shares)"},
+        {"replicate", 0, SH_OPTION_SIZE, &s->replicate, "SIZE",
+         "with --routing: memory per rank for copies of hot experts, such as 2GiB (default 0)"},
+        {"plan", 0, SH_OPTION_TEXT, &s->plan, "FILE",
+         "a plan made by 'shoal plan -o', in place of -n, --pp, --ep, --tp, --cp and --cuts"},
         {"report", 0, SH_OPTION_LATER, NULL, "FILE", "the closing table and --progress json tell what happened"},
         {"vision-tokens", 0, SH_OPTION_LATER, NULL, "LIST", "text only for now"},
     };
@@ -332,7 +347,8 @@ void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out
                              .max_seqs = s->max_seqs,
                              .chunk = s->chunk,
                              .max_context = s->max_context,
-                             .kv_memory = s->kv_memory};
+                             .kv_memory = s->kv_memory,
+                             .replicate = s->replicate};
 }
 
 sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size) {

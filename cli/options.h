@@ -23,6 +23,7 @@
 typedef enum sh_option_kind {
     SH_OPTION_FLAG,   /* bool *: takes no value */
     SH_OPTION_TEXT,   /* const char **: borrowed from argv, not empty */
+    SH_OPTION_TEXTS,  /* sh_option_texts *: each time it is given, one more */
     SH_OPTION_INT,    /* int *: min to max */
     SH_OPTION_U64,    /* uint64_t * */
     SH_OPTION_SIZE,   /* uint64_t *: bytes, with KiB, MiB, GiB, TiB, KB, MB, GB, TB, or K, M, G, T (binary) */
@@ -43,6 +44,12 @@ typedef struct sh_option {
     const char *const *choices; /* ends with NULL */
 } sh_option;
 
+#define SH_OPTION_TEXTS_MAX 16
+typedef struct sh_option_texts {
+    const char *text[SH_OPTION_TEXTS_MAX]; /* borrowed from argv, not empty */
+    int n;
+} sh_option_texts;
+
 /* Parses argv[1 …]; operands are moved to argv[1 … *operands], in order. */
 sh_status sh_options_parse(const sh_option *t, int n, int argc, char **argv, int *operands);
 void sh_options_help(FILE *to, const sh_option *t, int n);
@@ -62,8 +69,11 @@ typedef struct sh_shared_options {
     int pp, ep, tp, cp; /* 0: not given */
     int tp_reduce_at;   /* place in the choices: 0 gather, 1 sum */
     const char *cuts;   /* NULL: not given */
+    const char *plan;   /* file, see planuse.h; NULL: not given */
     int mode_at, kv_at; /* place in the choices; kv_at −1: not given */
     uint64_t kv_memory;
+    const char *routing; /* NULL: not given */
+    uint64_t replicate;
     int max_context, threads, max_seqs, chunk;
     uint64_t seed;
     int default_max_tokens;

@@ -207,7 +207,8 @@ static sh_status stage_lines(const sh_closing *c, sh_buf *to) {
                 st = sh_buf_printf(to, "  %s, %s\n", gs->group, gs->state);
                 named = true;
             }
-            double f = all > 0 ? 100 / all : 0, gbs = t->weights > 0 ? (double)t->bytes / t->weights * 1e-9 : 0;
+            double reading = t->weights + t->experts; /* of all weights: in a small batch not all experts' are read */
+            double f = all > 0 ? 100 / all : 0, gbs = reading > 0 ? (double)t->bytes / reading * 1e-9 : 0;
             if (st == SH_OK && all > 0)
                 st = sh_buf_printf(
                     to, "  %5d   %5.0f %%  %7.0f %%  %5.0f %%  %6.0f %%  %3.0f %%  %3.0f %%  %8llu  %5.1f GB/s",

@@ -18,6 +18,7 @@
 #include "cli/hosts.h"
 #include "cli/input.h"
 #include "cli/options.h"
+#include "cli/planuse.h"
 #include "cli/session.h"
 #include "common/clock.h"
 #include "common/file.h"
@@ -25,6 +26,7 @@
 #include "common/log.h"
 #include "partition/machine.h"
 #include "partition/plan.h"
+#include "partition/routing.h"
 
 static const char usage[] =
     "Usage: shoal run -m MODEL -i requests.jsonl -o results.jsonl [-n RANKS] [options]\n"
@@ -35,7 +37,7 @@ static const char usage[] =
 
 typedef struct run {
     sh_shared_options shared;
-    const char *input, *output, *store, *hosts, *launcher;
+    const char *input, *output, *store, *hosts, *launcher, *routing;
     bool ordered, keep_store, resume;
     int style;
     char model[PATH_MAX], model_name[320], program[PATH_MAX], store_path[PATH_MAX], spool[PATH_MAX];
@@ -82,6 +84,8 @@ static int option_table(run *r, sh_option *t) {
         "resume",   0,    SH_OPTION_FLAG,
         &r->resume, NULL, "only go on with a job: refuse to begin one (a store that exists is always taken up)"};
     t[n++] = (sh_option){"ordered", 0, SH_OPTION_FLAG, &r->ordered, NULL, "results in the order of the input"};
+    t[n++] = (sh_option){"save-routing", 0,      SH_OPTION_TEXT,
+                         &r->routing,    "FILE", "write how often each expert was chosen, for --routing"};
     t[n++] = (sh_option){"progress",
                          0,
                          SH_OPTION_CHOICE,
@@ -194,10 +198,16 @@ static sh_status check_output(run *r) {
 /* The coordinator makes the same plan; what is wrong with it is better said before anything is started. */
 static sh_status check_plan(const run *r, const sh_config *config) {
     sh_plan_request q;
+    if (r->shared.plan) return SH_OK; /* read and checked already */
     sh_options_plan(&r->shared, r->ranks, &q);
     Shoal__Plan *plan = NULL;
+    SH_CLEANUP(sh_routing_destroy) sh_routing *routing = NULL;
+    sh_status st = r->shared.routing ? sh_routing_load(r->shared.routing, config, &routing) : SH_OK;
+    if (st != SH_OK) return sh_error_prefix(st, "--routing");
+    q.routing = routing;
     SH_TRY(sh_plan_make(config, &q, &plan));
     sh_plan_free(&plan);
+    if (r->routing && config->experts == 0) SH_FAIL(SH_EINPUT, "--save-routing: the model has no experts to count");
     return SH_OK;
 }
 
@@ -225,6 +235,9 @@ static sh_status choose_ranks(run *r, int numa) {
 static sh_status check_ranks(run *r) {
     static sh_config config; /* a large table */
     SH_TRY(sh_config_load(r->model, &config));
+    Shoal__Plan *plan = NULL;
+    SH_TRY(sh_plan_use(&r->shared, &config, &plan));
+    sh_plan_free(&plan);
     r->ranks = sh_options_ranks(&r->shared);
     static sh_machine machine;
     SH_TRY(sh_machine_read(NULL, &machine));
@@ -321,6 +334,7 @@ static int answer(run *r, sh_session *s, bool *complete) {
     sh_status st = sh_session_drive(s);
     bool finished = st == SH_OK;
     if (finished) st = sh_session_collect(s, r->output, &outcomes);
+    if (finished && st == SH_OK && r->routing) st = sh_session_save_routing(s, r->routing);
     char reason[1024];
     snprintf(reason, sizeof reason, "%s", sh_error_text());
     sh_session_stop(s, finished && st == SH_OK);
@@ -389,6 +403,7 @@ static int run_job(run *r) {
     if (st == SH_OK)
         st = sh_runstore_open(r->store_path, job, sh_launch_is_mpi(r->launcher, r->hosts, r->ranks), &r->folder);
     if (st == SH_OK) st = check_own(r);
+    if (st == SH_OK && strcmp(r->output, "-") != 0) st = sh_file_writer_sweep(r->output);
     if (st == SH_OK && r->spooled && rename(r->fresh, r->spool) != 0)
         st = sh_error_set(SH_EIO, __FILE__, __LINE__, "%s: cannot be renamed: %s", r->fresh, strerror(errno));
     if (st == SH_OK) return run_with_store(r);

@@ -150,6 +150,7 @@ sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_run
     if (sh_file_exists(file)) {
         SH_TRY(settle_owner(note, &s));
         SH_TRY(check_job(path, file, job));
+        SH_TRY(sh_file_writer_sweep(note));
     } else if (folder_is_empty(s.path)) {
         s.existed = false;
         SH_TRY(write_json(file, job));

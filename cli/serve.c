@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "cli/planuse.h"
 #include "common/log.h"
 #include "coordinator/coordinator.h"
 
@@ -69,6 +70,13 @@ static int exit_status(sh_status st, bool run) {
     return st == SH_EINPUT || st == SH_ELIMIT ? SH_EXIT_USAGE : SH_EXIT_RUN;
 }
 
+static sh_status load_plan(sh_shared_options *s, const char *model, Shoal__Plan **out) {
+    static sh_config config; /* a large table */
+    if (!s->plan) return SH_OK;
+    SH_TRY(sh_config_load(model, &config));
+    return sh_plan_use(s, &config, out);
+}
+
 int sh_cmd_serve(int argc, char **argv) {
     serve_options s = {.store = "shoal.store", .ready_fd = -1};
     char model[PATH_MAX];
@@ -78,6 +86,9 @@ int sh_cmd_serve(int argc, char **argv) {
     sh_log_setup(SH_LOG_INFO, "serve");
     sh_status st = sh_options_model(&s.shared, model, sizeof model);
     if (st != SH_OK) return sh_options_complain("serve", SH_EXIT_RUN);
+    Shoal__Plan *plan = NULL;
+    st = load_plan(&s.shared, model, &plan);
+    if (st != SH_OK) return sh_options_complain("serve", exit_status(st, s.run));
     const sh_shared_options *o = &s.shared;
     sh_coordinator_options c = {
         .model = model,
@@ -85,6 +96,7 @@ int sh_cmd_serve(int argc, char **argv) {
         .keys = s.keys,
         .store = s.store,
         .run = s.run,
+        .plan = plan,
         .cuts = o->cuts,
         .pp = o->pp,
         .ep = o->ep,
@@ -98,6 +110,8 @@ int sh_cmd_serve(int argc, char **argv) {
         .chunk = o->chunk,
         .max_context = o->max_context,
         .kv_memory = o->kv_memory,
+        .routing = o->routing,
+        .replicate = o->replicate,
         .groups = o->replicas,
         .orphan_ms = s.orphan > INT_MAX / 1000 ? INT_MAX : s.orphan * 1000,
         .intake = {.seed = o->seed,
@@ -106,5 +120,6 @@ int sh_cmd_serve(int argc, char **argv) {
                    .lenient = o->lenient},
     };
     st = sh_coordinator_run(&c, s.ready_fd);
+    sh_plan_free(&plan);
     return st == SH_OK ? SH_EXIT_OK : sh_options_complain("serve", exit_status(st, s.run));
 }

@@ -20,11 +20,13 @@
 #include "common/clock.h"
 #include "common/file.h"
 #include "coordinator/supervise.h"
+#include "partition/routing.h"
 #include "proto/group.pb-c.h"
 
 #define JOB_NAME       "run"
 #define STATUS_CALL_MS 1000
 #define SUBMIT_CALL_MS 10000
+#define COUNTS_WAIT    1.3 /* seconds: a little more than a heartbeat */
 
 typedef enum submit_state { SUBMIT_NONE, SUBMIT_RUNNING, SUBMIT_ENDED, SUBMIT_DONE } submit_state;
 
@@ -303,6 +305,7 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     add(a, "--model", s->o.model);
     add(a, "--mode", sh_mode_name(sh_options_mode(o)));
     add(a, "--kv", sh_kv_type_name(sh_options_kv(o)));
+    if (o->plan) add(a, "--plan", o->plan);
     if (o->cuts) add(a, "--cuts", o->cuts);
     add_number(a, "--pp", (uint64_t)o->pp, false);
     add_number(a, "--ep", (uint64_t)o->ep, false);
@@ -314,6 +317,8 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     add_number(a, "--chunk", (uint64_t)o->chunk, false);
     add_number(a, "--max-context", (uint64_t)o->max_context, false);
     add_number(a, "--kv-memory", o->kv_memory, false);
+    if (o->routing) add(a, "--routing", o->routing);
+    add_number(a, "--replicate", o->replicate, false);
     add_number(a, "--seed", o->seed, false);
     add_number(a, "--default-max-tokens", (uint64_t)o->default_max_tokens, false);
     if (o->lenient) add(a, "--lenient", NULL);
@@ -583,6 +588,37 @@ static void await_times(sh_session *s) {
         sh_sleep(0.05);
         if (ask_status(s, &answered) != SH_OK) return;
     }
+}
+
+static sh_status write_routing(const sh_session *s, const Shoal__Routing *m, const char *path) {
+    static sh_config c;
+    SH_CLEANUP(sh_routing_destroy) sh_routing *r = NULL;
+    SH_CLEANUP(sh_file_writer_destroy) sh_file_writer *w = NULL;
+    SH_CLEANUP(sh_buf_release) sh_buf text;
+    sh_buf_init(&text, 0);
+    SH_TRY(sh_config_load(s->o.model, &c));
+    SH_TRY(sh_routing_create(&c, &r));
+    SH_TRY(sh_routing_add(r, m));
+    SH_TRY(sh_routing_print(r, &text));
+    SH_TRY(sh_file_writer_open(path, &w));
+    SH_TRY(sh_file_writer_add(w, text.data, text.len));
+    return sh_file_writer_commit(&w);
+}
+
+/* Ranks tell their counts with the heartbeat: the last ones are there after a little more than its time. */
+sh_status sh_session_save_routing(sh_session *s, const char *path) {
+    sh_sleep(COUNTS_WAIT);
+    if (!s->client) SH_TRY(sh_client_open(s->endpoint, s->over_tcp ? s->keys : NULL, STATUS_CALL_MS, &s->client));
+    Shoal__JobRequest request = SHOAL__JOB_REQUEST__INIT;
+    request.has_routing = request.routing = true;
+    Shoal__JobReply *reply = NULL;
+    SH_TRY(sh_client_call(s->client, &request, &reply));
+    Shoal__Routing *m = shoal__routing__unpack(NULL, reply->routing.len, reply->routing.data);
+    sh_status st = m ? write_routing(s, m, path)
+                     : sh_error_set(SH_EPEER, __FILE__, __LINE__, "the coordinator's counts cannot be read");
+    if (m) shoal__routing__free_unpacked(m, NULL);
+    shoal__job_reply__free_unpacked(reply, NULL);
+    return st == SH_OK ? SH_OK : sh_error_prefix(st, "--save-routing");
 }
 
 sh_status sh_session_drive(sh_session *s) {

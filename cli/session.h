@@ -46,6 +46,8 @@ sh_status sh_session_create(const sh_session_options *o, sh_session **out);
 sh_status sh_session_drive(sh_session *s);
 /* Writes the rows of the finished job; restarts the coordinator for it if need be. */
 sh_status sh_session_collect(sh_session *s, const char *output, sh_outcomes *outcomes);
+/* Writes how often each expert was chosen (partition/routing.h); after the job is finished. */
+sh_status sh_session_save_routing(sh_session *s, const char *path);
 /* Ends ranks and coordinator: kindly when the job is finished, else by SIGTERM, both by SIGKILL after SH_RUN_GRACE. */
 void sh_session_stop(sh_session *s, bool finished);
 /* Numbers for the closing table, and requests answered so far. */

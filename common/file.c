@@ -1,10 +1,12 @@
 /* Whole-file reads, maps and atomic writes. See file.h. */
 #include "common/file.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -170,6 +172,33 @@ sh_status sh_file_writer_commit(sh_file_writer **wp) {
     free(w);
     *wp = NULL;
     return SH_OK;
+}
+
+/* The pid of "NAME.tmp.PID"; 0: something else. */
+static pid_t writer_of(const char *entry, const char *name) {
+    size_t n = strlen(name);
+    if (strncmp(entry, name, n) != 0 || strncmp(entry + n, ".tmp.", 5) != 0) return 0;
+    const char *digits = entry + n + 5;
+    size_t k = strspn(digits, "0123456789");
+    return k > 0 && k < 10 && !digits[k] ? (pid_t)atoi(digits) : 0;
+}
+
+sh_status sh_file_writer_sweep(const char *path) {
+    char dir[PATH_MAX];
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - path + 1) : 1, slash ? path : ".");
+    DIR *d = opendir(dir);
+    if (!d) SH_FAIL(SH_EIO, "%s: cannot be read: %s", dir, strerror(errno));
+    sh_status st = SH_OK;
+    for (struct dirent *e; (e = readdir(d));) {
+        pid_t pid = writer_of(e->d_name, name);
+        if (!pid || (pid != getpid() && (kill(pid, 0) == 0 || errno != ESRCH))) continue;
+        if (unlinkat(dirfd(d), e->d_name, 0) != 0 && errno != ENOENT)
+            st = sh_error_set(SH_EIO, __FILE__, __LINE__, "%s%s: cannot be removed: %s", slash ? dir : "", e->d_name,
+                              strerror(errno));
+    }
+    closedir(d);
+    return st;
 }
 
 void sh_file_writer_destroy(sh_file_writer **wp) {

@@ -38,6 +38,9 @@ sh_status sh_path_remove(const char *path);
 typedef struct sh_file_writer sh_file_writer;
 sh_status sh_file_writer_open(const char *path, sh_file_writer **out);
 sh_status sh_file_writer_add(sh_file_writer *w, const void *p, size_t n);
+/* Removes what writers of PATH left that were killed: PATH.tmp.PID of processes that are not on this node any more (and
+ * of the caller's own pid: call it before opening a writer). */
+sh_status sh_file_writer_sweep(const char *path);
 /* Syncs and renames; on failure the temporary file is removed and PATH is as it was. Always frees. */
 sh_status sh_file_writer_commit(sh_file_writer **w);
 void sh_file_writer_destroy(sh_file_writer **w); /* gives up: PATH is as it was */

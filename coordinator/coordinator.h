@@ -7,6 +7,7 @@
 
 #include "coordinator/intake.h"
 #include "model/config.h"
+#include "partition/plan.h"
 
 typedef struct sh_coordinator_options {
     const char *model;    /* checkpoint directory, absolute */
@@ -15,16 +16,20 @@ typedef struct sh_coordinator_options {
     const char *store;    /* store directory; this incarnation claims STORE/<epoch>/ */
     bool run; /* under `shoal run`: ranks of an older epoch are told to leave; a shutdown request is honoured */
     /* what a group's plan is made of; 0 or NULL: chosen here */
-    const char *cuts; /* "5,9": first layers of stages 1, 2, … */
+    const Shoal__Plan *plan; /* checked, borrowed: used as it is; the rest of these is then its own */
+    const char *cuts;        /* "5,9": first layers of stages 1, 2, … */
     int pp, ep, tp, cp;
     bool tp_sum;
     sh_mode mode;
     sh_kv_type kv;
     int threads, max_seqs, chunk, max_context;
     uint64_t kv_memory;
-    int groups; /* how many there will be, as far as anybody knows; a run's supervisor says it itself */
+    const char *routing; /* file of counts to place experts by; NULL: even shares */
+    uint64_t replicate;  /* bytes per rank for copies of hot experts */
+    int groups;          /* how many there will be, as far as anybody knows; a run's supervisor says it itself */
     int heartbeat_ms, orphan_ms;
     sh_intake_options intake;
+    int load_ms;     /* for tests: in place of SH_LOAD_LEAST */
     int progress_ms; /* token progress is saved at least this often; 0: 2000 */
 } sh_coordinator_options;
 

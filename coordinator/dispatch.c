@@ -8,13 +8,16 @@
 #include <time.h>
 #include "common/clock.h"
 #include "common/log.h"
+#include "coordinator/allot.h"
 #include "coordinator/group.h"
 #include "coordinator/running.h"
+#include "partition/placement.h"
 
 #define BUCKETS      16384
-#define WINDOW       2  /* requests a leader holds: so many times what it can run at once */
 #define FETCH        64 /* lines taken from the store at once */
 #define DONE_AT_ONCE 1024
+#define WAITING_MOST 4096 /* requests in hand that fit no group with room: no more are taken from the store */
+#define MOVE_AT_ONCE 64
 
 typedef struct fetched { /* a line on its way from the store to a group */
     sh_stored_request r;
@@ -35,10 +38,13 @@ struct sh_dispatch {
     sh_running *bucket[BUCKETS];
     sh_running **waiting; /* came back from lost groups; in the buckets too */
     int n_waiting, cap_waiting;
-    uint64_t cursor; /* unanswered requests up to this key were taken from the store */
-    bool exhausted;  /* there are none behind it */
-    bool unsaved;    /* progress of requests that came back must be committed before they are given out again */
+    uint64_t progress;      /* tokens, scores and ends that were new */
+    const sh_group *tester; /* set apart for a suspect, or NULL */
+    uint64_t cursor;        /* unanswered requests up to this key were taken from the store */
+    bool exhausted;         /* there are none behind it */
+    bool unsaved;           /* progress of requests that came back must be committed before they are given out again */
     sh_buf out;
+    sh_routing *routing; /* experts are placed by it; NULL: in even shares */
 };
 
 /* --- life ----------------------------------------------------------------------------------------------------------
@@ -52,6 +58,11 @@ sh_status sh_dispatch_create(const sh_coordinator_options *o, const sh_config *c
     d->silent = 1e-3 * o->heartbeat_ms * SH_SILENT_BEATS;
     d->expected = o->groups;
     sh_buf_init(&d->out, 0);
+    sh_status st = o->routing ? sh_routing_load(o->routing, config, &d->routing) : SH_OK;
+    if (st != SH_OK) {
+        sh_dispatch_destroy(&d);
+        return sh_error_prefix(st, "--routing");
+    }
     *out = d;
     return SH_OK;
 }
@@ -92,11 +103,28 @@ static sh_group *group_by_number(const sh_dispatch *d, int number) {
     return NULL;
 }
 
+static sh_allot allot_of(const sh_dispatch *d) {
+    return (sh_allot){.group = d->group, .n = d->n, .tester = d->tester};
+}
+
+static bool is_suspect(const sh_running *r) {
+    return r->lost >= SH_SUSPECT_AT;
+}
+
+/* Something came of it: it is under no suspicion. */
+static void clear_suspicion(sh_running *r, sh_group *owner) {
+    if (owner) owner->unproven -= r->unproven, owner->testing -= r->testing;
+    r->unproven = r->testing = false;
+    r->lost = r->alone = 0;
+}
+
 static void set_owner(sh_dispatch *d, sh_running *r, sh_group *g) {
     sh_group *before = group_by_number(d, r->group);
-    if (before) before->given--;
+    if (before) before->given--, before->unproven -= r->unproven, before->testing -= r->testing;
     r->group = g ? g->number : -1;
-    if (g) g->given++;
+    r->unproven = g != NULL;
+    r->testing = g && is_suspect(r);
+    if (g) g->given++, g->unproven++, g->testing += r->testing;
 }
 
 static void waiting_remove(sh_dispatch *d, const sh_running *r) {
@@ -151,9 +179,32 @@ static sh_status running_save(sh_dispatch *d, sh_running *r) {
     return SH_OK;
 }
 
+static sh_status save_routing(sh_dispatch *d) {
+    for (int i = 0; i < d->n; i++) SH_TRY(sh_group_save_routing(d->group[i], d->store));
+    return SH_OK;
+}
+
 sh_status sh_dispatch_save(sh_dispatch *d) {
     for (int i = 0; i < BUCKETS; i++)
         for (sh_running *r = d->bucket[i]; r; r = r->next) SH_TRY(running_save(d, r));
+    return save_routing(d);
+}
+
+static sh_status add_routing(void *ctx, const void *p, size_t n) {
+    Shoal__Routing *m = shoal__routing__unpack(NULL, n, p);
+    if (!m) SH_FAIL(SH_EFORMAT, "the store: counts of experts that cannot be read");
+    sh_status st = sh_routing_add(ctx, m);
+    shoal__routing__free_unpacked(m, NULL);
+    return st;
+}
+
+sh_status sh_dispatch_routing(sh_dispatch *d, sh_routing **out) {
+    SH_CLEANUP(sh_routing_destroy) sh_routing *r = NULL;
+    SH_TRY(sh_routing_create(d->config, &r));
+    SH_TRY(save_routing(d));
+    SH_TRY(sh_store_routing(d->store, add_routing, r));
+    *out = r;
+    r = NULL;
     return SH_OK;
 }
 
@@ -203,6 +254,20 @@ void sh_dispatch_leave(sh_dispatch *d, const char *reason) {
 /* --- groups --------------------------------------------------------------------------------------------------------
  */
 
+/* Its group is lost. Without progress since it was given out, it may be to blame. */
+static void suspect(const sh_dispatch *d, sh_running *r, const char *fault) {
+    if (!r->unproven) return;
+    char *copy = strdup(fault);
+    if (copy) {
+        free(r->fault);
+        r->fault = copy;
+    }
+    r->lost++;
+    if (!r->testing || ++r->alone < SH_CONVICT_AT) return;
+    r->convicted = true;
+    r->seen = d->progress;
+}
+
 static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault, bool lasting) {
     sh_group_set_fault(g, fault, lasting);
     if (g->state == SH_GROUP_LOST) return SH_OK;
@@ -216,6 +281,7 @@ static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault, bool
     for (int i = 0; i < BUCKETS; i++)
         for (sh_running *r = d->bucket[i]; r; r = r->next) {
             if (r->group != g->number) continue;
+            suspect(d, r, fault);
             set_owner(d, r, NULL);
             SH_TRY(running_save(d, r));
             SH_TRY(waiting_add(d, r));
@@ -224,14 +290,16 @@ static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault, bool
     return SH_OK;
 }
 
-static void forget_lost(sh_dispatch *d) {
+static sh_status forget_lost(sh_dispatch *d) {
     int lost = 0;
     for (int i = d->n - 1; i >= 0; i--) {
         if (d->group[i]->state != SH_GROUP_LOST || ++lost <= SH_LOST_KEPT) continue;
+        SH_TRY(sh_group_save_routing(d->group[i], d->store));
         sh_group_destroy(&d->group[i]);
         memmove(d->group + i, d->group + i + 1, (size_t)(d->n - i - 1) * sizeof *d->group);
         d->n--;
     }
+    return SH_OK;
 }
 
 /* Multiply-adds of one row in a stage: its matrices, and attention over the longest context. */
@@ -255,8 +323,18 @@ static double stall_time(const sh_dispatch *d, const Shoal__Plan *p) {
     return SH_STALL_LEAST + most * (p->chunk + p->max_seqs) / SH_STALL_RATE;
 }
 
-static sh_status group_plan(sh_dispatch *d, sh_group *g) {
+/* Longer than any honest loading: all ranks' weights, one after the other, from a slow file system. */
+static double load_time(const sh_dispatch *d, const Shoal__Plan *p) {
+    double bytes = 0;
+    for (int i = 0; i < (int)p->n_rank; i++) bytes += (double)sh_plan_rank_memory(d->config, p, i).weights;
+    return (d->o->load_ms > 0 ? 1e-3 * d->o->load_ms : SH_LOAD_LEAST) + bytes / SH_LOAD_RATE;
+}
+
+static sh_status make_plan(const sh_dispatch *d, sh_group *g) {
     const sh_coordinator_options *o = d->o;
+    if (o->plan && (int)o->plan->n_rank != g->size)
+        SH_FAIL(SH_EINPUT, "the plan is for groups of %zu ranks, and this one has %d", o->plan->n_rank, g->size);
+    if (o->plan) return sh_plan_copy(o->plan, &g->plan);
     sh_plan_request q = {.ranks = g->size,
                          .pp = o->pp,
                          .ep = o->ep,
@@ -270,18 +348,26 @@ static sh_status group_plan(sh_dispatch *d, sh_group *g) {
                          .max_seqs = o->max_seqs,
                          .chunk = o->chunk,
                          .max_context = o->max_context,
-                         .kv_memory = o->kv_memory};
-    SH_TRY(sh_plan_make(d->config, &q, &g->plan));
+                         .kv_memory = o->kv_memory,
+                         .routing = d->routing,
+                         .replicate = o->replicate};
+    return sh_plan_make(d->config, &q, &g->plan);
+}
+
+static sh_status group_plan(sh_dispatch *d, sh_group *g) {
+    SH_TRY(make_plan(d, g));
     g->stall = stall_time(d, g->plan);
+    g->load = load_time(d, g->plan);
     sh_buf text;
     sh_buf_init(&text, 0);
     SH_TRY(sh_plan_print(d->config, g->plan, &text));
+    if (d->routing) SH_TRY(sh_placement_print(d->config, d->routing, g->plan, &text));
     g->plan_text = sh_buf_take(&text);
     return SH_OK;
 }
 
 static sh_status group_add(sh_dispatch *d, const Shoal__Hello *h, sh_group **out) {
-    forget_lost(d);
+    SH_TRY(forget_lost(d));
     if (d->n == d->cap) {
         int cap = d->cap ? d->cap * 2 : 8;
         sh_group **p = realloc(d->group, (size_t)cap * sizeof *p);
@@ -375,8 +461,10 @@ static sh_status hear_hello(sh_dispatch *d, const sh_wire_peer *from, const Shoa
     seat->pid = h->pid;
     seat->heard = seat->moved = sh_now();
     snprintf(seat->host, sizeof seat->host, "%s", h->host);
-    if (g->here == g->size && g->state == SH_GROUP_STARTING)
+    if (g->here == g->size && g->state == SH_GROUP_STARTING) {
         g->state = g->max_seqs > 0 ? SH_GROUP_READY : SH_GROUP_LOADING; /* ready already: it served our predecessor */
+        g->loading = sh_now();
+    }
     say_welcome(d, g, from);
     return again && h->rank == 0 && g->state == SH_GROUP_READY ? give_again(d, g) : SH_OK;
 }
@@ -414,6 +502,7 @@ static void hear_heartbeat(sh_dispatch *d, sh_group *g, int rank, const Shoal__H
         s->times.base.n_unknown_fields = 0;
         s->times.base.unknown_fields = NULL;
     }
+    if (h->routing && sh_group_keep_routing(g, rank, h->routing) != SH_OK) sh_warn("%s", sh_error_text());
     if (rank == 0 && h->has_running) g->said_running = h->running;
     Shoal__ToRank m = SHOAL__TO_RANK__INIT;
     m.has_heartbeat = m.heartbeat = true;
@@ -452,13 +541,14 @@ static sh_status take_up(sh_dispatch *d, sh_group *g, uint64_t key, sh_running *
     return SH_OK;
 }
 
-static sh_status refuse(sh_dispatch *d, const sh_running *r, const char *code, const char *param, const char *message) {
+static sh_status refuse(sh_dispatch *d, const sh_running *r, int status, const char *code, const char *param,
+                        const char *message) {
     sh_stored_request q = {.key = r->key,
                            .job = r->job,
                            .number = r->request.number,
                            .hash = r->request.hash,
                            .custom_id = r->request.custom_id};
-    return sh_jobs_refuse(d->jobs, &q, 413, code, param, message);
+    return sh_jobs_refuse(d->jobs, &q, status, code, param, message);
 }
 
 static sh_status answer(sh_dispatch *d, sh_running *r) {
@@ -471,7 +561,7 @@ static sh_status answer(sh_dispatch *d, sh_running *r) {
         char text[160];
         snprintf(text, sizeof text, "logprobs: the row of %zu tokens is longer than %zu bytes: allowed are fewer",
                  r->request.prompt.n + r->ids.n, SH_MAX_ROW_BYTES);
-        st = refuse(d, r, "row_too_long", "logprobs", text);
+        st = refuse(d, r, 413, "row_too_long", "logprobs", text);
     }
     sh_buf_release(&row);
     SH_TRY(st);
@@ -491,20 +581,28 @@ static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t
         return SH_OK;
     }
     SH_TRY(st);
-    g->taken += (uint64_t)(r->tokens.n + r->prompt.n - known) + (r->finish != SH_FINISH_NONE);
+    uint64_t new = (uint64_t)(r->tokens.n + r->prompt.n - known) + (r->finish != SH_FINISH_NONE);
+    sh_group *owner = group_by_number(d, r->group);
+    g->taken += new;
+    d->progress += new;
+    if (new) clear_suspicion(r, owner == g ? g : NULL);
     sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
     if (e) e->live += (uint64_t)added;
     if (r->finish == SH_FINISH_NONE) return SH_OK;
-    sh_group *owner = group_by_number(d, r->group);
     if (owner && owner != g) say_cancel(d, owner, r->key);
     SH_TRY(sh_group_add_done(g, r->key));
     return answer(d, r);
 }
 
+/* What its leader's KV cannot hold may fit elsewhere; the rest would be refused everywhere. */
 static sh_status hear_rejected(sh_dispatch *d, sh_group *g, const Shoal__Rejected *j) {
     sh_running *r = running_find(d, j->key);
     if (!r || r->group != g->number) return SH_OK;
-    SH_TRY(refuse(d, r, "too_long", "prompt", j->reason));
+    if (!sh_allot_fits(g, r)) {
+        set_owner(d, r, NULL);
+        return waiting_add(d, r);
+    }
+    SH_TRY(refuse(d, r, 413, "too_long", "prompt", j->reason));
     running_remove(d, r);
     return SH_OK;
 }
@@ -545,6 +643,11 @@ sh_status sh_dispatch_watch(sh_dispatch *d) {
             snprintf(text, sizeof text, "%d of %d ranks came within %.0f s", g->here, g->size, SH_START_MOST);
             dead = true;
         }
+        if (!dead && g->state == SH_GROUP_LOADING && now - g->loading > g->load) {
+            snprintf(text, sizeof text, "its weights were not loaded within %.0f s", g->load);
+            dead = true;
+        }
+        sh_allot_measure(g, now);
         if (dead) SH_TRY(group_lose(d, g, text, false));
     }
     return SH_OK;
@@ -573,20 +676,6 @@ static sh_status fetch_line(void *ctx, const sh_stored_request *r) {
     return SH_OK;
 }
 
-static bool has_work(const sh_group *g) {
-    return g->state == SH_GROUP_READY && g->given < WINDOW * g->max_seqs;
-}
-
-/* The neediest leader. */
-static sh_group *next_group(const sh_dispatch *d) {
-    sh_group *best = NULL;
-    for (int i = 0; i < d->n; i++) {
-        sh_group *g = d->group[i];
-        if (has_work(g) && (!best || (int64_t)g->given * best->max_seqs < (int64_t)best->given * g->max_seqs)) best = g;
-    }
-    return best;
-}
-
 static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
     sh_status st = send_work(d, r, g);
     if (st == SH_EPEER) {
@@ -600,10 +689,26 @@ static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
     return SH_OK;
 }
 
+/* Refuses and frees one that waits for a group that cannot be expected any more. */
+static sh_status refuse_hopeless(sh_dispatch *d, sh_running *r, bool *refused) {
+    char text[200];
+    int most = 0;
+    sh_allot s = allot_of(d);
+    *refused = sh_allot_is_hopeless(&s, r, d->expected, &most);
+    if (!*refused) return SH_OK;
+    snprintf(text, sizeof text,
+             "prompt of %zu tokens and max_tokens %d make %lld: the largest group can hold %d tokens of one sequence",
+             r->request.prompt.n, r->request.sampling.max_tokens, (long long)sh_allot_need(r), most);
+    SH_TRY(refuse(d, r, 413, "too_long", "prompt", text));
+    running_remove(d, r);
+    return SH_OK;
+}
+
 /* A parsed line: to a group, or answered at once where there is nothing to compute. */
 static sh_status start(sh_dispatch *d, const sh_stored_request *q) {
     sh_job_entry *e = sh_jobs_find(d->jobs, q->job);
     sh_running *r = NULL;
+    bool refused = false;
     if (!e || e->job.state == SH_JOB_CANCELLED) return SH_OK; /* since the last commit, which the query went by */
     sh_jobs_use(d->jobs, e);
     SH_TRY(sh_running_create(d->intake, d->store, q, &r));
@@ -619,43 +724,109 @@ static sh_status start(sh_dispatch *d, const sh_stored_request *q) {
         r->finish = SH_FINISH_LENGTH;
         return answer(d, r);
     }
-    sh_group *g = next_group(d);
-    return g ? give(d, r, g) : waiting_add(d, r);
+    sh_allot s = allot_of(d);
+    sh_group *g = sh_allot_next(&s, r);
+    if (g) return give(d, r, g);
+    SH_TRY(waiting_add(d, r));
+    return refuse_hopeless(d, r, &refused);
 }
 
-/* The oldest that came back and whose job did not fail. */
-static sh_running *next_waiting(const sh_dispatch *d) {
-    for (int i = 0; i < d->n_waiting; i++) {
-        const sh_job_entry *e = sh_jobs_find(d->jobs, d->waiting[i]->job);
-        if (e && e->job.state != SH_JOB_FAILED) return d->waiting[i];
+static bool is_wanted(const sh_dispatch *d, const sh_running *r) {
+    const sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
+    return e && e->job.state != SH_JOB_FAILED;
+}
+
+static bool is_proved(const sh_dispatch *d, const sh_running *r) {
+    return d->progress > r->seen;
+}
+
+/* No other request is left that could show whether groups work without this one. */
+static bool is_last(const sh_dispatch *d) {
+    if (!d->exhausted) return false;
+    for (int i = 0; i < d->n; i++)
+        if (d->group[i]->given) return false;
+    for (int i = 0; i < d->n_waiting; i++)
+        if (!d->waiting[i]->convicted) return false;
+    return true;
+}
+
+/* Groups end whenever they work on r, and others got something done meanwhile (or the job did before, where nothing
+ * else is left): an error row. Where nothing ever worked, it is tried on, until the supervisor gives the groups up. */
+static sh_status judge(sh_dispatch *d, sh_running *r, bool last, bool *gone) {
+    const sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
+    *gone = is_proved(d, r) || (last && (d->progress > 0 || (e && e->job.done > e->job.errors)));
+    if (!*gone && last) r->convicted = false;
+    if (!*gone) return SH_OK;
+    char text[1400];
+    snprintf(text, sizeof text,
+             "the worker ended %d times while working on this request, %d times on it alone: %.1000s", r->lost,
+             r->alone, r->fault ? r->fault : "for no known reason");
+    sh_warn("request %s (line %" PRIu64 ") is given up: %s",
+            r->request.custom_id ? r->request.custom_id : "without a name", r->request.number, text);
+    SH_TRY(refuse(d, r, 500, "worker_ended", "", text));
+    running_remove(d, r);
+    return SH_OK;
+}
+
+/* Answers what waits in vain. */
+static sh_status give_up_waiting(sh_dispatch *d) {
+    bool last = d->n_waiting > 0 && is_last(d);
+    for (int i = 0; i < d->n_waiting;) {
+        sh_running *r = d->waiting[i];
+        bool gone = false;
+        if (!is_wanted(d, r)) {
+            i++;
+            continue;
+        }
+        if (r->convicted)
+            SH_TRY(judge(d, r, last, &gone));
+        else
+            SH_TRY(refuse_hopeless(d, r, &gone));
+        i += !gone;
     }
-    return NULL;
+    return SH_OK;
+}
+
+/* Chooses the tester, and gives it the oldest suspect once it has nothing else in hand that could be to blame. */
+static sh_status give_suspect(sh_dispatch *d) {
+    sh_running *first = NULL;
+    for (int i = 0; i < d->n_waiting && !first; i++) {
+        sh_running *r = d->waiting[i];
+        if (is_suspect(r) && !r->convicted && is_wanted(d, r)) first = r;
+    }
+    sh_allot s = allot_of(d);
+    sh_group *t = sh_allot_tester(&s, first);
+    d->tester = t;
+    if (!first || !t || t->unproven) return SH_OK;
+    waiting_remove(d, first);
+    return give(d, first, t);
 }
 
 static sh_status give_waiting(sh_dispatch *d) {
-    for (;;) {
-        sh_group *g = next_group(d);
-        sh_running *r = g ? next_waiting(d) : NULL;
-        if (!r || d->unsaved) return SH_OK; /* a group was lost just now: what came back is committed first */
+    SH_TRY(give_up_waiting(d));
+    if (!d->unsaved) SH_TRY(give_suspect(d));
+    for (int i = 0; i < d->n_waiting && !d->unsaved;) { /* a group lost just now: what came back is committed first */
+        sh_running *r = d->waiting[i];
+        sh_allot s = allot_of(d);
+        if (!sh_allot_next(&s, NULL)) return SH_OK;
+        sh_group *g = is_suspect(r) || !is_wanted(d, r) ? NULL : sh_allot_next(&s, r);
+        if (!g) {
+            i++;
+            continue;
+        }
         waiting_remove(d, r);
         SH_TRY(give(d, r, g));
     }
-}
-
-/* Requests that leaders will take, up to one page. */
-static int room(const sh_dispatch *d) {
-    int n = 0;
-    for (int i = 0; i < d->n && n < FETCH; i++)
-        if (has_work(d->group[i])) n += WINDOW * d->group[i]->max_seqs - d->group[i]->given;
-    return n < FETCH ? n : FETCH;
+    return SH_OK;
 }
 
 /* One page of lines from the store; those that found no room are fetched again later. */
 static sh_status give_page(sh_dispatch *d, fetching *f) {
-    SH_TRY(sh_store_pending(d->store, 0, d->cursor, room(d), fetch_line, f));
+    sh_allot s = allot_of(d);
+    SH_TRY(sh_store_pending(d->store, 0, d->cursor, sh_allot_room(&s, FETCH), fetch_line, f));
     if (f->last == 0) d->exhausted = true;
     for (int i = 0; i < f->n; i++) {
-        if (!next_group(d)) return SH_OK;
+        if (d->unsaved || !sh_allot_next(&s, NULL)) return SH_OK;
         SH_TRY(start(d, &f->line[i].r));
         d->cursor = f->line[i].r.key;
     }
@@ -664,7 +835,8 @@ static sh_status give_page(sh_dispatch *d, fetching *f) {
 }
 
 static sh_status give_fresh(sh_dispatch *d) {
-    while (!d->exhausted && next_group(d)) {
+    sh_allot s = allot_of(d);
+    while (!d->exhausted && !d->unsaved && d->n_waiting < WAITING_MOST && sh_allot_next(&s, NULL)) {
         fetching *f = calloc(1, sizeof *f);
         if (!f) SH_FAIL(SH_EMEMORY, "no memory for lines");
         f->d = d;
@@ -676,11 +848,66 @@ static sh_status give_fresh(sh_dispatch *d) {
     return SH_OK;
 }
 
+/* The youngest request that `from` has not begun and `to` can hold. */
+static sh_running *youngest_unproven(const sh_dispatch *d, const sh_group *from, const sh_group *to) {
+    sh_running *best = NULL;
+    for (int i = 0; i < BUCKETS; i++)
+        for (sh_running *r = d->bucket[i]; r; r = r->next)
+            if (r->group == from->number && r->unproven && sh_running_is_saved(r) && sh_allot_fits(to, r) &&
+                (!best || r->key > best->key))
+                best = r;
+    return best;
+}
+
+/* What others run goes to a group that has nothing, where that is worth it, and each but once. Tokens must be on disk
+ * before it is given out again, so it goes by way of the waiting list. */
+static sh_status take_over(sh_dispatch *d, const sh_group *to) {
+    sh_group half = *to; /* counts what it will have */
+    for (int i = 0; i < BUCKETS; i++)
+        for (sh_running *r = d->bucket[i]; r && half.given < to->max_seqs; r = r->next) {
+            sh_group *from = group_by_number(d, r->group);
+            if (!from || from == to || r->moved || r->testing) continue;
+            if (!sh_allot_is_quicker(&half, from, r) && !sh_allot_is_half(&half, from, r)) continue;
+            say_cancel(d, from, r->key);
+            set_owner(d, r, NULL);
+            r->moved = true;
+            SH_TRY(running_save(d, r));
+            SH_TRY(waiting_add(d, r));
+            d->unsaved = true;
+            half.given++;
+        }
+    return SH_OK;
+}
+
+/* Nothing is left to give out: the end of the work should not wait for one group while others have nothing to do. */
+static sh_status even_out(sh_dispatch *d) {
+    sh_allot s = allot_of(d);
+    sh_group *from = NULL, *to = NULL;
+    if (!d->exhausted || d->n_waiting > 0) return SH_OK;
+    for (int k = 0; k < MOVE_AT_ONCE && !d->unsaved && sh_allot_uneven(&s, &from, &to); k++) {
+        sh_running *r = youngest_unproven(d, from, to);
+        if (!r) break;
+        say_cancel(d, from, r->key);
+        set_owner(d, r, NULL);
+        SH_TRY(give(d, r, to));
+    }
+    to = sh_allot_idle(&s);
+    return to && !d->unsaved ? take_over(d, to) : SH_OK;
+}
+
 sh_status sh_dispatch_after_commit(sh_dispatch *d) {
     d->unsaved = false;
     for (int i = 0; i < d->n; i++) say_done(d, d->group[i]);
     SH_TRY(give_waiting(d));
-    return d->unsaved ? SH_OK : give_fresh(d);
+    if (!d->unsaved) SH_TRY(give_fresh(d));
+    return d->unsaved ? SH_OK : even_out(d);
+}
+
+int sh_dispatch_suspects(const sh_dispatch *d) {
+    int n = 0;
+    for (int i = 0; i < BUCKETS; i++)
+        for (const sh_running *r = d->bucket[i]; r; r = r->next) n += r->lost + 1 >= SH_SUSPECT_AT;
+    return n;
 }
 
 bool sh_dispatch_has_news(const sh_dispatch *d) {

@@ -13,12 +13,15 @@
 
 #include "coordinator/coordinator.h"
 #include "coordinator/jobs.h"
+#include "partition/routing.h"
 #include "proto/group.pb-c.h"
 #include "proto/wire.h"
 
 #define SH_SILENT_BEATS 10    /* heartbeats missed in a row: the rank counts as dead */
 #define SH_STALL_LEAST  60.0  /* seconds for a busy rank to finish a step, plus what its arithmetic … */
 #define SH_STALL_RATE   1e9   /* … takes at so many multiply-adds a second: far below any machine's */
+#define SH_LOAD_LEAST   120.0 /* seconds for the ranks of a group to load their weights, plus what they take … */
+#define SH_LOAD_RATE    20e6  /* … at so many bytes a second, all ranks' together */
 #define SH_START_MOST   120.0 /* seconds from the first rank's hello to the last one's */
 #define SH_LOST_KEPT    8     /* lost groups that a status still shows */
 
@@ -47,6 +50,11 @@ void sh_dispatch_leave(sh_dispatch *d, const char *reason);
 
 /* What the supervisor of a run knows: groups that it keeps up, and groups whose processes are gone. */
 sh_status sh_dispatch_supervised(sh_dispatch *d, const Shoal__Supervision *s);
+
+/* How often each expert was chosen in the life of this store: the caller's to destroy. SH_EINPUT: no experts. */
+sh_status sh_dispatch_routing(sh_dispatch *d, sh_routing **out);
+/* Requests that were in hand, without progress, when two groups or more ended in a row. */
+int sh_dispatch_suspects(const sh_dispatch *d);
 
 int sh_dispatch_groups(const sh_dispatch *d);
 /* Group i for a status; free with sh_dispatch_release_group. */

@@ -28,9 +28,32 @@ void sh_group_destroy(sh_group **gp) {
     free(g->plan_text);
     free(g->fault);
     free(g->done);
+    for (int i = 0; i < g->size; i++) sh_buf_release(&g->seat[i].routing);
     free(g->seat);
     free(g);
     *gp = NULL;
+}
+
+sh_status sh_group_keep_routing(sh_group *g, int rank, const Shoal__Routing *m) {
+    sh_rank_seat *s = &g->seat[rank];
+    size_t n = shoal__routing__get_packed_size(m);
+    sh_buf_clear(&s->routing);
+    SH_TRY(sh_buf_reserve(&s->routing, n + 1));
+    s->routing.len = shoal__routing__pack(m, s->routing.data);
+    s->routing_news = true;
+    return SH_OK;
+}
+
+sh_status sh_group_save_routing(sh_group *g, sh_store *store) {
+    for (int i = 0; i < g->size; i++) {
+        sh_rank_seat *s = &g->seat[i];
+        char life[320];
+        if (!s->routing_news) continue;
+        snprintf(life, sizeof life, "%s %d %s %d", g->name, i, s->host, s->pid);
+        SH_TRY(sh_store_routing_put(store, life, s->routing.data, s->routing.len));
+        s->routing_news = false;
+    }
+    return SH_OK;
 }
 
 sh_status sh_group_add_done(sh_group *g, uint64_t key) {

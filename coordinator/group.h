@@ -2,6 +2,7 @@
 #ifndef SH_COORDINATOR_GROUP_H
 #define SH_COORDINATOR_GROUP_H
 
+#include "coordinator/store.h"
 #include "partition/plan.h"
 #include "proto/job.pb-c.h"
 #include "proto/wire.h"
@@ -18,6 +19,8 @@ typedef struct sh_rank_seat {
     uint64_t step;
     bool busy, has_times;
     Shoal__StageTimes times;
+    sh_buf routing;    /* packed, as last heard */
+    bool routing_news; /* not in the store yet */
 } sh_rank_seat;
 
 typedef enum sh_group_state { SH_GROUP_STARTING, SH_GROUP_LOADING, SH_GROUP_READY, SH_GROUP_LOST } sh_group_state;
@@ -35,15 +38,26 @@ typedef struct sh_group {
     int n_notes;
     int kv_tokens, max_seqs;
     int64_t kv_total; /* 0: not told */
-    int given;        /* requests it has */
+    int given;        /* requests it has … */
+    int unproven;     /* … of which it has not made a token or score yet … */
+    int testing;      /* … and which are under suspicion (allot.h): 0 or 1 */
     uint64_t taken;   /* tokens and scores that came from it and were new */
     int said_running; /* as its leader's heartbeat says; −1: nothing yet */
     double born;
-    double stall;   /* seconds */
+    double stall;   /* seconds that a step may last */
+    double loading; /* since when it loads … */
+    double load;    /* … and how many seconds it may */
+    /* how fast it is: allot.h */
+    double pace, measured, spent; /* seconds per token and sequence, 0: not known; when looked at last; since then */
+    uint64_t paced;
     uint64_t *done; /* keys to say `done` for, after the commit */
     int n_done, cap_done;
 } sh_group;
 
+/* How often a rank's rows chose each expert since the rank started: kept until saved, under a name for the rank's life.
+ */
+sh_status sh_group_keep_routing(sh_group *g, int rank, const Shoal__Routing *m);
+sh_status sh_group_save_routing(sh_group *g, sh_store *store);
 sh_status sh_group_create(const char *name, int size, int number, sh_group **out);
 void sh_group_destroy(sh_group **g);
 sh_status sh_group_add_done(sh_group *g, uint64_t key);

@@ -202,6 +202,7 @@ void sh_running_destroy(sh_running **rp) {
     sh_ids_release(&r->ids);
     scores_release(&r->tokens);
     scores_release(&r->prompt);
+    free(r->fault);
     free(r);
     *rp = NULL;
 }

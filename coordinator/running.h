@@ -23,6 +23,12 @@ typedef struct sh_running {
     struct sh_running *next; /* in its owner's hash chain */
     uint64_t key, job;
     int group; /* number of the group that has it; −1: none, waits to be given out */
+    /* about that group, and those before it */
+    bool unproven, testing, moved; /* nothing came of it yet; it is a suspect there; it was taken over once */
+    int lost, alone;               /* groups that ended in a row with it in hand and unproven; … when it was alone */
+    bool convicted;                /* not given out any more: its error row comes when others show that groups work */
+    uint64_t seen;                 /* convicted: what others had got done until then */
+    char *fault;                   /* why the last of them ended, or NULL */
     sh_request request;
     sh_ids ids;       /* generated tokens */
     sh_scores tokens; /* of generated tokens; tokens.n == ids.n */

@@ -180,6 +180,8 @@ static sh_status reply_status(sh_service *v, const sh_wire_peer *from, const Sho
     Shoal__JobReply r = SHOAL__JOB_REPLY__INIT;
     r.n_counts = (size_t)n, r.counts = cp;
     r.n_group = (size_t)g, r.group = sp;
+    r.has_suspects = true;
+    r.suspects = sh_dispatch_suspects(v->dispatch);
     if (st == SH_OK) st = send_reply(v, from, &r);
     for (int i = 0; i < filled; i++) sh_dispatch_release_group(&s[i]);
     free(c);
@@ -242,6 +244,22 @@ static sh_status hear_results(sh_service *v, const sh_wire_peer *from, const Sho
     return st;
 }
 
+static sh_status reply_routing(sh_service *v, const sh_wire_peer *from) {
+    SH_CLEANUP(sh_routing_destroy) sh_routing *r = NULL;
+    sh_status st = sh_dispatch_routing(v->dispatch, &r);
+    if (st == SH_EINPUT) return send_error(v, from, sh_error_text());
+    SH_TRY(st);
+    Shoal__JobReply reply = SHOAL__JOB_REPLY__INIT;
+    sh_buf packed;
+    sh_buf_init(&packed, 0);
+    st = sh_routing_pack(r, &packed);
+    reply.has_routing = true;
+    reply.routing = (ProtobufCBinaryData){packed.len, packed.data};
+    if (st == SH_OK) st = send_reply(v, from, &reply);
+    sh_buf_release(&packed);
+    return st;
+}
+
 static sh_status hear_cancel(sh_service *v, const sh_wire_peer *from, const Shoal__Request *q) {
     sh_job_entry *e = NULL;
     if (find_job(v, q->has_job ? q->job : 0, &e) != SH_OK) return hold(v, from, 0, sh_error_text());
@@ -264,6 +282,7 @@ static sh_status hear_request(sh_service *v, const sh_wire_peer *from, const Sho
     SH_TRY(commit_first(v));
     if (q->status) return reply_status(v, from, q->status);
     if (q->results) return hear_results(v, from, q->results);
+    if (q->has_routing && q->routing) return reply_routing(v, from);
     if (!q->has_shutdown || !q->shutdown)
         return send_error(v, from, "request: nothing this coordinator knows was asked for");
     if (!v->run)

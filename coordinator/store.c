@@ -52,6 +52,8 @@ enum {
     Q_RESULT_ADD,
     Q_REQUEST_DONE,
     Q_RESULTS,
+    Q_ROUTING_PUT,
+    Q_ROUTING,
     Q_COUNT
 };
 
@@ -87,6 +89,8 @@ static const char *const sql[Q_COUNT] = {
     [Q_RESULT_ADD] = "INSERT OR IGNORE INTO result(key, job, number, row) VALUES(?1, ?2, ?3, ?4)",
     [Q_REQUEST_DONE] = "UPDATE request SET done = 1 WHERE key = ?1",
     [Q_RESULTS] = "SELECT cursor, number, row FROM result WHERE job = ?1 AND cursor > ?2 ORDER BY cursor",
+    [Q_ROUTING_PUT] = "INSERT OR REPLACE INTO routing(rank, counts) VALUES(?1, ?2)",
+    [Q_ROUTING] = "SELECT counts FROM routing ORDER BY rank",
 };
 
 static const char tables[] =
@@ -112,6 +116,10 @@ static const char tables[] =
     "INTEGER NOT NULL, row BLOB NOT NULL);"
     "CREATE INDEX result_job ON result(job, cursor);"
     "INSERT INTO meta VALUES('format', '" FORMAT "');";
+
+/* Came later: a store that is taken up may lack it. */
+static const char later_tables[] =
+    "CREATE TABLE IF NOT EXISTS routing(rank TEXT PRIMARY KEY, counts BLOB NOT NULL) WITHOUT ROWID;";
 
 struct sh_store {
     sqlite3 *db;
@@ -376,6 +384,7 @@ static sh_status store_start(sh_store *s, const char *dir) {
     char pragma[64];
     snprintf(pragma, sizeof pragma, "PRAGMA cache_size = -%d", CACHE_KIB);
     SH_TRY(execute(s->db, s->path, pragma));
+    SH_TRY(execute(s->db, s->path, later_tables));
     for (int i = 0; i < Q_COUNT; i++)
         if (sqlite3_prepare_v3(s->db, sql[i], -1, SQLITE_PREPARE_PERSISTENT, &s->q[i], NULL) != SQLITE_OK)
             return fail(s->db, s->path, "its tables are not as expected");
@@ -709,6 +718,26 @@ sh_status sh_store_results(sh_store *s, uint64_t job, uint64_t after, sh_result_
                               .row = sqlite3_column_blob(q, 2),
                               .len = (size_t)sqlite3_column_bytes(q, 2)};
         SH_TRY_OR(st, fn(ctx, &r, &stop), break);
+    }
+    sqlite3_reset(q);
+    return st;
+}
+
+sh_status sh_store_routing_put(sh_store *s, const char *rank, const void *p, size_t n) {
+    SH_TRY(begin(s));
+    sqlite3_stmt *q = query(s, Q_ROUTING_PUT);
+    bind_text(q, 1, rank);
+    bind_blob(q, 2, p, n);
+    return run(s, q, "routing counts cannot be written");
+}
+
+sh_status sh_store_routing(sh_store *s, sh_progress_fn *fn, void *ctx) {
+    sqlite3_stmt *q = query(s, Q_ROUTING);
+    sh_status st;
+    for (bool row = true;;) {
+        SH_TRY_OR(st, next(s, q, "routing counts cannot be read", &row), break);
+        if (!row) break;
+        SH_TRY_OR(st, fn(ctx, sqlite3_column_blob(q, 0), (size_t)sqlite3_column_bytes(q, 0)), break);
     }
     sqlite3_reset(q);
     return st;

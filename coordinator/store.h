@@ -99,4 +99,9 @@ typedef struct sh_stored_result {
 typedef sh_status sh_result_fn(void *ctx, const sh_stored_result *r, bool *stop);
 sh_status sh_store_results(sh_store *s, uint64_t job, uint64_t after, sh_result_fn *fn, void *ctx);
 
+/* How often experts were chosen: a packed Routing message of group.proto for each rank that ever lived, under a name of
+ * its own; the newest counts of a rank replace the older. */
+sh_status sh_store_routing_put(sh_store *s, const char *rank, const void *p, size_t n);
+sh_status sh_store_routing(sh_store *s, sh_progress_fn *fn, void *ctx);
+
 #endif

@@ -19,7 +19,8 @@ typedef struct piece {
     const sh_attn_rows *rows;
     int kv_head, first, n; /* positions first … first+n−1 of rows */
     int seg0, seg1;
-    int part; /* where the result goes: this part, or −1: finished into q */
+    int block; /* for far rows: which of this member's blocks, from 0 */
+    int part;  /* where the result goes: this part, or −1: finished */
 } piece;
 
 /* A piece that was split: parts [part, part+n_parts) are its subtrees of 2^level segments, ascending from `index`. */
@@ -56,6 +57,9 @@ struct sh_attention {
     const float *k_norm;
     const sh_rope *rope;
     float *q;
+    const sh_attn_far *far;       /* rows of which partials are made; NULL: none */
+    const float *const *partials; /* of rows that are merged: [rows][members] */
+    int members;
     int group; /* query heads per KV head */
     atomic_int next;
 };
@@ -108,7 +112,7 @@ static void measure(sh_attention *a, const sh_config *c, int first, int last, in
         int group = l->heads / l->kv_heads, positions = block_positions(group);
         a->block_rows = max_int(a->block_rows, positions * group);
         a->max_dim = max_int(a->max_dim, l->head_dim);
-        a->max_pieces = max_int(a->max_pieces, l->kv_heads * (max_spans + max_rows / positions));
+        a->max_pieces = max_int(a->max_pieces, SH_OWNER_BLOCKS * l->kv_heads * (max_spans + max_rows / positions));
     }
     /* A piece is split into about cost/target + 2 parts; costs over all pieces sum to 4·threads targets. */
     a->max_parts = a->threads > 1 ? 12 * a->threads : 0;
@@ -208,9 +212,19 @@ static void tree_close(const sh_attention *a, scratch *t, int position) {
 /* --- one piece -----------------------------------------------------------------------------------------------------
  */
 
-static float *query(const sh_attention *a, const piece *p, int position) {
-    size_t hd = (size_t)a->layer->head_dim, row = (size_t)(p->rows->row + p->first + position);
+static int row_of(const piece *p, int position) {
+    return p->rows->row + p->first + position;
+}
+
+/* A row's place in q: its queries, then its result. */
+static float *place(const sh_attention *a, const piece *p, int position) {
+    size_t hd = (size_t)a->layer->head_dim, row = (size_t)row_of(p, position);
     return a->q + (row * (size_t)a->layer->heads + (size_t)(p->kv_head * a->group)) * hd;
+}
+
+static const float *query(const sh_attention *a, const piece *p, int position) {
+    if (!a->far) return place(a, p, position);
+    return a->far->q[row_of(p, position)] + (size_t)(p->kv_head * a->group) * (size_t)a->layer->head_dim;
 }
 
 /* Keys [*lo, *hi) that position pos sees, causally and within the window. */
@@ -252,10 +266,34 @@ static void segment_run(const sh_attention *a, scratch *t, const piece *p, int p
     }
 }
 
-/* Divides by the sum and puts the result in place of the query. */
+/* Where a partial has the o, m and l of a KV head's group. */
+typedef struct partial {
+    size_t o, m, l;
+} partial;
+
+static partial partial_of(const sh_attention *a, int kv_head) {
+    size_t h = (size_t)(kv_head * a->group), all = (size_t)a->layer->heads, hd = (size_t)a->layer->head_dim;
+    return (partial){h * hd, all * hd + h, all * hd + all + h};
+}
+
+static void write_partial(const sh_attention *a, const scratch *t, const piece *p, int position) {
+    size_t g = (size_t)a->group, hd = (size_t)a->layer->head_dim, row = (size_t)position * g;
+    if (t->n[position] == 0) return; /* the row ends before this block */
+    float *to = a->far->to[row_of(p, position)] + (size_t)p->block * SH_PARTIAL_FLOATS(a->layer);
+    partial at = partial_of(a, p->kv_head);
+    memcpy(to + at.o, t->to + row * hd, g * hd * sizeof(float));
+    memcpy(to + at.m, t->tm + row, g * sizeof(float));
+    memcpy(to + at.l, t->tl + row, g * sizeof(float));
+}
+
+/* Divides by the sum and puts the result in place of the query; of a far row, hands on what there is. */
 static void write_result(const sh_attention *a, const scratch *t, const piece *p, int position) {
     int g = a->group, hd = a->layer->head_dim;
-    float *out = query(a, p, position);
+    if (a->far) {
+        write_partial(a, t, p, position);
+        return;
+    }
+    float *out = place(a, p, position);
     for (int h = 0; h < g; h++) {
         int row = position * g + h;
         a->kn->scale(out + (size_t)h * (size_t)hd, t->to + (size_t)row * (size_t)hd, 1.0f / t->tl[row], hd);
@@ -313,6 +351,24 @@ static void joint_run(const sh_attention *a, scratch *t, const joint *j) {
     }
 }
 
+/* Joins what the members made for each row: blocks in order, wherever they come from. */
+static void merge_run(const sh_attention *a, scratch *t, const piece *p) {
+    const sh_span *s = p->rows->span;
+    partial at = partial_of(a, p->kv_head);
+    for (int i = 0; i < p->n; i++) {
+        const float *const *from = a->partials + (size_t)row_of(p, i) * (size_t)a->members;
+        int blocks = sh_owner_seen(p->rows->pos + p->first + i, s->level);
+        t->n[i] = 0;
+        for (int b = 0; b < blocks; b++) {
+            const float *f = from[sh_owner_of(b, s->seq, a->members)];
+            f += (size_t)(b / a->members) * SH_PARTIAL_FLOATS(a->layer);
+            tree_add(a, t, i, s->level, b, f + at.o, f + at.m, f + at.l);
+        }
+        tree_close(a, t, i);
+        write_result(a, t, p, i);
+    }
+}
+
 /* --- sharing out ---------------------------------------------------------------------------------------------------
  */
 
@@ -341,7 +397,34 @@ static void add_split(sh_attention *a, const piece *whole, long target) {
     }
 }
 
-/* Calls for every piece: adds up costs (target 0), or lists them with the long ones split. */
+/* A block of rows over segments [seg0, seg1), for every KV head: returns the cost (target 0), or lists the pieces with
+ * the long ones split. */
+static long list_heads(sh_attention *a, piece p, long target) {
+    for (p.kv_head = 0; target > 0 && p.kv_head < a->layer->kv_heads; p.kv_head++) {
+        if (piece_cost(&p) > target)
+            add_split(a, &p, target);
+        else
+            a->pieces[a->n_pieces++] = p;
+    }
+    return piece_cost(&p) * a->layer->kv_heads;
+}
+
+/* The same for each block of segments that is here and that the rows of p see. */
+static long list_blocks(sh_attention *a, const piece *whole, long target) {
+    const sh_span *s = whole->rows->span;
+    int level = s->level, place = sh_owner_place(a->far->member, s->seq, a->far->members);
+    long total = 0;
+    for (int b = place; b << level < whole->seg1; b += a->far->members) {
+        piece p = *whole;
+        p.block = b / a->far->members;
+        p.seg0 = b << level;
+        p.seg1 = min_int(whole->seg1, (b + 1) << level);
+        total += list_heads(a, p, target);
+    }
+    return total;
+}
+
+/* Calls for every block of rows: adds up costs (target 0), or lists pieces. */
 static long list_pieces(sh_attention *a, const sh_attn_rows *spans, int n_spans, long target) {
     int positions = block_positions(a->group);
     long total = 0;
@@ -353,14 +436,7 @@ static long list_pieces(sh_attention *a, const sh_attn_rows *spans, int n_spans,
             visible(a->layer, spans[s].pos + first + p.n - 1, &unused, &hi);
             p.seg0 = lo / SH_SEGMENT_TOKENS;
             p.seg1 = (hi - 1) / SH_SEGMENT_TOKENS + 1;
-            total += piece_cost(&p) * a->layer->kv_heads;
-            if (target == 0) continue;
-            for (p.kv_head = 0; p.kv_head < a->layer->kv_heads; p.kv_head++) {
-                if (piece_cost(&p) > target)
-                    add_split(a, &p, target);
-                else
-                    a->pieces[a->n_pieces++] = p;
-            }
+            total += a->far ? list_blocks(a, &p, target) : list_heads(a, p, target);
         }
     return total;
 }
@@ -380,23 +456,85 @@ static void run_joints(void *arg, int member, int size) {
     for (int i; (i = atomic_fetch_add(&a->next, 1)) < a->n_joints;) joint_run(a, &a->scratch[member], &a->joints[i]);
 }
 
-void sh_attention_run(sh_attention *a, const sh_kv_pool *kv, const sh_layer *l, const float *k_norm,
-                      const sh_rope *rope, const sh_attn_rows *spans, int n_spans, float *q) {
-    a->kv = kv;
+static void run_merges(void *arg, int member, int size) {
+    sh_attention *a = arg;
+    (void)size;
+    for (int i; (i = atomic_fetch_add(&a->next, 1)) < a->n_pieces;) merge_run(a, &a->scratch[member], &a->pieces[i]);
+}
+
+static void begin_run(sh_attention *a, const sh_layer *l) {
     a->layer = l;
-    a->k_norm = k_norm;
-    a->rope = rope;
-    a->q = q;
     a->group = l->heads / l->kv_heads;
+    a->far = NULL;
     a->n_pieces = a->n_joints = a->n_parts = 0;
+    atomic_store(&a->next, 0);
+}
+
+static void run_all(sh_attention *a, const sh_attn_rows *spans, int n_spans) {
     long total = list_pieces(a, spans, n_spans, 0);
     if (total == 0) return;
     list_pieces(a, spans, n_spans, a->threads > 1 ? total / (4L * a->threads) + 1 : total + 1);
-    atomic_store(&a->next, 0);
     sh_team_run(a->team, run_pieces, a);
     atomic_store(&a->next, 0);
     if (a->n_parts * a->group <= JOIN_ALONE)
         run_joints(a, 0, 1);
     else
         sh_team_run(a->team, run_joints, a);
+}
+
+void sh_attention_run(sh_attention *a, const sh_kv_pool *kv, const sh_layer *l, const float *k_norm,
+                      const sh_rope *rope, const sh_attn_rows *spans, int n_spans, float *q) {
+    begin_run(a, l);
+    a->kv = kv;
+    a->k_norm = k_norm;
+    a->rope = rope;
+    a->q = q;
+    run_all(a, spans, n_spans);
+}
+
+void sh_attention_partials(sh_attention *a, const sh_kv_pool *kv, const sh_layer *l, const float *k_norm,
+                           const sh_rope *rope, const sh_attn_rows *spans, int n_spans, const sh_attn_far *far) {
+    begin_run(a, l);
+    a->kv = kv;
+    a->k_norm = k_norm;
+    a->rope = rope;
+    a->far = far;
+    run_all(a, spans, n_spans);
+}
+
+void sh_attention_merge(sh_attention *a, const sh_layer *l, const sh_attn_rows *spans, int n_spans, int members,
+                        const float *const *partials, float *q) {
+    begin_run(a, l);
+    a->q = q;
+    a->partials = partials;
+    a->members = members;
+    int positions = block_positions(a->group), rows = 0;
+    for (int s = 0; s < n_spans; s++)
+        for (int first = 0; first < spans[s].n; first += positions) {
+            piece p = {.rows = &spans[s], .first = first, .n = min_int(positions, spans[s].n - first), .part = -1};
+            for (p.kv_head = 0; p.kv_head < l->kv_heads; p.kv_head++) a->pieces[a->n_pieces++] = p;
+            rows += p.n * l->heads;
+        }
+    if (rows <= JOIN_ALONE)
+        run_merges(a, 0, 1);
+    else
+        sh_team_run(a->team, run_merges, a);
+}
+
+/* --- rows of a batch -----------------------------------------------------------------------------------------------
+ */
+
+int sh_attn_rows_of(const sh_batch *b, int lo, int hi, bool kept, sh_attn_rows *out) {
+    int count = 0;
+    for (int i = 0; i < b->n_spans; i++) {
+        const sh_span *s = &b->spans[i];
+        int begin = kept ? s->row0 + s->rows - s->keep : s->row0;
+        int from = max_int(begin, lo), to = min_int(s->row0 + s->rows, hi);
+        if (from >= to) continue;
+        out[count++] = (sh_attn_rows){.span = s,
+                                      .row = (kept ? s->kept0 : s->row0) + from - begin,
+                                      .n = to - from,
+                                      .pos = s->pos + from - s->row0};
+    }
+    return count;
 }

@@ -14,13 +14,15 @@
 #include "model/rope.h"
 #include "model/team.h"
 
-#define SH_SEGMENT_TOKENS 128 /* a multiple of SH_PAGE_TOKENS */
-
 /* Rows of one span that attend: rows [row, row+n) of q, at positions [pos, pos+n). */
 typedef struct sh_attn_rows {
     const sh_span *span;
     int row, n, pos;
 } sh_attn_rows;
+
+/* The rows, or kept rows, that spans have among rows [lo, hi) of a batch; row numbers are those of the batch's rows, or
+ * of its kept rows. Returns how many spans have some. */
+int sh_attn_rows_of(const sh_batch *b, int lo, int hi, bool kept, sh_attn_rows *out);
 
 typedef struct sh_attention sh_attention;
 
@@ -37,5 +39,26 @@ void sh_attention_destroy(sh_attention **a);
  */
 void sh_attention_run(sh_attention *a, const sh_kv_pool *kv, const sh_layer *l, const float *k_norm,
                       const sh_rope *rope, const sh_attn_rows *spans, int n_spans, float *q);
+
+/*
+ * The same in two halves, for layers of the global kind whose positions are shared out (owner.h). Where a sequence's
+ * keys are, each block of segments that a row sees gives one partial, SH_PARTIAL_FLOATS floats: o [heads, head_dim],
+ * m [heads], l [heads]. Where the row is, its partials join along the tree: the bytes are those of sh_attention_run.
+ */
+#define SH_PARTIAL_FLOATS(l) ((size_t)(l)->heads * (size_t)((l)->head_dim + 2))
+
+/* Partials of the blocks that `member` stores. q[row]: a row's queries [heads, head_dim]; to[row]: its partials, one
+ * for each of these blocks that it sees, ascending. Every row sees one at least. */
+typedef struct sh_attn_far {
+    int members, member;
+    const float *const *q;
+    float *const *to;
+} sh_attn_far;
+void sh_attention_partials(sh_attention *a, const sh_kv_pool *kv, const sh_layer *l, const float *k_norm,
+                           const sh_rope *rope, const sh_attn_rows *spans, int n_spans, const sh_attn_far *far);
+/* q as for sh_attention_run: only written. partials[row·members + member]: what that member made for the row; not
+ * looked at where the row sees none of its blocks. */
+void sh_attention_merge(sh_attention *a, const sh_layer *l, const sh_attn_rows *spans, int n_spans, int members,
+                        const float *const *partials, float *q);
 
 #endif

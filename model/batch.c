@@ -2,7 +2,7 @@
  * The descriptor as bytes, and back. Little-endian; layout (docs/protocol.md, "Batch descriptor"):
  *   u32 length of the whole, u32 magic "SHB1", u64 step, i32 n_rows n_spans n_starts n_drops
  *   i32 ids[n_rows]
- *   per span:  u64 seq, i32 pos rows keep, per KV kind: i32 page0 n_pages, i32 pages[n_pages]
+ *   per span:  u64 seq, i32 pos rows keep level, per KV kind: i32 page0 n_pages, i32 pages[n_pages]
  *   per start: u64 seq, sampling, i32 n_prompt n_tokens, i32 tokens[n_tokens]
  *   u64 drops[n_drops]
  * row0, kept0 and n_kept follow from the spans. Reading trusts nothing: every count is checked against the bytes that
@@ -94,6 +94,7 @@ static sh_status put_span(sh_buf *to, const sh_span *s) {
     SH_TRY(put_i32(to, s->pos));
     SH_TRY(put_i32(to, s->rows));
     SH_TRY(put_i32(to, s->keep));
+    SH_TRY(put_i32(to, s->level));
     for (int k = 0; k < SH_KV_KINDS; k++) {
         SH_TRY(put_i32(to, s->page0[k]));
         SH_TRY(put_list(to, s->pages[k], s->n_pages[k]));
@@ -266,6 +267,7 @@ static sh_status get_span(reader *r, sh_batch *b, sh_span *s, int32_t *row, int3
     SH_TRY(get_i32(r, "position", 0, MAX_POS, &s->pos));
     SH_TRY(get_i32(r, "rows of a span", 1, b->n_rows - *row, &s->rows));
     SH_TRY(get_i32(r, "kept rows of a span", 0, s->rows, &s->keep));
+    SH_TRY(get_i32(r, "level of a span", 0, SH_MAX_LEVEL, &s->level));
     for (int k = 0; k < SH_KV_KINDS; k++) SH_TRY(get_pages(r, s, k));
     *row += s->rows;
     *kept += s->keep;
@@ -301,7 +303,7 @@ static sh_status get_body(reader *r, sh_batch *b) {
     SH_TRY(get_counts(r, b));
     SH_TRY(take(r, "token ids", b->n_rows, sizeof *b->ids, 4, (void **)&b->ids));
     SH_TRY(get_ints(r, "token id", b->n_rows, 0, b->ids));
-    SH_TRY(take(r, "spans", b->n_spans, sizeof *b->spans, 36, (void **)&b->spans));
+    SH_TRY(take(r, "spans", b->n_spans, sizeof *b->spans, 40, (void **)&b->spans));
     int32_t row = 0;
     for (int i = 0; i < b->n_spans; i++) SH_TRY(get_span(r, b, &b->spans[i], &row, &b->n_kept));
     if (row != b->n_rows) SH_FAIL(SH_EFORMAT, "batch: spans hold %d rows of %d", row, b->n_rows);

@@ -10,9 +10,8 @@
 #include "common/buf.h"
 #include "common/mem.h"
 #include "model/config.h"
+#include "model/owner.h"
 #include "model/sampling.h"
-
-#define SH_PAGE_TOKENS 32 /* tokens per KV page; page i of a sequence holds positions 32i … 32i+31 */
 
 typedef struct sh_span {
     uint64_t seq;  /* the leader's number for the sequence; never reused within a group's life */
@@ -21,8 +20,10 @@ typedef struct sh_span {
     int32_t keep;  /* the last `keep` rows go through every layer and to the sampler; the others only make K/V */
     int32_t row0;  /* first row in the batch */
     int32_t kept0; /* first kept row among the batch's kept rows */
-    /* Pages per kind: pages[kind][i] is the pool page of the sequence's page page0[kind] + i. Sliding pages before the
-     * window are gone, so page0 moves on. Covers every position this span reads or writes. */
+    int32_t level; /* of the blocks by which members share its global positions out (owner.h) */
+    /* Pages per kind: pages[kind][i] is the pool page of the sequence's page page0[kind] + i; a global page is one of
+     * the pool of the member that stores it. Sliding pages before the window are gone, so page0 moves on. Covers every
+     * position this span reads or writes. */
     int32_t page0[SH_KV_KINDS], n_pages[SH_KV_KINDS];
     const int32_t *pages[SH_KV_KINDS]; /* borrowed from the batch */
 } sh_span;

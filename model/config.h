@@ -98,6 +98,9 @@ int64_t sh_layer_params(const sh_config *c, int layer);
 size_t sh_weights_estimate(const sh_config *c, sh_mode mode, int first, int last);
 /* Of these, the bytes of one expert of one layer: a member that does not hold it has them less. */
 size_t sh_expert_bytes(const sh_config *c, sh_mode mode);
+/* Where experts are spread over so many members: the most rows of a member that pass a layer at a time. All members'
+ * together bound what the exchange and the experts' scratch take. */
+int sh_expert_part_rows(int max_rows, int members);
 /* The same for one of the members that divide a stage. */
 size_t sh_weights_estimate_share(const sh_config *c, sh_mode mode, sh_share s, int first, int last);
 /* The configuration as one of these members sees it: every layer as sh_share_layer says, the rest unchanged. Its KV

@@ -6,7 +6,7 @@
  * quickselect finishes. Order is that of 64-bit keys (value bits, then inverted id), all different, so every algorithm
  * gives one answer.
  */
-#include "model/draw.h"
+#include "model/draw_int.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -81,20 +81,19 @@ void sh_draw_destroy(sh_draw **d) {
 
 /* --- order --- */
 
-/* Larger keys come first: larger value, then lower id. Adding 0 makes −0 and 0 one value. */
-static uint64_t key_of(float value, int32_t id) {
+uint64_t sh_draw_key(float value, int32_t id) {
     uint32_t b;
-    float v = value + 0.0f;
+    float v = value + 0.0f; /* makes −0 and 0 one value */
     memcpy(&b, &v, 4);
     b ^= b >> 31 ? 0xffffffffu : 0x80000000u;
     return (uint64_t)b << 32 | (uint32_t) ~(uint32_t)id;
 }
 
-static int32_t key_id(uint64_t key) {
+int32_t sh_draw_key_id(uint64_t key) {
     return (int32_t) ~(uint32_t)key;
 }
 
-static float key_value(uint64_t key) {
+float sh_draw_key_value(uint64_t key) {
     uint32_t b = (uint32_t)(key >> 32);
     b ^= b >> 31 ? 0x80000000u : 0xffffffffu;
     float v;
@@ -153,6 +152,22 @@ static void sort_keys(uint64_t *key, int lo, int hi) {
     }
 }
 
+void sh_draw_sort(uint64_t *key, int n) {
+    sort_keys(key, 0, n);
+}
+
+const uint64_t *sh_draw_keys(const sh_draw *d) {
+    return d->key;
+}
+
+float *sh_draw_scratch(sh_draw *d) {
+    return d->y;
+}
+
+const sh_kernels *sh_draw_kernels(const sh_draw *d) {
+    return d->kn;
+}
+
 /* Largest entry by lanes (the compiler turns them into vectors); *bad becomes non-zero when an entry is NaN. */
 static float lane_max(const float *x, int n, int *bad) {
     float m[LANES];
@@ -176,49 +191,62 @@ static float lane_max(const float *x, int n, int *bad) {
     return best;
 }
 
-static int block_len(const sh_draw *d, int b) {
-    return b + 1 < d->n_blocks ? BLOCK : d->vocab - b * BLOCK;
+static int blocks_of(int n) {
+    return (n + BLOCK - 1) / BLOCK;
 }
 
-/* Maxima of the blocks of x, and over all. Fails unless the maximum is finite and nothing is NaN. */
-static sh_status scan(sh_draw *d, const float *x, float *max) {
+static int block_len(int n, int b) {
+    return n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
+}
+
+float sh_draw_scan(sh_draw *d, const float *x, int n, int *bad) {
     float best = -INFINITY;
-    int bad = 0;
-    for (int b = 0; b < d->n_blocks; b++) {
-        d->block_max[b] = lane_max(x + (size_t)b * BLOCK, block_len(d, b), &bad);
+    for (int b = 0; b < blocks_of(n); b++) {
+        d->block_max[b] = lane_max(x + (size_t)b * BLOCK, block_len(n, b), bad);
         if (d->block_max[b] > best) best = d->block_max[b];
     }
+    return best;
+}
+
+sh_status sh_draw_check(float best, int bad) {
     if (bad) SH_FAIL(SH_EFORMAT, "logits: one is not a number: allowed are finite numbers");
     if (best == INFINITY) SH_FAIL(SH_EFORMAT, "logits: one is infinite: allowed are finite numbers");
     if (best == -INFINITY)
         SH_FAIL(SH_EFORMAT, "logits: no token is possible: at least one must be left to choose from");
+    return SH_OK;
+}
+
+/* Of the whole row. */
+static sh_status scan(sh_draw *d, const float *x, float *max) {
+    int bad = 0;
+    float best = sh_draw_scan(d, x, d->vocab, &bad);
+    SH_TRY(sh_draw_check(best, bad));
     *max = best;
     return SH_OK;
 }
 
-/* The entries of d->y (whose block maxima are known) that are at least as large as the want-th largest, impossible ones
- * left out → d->key, sorted. Returns how many: want or more (ties), or fewer when fewer are possible. */
-static int best_keys(sh_draw *d, int want) {
+int sh_draw_best(sh_draw *d, const float *x, int len, int base, int want) {
     float bound = -INFINITY;
+    int blocks = blocks_of(len);
     if (want <=
-        d->n_blocks) { /* each of the `want` largest maxima is an entry, so the want-th largest entry is no smaller */
-        for (int b = 0; b < d->n_blocks; b++) d->block_key[b] = key_of(d->block_max[b], b);
-        select_keys(d->block_key, d->n_blocks, want);
-        bound = key_value(d->block_key[want - 1]);
+        blocks) { /* each of the `want` largest maxima is an entry, so the want-th largest entry is no smaller */
+        for (int b = 0; b < blocks; b++) d->block_key[b] = sh_draw_key(d->block_max[b], b);
+        select_keys(d->block_key, blocks, want);
+        bound = sh_draw_key_value(d->block_key[want - 1]);
     }
     int n = 0;
-    for (int b = 0; b < d->n_blocks; b++) {
+    for (int b = 0; b < blocks; b++) {
         if (d->block_max[b] < bound) continue;
-        const float *y = d->y + (size_t)b * BLOCK;
-        for (int i = 0, len = block_len(d, b); i < len; i++)
-            if (y[i] >= bound && y[i] > -INFINITY) d->key[n++] = key_of(y[i], b * BLOCK + i);
+        const float *y = x + (size_t)b * BLOCK;
+        for (int i = 0; i < block_len(len, b); i++)
+            if (y[i] >= bound && y[i] > -INFINITY) d->key[n++] = sh_draw_key(y[i], base + b * BLOCK + i);
     }
     if (n > want) {
         select_keys(d->key, n, want);
-        float least = key_value(d->key[want - 1]);
+        float least = sh_draw_key_value(d->key[want - 1]);
         int kept = want;
         for (int i = want; i < n; i++)
-            if (key_value(d->key[i]) == least) swap_keys(&d->key[kept++], &d->key[i]);
+            if (sh_draw_key_value(d->key[i]) == least) swap_keys(&d->key[kept++], &d->key[i]);
         n = kept;
     }
     sort_keys(d->key, 0, n);
@@ -227,33 +255,35 @@ static int best_keys(sh_draw *d, int want) {
 
 /* --- log-sum-exp --- */
 
-/* Max and sum of each segment of x; a segment without a possible entry has max −∞ and sum 0. */
-static void segments(sh_draw *d, const float *x) {
-    for (int s = 0; s < d->n_segments; s++) {
-        int at = s * SH_DRAW_SEGMENT, n = d->vocab - at < SH_DRAW_SEGMENT ? d->vocab - at : SH_DRAW_SEGMENT;
-        d->kn->max_sum_exp(x + at, n, &d->seg_max[s], &d->seg_sum[s]);
-        if (d->seg_max[s] == -INFINITY) d->seg_sum[s] = 0;
+void sh_draw_segments(const sh_kernels *kn, const float *x, int n, float *max, float *sum) {
+    for (int at = 0; at < n; at += SH_DRAW_SEGMENT, max++, sum++) {
+        kn->max_sum_exp(x + at, n - at < SH_DRAW_SEGMENT ? n - at : SH_DRAW_SEGMENT, max, sum);
+        if (*max == -INFINITY) *sum = 0;
     }
 }
 
-sh_status sh_draw_lse(sh_draw *d, const float *x, sh_lse *out) {
-    float max;
-    SH_TRY(scan(d, x, &max));
-    segments(d, x);
-    float m = -INFINITY, sum = 0;
-    for (int s = 0; s < d->n_segments; s++) {
-        float b = d->seg_max[s];
+sh_lse sh_draw_join(const float *max, const float *sum, int n_segments) {
+    float m = -INFINITY, all = 0;
+    for (int s = 0; s < n_segments; s++) {
+        float b = max[s];
         if (b == -INFINITY) continue;
         if (m == -INFINITY) {
             m = b;
-            sum = d->seg_sum[s];
+            all = sum[s];
         } else if (b > m) {
-            sum = fmaf(sh_expf(m - b), sum, d->seg_sum[s]);
+            all = fmaf(sh_expf(m - b), all, sum[s]);
             m = b;
         } else
-            sum = fmaf(sh_expf(b - m), d->seg_sum[s], sum);
+            all = fmaf(sh_expf(b - m), sum[s], all);
     }
-    *out = (sh_lse){.max = m, .log_sum = sh_logf(sum)};
+    return (sh_lse){.max = m, .log_sum = sh_logf(all)};
+}
+
+sh_status sh_draw_lse(sh_draw *d, const float *x, sh_lse *out) {
+    float max = 0;
+    SH_TRY(scan(d, x, &max));
+    sh_draw_segments(d->kn, x, d->vocab, d->seg_max, d->seg_sum);
+    *out = sh_draw_join(d->seg_max, d->seg_sum, d->n_segments);
     return SH_OK;
 }
 
@@ -262,17 +292,18 @@ int sh_draw_top(sh_draw *d, const float *x, sh_lse l, int k, sh_top_logprob *out
     if (k > d->vocab) k = d->vocab;
     for (int i = 0; i < d->vocab; i++) d->y[i] = sh_lse_logprob(l, x[i]);
     int bad = 0;
-    for (int b = 0; b < d->n_blocks; b++) d->block_max[b] = lane_max(d->y + (size_t)b * BLOCK, block_len(d, b), &bad);
-    int n = best_keys(d, k);
+    (void)sh_draw_scan(d, d->y, d->vocab, &bad);
+    int n = sh_draw_best(d, d->y, d->vocab, 0, k);
     if (n > k) n = k;
-    for (int i = 0; i < n; i++) out[i] = (sh_top_logprob){.id = key_id(d->key[i]), .logprob = key_value(d->key[i])};
+    for (int i = 0; i < n; i++)
+        out[i] = (sh_top_logprob){.id = sh_draw_key_id(d->key[i]), .logprob = sh_draw_key_value(d->key[i])};
     return n;
 }
 
 /* --- choice --- */
 
 sh_status sh_draw_greedy(sh_draw *d, const float *x, int32_t *id) {
-    float max;
+    float max = 0;
     SH_TRY(scan(d, x, &max));
     int i = 0;
     while (x[i] != max) i++;
@@ -287,20 +318,24 @@ static sh_status heat(sh_draw *d, const float *x, float temperature, float *max)
     return SH_OK;
 }
 
-/* Σ exp(y − max) over the whole row, segment by segment. */
-static double row_weight(sh_draw *d, float max) {
-    segments(d, d->y);
+double sh_draw_mass(const float *max, const float *sum, int n_segments, float top) {
     double z = 0;
-    for (int s = 0; s < d->n_segments; s++)
-        if (d->seg_sum[s] > 0) z += (double)d->seg_sum[s] * (double)sh_expf(d->seg_max[s] - max);
+    for (int s = 0; s < n_segments; s++)
+        if (sum[s] > 0) z += (double)sum[s] * (double)sh_expf(max[s] - top);
     return z;
 }
 
-static double weigh(sh_draw *d, int n, float max) {
+/* Σ exp(y − max) over the whole row, segment by segment. */
+static double row_mass(sh_draw *d, float max) {
+    sh_draw_segments(d->kn, d->y, d->vocab, d->seg_max, d->seg_sum);
+    return sh_draw_mass(d->seg_max, d->seg_sum, d->n_segments, max);
+}
+
+double sh_draw_weigh(const uint64_t *key, int n, float top, float *weight) {
     double total = 0;
     for (int i = 0; i < n; i++) {
-        d->weight[i] = sh_expf(key_value(d->key[i]) - max);
-        total += (double)d->weight[i];
+        weight[i] = sh_expf(sh_draw_key_value(key[i]) - top);
+        total += (double)weight[i];
     }
     return total;
 }
@@ -315,78 +350,97 @@ static int count_mass(const float *w, int n, double share) {
     return n;
 }
 
+bool sh_draw_has_top_k(const sh_sampling *p, int vocab) {
+    return p->top_k > 0 && p->top_k < vocab;
+}
+
+bool sh_draw_is_filtered(const sh_sampling *p, int vocab) {
+    return sh_draw_has_top_k(p, vocab) || p->top_p < 1 || p->min_p > 0;
+}
+
+int sh_draw_keep(const sh_sampling *p, const float *weight, int n, double whole, double *total) {
+    if (p->top_p < 1) n = count_mass(weight, n, (double)p->top_p * whole);
+    int kept = 1; /* weights fall, so what min_p leaves is a prefix; the first always stays */
+    while (kept < n && weight[kept] >= p->min_p) kept++;
+    double sum = 0;
+    for (int i = 0; i < kept; i++) sum += (double)weight[i];
+    *total = sum;
+    return kept;
+}
+
 sh_status sh_draw_support(sh_draw *d, const float *x, const sh_sampling *p, sh_support *out) {
-    float max;
+    float max = 0;
     SH_TRY(heat(d, x, p->temperature, &max));
-    bool top_k = p->top_k > 0 && p->top_k < d->vocab, top_p = p->top_p < 1;
-    double whole = !top_k && top_p ? row_weight(d, max) : 0;
+    bool top_k = sh_draw_has_top_k(p, d->vocab), top_p = p->top_p < 1;
+    double whole = !top_k && top_p ? row_mass(d, max) : 0;
     int n, want = top_k ? p->top_k : FIRST_LOOK;
     for (;; want *= 8) { /* without top_k: look at more until the set that top_p or min_p leaves is among them */
         if (want > d->vocab) want = d->vocab;
-        n = best_keys(d, want);
-        double seen = weigh(d, n, max);
+        n = sh_draw_best(d, d->y, d->vocab, 0, want);
+        double seen = sh_draw_weigh(d->key, n, max, d->weight);
         if (top_k) whole = seen;
         bool all = top_k || want == d->vocab;
         if (all || (top_p ? seen >= (double)p->top_p * whole : d->weight[n - 1] < p->min_p)) break;
     }
-    if (top_p) n = count_mass(d->weight, n, (double)p->top_p * whole);
-    int kept = 1; /* weights fall, so what min_p leaves is a prefix; the first always stays */
-    while (kept < n && d->weight[kept] >= p->min_p) kept++;
     double total = 0;
-    for (int i = 0; i < kept; i++) {
-        d->id[i] = key_id(d->key[i]);
-        total += (double)d->weight[i];
-    }
+    int kept = sh_draw_keep(p, d->weight, n, whole, &total);
+    for (int i = 0; i < kept; i++) d->id[i] = sh_draw_key_id(d->key[i]);
     *out = (sh_support){.n = kept, .id = d->id, .weight = d->weight, .total = total};
     return SH_OK;
 }
 
-/* No filter: the segment is found by the segments' sums, the entry by walking it. */
-static sh_status draw_unfiltered(sh_draw *d, const float *x, const sh_sampling *p, double u, int32_t *id) {
-    float max;
-    SH_TRY(heat(d, x, p->temperature, &max));
-    double rest = u * row_weight(d, max);
+int sh_draw_pick_segment(const float *max, const float *sum, int n_segments, float top, double *rest) {
     int seg = -1;
-    for (int s = 0; s < d->n_segments; s++) {
-        if (!(d->seg_sum[s] > 0)) continue;
-        double mass = (double)d->seg_sum[s] * (double)sh_expf(d->seg_max[s] - max);
+    for (int s = 0; s < n_segments; s++) {
+        if (!(sum[s] > 0)) continue;
+        double mass = (double)sum[s] * (double)sh_expf(max[s] - top);
         if (!(mass > 0)) continue;
         seg = s; /* the last one that has weight takes what rounding leaves over */
-        if (rest < mass) break;
-        rest -= mass;
+        if (*rest < mass) break;
+        *rest -= mass;
     }
-    int at = seg * SH_DRAW_SEGMENT, n = d->vocab - at < SH_DRAW_SEGMENT ? d->vocab - at : SH_DRAW_SEGMENT;
-    int last = at;
-    for (int i = at; i < at + n; i++) {
-        double w = d->y[i] > -INFINITY ? (double)sh_expf(d->y[i] - max) : 0;
+    return seg;
+}
+
+int32_t sh_draw_pick_entry(const float *y, int n, int base, float top, double rest) {
+    int last = base;
+    for (int i = 0; i < n; i++) {
+        double w = y[i] > -INFINITY ? (double)sh_expf(y[i] - top) : 0;
         if (!(w > 0)) continue;
-        last = i;
+        last = base + i;
         if (rest < w) break;
         rest -= w;
     }
-    *id = last;
+    return last;
+}
+
+/* No filter: the segment is found by the segments' sums, the entry by walking it. */
+static sh_status draw_unfiltered(sh_draw *d, const float *x, const sh_sampling *p, double u, int32_t *id) {
+    float max = 0;
+    SH_TRY(heat(d, x, p->temperature, &max));
+    double rest = u * row_mass(d, max);
+    int at = sh_draw_pick_segment(d->seg_max, d->seg_sum, d->n_segments, max, &rest) * SH_DRAW_SEGMENT;
+    int n = d->vocab - at < SH_DRAW_SEGMENT ? d->vocab - at : SH_DRAW_SEGMENT;
+    *id = sh_draw_pick_entry(d->y + at, n, at, max, rest);
     return SH_OK;
 }
 
-sh_status sh_draw_id(sh_draw *d, const float *x, const sh_sampling *p, double u, int32_t *id) {
-    if (!(p->temperature >= SH_DRAW_GREEDY)) {
-        SH_TRY(sh_draw_greedy(d, x, id));
-        return SH_OK;
-    }
-    bool filtered = (p->top_k > 0 && p->top_k < d->vocab) || p->top_p < 1 || p->min_p > 0;
-    if (!filtered) {
-        SH_TRY(draw_unfiltered(d, x, p, u, id));
-        return SH_OK;
-    }
-    sh_support s;
-    SH_TRY(sh_draw_support(d, x, p, &s));
-    double at = u * s.total, sum = 0;
+int sh_draw_pick(const float *weight, int n, double total, double u) {
+    double at = u * total, sum = 0;
     int i = 0;
-    for (; i < s.n - 1; i++) {
-        sum += (double)s.weight[i];
+    for (; i < n - 1; i++) {
+        sum += (double)weight[i];
         if (sum > at) break;
     }
-    *id = s.id[i];
+    return i;
+}
+
+sh_status sh_draw_id(sh_draw *d, const float *x, const sh_sampling *p, double u, int32_t *id) {
+    if (!(p->temperature >= SH_DRAW_GREEDY)) return sh_draw_greedy(d, x, id);
+    if (!sh_draw_is_filtered(p, d->vocab)) return draw_unfiltered(d, x, p, u, id);
+    sh_support s;
+    SH_TRY(sh_draw_support(d, x, p, &s));
+    *id = s.id[sh_draw_pick(s.weight, s.n, s.total, u)];
     return SH_OK;
 }
 

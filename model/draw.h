@@ -29,7 +29,7 @@ typedef struct sh_lse {
 } sh_lse;
 sh_status sh_draw_lse(sh_draw *d, const float *x, sh_lse *out);
 static inline float sh_lse_logprob(sh_lse l, float x) {
-    return (x - l.max) - l.log_sum;
+    return (x + 0.0f - l.max) - l.log_sum; /* −0 counts as 0, as in the order of entries */
 }
 
 /* The k likeliest ids with their log-probabilities (logprob descending, id ascending) → out [k]; fewer when fewer are

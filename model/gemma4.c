@@ -48,6 +48,13 @@ static void book(sh_model *m, double *cause) {
     m->mark = now;
 }
 
+/* Books the time that was spent waiting for who shares positions out; the rest is of another cause. */
+static void book_waiting(sh_model *m) {
+    double waited = m->spread ? sh_spread_waited(m->spread) : 0;
+    m->times.exchange += waited;
+    m->mark += waited;
+}
+
 /* y [n, w->n] = x [n, w->k] · wᵀ */
 static void project(sh_model *m, const sh_wmat *w, const float *x, int n, float *y) {
     book(m, &m->times.other);
@@ -164,7 +171,10 @@ static void heads_of_row(const row_job *j, int r, const sh_attn_rows *s) {
         kn->rmsnorm(k, k, j->w->k_norm, hd, m->config.eps);
         sh_rope_apply(rope, kn, k, pos);
     }
-    sh_kv_write(m->kv, kn, j->layer, s->span, pos - s->span->pos, l->k_eq_v ? NULL : k_row, v_row);
+    if (m->spread)
+        sh_spread_put(m->spread, j->layer, r, k_row, v_row);
+    else
+        sh_kv_write(m->kv, kn, j->layer, s->span, pos - s->span->pos, l->k_eq_v ? NULL : k_row, v_row);
 }
 
 static void heads_rows(void *arg, int lo, int hi) {
@@ -188,6 +198,20 @@ static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights
     book(m, &m->times.weights);
 }
 
+/* q = softmax(q · k) v over all positions, wherever their K/V are stored. */
+static sh_status attend(sh_model *m, int layer) {
+    const sh_layer *l = &m->config.layer[layer];
+    const float *k_norm = weights_of(m, layer)->k_norm;
+    const sh_rope *rope = rope_of(m, layer);
+    if (m->spread)
+        SH_TRY(sh_spread_attend(m->spread, layer, k_norm, rope, m->part_spans, m->n_part_spans, m->q));
+    else
+        sh_attention_run(m->attention, m->kv, l, k_norm, rope, m->part_spans, m->n_part_spans, m->q);
+    book_waiting(m);
+    book(m, &m->times.attention);
+    return SH_OK;
+}
+
 static sh_status attention_block(sh_model *m, const sh_part *p) {
     const sh_layer *l = &m->config.layer[p->layer];
     const sh_layer_weights *w = weights_of(m, p->layer);
@@ -198,8 +222,7 @@ static sh_status attention_block(sh_model *m, const sh_part *p) {
     row_job j = {.m = m, .layer = p->layer, .l = l, .w = w};
     sh_row_loop_run(m->team, p->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
     book(m, &m->times.other);
-    sh_attention_run(m->attention, m->kv, l, w->k_norm, rope_of(m, p->layer), m->part_spans, m->n_part_spans, m->q);
-    book(m, &m->times.attention);
+    SH_TRY(attend(m, p->layer));
     int all = m->whole.layer[p->layer].heads * l->head_dim;
     SH_TRY(mix(m, p->layer, SH_JOINT_HEADS, SH_JOINT_O, &w->o, m->q, p->n, all, l->head_dim, m->h));
     residual(m, x, m->h, w->post_attn_norm, p->n);
@@ -237,6 +260,11 @@ static void join_rows(void *arg, int lo, int hi) {
     }
 }
 
+static void count_chosen(sh_model *m, int layer, const int32_t *ids, int n) {
+    uint64_t *to = m->chosen + (size_t)(layer - m->options.first) * (size_t)m->config.experts;
+    for (int i = 0; i < n * m->config.top_k; i++) to[ids[i]]++;
+}
+
 /* Rows leave for their experts. */
 static sh_status experts_begin(sh_model *m, int slot) {
     const sh_part *p = &m->part[slot];
@@ -244,6 +272,7 @@ static sh_status experts_begin(sh_model *m, int slot) {
     book(m, &m->times.other);
     SH_TRY(sh_moe_begin(m->moe, slot, p->layer, weights_of(m, p->layer), row(m->x, p->row0, m->config.hidden), p->n));
     book(m, &m->times.experts);
+    count_chosen(m, p->layer, sh_moe_ids(m->moe, slot), p->n);
     if (m->probe.router && p->n > 0)
         m->probe.router(m->probe.arg, p->layer, sh_moe_ids(m->moe, slot), sh_moe_weights(m->moe, slot), p->n,
                         m->config.top_k);
@@ -386,7 +415,7 @@ static void begin_step(sh_model *m, const sh_batch *b, const void *in) {
         if (b->spans[i].pos + b->spans[i].rows > end) end = b->spans[i].pos + b->spans[i].rows;
     for (int i = 0; i < m->n_ropes; i++) sh_rope_reach(&m->ropes[i], m->kn, end);
     sh_model_view(m, false);
-    if (b->n_rows > 0) memcpy(m->ids, b->ids, (size_t)b->n_rows * sizeof *m->ids);
+    if (m->n > 0) memcpy(m->ids, b->ids + m->lo, (size_t)m->n * sizeof *m->ids);
     if (m->options.first == 0) {
         row_job j = {.m = m};
         sh_row_loop_run(m->team, m->n, (size_t)m->config.hidden, embed_rows, &j);
@@ -409,10 +438,13 @@ sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void 
     }
     SH_TRY(settle(m));
     if (m->options.last >= m->config.first_shared) sh_model_keep(m);
-    if (m->options.last == m->config.n_layers)
-        norm(m, m->x, m->weights->final_norm, m->n, out);
-    else
+    if (m->options.last == m->config.n_layers) {
+        norm(m, m->x, m->weights->final_norm, m->n, m->spread ? m->h : out);
+        if (m->spread) SH_TRY(sh_spread_gather(m->spread, m->h, m->config.hidden, out));
+        book_waiting(m);
+    } else {
         sh_model_send(m, in, out);
+    }
     book(m, &m->times.other);
     return SH_OK;
 }

@@ -18,12 +18,12 @@ typedef struct sh_model_options {
     int threads;
     const int *cpus; /* CPUs to bind to; NULL: none */
     int n_cpus;
-    int max_rows; /* rows of the largest micro-batch */
+    int max_rows; /* rows of the largest micro-batch, all members' together */
     int max_spans;
     int max_context;
     int32_t pages[SH_KV_KINDS]; /* KV pool */
     sh_share share;             /* heads and columns of each layer that are this member's; {0}: all */
-    const sh_peers *peers;      /* NULL: alone */
+    const sh_peers *peers;      /* NULL: alone; borrowed */
 } sh_model_options;
 
 /* Loads weights and reserves KV and scratch. */
@@ -39,11 +39,14 @@ void sh_model_destroy(sh_model **m);
  * (sh_config_share): the KV heads that cross are its own.
  */
 size_t sh_model_cut_bytes(const sh_config *c, sh_kv_type type, int cut, int n_rows, int n_kept);
+/* The same for one batch (which need not be checked yet) on a model whose members share positions out: rows are those
+ * that this member computes, K/V rows those that it stores. Each member sends to its like in the next stage. */
+size_t sh_model_block_bytes(const sh_model *m, int cut, const sh_batch *b);
 
 /* Runs the stage. in: the block of this stage's first cut (NULL at layer 0). out: room for the block of its last cut,
- * or, when the stage ends the model, f32 [n_kept, hidden] after the final norm. in must stay as it is until the return;
- * in and out do not overlap. A batch that this stage cannot run (limits, ids, pages) is refused before anything is
- * computed. Allocates nothing. */
+ * or, when the stage ends the model, f32 [n_kept, hidden] after the final norm (where positions are shared out, member
+ * 0 gets them). in must stay as it is until the return; in and out do not overlap. A batch that this stage cannot run
+ * (limits, ids, pages) is refused before anything is computed. Allocates nothing. Collective among members. */
 sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void *out);
 /* Soft-capped logits [n, vocab] of n rows of that final output. Last stage only. A share has those of its ids alone:
  * [n, sh_model_ids(m)]. */
@@ -67,6 +70,10 @@ typedef struct sh_model_times {
     double weights, attention, experts, other, exchange; /* exchange: with the other members of the stage */
 } sh_model_times;
 sh_model_times sh_model_time(const sh_model *m);
+/* How often rows here chose each expert, since creation: [layers here, experts]; NULL: no experts. */
+const uint64_t *sh_model_chosen(const sh_model *m);
+/* Rows that experts here computed since creation, a row once per expert, other members' rows included. */
+uint64_t sh_model_expert_rows(const sh_model *m);
 const sh_kernels *sh_model_kernels(const sh_model *m);
 sh_team *sh_model_team(sh_model *m);
 size_t sh_model_weight_bytes(const sh_model *m);

@@ -70,7 +70,8 @@ static sh_status reserve_quantized(sh_model *m, const widths *w) {
 
 static sh_status create_scratch(sh_model *m) {
     widths w = measure(m);
-    size_t R = (size_t)m->options.max_rows, H = (size_t)m->config.hidden, P = (size_t)m->config.ple;
+    size_t R = (size_t)sh_spread_rows(m->options.max_rows, m->members), H = (size_t)m->config.hidden;
+    size_t P = (size_t)m->config.ple;
     size_t B = (size_t)m->part_rows, f = sizeof(float), spans = (size_t)m->options.max_spans;
     size_t parts = (size_t)m->n_parts;
     size_t rows = R * (H + (P ? H : 0) + 1);
@@ -99,6 +100,9 @@ static sh_status create_scratch(sh_model *m) {
     m->own = gathers ? sh_arena_take(a, own * f) : NULL;
     SH_TRY(reserve_quantized(m, &w));
     if (!w.moe) return SH_OK;
+    size_t counts = (size_t)(m->options.last - m->options.first) * (size_t)m->config.experts;
+    m->chosen = calloc(counts, sizeof *m->chosen);
+    if (!m->chosen) SH_FAIL(SH_EMEMORY, "model: no memory for %zu counts", counts);
     return sh_moe_create(&m->config, m->options.mode, m->part_rows, m->team, m->kn, m->experts, &m->moe);
 }
 
@@ -138,8 +142,12 @@ static sh_status create_members(sh_model *m, const char *model_dir) {
     SH_TRY(sh_weights_load(model_dir, &m->whole, &w, m->team, NULL, NULL, &m->weights));
     SH_TRY(sh_kv_create(&m->config, o->kv_type, o->first, o->last, o->pages, &m->kv));
     SH_TRY(create_ropes(m));
-    SH_TRY(sh_attention_create(&m->config, o->first, o->last, m->part_rows, o->max_spans, o->max_context, m->team,
-                               m->kn, &m->attention));
+    int rows = m->members > 1 ? o->max_rows : m->part_rows, spans = o->max_spans + m->members - 1;
+    SH_TRY(
+        sh_attention_create(&m->config, o->first, o->last, rows, spans, o->max_context, m->team, m->kn, &m->attention));
+    if (m->members > 1)
+        SH_TRY(sh_spread_create(&m->config, o->first, o->last, o->max_rows, o->max_spans, m->kv, m->attention, m->kn,
+                                o->peers->context, &m->spread));
     return create_scratch(m);
 }
 
@@ -153,6 +161,9 @@ sh_status sh_model_create(const char *model_dir, const sh_config *c, const sh_mo
     m->experts = o->peers ? o->peers->experts : NULL;
     m->n_parts = m->experts ? SH_EXPERT_SLOTS : 1;
     m->part_rows = min_int(o->max_rows, m->experts ? min_int(m->experts->part_rows, SH_PART_ROWS) : SH_PART_ROWS);
+    m->members = o->peers && o->peers->context ? o->peers->context->members : 1;
+    m->member = m->members > 1 ? o->peers->context->member : 0;
+    if (m->members > 1) m->part_rows = sh_spread_rows(o->max_rows, m->members); /* one part: see sh_model_parts */
     find_windows(m);
     sh_status st = create_members(m, model_dir);
     if (st != SH_OK) {
@@ -169,6 +180,8 @@ void sh_model_destroy(sh_model **mp) {
     sh_model *m = *mp;
     if (!m) return;
     sh_moe_destroy(&m->moe);
+    free(m->chosen);
+    sh_spread_destroy(&m->spread);
     sh_attention_destroy(&m->attention);
     for (int i = 0; i < m->n_ropes; i++) sh_rope_release(&m->ropes[i]);
     free(m->ropes);
@@ -190,6 +203,14 @@ sh_model_times sh_model_time(const sh_model *m) {
 
 sh_range sh_model_ids(const sh_model *m) {
     return sh_share_range(m->options.share, m->config.vocab, SH_SHARE_VOCAB);
+}
+
+const uint64_t *sh_model_chosen(const sh_model *m) {
+    return m->chosen;
+}
+
+uint64_t sh_model_expert_rows(const sh_model *m) {
+    return m->moe ? sh_moe_computed(m->moe) : 0;
 }
 
 const sh_kernels *sh_model_kernels(const sh_model *m) {
@@ -232,6 +253,11 @@ static sh_status check_span(const sh_model *m, const sh_span *s, int row, int ke
     if (s->pos < 0 || s->pos > m->options.max_context - s->rows)
         SH_FAIL(SH_EFORMAT, "batch: sequence %llu: positions %d to %lld: the context is %d", (unsigned long long)s->seq,
                 s->pos, (long long)s->pos + s->rows - 1, m->options.max_context);
+    int blocks = sh_owner_seen(s->pos + s->rows - 1, s->level);
+    if (m->members > 1 && blocks > SH_OWNER_BLOCKS * m->members)
+        SH_FAIL(SH_EFORMAT, "batch: sequence %llu: level %d makes %d blocks of %d positions: at most %d for %d members",
+                (unsigned long long)s->seq, s->level, blocks, s->pos + s->rows, SH_OWNER_BLOCKS * m->members,
+                m->members);
     for (int kind = 0; kind < SH_KV_KINDS; kind++)
         if (m->windows[kind] >= 0) SH_TRY(check_pages(m, kind, s));
     return SH_OK;
@@ -265,20 +291,18 @@ sh_status sh_model_check(const sh_model *m, const sh_batch *b) {
 
 void sh_model_view(sh_model *m, bool kept) {
     const sh_batch *b = m->batch;
+    m->lo = sh_owner_first_row(b->n_rows, m->members, m->member);
+    m->hi = sh_owner_first_row(b->n_rows, m->members, m->member + 1);
     m->kept = kept;
-    m->n = kept ? b->n_kept : b->n_rows;
-    m->n_row_spans = 0;
-    for (int i = 0; i < b->n_spans; i++) {
-        const sh_span *s = &b->spans[i];
-        int n = kept ? s->keep : s->rows;
-        if (n == 0) continue;
-        m->rows[m->n_row_spans++] =
-            (sh_attn_rows){.span = s, .row = kept ? s->kept0 : s->row0, .n = n, .pos = s->pos + s->rows - n};
-    }
+    m->n_row_spans = sh_attn_rows_of(b, m->lo, m->hi, kept, m->rows);
+    m->n = 0;
+    for (int i = 0; i < m->n_row_spans; m->n += m->rows[i++].n) m->rows[i].row = m->n;
+    if (m->spread) sh_spread_view(m->spread, b, kept);
 }
 
 int sh_model_parts(const sh_model *m) {
     const sh_batch *b = m->batch;
+    if (m->members > 1) return 1; /* members meet once in each layer, those without rows too */
     int widest = max_int(m->n, m->kept ? b->widest_kept : b->widest_rows), B = m->part_rows;
     if (m->n_parts == 1) return (widest + B - 1) / B;
     if (widest <= B && widest < m->experts->split_rows) return widest > 0;
@@ -298,13 +322,15 @@ void sh_model_clip(sh_model *m, const sh_part *p) {
 
 void sh_model_keep(sh_model *m) {
     if (m->kept) return;
-    size_t row = (size_t)m->config.hidden * sizeof(float);
-    for (int i = 0; i < m->batch->n_spans; i++) { /* rows only move down, so ascending order is safe */
-        const sh_span *s = &m->batch->spans[i];
-        size_t to = (size_t)s->kept0, from = (size_t)(s->row0 + s->rows - s->keep), n = (size_t)s->keep;
+    size_t row = (size_t)m->config.hidden * sizeof(float), to = 0;
+    for (int i = 0; i < m->n_row_spans; i++) { /* rows only move down, so ascending order is safe */
+        const sh_attn_rows *p = &m->rows[i];
+        int beyond = p->pos + p->n - (p->span->pos + p->span->rows - p->span->keep);
+        size_t n = (size_t)(beyond < 0 ? 0 : beyond < p->n ? beyond : p->n), from = (size_t)(p->row + p->n) - n;
         memmove((uint8_t *)m->x + to * row, (uint8_t *)m->x + from * row, n * row);
         if (m->x0) memmove((uint8_t *)m->x0 + to * row, (uint8_t *)m->x0 + from * row, n * row);
         memmove(m->ids + to, m->ids + from, n * sizeof *m->ids);
+        to += n;
     }
     sh_model_view(m, true);
 }
@@ -312,60 +338,113 @@ void sh_model_keep(sh_model *m) {
 /* --- the block of a cut --------------------------------------------------------------------------------------------
  */
 
-static size_t hidden_bytes(const sh_config *c, int cut, int n_rows, int n_kept) {
-    size_t here = (size_t)(cut >= c->first_shared ? n_kept : n_rows);
-    return here * (size_t)c->hidden * sizeof(float);
+/* What of a batch crosses a cut: rows that are computed here, of them kept ones, rows whose K/V are stored here. */
+typedef struct crossing {
+    int rows, kept, stored[SH_KV_KINDS];
+} crossing;
+
+/* Kept rows among the first n. */
+static int kept_below(const sh_batch *b, int n) {
+    int kept = 0;
+    for (int i = 0; i < b->n_spans; i++) {
+        const sh_span *s = &b->spans[i];
+        int k = n - (s->row0 + s->rows - s->keep);
+        kept += k < 0 ? 0 : k < s->keep ? k : s->keep;
+    }
+    return kept;
+}
+
+static int stored_of(const sh_model *m, const sh_span *s) {
+    int place = sh_owner_place(m->member, s->seq, m->members);
+    return sh_owner_below(s->pos + s->rows, s->level, m->members, place) -
+           sh_owner_below(s->pos, s->level, m->members, place);
+}
+
+static crossing crossing_of(const sh_model *m, const sh_batch *b) {
+    int lo = sh_owner_first_row(b->n_rows, m->members, m->member);
+    int hi = sh_owner_first_row(b->n_rows, m->members, m->member + 1);
+    crossing n = {.rows = hi - lo, .kept = kept_below(b, hi) - kept_below(b, lo), .stored = {0, b->n_rows}};
+    for (int i = 0; i < b->n_spans; i++) n.stored[SH_KV_GLOBAL] += stored_of(m, &b->spans[i]);
+    return n;
+}
+
+static size_t hidden_bytes(const sh_config *c, int cut, const crossing *n) {
+    return (size_t)(cut >= c->first_shared ? n->kept : n->rows) * (size_t)c->hidden * sizeof(float);
+}
+
+/* Where the rows of producer `layer` lie in the block of a cut; with n_layers: its end. */
+static size_t kv_offset(const sh_config *c, sh_kv_type type, int cut, int layer, const crossing *n) {
+    size_t at = hidden_bytes(c, cut, n) * (c->ple ? 2 : 1);
+    for (int j = 0; j < layer; j++)
+        if (sh_config_kv_crosses(c, j, cut)) at += (size_t)n->stored[c->layer[j].kind] * sh_kv_row_bytes(c, type, j);
+    return at;
+}
+
+static size_t block_bytes(const sh_config *c, sh_kv_type type, int cut, const crossing *n) {
+    if (cut <= 0) return 0;
+    if (cut >= c->n_layers) return (size_t)n->kept * (size_t)c->hidden * sizeof(float);
+    return kv_offset(c, type, cut, cut, n);
 }
 
 size_t sh_model_cut_bytes(const sh_config *c, sh_kv_type type, int cut, int n_rows, int n_kept) {
-    if (cut <= 0) return 0;
-    if (cut >= c->n_layers) return (size_t)n_kept * (size_t)c->hidden * sizeof(float);
-    size_t bytes = hidden_bytes(c, cut, n_rows, n_kept) * (c->ple ? 2 : 1);
-    for (int j = 0; j < cut; j++)
-        if (sh_config_kv_crosses(c, j, cut)) bytes += (size_t)n_rows * sh_kv_row_bytes(c, type, j);
-    return bytes;
+    return block_bytes(c, type, cut, &(crossing){n_rows, n_kept, {n_rows, n_rows}});
 }
 
-/* Where the rows of producer `layer` lie in the block of a cut. */
-static size_t kv_offset(const sh_model *m, int cut, int layer) {
-    const sh_batch *b = m->batch;
-    size_t at = hidden_bytes(&m->config, cut, b->n_rows, b->n_kept) * (m->config.ple ? 2 : 1);
-    for (int j = 0; j < layer; j++)
-        if (sh_config_kv_crosses(&m->config, j, cut))
-            at += (size_t)b->n_rows * sh_kv_row_bytes(&m->config, m->options.kv_type, j);
-    return at;
+size_t sh_model_block_bytes(const sh_model *m, int cut, const sh_batch *b) {
+    crossing n = crossing_of(m, b);
+    return block_bytes(&m->config, m->options.kv_type, cut, &n);
+}
+
+/* Copies K/V of a span's rows that are stored here between pages and packed rows; returns where the next are. */
+static uint8_t *copy_kv(sh_model *m, int layer, const sh_span *s, uint8_t *packed, bool out) {
+    bool all = m->config.layer[layer].kind == SH_KV_SLIDING;
+    size_t row = sh_kv_row_bytes(&m->config, m->options.kv_type, layer);
+    int block = SH_SEGMENT_TOKENS << s->level;
+    for (int r = 0, n; r < s->rows; r += n) {
+        int pos = s->pos + r, left = block - pos % block;
+        n = all || m->members == 1 || left > s->rows - r ? s->rows - r : left;
+        if (!all && sh_owner_of(pos / block, s->seq, m->members) != m->member) continue;
+        if (out)
+            sh_kv_export(m->kv, layer, s, r, n, packed);
+        else
+            sh_kv_import(m->kv, layer, s, r, n, packed);
+        packed += (size_t)n * row;
+    }
+    return packed;
 }
 
 void sh_model_receive(sh_model *m, const uint8_t *in) {
     const sh_batch *b = m->batch;
+    const sh_config *c = &m->config;
     int cut = m->options.first;
-    size_t bytes = hidden_bytes(&m->config, cut, b->n_rows, b->n_kept);
+    crossing n = crossing_of(m, b);
+    size_t bytes = hidden_bytes(c, cut, &n);
     memcpy(m->x, in, bytes);
     if (m->x0) memcpy(m->x0, in + bytes, bytes);
     for (int j = 0; j < cut; j++) {
-        if (!sh_config_kv_crosses(&m->config, j, cut) || !sh_kv_holds(m->kv, j)) continue;
-        size_t row = sh_kv_row_bytes(&m->config, m->options.kv_type, j);
-        const uint8_t *from = in + kv_offset(m, cut, j);
-        for (int i = 0; i < b->n_spans; i++)
-            sh_kv_import(m->kv, j, &b->spans[i], 0, b->spans[i].rows, from + (size_t)b->spans[i].row0 * row);
+        if (!sh_config_kv_crosses(c, j, cut) || !sh_kv_holds(m->kv, j)) continue;
+        uint8_t *from = (uint8_t *)in + kv_offset(c, m->options.kv_type, cut, j, &n); /* is only read */
+        for (int i = 0; i < b->n_spans; i++) from = copy_kv(m, j, &b->spans[i], from, false);
     }
 }
 
 void sh_model_send(sh_model *m, const uint8_t *in, uint8_t *out) {
     const sh_batch *b = m->batch;
+    const sh_config *c = &m->config;
+    sh_kv_type type = m->options.kv_type;
     int cut = m->options.last;
-    size_t bytes = hidden_bytes(&m->config, cut, b->n_rows, b->n_kept);
+    crossing n = crossing_of(m, b);
+    size_t bytes = hidden_bytes(c, cut, &n);
     memcpy(out, m->x, bytes);
     if (m->x0) memcpy(out + bytes, m->x0, bytes);
     for (int j = 0; j < cut; j++) {
-        if (!sh_config_kv_crosses(&m->config, j, cut)) continue;
-        size_t row = sh_kv_row_bytes(&m->config, m->options.kv_type, j);
-        uint8_t *to = out + kv_offset(m, cut, j);
+        if (!sh_config_kv_crosses(c, j, cut)) continue;
+        uint8_t *to = out + kv_offset(c, type, cut, j, &n);
         if (j < m->options.first) { /* an earlier stage's: passed on as it came */
-            memcpy(to, in + kv_offset(m, m->options.first, j), (size_t)b->n_rows * row);
+            memcpy(to, in + kv_offset(c, type, m->options.first, j, &n),
+                   (size_t)n.stored[c->layer[j].kind] * sh_kv_row_bytes(c, type, j));
             continue;
         }
-        for (int i = 0; i < b->n_spans; i++)
-            sh_kv_export(m->kv, j, &b->spans[i], 0, b->spans[i].rows, to + (size_t)b->spans[i].row0 * row);
+        for (int i = 0; i < b->n_spans; i++) to = copy_kv(m, j, &b->spans[i], to, true);
     }
 }

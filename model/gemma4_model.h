@@ -6,6 +6,7 @@
 #include "model/attention.h"
 #include "model/gemma4.h"
 #include "model/moe.h"
+#include "model/spread.h"
 
 #define SH_PART_ROWS 512 /* rows that pass a layer at a time: bounds its scratch, and is plenty for speed */
 
@@ -17,7 +18,7 @@ typedef struct sh_part {
     float *y;           /* [B, H] the dense branch's output */
 } sh_part;
 
-/* H: hidden, P: per-layer embedding width, R: max_rows, B: rows of a part. */
+/* H: hidden, P: per-layer embedding width, R: most rows of a micro-batch that are computed here, B: rows of a part. */
 struct sh_model {
     sh_config whole;  /* the model */
     sh_config config; /* as this share of it is computed: fewer heads and feed-forward columns */
@@ -28,7 +29,10 @@ struct sh_model {
     sh_kv_pool *kv;
     sh_attention *attention;
     sh_moe *moe;                    /* NULL: no layer has experts */
+    uint64_t *chosen;               /* [layers here, experts]; NULL: the same */
     const sh_expert_peers *experts; /* NULL: every expert is here */
+    sh_spread *spread;              /* NULL: all positions are here */
+    int members, member;            /* that share positions out; 1, 0 */
     sh_rope *ropes;                 /* one per kind of rotation */
     int n_ropes;
     int rope_of[SH_MAX_LAYERS];
@@ -54,7 +58,8 @@ struct sh_model {
 
     /* the step at hand */
     const sh_batch *batch;
-    int n;              /* rows here: all, or the kept ones */
+    int lo, hi;         /* rows of the batch that are computed here */
+    int n;              /* of these rows: all, or the kept ones */
     bool kept;          /* rows that are not kept are gone */
     sh_attn_rows *rows; /* [n_row_spans] which rows of x belong to which span */
     int n_row_spans;

@@ -120,6 +120,14 @@ void sh_kv_write(sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *
     }
 }
 
+void sh_kv_pack(const sh_kv_pool *p, const sh_kernels *kn, int layer, const float *k, const float *v, void *to) {
+    const layer_pages *lp = &p->layer[layer];
+    uint8_t *at = to;
+    int n = lp->kv_heads * lp->head_dim;
+    if (!lp->k_eq_v) narrow(p, kn, at, k, n);
+    narrow(p, kn, lp->k_eq_v ? at : at + (size_t)lp->kv_heads * lp->vec, v, n);
+}
+
 /* Copies the vectors of one row between its pages and its packed form: all heads' K, then all heads' V. */
 static void copy_row(const layer_pages *lp, const sh_span *s, int pos, uint8_t *packed, bool out) {
     for (int value = lp->k_eq_v ? 1 : 0; value < 2; value++)

@@ -25,6 +25,8 @@ size_t sh_kv_row_bytes(const sh_config *c, sh_kv_type type, int layer);
 /* Rounds row `row` of a span (k, v: [kv_heads, head_dim] f32; k NULL with k_eq_v) into its page. */
 void sh_kv_write(sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int row, const float *k,
                  const float *v);
+/* The same bytes, packed into `to` as sh_kv_export would: K/V of a row that others may store. */
+void sh_kv_pack(const sh_kv_pool *p, const sh_kernels *kn, int layer, const float *k, const float *v, void *to);
 /* The stored bytes of rows [row, row+n) of a span, in the order of sh_kv_row_bytes, out of and into pages: shards that
  * cross a cut. */
 void sh_kv_export(const sh_kv_pool *p, int layer, const sh_span *s, int row, int n, void *to);

@@ -112,6 +112,13 @@ size_t sh_expert_bytes(const sh_config *c, sh_mode mode) {
     return sh_wmat_bytes(t, 2 * c->expert_ff, c->hidden) + sh_wmat_bytes(t, c->hidden, c->expert_ff);
 }
 
+int sh_expert_part_rows(int max_rows, int members) {
+    enum { TOGETHER = 1024, LEAST = 64, MOST = 512 };
+    int n = TOGETHER / members;
+    n = n < LEAST ? LEAST : n > MOST ? MOST : n;
+    return n < max_rows ? n : max_rows;
+}
+
 size_t sh_weights_estimate_share(const sh_config *c, sh_mode mode, sh_share s, int first, int last) {
     sh_weights w = {.config = c, .type = sh_mode_wtype(mode), .share = s, .first = first, .last = last};
     return sh_weights_layout(&w, NULL, NULL) + sh_weights_table_bytes(c, first, last);

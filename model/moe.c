@@ -53,6 +53,7 @@ struct sh_moe {
     uint8_t *codes;          /* rows in 8 bits, then activations: what a product with quantised experts takes */
     float *act;              /* [places, 2·expert_ff] */
     unit *units;
+    uint64_t computed;
     /* the call at hand */
     const sh_layer_weights *w;
     part *s;
@@ -189,6 +190,10 @@ void sh_moe_destroy(sh_moe **m) {
     sh_arena_release(&(*m)->arena);
     free(*m);
     *m = NULL;
+}
+
+uint64_t sh_moe_computed(const sh_moe *m) {
+    return m->computed;
 }
 
 const int32_t *sh_moe_ids(const sh_moe *m, int slot) {
@@ -395,6 +400,7 @@ sh_status sh_moe_compute(sh_moe *m, int slot, const sh_layer_weights *w) {
     m->w = w;
     group_pairs(m);
     int total = m->first[m->config->experts];
+    m->computed += (uint64_t)total;
     for (m->place0 = 0; m->place0 < total; m->place0 += m->places) {
         m->places = total - m->place0 < m->max_places ? total - m->place0 : m->max_places;
         if (m->type != SH_W_BF16) m->q = sh_qrows_place(m->type, m->config->hidden, m->places, m->codes);

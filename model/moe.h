@@ -32,6 +32,8 @@ sh_status sh_moe_begin(sh_moe *m, int slot, int layer, const sh_layer_weights *w
 sh_status sh_moe_compute(sh_moe *m, int slot, const sh_layer_weights *w);
 /* z [n, hidden] = Σ_e w_e · expert_e(rms(x)), before any norm, for the rows of the last begin. */
 sh_status sh_moe_end(sh_moe *m, int slot, float *z);
+/* Choices computed here since creation, the others' included. */
+uint64_t sh_moe_computed(const sh_moe *m);
 /* The router's choices of the slot's last begin: [n, top_k]. */
 const int32_t *sh_moe_ids(const sh_moe *m, int slot);
 const float *sh_moe_weights(const sh_moe *m, int slot);

@@ -6,6 +6,7 @@
 #define SH_MODEL_PEERS_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include "common/status.h"
 
@@ -45,7 +46,21 @@ typedef struct sh_expert_peers {
 } sh_expert_peers;
 
 /* What the members of a stage gather or add up in a layer. */
-typedef enum sh_joint { SH_JOINT_HEADS, SH_JOINT_O, SH_JOINT_FF, SH_JOINT_DOWN, SH_JOINT_LOGITS } sh_joint;
+typedef enum sh_joint { SH_JOINT_HEADS, SH_JOINT_O, SH_JOINT_FF, SH_JOINT_DOWN } sh_joint;
+
+/* Messages between `members` ranks that share the rows of every micro-batch and the K/V of global layers
+ * (docs/decisions/0016); this is `member` of them. All of them run the same micro-batches in the same order, so both
+ * ends of a message know when it comes and how long it is. */
+typedef struct sh_context_peers {
+    void *ctx;
+    int members, member;
+    /* Room for a message of n bytes to a member, 64-byte aligned; waits until an earlier one is gone. */
+    sh_status (*room)(void *ctx, int to, size_t n, void **room);
+    /* Starts sending what was put into that room; returns at once. */
+    sh_status (*send)(void *ctx, int to);
+    /* Waits for the next message of a member, which must have n bytes; borrowed until the next from the same one. */
+    sh_status (*take)(void *ctx, int from, size_t n, const void **data);
+} sh_context_peers;
 
 typedef struct sh_peers {
     void *ctx;
@@ -54,7 +69,8 @@ typedef struct sh_peers {
     sh_status (*gather)(void *ctx, int layer, sh_joint what, const float *mine, int n, int total, int unit, float *all);
     /* y [n, width] becomes the sum of the members' y, added in the order of members. Bytes depend on their number. */
     sh_status (*sum)(void *ctx, int layer, sh_joint what, float *y, int n, int width);
-    const sh_expert_peers *experts; /* NULL: every expert is here */
+    const sh_expert_peers *experts;  /* NULL: every expert is here */
+    const sh_context_peers *context; /* NULL: all rows and positions are here */
 } sh_peers;
 
 #endif

@@ -10,7 +10,7 @@
 #include <string.h>
 
 #include "common/mem.h"
-#include "model/draw.h"
+#include "model/draw_int.h"
 
 #define TEXT_ROOM                                                                                                      \
     (SH_MAX_STOP_BYTES + 4096) /* tail and one token's text; a longer piece makes the buffer grow once                 \
@@ -32,6 +32,7 @@ struct sh_sampler {
     const sh_tokenizer *tok;
     sh_draw *draw;
     int vocab, max_seqs, max_context;
+    bool quiet; /* texts are not followed */
     state *states;
     size_t state_bytes;
     int32_t *prompts; /* [max_seqs, max_context]: the prompts that are scored; pages of others are never touched */
@@ -92,6 +93,10 @@ static state *find_free(const sh_sampler *s) {
 void sh_sampler_drop(sh_sampler *s, uint64_t seq) {
     state *q = find(s, seq);
     if (q) q->used = false;
+}
+
+void sh_sampler_quiet(sh_sampler *s) {
+    s->quiet = true;
 }
 
 /* --- generated text --- */
@@ -158,7 +163,7 @@ static sh_status check_start(const sh_sampler *s, const sh_seq_start *b) {
         if (p->stop_len[i] > SH_MAX_STOP_BYTES)
             SH_FAIL(SH_EINPUT, "sequence %llu: a stop string of %d bytes: allowed are %d", seq, p->stop_len[i],
                     SH_MAX_STOP_BYTES);
-    if (p->n_stops > 0 && !s->tok) SH_FAIL(SH_ESTATE, "sequence %llu: stop strings need a tokenizer", seq);
+    if (p->n_stops > 0 && !s->tok && !s->quiet) SH_FAIL(SH_ESTATE, "sequence %llu: stop strings need a tokenizer", seq);
     if (p->logprobs > SH_MAX_TOP_LOGPROBS)
         SH_FAIL(SH_EINPUT, "sequence %llu: %d alternatives: allowed are 0 to %d", seq, p->logprobs,
                 SH_MAX_TOP_LOGPROBS);
@@ -180,7 +185,7 @@ sh_status sh_sampler_start(sh_sampler *s, const sh_seq_start *b) {
     q->text_bytes = 0;
     q->tail_len = 0;
     q->longest = 0;
-    for (int i = 0; i < q->p.n_stops; i++)
+    for (int i = 0; i < q->p.n_stops && !s->quiet; i++)
         if (q->p.stop_len[i] > q->longest) q->longest = q->p.stop_len[i];
     if (q->longest > 0) { /* the text so far, exactly as decoding its tokens went */
         sh_detok_init(&q->detok, s->tok, true);
@@ -194,46 +199,81 @@ sh_status sh_sampler_start(sh_sampler *s, const sh_seq_start *b) {
     return SH_OK;
 }
 
-/* --- step --- */
+/* --- one row --- */
 
-static void ban(float *logits, int vocab, const int32_t *ids, int n) {
-    for (int i = 0; i < n; i++)
-        if (ids[i] >= 0 && ids[i] < vocab) logits[ids[i]] = -INFINITY;
+/* A row of logits: all of it, or in parts; then `ask` gets what is not settled yet, and nothing else counts. */
+typedef struct view {
+    float *x;
+    sh_row *parts;
+    sh_row_ask ask;
+} view;
+
+static view view_of(sh_row *row) {
+    return (view){.x = sh_row_all(row), .parts = row};
+}
+
+/* Ids [base, base + n). */
+static void ban(float *x, int n, int base, const int32_t *ids, int n_ids) {
+    for (int i = 0; i < n_ids; i++)
+        if (ids[i] >= base && ids[i] < base + n) x[ids[i] - base] = -INFINITY;
+}
+
+/* What may not be chosen after `made` tokens. */
+static void ban_all(const state *q, int made, float *x, int n, int base) {
+    ban(x, n, base, q->p.suppress, q->p.n_suppress);
+    if (made >= q->p.min_tokens) return;
+    if (!q->p.ignore_eos) ban(x, n, base, q->p.eos, q->p.n_eos);
+    ban(x, n, base, q->p.stop_ids, q->p.n_stop_ids);
+}
+
+static sh_status find_lse(sh_sampler *s, const view *v, sh_lse *out) {
+    return v->x ? sh_draw_lse(s->draw, v->x, out) : sh_row_lse(v->parts, out);
 }
 
 /* Log-probability of `id` and of the alternatives asked for. */
-static sh_status report(sh_sampler *s, const state *q, const float *logits, int32_t id, const sh_lse *lse,
-                        sh_token *t) {
-    t->logprob = sh_lse_logprob(*lse, logits[id]);
-    t->n_top = sh_draw_top(s->draw, logits, *lse, q->p.logprobs, t->top);
+static sh_status report(sh_sampler *s, const state *q, view *v, int32_t id, const sh_lse *lse, sh_token *t) {
+    float logit = 0;
+    if (v->x)
+        logit = v->x[id];
+    else
+        SH_TRY(sh_row_value(v->parts, id, &logit));
+    t->logprob = sh_lse_logprob(*lse, logit);
+    t->n_top = v->x ? sh_draw_top(s->draw, v->x, *lse, q->p.logprobs, t->top)
+                    : sh_row_top(v->parts, *lse, q->p.logprobs, t->top, &v->ask);
     return SH_OK;
 }
 
-static sh_status score(sh_sampler *s, const state *q, int pos, const float *logits, sh_token *out) {
-    int32_t id = s->prompts[(size_t)(q - s->states) * (size_t)s->max_context + (size_t)pos + 1];
+/* The prompt token after position pos: what is scored there. */
+static int32_t scored_id(const sh_sampler *s, const state *q, int pos) {
+    return s->prompts[(size_t)(q - s->states) * (size_t)s->max_context + (size_t)pos + 1];
+}
+
+static bool is_scored(const state *q, int pos) {
+    return q->p.score_prompt && pos + 1 < q->n_prompt;
+}
+
+static sh_status score(sh_sampler *s, const state *q, int pos, view *v, sh_token *out) {
+    int32_t id = scored_id(s, q, pos);
     sh_lse lse;
-    SH_TRY(sh_draw_lse(s->draw, logits, &lse));
+    SH_TRY(find_lse(s, v, &lse));
     sh_token t = {.seq = q->seq, .index = pos + 1, .id = id, .score = true, .finish = SH_FINISH_NONE, .text_len = -1};
-    SH_TRY(report(s, q, logits, id, &lse, &t));
+    SH_TRY(report(s, q, v, id, &lse, &t));
     *out = t;
     return SH_OK;
 }
 
-/* Chooses the next id; the logits are those after the bans. */
-static sh_status choose(sh_sampler *s, state *q, float *logits, sh_token *t) {
-    int made = q->n_tokens - q->n_prompt;
-    ban(logits, s->vocab, q->p.suppress, q->p.n_suppress);
-    if (made < q->p.min_tokens) {
-        if (!q->p.ignore_eos) ban(logits, s->vocab, q->p.eos, q->p.n_eos);
-        ban(logits, s->vocab, q->p.stop_ids, q->p.n_stop_ids);
-    }
+/* Chooses the next id. */
+static sh_status choose(sh_sampler *s, const state *q, view *v, sh_token *t) {
+    if (v->x) ban_all(q, q->n_tokens - q->n_prompt, v->x, s->vocab, 0);
     sh_lse lse = {0};
-    if (q->p.logprobs >= 0) SH_TRY(sh_draw_lse(s->draw, logits, &lse));
+    if (q->p.logprobs >= 0) SH_TRY(find_lse(s, v, &lse));
     double u = sh_draw_uniform(q->p.seed, (uint32_t)q->p.choice, (uint32_t)q->n_tokens);
-    SH_TRY(sh_draw_id(s->draw, logits, &q->p, u, &t->id));
-    if (q->p.logprobs >= 0) SH_TRY(report(s, q, logits, t->id, &lse, t));
-    return SH_OK;
+    SH_TRY(v->x ? sh_draw_id(s->draw, v->x, &q->p, u, &t->id) : sh_row_id(v->parts, &q->p, u, &t->id, &v->ask));
+    if (q->p.logprobs < 0 || v->ask.kind != SH_ASK_NOTHING) return SH_OK;
+    return report(s, q, v, t->id, &lse, t);
 }
+
+/* --- step --- */
 
 /* Whether token t (already counted) ends the sequence, and how much text stays. */
 static sh_status conclude(sh_sampler *s, state *q, sh_token *t) {
@@ -254,32 +294,105 @@ static sh_status conclude(sh_sampler *s, state *q, sh_token *t) {
     return SH_OK;
 }
 
-static sh_status next(sh_sampler *s, state *q, float *logits, sh_token *out) {
+static sh_status not_given(void) {
+    SH_FAIL(SH_ESTATE, "the row was not given what it needs");
+}
+
+/* Whether another token may be generated. */
+static bool has_room(const sh_sampler *s, const state *q) {
+    return q->n_tokens - q->n_prompt < q->p.max_tokens && q->n_tokens < s->max_context;
+}
+
+static sh_status next(sh_sampler *s, state *q, view *v, sh_token *out) {
     int made = q->n_tokens - q->n_prompt;
     sh_token t = {.seq = q->seq, .index = made, .id = -1, .finish = SH_FINISH_LENGTH, .text_len = -1};
-    if (made < q->p.max_tokens && q->n_tokens < s->max_context) {
-        SH_TRY(choose(s, q, logits, &t));
+    if (has_room(s, q)) {
+        SH_TRY(choose(s, q, v, &t));
+        if (v->ask.kind != SH_ASK_NOTHING) return not_given();
         q->n_tokens++;
         SH_TRY(conclude(s, q, &t));
-    } /* else nothing may be generated: an end without a token */
+    } /* else an end without a token */
     *out = t;
     return SH_OK;
 }
 
-sh_status sh_sampler_step(sh_sampler *s, uint64_t seq, int pos, float *logits, sh_token *out, int *n) {
+/* The sequence of a step at position pos. */
+static sh_status find_step(const sh_sampler *s, uint64_t seq, int pos, state **out) {
     state *q = find(s, seq);
     if (!q) SH_FAIL(SH_ESTATE, "sequence %llu: a step before its start", (unsigned long long)seq);
-    if (pos < 0 || pos >= q->n_tokens)
+    if (pos < 0 || (pos >= q->n_tokens && !s->quiet))
         SH_FAIL(SH_ESTATE, "sequence %llu: a step at position %d of %d", (unsigned long long)seq, pos, q->n_tokens);
+    *out = q;
+    return SH_OK;
+}
+
+static sh_status step(sh_sampler *s, uint64_t seq, int pos, view *v, sh_token *out, int *n) {
+    state *q = NULL;
+    SH_TRY(find_step(s, seq, pos, &q));
     int made = 1;
     sh_status st = SH_OK;
     if (pos + 1 == q->n_tokens)
-        st = next(s, q, logits, out);
-    else if (q->p.score_prompt && pos + 1 < q->n_prompt)
-        st = score(s, q, pos, logits, out);
-    else
+        st = next(s, q, v, out);
+    else if (is_scored(q, pos)) {
+        sh_token t;
+        st = score(s, q, pos, v, &t);
+        if (st == SH_OK && v->ask.kind != SH_ASK_NOTHING) st = not_given();
+        if (st == SH_OK) *out = t;
+    } else
         made = 0;
     if (st != SH_OK) return sh_error_prefix(st, "sequence %llu, position %d", (unsigned long long)seq, pos);
     *n = made;
     return SH_OK;
+}
+
+sh_status sh_sampler_step(sh_sampler *s, uint64_t seq, int pos, float *logits, sh_token *out, int *n) {
+    view v = {.x = logits};
+    return step(s, seq, pos, &v, out, n);
+}
+
+/* --- parts --- */
+
+/* What will be asked of the row: every part finds the same. `samples`: the next token is chosen. */
+static sh_digest_want want_of(const sh_sampler *s, const state *q, int pos, bool samples) {
+    const sh_sampling *p = &q->p;
+    bool scores = !samples && is_scored(q, pos), drawn = samples && p->temperature >= SH_DRAW_GREEDY;
+    bool filtered = sh_draw_is_filtered(p, s->vocab), top_k = sh_draw_has_top_k(p, s->vocab);
+    sh_digest_want w = {.best = 1, .id = scores ? scored_id(s, q, pos) : -1};
+    w.lse = (samples && p->logprobs >= 0) || scores;
+    if (drawn && (!filtered || (!top_k && p->top_p < 1))) w.temperature = p->temperature;
+    if (p->logprobs > 0 || (drawn && filtered)) w.best = SH_DIGEST_BEST;
+    if (drawn && top_k && w.best < p->top_k + SH_DIGEST_MARGIN)
+        w.best = p->top_k < SH_DIGEST_MOST - SH_DIGEST_MARGIN ? p->top_k + SH_DIGEST_MARGIN : SH_DIGEST_MOST;
+    return w;
+}
+
+sh_status sh_sampler_digest(sh_sampler *s, uint64_t seq, int pos, float *x, int n, int base, uint8_t *to,
+                            size_t *bytes) {
+    state *q = NULL;
+    SH_TRY(find_step(s, seq, pos, &q));
+    bool samples = pos + 1 >= q->n_tokens; /* a quiet part counts no tokens */
+    if (samples) ban_all(q, pos + 1 - q->n_prompt, x, n, base);
+    sh_digest_want w = want_of(s, q, pos, samples);
+    sh_digest_make(s->draw, x, n, base, &w, to, bytes);
+    return SH_OK;
+}
+
+sh_status sh_sampler_ask(sh_sampler *s, uint64_t seq, int pos, sh_row *row, sh_row_ask *ask) {
+    state *q = NULL;
+    view v = view_of(row);
+    sh_token t;
+    sh_status st = SH_OK;
+    SH_TRY(find_step(s, seq, pos, &q));
+    if (pos + 1 == q->n_tokens) {
+        if (has_room(s, q)) st = choose(s, q, &v, &t);
+    } else if (is_scored(q, pos))
+        st = score(s, q, pos, &v, &t);
+    if (st != SH_OK) return sh_error_prefix(st, "sequence %llu, position %d", (unsigned long long)seq, pos);
+    *ask = v.ask;
+    return SH_OK;
+}
+
+sh_status sh_sampler_step_row(sh_sampler *s, uint64_t seq, int pos, sh_row *row, sh_token *out, int *n) {
+    view v = view_of(row);
+    return step(s, seq, pos, &v, out, n);
 }

@@ -9,6 +9,7 @@
 #define SH_MODEL_SAMPLER_H
 
 #include "model/batch.h"
+#include "model/digest.h"
 #include "model/kernels/kernels.h"
 #include "model/tokenizer.h"
 
@@ -25,5 +26,19 @@ void sh_sampler_drop(sh_sampler *s, uint64_t seq); /* unknown: nothing happens *
  * last known token's position they only score (score_prompt) the token at pos + 1 and give at most one sh_token with
  * score set; at it they sample the next token. *n is 0 or 1. Allocates nothing. */
 sh_status sh_sampler_step(sh_sampler *s, uint64_t seq, int pos, float *logits, sh_token *out, int *n);
+
+/*
+ * A head that is cut by vocabulary: every part starts and drops the same sequences; one part chooses, the others, which
+ * are made quiet, only tell of their ids. Same tokens as sh_sampler_step on the whole row.
+ */
+/* From now on texts are not followed: for a part that never steps. No tokenizer is needed. */
+void sh_sampler_quiet(sh_sampler *s);
+/* Bans and digest of x [n], the logits of ids base … base+n−1 after position `pos`. */
+sh_status sh_sampler_digest(sh_sampler *s, uint64_t seq, int pos, float *x, int n, int base, uint8_t *to,
+                            size_t *bytes);
+/* What the row's digests leave open for the step below. Changes nothing. */
+sh_status sh_sampler_ask(sh_sampler *s, uint64_t seq, int pos, sh_row *row, sh_row_ask *ask);
+/* sh_sampler_step on a row in parts, which was given what was asked for. */
+sh_status sh_sampler_step_row(sh_sampler *s, uint64_t seq, int pos, sh_row *row, sh_token *out, int *n);
 
 #endif

@@ -3,7 +3,8 @@
 
 #include <stdlib.h>
 
-#define PAGE_TOKENS  32   /* SH_PAGE_TOKENS of model/batch.h, which this folder does not see; plan_test compares them */
+#include "model/owner.h"
+
 #define USUAL_TOKENS 2048 /* what a sequence is expected to hold when pages are divided between the kinds */
 #define MIB          ((uint64_t)1 << 20)
 
@@ -16,7 +17,7 @@ static int64_t max64(int64_t a, int64_t b) {
 }
 
 static int64_t pages_of(int64_t tokens) {
-    return (tokens + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    return (tokens + SH_PAGE_TOKENS - 1) / SH_PAGE_TOKENS;
 }
 
 static int widest_window(const sh_config *c) {
@@ -32,7 +33,7 @@ typedef struct stage {
     int64_t budget;
 } stage;
 
-/* Pages that matter for one sequence. */
+/* Pages of one rank that matter for one sequence. */
 typedef struct demand {
     int64_t longest; /* global pages of the longest sequence */
     int64_t usual;   /* global pages of a usual one */
@@ -40,20 +41,26 @@ typedef struct demand {
     int64_t chunk;   /* sliding pages that prompt rows under way need besides, for the group */
 } demand;
 
+static int members_of(const sh_kv_limits *l) {
+    return l->members > 1 ? l->members : 1;
+}
+
 static demand demand_of(const sh_config *c, const sh_kv_limits *l) {
     int64_t w = widest_window(c);
-    demand d = {.longest = pages_of(l->max_context)};
-    d.usual = pages_of(min64(l->max_context, max64(2 * w, USUAL_TOKENS)));
+    int64_t all = pages_of(l->max_context);
+    demand d = {.longest = sh_owner_most(l->max_context, members_of(l))};
+    /* of many sequences each member stores the same */
+    d.usual = (pages_of(min64(l->max_context, max64(2 * w, USUAL_TOKENS))) + members_of(l) - 1) / members_of(l);
     if (w == 0) return d;
-    d.window = min64((w - 1) / PAGE_TOKENS + 2, d.longest); /* W positions, wherever the page borders fall */
-    d.chunk = min64(pages_of(l->chunk) + 1, d.longest - d.window);
+    d.window = min64((w - 1) / SH_PAGE_TOKENS + 2, all); /* W positions, wherever the page borders fall */
+    d.chunk = min64(pages_of(l->chunk) + 1, all - d.window);
     return d;
 }
 
 static stage stage_of(const sh_config *c, sh_kv_type type, int first, int last, uint64_t budget) {
     stage s = {.budget = budget > (uint64_t)1 << 60 ? (int64_t)1 << 60 : (int64_t)budget};
     for (int k = 0; k < SH_KV_KINDS; k++)
-        s.page[k] = (int64_t)sh_config_kv_bytes(c, type, (sh_kv_kind)k, first, last) * PAGE_TOKENS;
+        s.page[k] = (int64_t)sh_config_kv_bytes(c, type, (sh_kv_kind)k, first, last) * SH_PAGE_TOKENS;
     return s;
 }
 
@@ -96,7 +103,7 @@ static sh_status refuse(const stage *s, int n_stages, const demand *d, int64_t f
 
 static sh_status divide(const sh_config *c, const sh_kv_limits *l, const stage *s, int n_stages, sh_kv_plan *out) {
     demand d = demand_of(c, l);
-    int64_t least = pages_of(min64(l->chunk, l->max_context)); /* of the global kind: one prompt chunk */
+    int64_t least = sh_owner_most(l->chunk < l->max_context ? l->chunk : l->max_context, members_of(l)); /* a chunk */
     SH_TRY(refuse(s, n_stages, &d, least));
     int64_t m = sequences(s, n_stages, &d, l->max_seqs);
     int64_t slide_cap = d.window ? min64(l->max_seqs * d.window + d.chunk, INT32_MAX / 2) : 0;
@@ -105,7 +112,7 @@ static sh_status divide(const sh_config *c, const sh_kv_limits *l, const stage *
     int64_t full = most(s, n_stages, SH_KV_GLOBAL, slide, full_cap);
     if (d.window) slide = most(s, n_stages, SH_KV_SLIDING, full, slide_cap); /* what rounding and caps left over */
     *out = (sh_kv_plan){.pages = {[SH_KV_GLOBAL] = (int32_t)full, [SH_KV_SLIDING] = (int32_t)slide},
-                        .tokens = (int32_t)min64(l->max_context, full * PAGE_TOKENS),
+                        .tokens = sh_owner_capacity((int)full, members_of(l), l->max_context),
                         .seqs = (int32_t)m};
     return SH_OK;
 }
@@ -133,7 +140,8 @@ sh_status sh_plan_kv_limits(const Shoal__Plan *p, sh_kv_limits *out) {
     int lanes = p->ep > 1 ? p->ep : 1; /* each has sequences, prompt rows and pages of its own */
     sh_kv_limits l = {.max_seqs = (p->max_seqs + lanes - 1) / lanes,
                       .max_context = p->max_context,
-                      .chunk = (p->chunk + lanes - 1) / lanes};
+                      .chunk = (p->chunk + lanes - 1) / lanes,
+                      .members = p->cp};
     SH_TRY(sh_kv_type_parse(p->kv, &l.type));
     *out = l;
     return SH_OK;
@@ -142,7 +150,7 @@ sh_status sh_plan_kv_limits(const Shoal__Plan *p, sh_kv_limits *out) {
 uint64_t sh_plan_kv_bytes(const sh_config *c, sh_kv_type type, int first, int last, const int32_t pages[SH_KV_KINDS]) {
     uint64_t n = 0;
     for (int k = 0; k < SH_KV_KINDS; k++)
-        n += sh_config_kv_bytes(c, type, (sh_kv_kind)k, first, last) * PAGE_TOKENS * (uint64_t)pages[k];
+        n += sh_config_kv_bytes(c, type, (sh_kv_kind)k, first, last) * SH_PAGE_TOKENS * (uint64_t)pages[k];
     return n;
 }
 
@@ -200,6 +208,53 @@ static uint64_t exchange_bytes(const sh_config *c, sh_share s, int first, int la
     return 2 * parts * message + 4 * rows * (widest + (uint64_t)c->hidden / parts + SH_SHARE_COLUMNS);
 }
 
+static sh_mode mode_of(const Shoal__Plan *p) {
+    sh_mode m = SH_MODE_BF16;
+    SH_IGNORE(sh_mode_parse(p->mode, &m)); /* sh_plan_check has seen it */
+    return m;
+}
+
+/* Experts of all layers that a rank does not hold, in bytes of weights; *most gets the most that it holds in a layer.
+ */
+static uint64_t absent_bytes(const sh_config *c, const Shoal__Plan *p, int rank, uint64_t *most) {
+    uint64_t absent = 0;
+    *most = 0;
+    for (int layer = p->rank[rank]->first; layer < p->rank[rank]->last; layer++) {
+        uint64_t held = 0;
+        for (int e = 0; c->layer[layer].moe && e < c->experts; e++) held += sh_plan_holds(p, rank, layer, e);
+        if (c->layer[layer].moe) absent += (uint64_t)c->experts - held;
+        if (held > *most) *most = held;
+    }
+    return absent * sh_expert_bytes(c, mode_of(p));
+}
+
+/* What the members of a stage that divides experts send each other (worker/experts.c), and the experts' scratch
+ * (model/moe.c): two parts of a step, each with everybody's rows. */
+static uint64_t expert_exchange_bytes(const sh_config *c, const Shoal__Plan *p, uint64_t rows, uint64_t held) {
+    if (p->ep <= 1) return 0;
+    uint64_t part = (uint64_t)sh_expert_part_rows((int)rows, p->ep), k = (uint64_t)c->top_k, h = (uint64_t)c->hidden;
+    uint64_t others = (uint64_t)p->ep - 1, row = h * (mode_of(p) == SH_MODE_EXACT ? 4 : 2);
+    uint64_t theirs = part * (k < held ? k : held), copies = others < k ? others : k;
+    uint64_t of_slot = others * (part * row + theirs * (row + 4)) + part * copies * row + 2 * part * k * (row + 16);
+    uint64_t scratch = 2 * part * k * (h + 2 * (uint64_t)c->expert_ff) * 4 + part * k * (others + 1) * 8;
+    return 2 * of_slot + scratch;
+}
+
+/* What members that share positions out send each other: two messages to each other one and one from it, partials of
+ * own rows, final hidden states; rows: of a micro-batch, own: of a member (model/spread.c). */
+static uint64_t spread_bytes(const sh_config *c, uint64_t members, int first, int last, uint64_t rows, uint64_t own) {
+    uint64_t widest = 0;
+    if (members <= 1) return 0;
+    for (int i = first; i < last; i++) {
+        const sh_layer *l = &c->layer[i];
+        uint64_t n = (uint64_t)sh_layer_kv_values(l) + (uint64_t)l->heads * (uint64_t)l->head_dim;
+        uint64_t partials = SH_OWNER_BLOCKS * (uint64_t)l->heads * (uint64_t)(l->head_dim + 2);
+        if (l->kind == SH_KV_GLOBAL && partials > n) n = partials;
+        if (n > widest) widest = n;
+    }
+    return 4 * own * widest * (3 * (members - 1) + 2) + rows * (4 * (uint64_t)c->hidden + 32);
+}
+
 sh_plan_memory sh_plan_rank_memory(const sh_config *all, const Shoal__Plan *p, int rank) {
     sh_share share = sh_plan_share(p, rank);
     sh_config mine, *c = &mine;
@@ -207,14 +262,16 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *all, const Shoal__Plan *p, i
     int first = p->rank[rank]->first, last = p->rank[rank]->last;
     uint64_t seqs = (uint64_t)p->max_seqs, rows = seqs + (uint64_t)p->chunk, context = (uint64_t)p->max_context;
     uint64_t threads = p->threads ? (uint64_t)p->threads : 16, vocab = (uint64_t)c->vocab;
-    sh_mode mode = SH_MODE_BF16;
-    SH_IGNORE(sh_mode_parse(p->mode, &mode)); /* sh_plan_check has seen it */
-    sh_plan_memory m = {.weights = sh_weights_estimate_share(all, mode, share, first, last)};
-    if (mode >= SH_MODE_Q8) m.scratch += rows * 2 * row_floats(c, first, last); /* rows in 8 bits, with their scales */
-    m.scratch += rows * 4 * row_floats(c, first, last) + rope_bytes(c, context);
+    sh_mode mode = mode_of(p);
+    uint64_t held, absent = absent_bytes(all, p, rank, &held);
+    uint64_t members = p->cp > 1 ? (uint64_t)p->cp : 1, own = (rows + members - 1) / members;
+    sh_plan_memory m = {.weights = sh_weights_estimate_share(all, mode, share, first, last) - absent};
+    m.scratch = own * 4 * row_floats(c, first, last) + rope_bytes(c, context);
+    if (mode >= SH_MODE_Q8) m.scratch += own * 2 * row_floats(c, first, last); /* rows in 8 bits, with their scales */
     m.scratch += threads * 8192 * widest_head(c); /* attention: blocks of rows, keys and partial sums */
     m.scratch += 4 * (MIB + seqs * 1024 + rows * 8 + context * 4); /* descriptors of micro-batches */
-    m.scratch += exchange_bytes(all, share, first, last, rows);
+    m.scratch += exchange_bytes(all, share, first, last, rows) + spread_bytes(c, members, first, last, rows, own);
+    m.scratch += expert_exchange_bytes(all, p, rows, held);
     m.scratch += block_bytes(c, first, rows) + 4 * block_bytes(c, last, rows); /* in, and out until sent */
     if (last == c->n_layers)
         m.scratch += 64 * vocab + 512 * vocab + seqs * context * 4; /* logits, tokenizer, scored prompts */

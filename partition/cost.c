@@ -55,9 +55,11 @@ static sh_cost_part part(double bytes, double flops, double read, double fma) {
     return (sh_cost_part){.bytes = bytes, .flops = flops, .seconds = fmax(bytes / read, flops / fma)};
 }
 
-static sh_cost_part product(const sh_cost_rates *r, double elements, double rows) {
-    return rows > 0 ? part(elements * BF16, 2 * elements * rows, r->read * r->weights_read, r->fma * r->weights_fma)
-                    : (sh_cost_part){0};
+/* Weights are read once for each part of the rows. */
+static sh_cost_part product(const sh_cost_rates *r, double elements, double rows, double parts) {
+    return rows > 0
+               ? part(elements * BF16 * parts, 2 * elements * rows, r->read * r->weights_read, r->fma * r->weights_fma)
+               : (sh_cost_part){0};
 }
 
 /* Of n columns or outputs, those of this member. */
@@ -119,27 +121,30 @@ static double own_rows(const sh_cost_place *p, double rows) {
 static void experts(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows, sh_cost_layer *out) {
     const sh_config *c = m->config;
     const sh_cost_rates *r = p->rates;
-    int parts = sh_cost_parts(p, rows);
+    double parts = sh_cost_parts(m, p, rows);
     sh_cost_routes e = sh_cost_routes_of(m, p, layer, rows * p->shape.ep / parts);
     double elements = 3.0 * c->expert_ff * c->hidden; /* whole ones, also where heads and columns are divided */
     e.rows *= parts;
     out->experts = part(e.touched * parts * elements * BF16, 2 * e.rows * elements, r->read * r->weights_read,
                         r->fma * r->weights_fma);
     out->experts_touched = e.touched;
-    out->router = product(r, (double)c->hidden * c->experts, rows);
+    out->router = product(r, (double)c->hidden * c->experts, rows, parts);
     sh_cost_wire_experts(m, p, rows, &e, out);
 }
 
-/* What of the exchange the rank has something to compute for: rows travel behind the dense branch. Results have
- * nothing to hide behind, unless the rows are cut into two parts: then those of the first travel behind the second. */
-static void overlap(const sh_cost_place *p, double rows, sh_cost_layer *out) {
-    int parts = sh_cost_parts(p, rows);
-    double beside = (out->dense.seconds + out->experts.seconds) * (parts - 1) / parts;
-    double hidden = fmin(out->dispatch.seconds, out->dense.seconds);
-    hidden += fmin(out->results.seconds * (parts - 1) / parts, beside);
-    double all = out->dispatch.seconds + out->results.seconds + out->gather.seconds + out->context.seconds;
+/* What of the exchange the rank has something to compute for. One part: its rows travel behind its dense branch, its
+ * results behind nothing. Two at a time, A and B: rows of A behind the attention of B and the dense branch of A; rows
+ * of B behind dense and experts of A and dense of B; results of A behind dense and experts of B; results of B behind
+ * the attention of A in the next layer. */
+static void overlap(double parts, sh_cost_layer *out) {
+    double rows = out->dispatch.seconds, results = out->results.seconds, dense = out->dense.seconds;
+    double first = out->project.seconds + out->attention.seconds + out->router.seconds, hidden = fmin(rows, dense);
+    if (parts > 1) {
+        hidden = fmin(rows / 2, (first + dense) / 2) + fmin(rows / 2, dense + out->experts.seconds / 2);
+        hidden += fmin(results / 2, (dense + out->experts.seconds) / 2) + fmin(results / 2, first / 2);
+    }
     out->hidden = hidden;
-    out->exposed = all - hidden;
+    out->exposed = rows + results + out->gather.seconds + out->context.seconds - hidden;
 }
 
 static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_span *span, int n_spans,
@@ -148,18 +153,18 @@ static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, 
     const sh_layer *l = &c->layer[layer];
     const sh_cost_rates *r = p->rates;
     sh_cost_load d = sh_cost_load_of(span, n_spans, layer >= c->first_shared, l->window);
-    double rows = own_rows(p, d.rows);
+    double rows = own_rows(p, d.rows), parts = sh_cost_parts(m, p, rows);
     *out = (sh_cost_layer){0};
     if (!(d.rows > 0)) return;
-    out->project = product(r, project_elements(c, l, p), rows);
+    out->project = product(r, project_elements(c, l, p), rows, parts);
     out->attention = attention(m, p, layer, &d);
     if (l->moe) experts(m, p, layer, rows, out);
-    out->dense = product(r, dense_elements(c, l, p), rows);
-    if (c->ple) out->ple = product(r, 3.0 * c->ple * c->hidden, rows);
+    out->dense = product(r, dense_elements(c, l, p), rows, parts);
+    if (c->ple) out->ple = product(r, 3.0 * c->ple * c->hidden, rows, parts);
     out->rest = rest(c, l, p, rows);
     if (p->shape.tp > 1) sh_cost_wire_tensor(m, p, layer, d.rows, out);
     if (p->shape.cp > 1) sh_cost_wire_context(m, p, layer, &d, out);
-    overlap(p, rows, out);
+    overlap(parts, out);
     out->seconds = out->project.seconds + out->attention.seconds + out->router.seconds + out->dense.seconds +
                    out->experts.seconds + out->ple.seconds + out->rest.seconds + out->exposed;
 }
@@ -173,6 +178,7 @@ sh_status sh_cost_layer_of(const sh_cost_model *m, int rank, int layer, const sh
                 m->plan->rank[rank]->last - 1);
     sh_cost_place p;
     SH_TRY(sh_cost_place_of(m, rank, &p));
+    p.once = sh_cost_once(m, rank / p.shape.width);
     layer_of(m, &p, layer, span, n_spans, out);
     return SH_OK;
 }
@@ -248,7 +254,7 @@ static double add_head(const sh_cost_model *m, const sh_cost_place *p, double ke
     const sh_config *c = m->config;
     if (!(kept > 0) || (p->shape.cp > 1 && p->member > 0)) return 0;
     double vocab = sh_cost_share(c->vocab, SH_COST_VOCAB, p->member, p->shape.tp), passes = ceil(kept / LOGIT_ROWS);
-    sh_cost_part head = product(p->rates, vocab * c->hidden * passes, kept / passes);
+    sh_cost_part head = product(p->rates, vocab * c->hidden, kept, passes);
     sh_cost_part sample = {.seconds = kept * vocab * p->rates->sample};
     add_part(p->rates, out, SH_CAUSE_WEIGHTS, &head);
     add_part(p->rates, out, SH_CAUSE_OTHER, &sample);
@@ -262,12 +268,13 @@ static sh_status stage_step(const sh_cost_model *m, int stage, int width, const 
                             sh_cost_rank *out) {
     int first = m->plan->rank[stage * width]->first, layers = m->plan->rank[stage * width]->last - first;
     double slowest[SH_MAX_LAYERS + 1] = {0}, took[SH_MAX_LAYERS + 1], whole = 0;
-    bool last = first + layers == m->config->n_layers;
+    bool last = first + layers == m->config->n_layers, once = sh_cost_once(m, stage);
     sh_cost_load d = sh_cost_load_of(span, n_spans, false, 0);
     for (int i = 0; i < width; i++) {
         sh_cost_rank *r = &out[i];
         sh_cost_place p;
         SH_TRY(sh_cost_place_of(m, stage * width + i, &p));
+        p.once = once;
         *r = (sh_cost_rank){0};
         int twin = sh_cost_twin(m, &p);
         if (twin >= 0) {
@@ -294,5 +301,15 @@ static sh_status stage_step(const sh_cost_model *m, int stage, int width, const 
 sh_status sh_cost_step(const sh_cost_model *m, const sh_cost_span *span, int n_spans, sh_cost_rank *out) {
     sh_plan_shape s = sh_plan_shape_of(m->plan);
     for (int i = 0; i < s.pp; i++) SH_TRY(stage_step(m, i, s.width, span, n_spans, out + (size_t)i * (size_t)s.width));
+    return SH_OK;
+}
+
+sh_status sh_cost_head(const sh_cost_model *m, int rank, const sh_cost_span *span, int n_decode, int n_spans,
+                       double mixed, double *seconds) {
+    sh_cost_place p;
+    sh_cost_rank unused = {0};
+    SH_TRY(sh_cost_place_of(m, rank, &p));
+    double decode = sh_cost_load_of(span, n_decode, false, 0).kept, all = sh_cost_load_of(span, n_spans, false, 0).kept;
+    *seconds += (1 - mixed) * add_head(m, &p, decode, &unused) + mixed * add_head(m, &p, all, &unused);
     return SH_OK;
 }

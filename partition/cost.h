@@ -14,6 +14,7 @@
 #define SH_PARTITION_COST_H
 
 #include "partition/plan.h"
+#include "partition/routing.h"
 #include "partition/workload.h"
 
 /* --- what a rank and its links can do ------------------------------------------------------------------------------
@@ -39,19 +40,13 @@ typedef struct sh_cost_net {
     int ranks_per_node;           /* rank r of a group is on its node r / ranks_per_node */
 } sh_cost_net;
 
-/* Rows that chose each expert of each layer (model-wide numbering), as counted in a run; NULL: all experts alike. */
-typedef struct sh_cost_routing {
-    const double *rows;   /* [layers with experts, in order][experts] */
-    const double *routed; /* [layers with experts]: rows that passed the router */
-} sh_cost_routing;
-
 typedef struct sh_cost_model {
     const sh_config *config;
     const Shoal__Plan *plan;    /* checked; all borrowed */
     const sh_cost_rates *rates; /* [plan->n_rank], or [1] with `alike` */
     bool alike;                 /* all ranks have rates[0] */
     sh_cost_net net;
-    const sh_cost_routing *routing; /* NULL: uniform */
+    const sh_routing *routing; /* counted in a run: how often each expert is chosen; NULL: all alike */
 } sh_cost_model;
 
 /* --- rows ----------------------------------------------------------------------------------------------------------
@@ -120,6 +115,11 @@ typedef struct sh_cost_rank {
 
 /* out [plan->n_rank]. */
 sh_status sh_cost_step(const sh_cost_model *m, const sh_cost_span *span, int n_spans, sh_cost_rank *out);
+
+/* Adds to *seconds what head and sampler take on a rank of the last stage: for n_decode of the spans in a share
+ * 1 − mixed of the micro-batches, for all n_spans in the rest. */
+sh_status sh_cost_head(const sh_cost_model *m, int rank, const sh_cost_span *span, int n_decode, int n_spans,
+                       double mixed, double *seconds);
 
 /* --- traffic, in bytes, headers aside ------------------------------------------------------------------------------
  */

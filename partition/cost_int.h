@@ -5,8 +5,6 @@
 
 #include "partition/cost.h"
 
-#define SH_COST_SPLIT_ROWS 256 /* rows of a lane from which a step is cut into two parts */
-
 /* A rank in its stage. */
 typedef struct sh_cost_place {
     int rank, member;
@@ -14,11 +12,14 @@ typedef struct sh_cost_place {
     sh_mode mode;
     int kv_bytes;  /* of one value */
     bool sums;     /* tp by partial sums */
+    bool once;     /* no expert of the stage is on two ranks */
     int near, far; /* other members on its node, on others */
     int sharers;   /* ranks of the group on its node */
     const sh_cost_rates *rates;
 } sh_cost_place;
 sh_status sh_cost_place_of(const sh_cost_model *m, int rank, sh_cost_place *out);
+/* Whether each expert of a stage is on one of its ranks alone. */
+bool sh_cost_once(const sh_cost_model *m, int stage);
 const sh_cost_rates *sh_cost_rates_of(const sh_cost_model *m, int rank);
 
 /* Rows of a micro-batch as a layer sees them. */
@@ -40,15 +41,14 @@ typedef struct sh_cost_routes {
     double reach;   /* other members that a row of this rank goes to */
 } sh_cost_routes;
 sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows);
-/* Whether a rank and its stage hold as many experts of layer a as of layer b, each once. */
+/* Whether all ranks of the stage hold as many experts of layer a as of layer b. */
 bool sh_cost_experts_alike(const Shoal__Plan *plan, const sh_cost_place *p, int a, int b);
 /* An earlier member of the stage whose cost is this one's; −1: none. */
 int sh_cost_twin(const sh_cost_model *m, const sh_cost_place *p);
 
-/* Parts that the rows of a layer are cut into, so that the exchange of one hides behind the other. */
-static inline int sh_cost_parts(const sh_cost_place *p, double rows) {
-    return p->shape.ep > 1 && rows >= SH_COST_SPLIT_ROWS ? 2 : 1;
-}
+/* Parts that the rows of a layer are cut into: blocks that bound the scratch; with experts elsewhere an even number of
+ * them once there are enough rows, so that one computes while the other's rows travel (model/gemma4.c). */
+double sh_cost_parts(const sh_cost_model *m, const sh_cost_place *p, double rows);
 
 void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
                           sh_cost_layer *out);

@@ -4,6 +4,7 @@
  * balance from it.
  */
 #include "partition/placement.h"
+#include "partition/plan.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -123,4 +124,90 @@ sh_status sh_placement_make(const uint64_t *counts, int experts, int members, in
     free(t.held);
     if (!ok) SH_FAIL(SH_EMEMORY, "placement: no memory for %d experts on %d members", experts, members);
     return SH_OK;
+}
+
+/* --- a stage -------------------------------------------------------------------------------------------------------
+ */
+
+/* The layer furthest from balance that may have more copies; −1: none. */
+static int worst_layer(const sh_config *c, int first, int last, const double *balance, const int *extra, int most) {
+    int worst = -1;
+    for (int i = 0; i < last - first; i++) {
+        if (!c->layer[first + i].moe || balance[i] <= GOOD_ENOUGH || extra[i] >= most) continue;
+        if (worst < 0 || balance[i] > balance[worst]) worst = i;
+    }
+    return worst;
+}
+
+static sh_status place_layer(const sh_config *c, const sh_routing *r, int layer, int members, int extra, bool *held,
+                             double *balance) {
+    const uint64_t *counts = sh_routing_of(r, layer);
+    SH_TRY(sh_placement_make(counts, c->experts, members, extra, held));
+    *balance = sh_placement_balance(counts, c->experts, members, held);
+    return SH_OK;
+}
+
+static sh_status place_stage(const sh_config *c, const sh_routing *r, int first, int last, int members, uint64_t copies,
+                             int *extra, double *balance, bool *held) {
+    size_t size = (size_t)members * (size_t)c->experts;
+    for (int i = 0; i < last - first; i++)
+        if (c->layer[first + i].moe)
+            SH_TRY(place_layer(c, r, first + i, members, 0, held + (size_t)i * size, &balance[i]));
+    for (; copies > 0; copies--) {
+        int i = worst_layer(c, first, last, balance, extra, c->experts - c->experts / members);
+        if (i < 0) break;
+        SH_TRY(place_layer(c, r, first + i, members, ++extra[i], held + (size_t)i * size, &balance[i]));
+    }
+    return SH_OK;
+}
+
+sh_status sh_placement_stage(const sh_config *c, const sh_routing *r, sh_mode mode, int first, int last, int members,
+                             uint64_t bytes, bool *held) {
+    int *extra = calloc((size_t)(last - first), sizeof *extra);
+    double *balance = calloc((size_t)(last - first), sizeof *balance);
+    sh_status st = extra && balance ? SH_OK
+                                    : sh_error_set(SH_EMEMORY, __FILE__, __LINE__, "placement: no memory for %d layers",
+                                                   last - first);
+    if (st == SH_OK)
+        st = place_stage(c, r, first, last, members, bytes / sh_expert_bytes(c, mode), extra, balance, held);
+    free(extra);
+    free(balance);
+    return st;
+}
+
+/* What a plan makes of the counts: the time of a layer is that of its busiest member. */
+typedef struct outlook {
+    double busiest, even, mean; /* choices, summed over layers; even: with even shares */
+    int64_t copies;
+} outlook;
+
+static void look_at_layer(const sh_config *c, const sh_routing *r, const Shoal__Plan *p, int layer, int rank0,
+                          bool *held, outlook *o) {
+    const uint64_t *counts = sh_routing_of(r, layer);
+    double mean = 0;
+    o->copies -= c->experts;
+    for (int e = 0; e < c->experts; e++) mean += (double)counts[e] / p->ep;
+    for (int m = 0; m < p->ep; m++)
+        for (int e = 0; e < c->experts; e++)
+            o->copies += held[m * c->experts + e] = sh_plan_holds(p, rank0 + m, layer, e);
+    o->busiest += mean * sh_placement_balance(counts, c->experts, p->ep, held);
+    for (int m = 0; m < p->ep; m++)
+        for (int e = 0; e < c->experts; e++)
+            held[m * c->experts + e] = e >= (long)c->experts * m / p->ep && e < (long)c->experts * (m + 1) / p->ep;
+    o->even += mean * sh_placement_balance(counts, c->experts, p->ep, held);
+    o->mean += mean;
+}
+
+sh_status sh_placement_print(const sh_config *c, const sh_routing *r, const Shoal__Plan *p, sh_buf *out) {
+    outlook o = {0};
+    if (p->ep <= 1) return SH_OK;
+    bool *held = calloc((size_t)p->ep * (size_t)c->experts, sizeof *held);
+    if (!held) SH_FAIL(SH_EMEMORY, "placement: no memory for %d experts", c->experts);
+    for (int rank = 0; rank < (int)p->n_rank; rank += p->ep)
+        for (int layer = p->rank[rank]->first; layer < p->rank[rank]->last; layer++)
+            if (c->layer[layer].moe) look_at_layer(c, r, p, layer, rank, held, &o);
+    free(held);
+    if (o.mean <= 0) return sh_buf_add_str(out, "; experts in even shares: nothing was counted");
+    return sh_buf_printf(out, "; experts by counts, %lld copies: busiest rank %.2f of the mean, %.2f with even shares",
+                         (long long)o.copies, o.busiest / o.mean, o.even / o.mean);
 }

@@ -8,7 +8,8 @@
 
 #include <stdbool.h>
 #include <stdint.h>
-#include "common/status.h"
+#include "common/buf.h"
+#include "partition/routing.h"
 
 /*
  * held [members, experts]: every expert on at least one member, and no member with more than ⌈experts/members⌉ + extra;
@@ -18,5 +19,11 @@
 sh_status sh_placement_make(const uint64_t *counts, int experts, int members, int extra, bool *held);
 /* The load of the busiest member over the mean, 1 being perfect; 1 when nothing was counted. */
 double sh_placement_balance(const uint64_t *counts, int experts, int members, const bool *held);
+/* The same for all layers of a stage, in held [layers, members, experts] (zeroed): copies go first to the layers that
+ * are furthest from balance, within `bytes` of weights per member beyond even shares. */
+sh_status sh_placement_stage(const sh_config *c, const sh_routing *r, sh_mode mode, int first, int last, int members,
+                             uint64_t bytes, bool *held);
+/* "; experts by counts, 12 copies: busiest rank 1.04 of the mean, 1.61 with even shares" for a plan with ep > 1. */
+sh_status sh_placement_print(const sh_config *c, const sh_routing *r, const Shoal__Plan *p, sh_buf *out);
 
 #endif

@@ -1,5 +1,6 @@
 /* Cuts: chosen, read, checked and printed. See plan.h. KV budgets are budget.c's. */
 #include "partition/plan.h"
+#include "partition/placement.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -20,15 +21,14 @@ int64_t sh_plan_cost(const sh_config *c, int first, int last) {
 /* Best way to cut the first i layers into r stages: the dearest stage, and the sum of squares to choose among equals.
  */
 typedef struct best {
-    int64_t worst;
-    double squares;
+    double worst, squares;
     int from; /* where the last of the r stages begins */
 } best;
 
-static best join(const best *before, const int64_t *sum, int from, int to) {
-    int64_t cost = sum[to] - sum[from];
+static best join(const best *before, const double *sum, int from, int to) {
+    double cost = sum[to] - sum[from];
     best b = {.worst = cost > before->worst ? cost : before->worst, .from = from};
-    b.squares = before->squares + (double)cost * (double)cost;
+    b.squares = before->squares + cost * cost;
     return b;
 }
 
@@ -37,10 +37,15 @@ static bool better(const best *a, const best *b) {
 }
 
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut) {
-    int n = c->n_layers;
+    double cost[SH_MAX_LAYERS];
+    for (int i = 0; i < c->n_layers; i++) cost[i] = (double)sh_plan_cost(c, i, i + 1); /* whole numbers: exact */
+    return sh_plan_balance_by(cost, c->n_layers, ranks, cut);
+}
+
+sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cut) {
     if (ranks < 1 || ranks > n) SH_FAIL(SH_EINPUT, "%d ranks: the model has %d layers: at most %d ranks", ranks, n, n);
-    int64_t sum[SH_MAX_LAYERS + 1] = {0}; /* cost of the layers below i; the last one's includes the head */
-    for (int i = 0; i < n; i++) sum[i + 1] = sum[i] + sh_plan_cost(c, i, i + 1);
+    double sum[SH_MAX_LAYERS + 1] = {0}; /* cost of the layers below i; the last one's includes the head */
+    for (int i = 0; i < n; i++) sum[i + 1] = sum[i] + layer_cost[i];
     best *t = calloc((size_t)(ranks + 1) * (size_t)(n + 1), sizeof *t);
     if (!t) SH_FAIL(SH_EMEMORY, "plan: no memory for balancing %d layers", n);
 #define BEST(r, i) t[(size_t)(r) * (size_t)(n + 1) + (size_t)(i)]
@@ -120,7 +125,9 @@ static sh_status choose_cuts(const sh_config *c, const sh_plan_request *r, int c
     if (r->ranks < 0) SH_FAIL(SH_EINPUT, "%d ranks: at least 1", r->ranks);
     if (r->cuts && *r->cuts) SH_TRY(read_cuts(c, r->cuts, cut, &count));
     SH_TRY(choose_shape(r, count, shape));
-    return count ? SH_OK : sh_plan_balance(c, shape->pp, cut);
+    if (count) return SH_OK;
+    return r->layer_cost ? sh_plan_balance_by(r->layer_cost, c->n_layers, shape->pp, cut)
+                         : sh_plan_balance(c, shape->pp, cut);
 }
 
 /* --- rules -----------------------------------------------------------------------------------------------------------
@@ -183,7 +190,38 @@ static sh_status check_rank_experts(const sh_config *c, int rank, const Shoal__P
     return SH_OK;
 }
 
+/* Lists of experts name layers that the rank has and that have experts, in order. */
+static sh_status check_lists(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
+    for (int i = 0; i < (int)p->n_rank; i++) {
+        const Shoal__PlanRank *r = p->rank[i];
+        int before = -1;
+        if (s->ep == 1 && r->n_experts)
+            SH_FAIL(SH_EINPUT, "plan: rank %d: experts are named, but ep is 1: allowed are none", i);
+        for (size_t k = 0; k < r->n_experts; k++) {
+            int layer = r->experts[k]->layer;
+            if (layer < r->first || layer >= r->last || layer <= before || !c->layer[layer].moe)
+                SH_FAIL(
+                    SH_EINPUT,
+                    "plan: rank %d: experts of layer %d: allowed are its layers %d to %d as far as they have experts, "
+                    "ascending",
+                    i, layer, r->first, r->last - 1);
+            before = layer;
+        }
+    }
+    return SH_OK;
+}
+
+bool sh_plan_holds(const Shoal__Plan *p, int rank, int layer, int expert) {
+    const Shoal__PlanRank *r = p->rank[rank];
+    if (p->ep <= 1) return true;
+    for (size_t i = 0; i < r->n_experts; i++)
+        for (size_t j = 0; r->experts[i]->layer == layer && j < r->experts[i]->n_expert; j++)
+            if (r->experts[i]->expert[j] == expert) return true;
+    return false;
+}
+
 static sh_status check_experts(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
+    SH_TRY(check_lists(c, s, p));
     for (int stage = 0; s->ep > 1 && stage < s->pp; stage++)
         for (int layer = p->rank[stage * s->width]->first; layer < p->rank[stage * s->width]->last; layer++) {
             bool held[SH_MAX_EXPERTS] = {0};
@@ -223,6 +261,7 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
     SH_TRY(check_experts(c, &s, p));
     SH_TRY(sh_mode_parse(p->mode, &mode));
     SH_TRY(sh_kv_type_parse(p->kv, &kv));
+    SH_TRY(in_range("plan: replicas", p->has_replicas ? p->replicas : 1, 1, SH_MAX_RANKS));
     SH_TRY(in_range("--threads", p->threads, 0, 4096));
     SH_TRY(in_range("--max-seqs", p->max_seqs, 1, SH_MAX_SEQS));
     SH_TRY(in_range("--chunk", p->chunk, 1, SH_MAX_CHUNK));
@@ -235,6 +274,16 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
 void sh_plan_free(Shoal__Plan **p) {
     if (*p) shoal__plan__free_unpacked(*p, NULL);
     *p = NULL;
+}
+
+sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out) {
+    size_t n = shoal__plan__get_packed_size(p);
+    uint8_t *bytes = malloc(n + 1);
+    Shoal__Plan *x = bytes ? shoal__plan__unpack(NULL, shoal__plan__pack(p, bytes), bytes) : NULL;
+    free(bytes);
+    if (!x) SH_FAIL(SH_EMEMORY, "plan: no memory for a copy");
+    *out = x;
+    return SH_OK;
 }
 
 /* Everything by malloc, so that protobuf's own free fits. */
@@ -271,8 +320,8 @@ sh_share sh_plan_share(const Shoal__Plan *p, int rank) {
     return (sh_share){.parts = p->tp, .part = rank % p->tp, .sum = p->tp_sum};
 }
 
-/* Experts [lo, hi) of one layer for a rank. */
-static sh_status add_experts(Shoal__PlanRank *r, int layer, int lo, int hi) {
+/* The experts of one layer that a rank holds; held [experts]. */
+static sh_status add_experts(Shoal__PlanRank *r, int layer, const bool *held, int experts) {
     Shoal__PlanExperts *e = calloc(1, sizeof *e);
     Shoal__PlanExperts **list = realloc(r->experts, (r->n_experts + 1) * sizeof *list);
     if (list) r->experts = list;
@@ -283,21 +332,41 @@ static sh_status add_experts(Shoal__PlanRank *r, int layer, int lo, int hi) {
     shoal__plan_experts__init(e);
     r->experts[r->n_experts++] = e;
     e->layer = layer;
-    e->expert = calloc((size_t)(hi - lo) + 1, sizeof *e->expert);
+    e->expert = calloc((size_t)experts + 1, sizeof *e->expert);
     if (!e->expert) SH_FAIL(SH_EMEMORY, "plan: no memory for the experts of layer %d", layer);
-    for (int i = lo; i < hi; i++) e->expert[e->n_expert++] = i;
+    for (int i = 0; i < experts; i++)
+        if (held[i]) e->expert[e->n_expert++] = i;
     return SH_OK;
 }
 
-/* Even shares of every layer's experts, in order, for the members of each stage. */
-static sh_status spread_experts(const sh_config *c, const sh_plan_shape *s, Shoal__Plan *p) {
-    for (int i = 0; s->ep > 1 && i < (int)p->n_rank; i++) {
-        int member = i % s->width;
-        for (int layer = p->rank[i]->first; layer < p->rank[i]->last; layer++)
-            if (c->layer[layer].moe)
-                SH_TRY(add_experts(p->rank[i], layer, (int)((long)c->experts * member / s->ep),
-                                   (int)((long)c->experts * (member + 1) / s->ep)));
-    }
+/* Who holds what of one stage: even shares of every layer's experts, in order, or by counts. held [layers of the
+ * stage, members, experts]. */
+static sh_status place_stage(const sh_config *c, const sh_plan_request *q, int ep, int first, int last, bool *held) {
+    size_t layer = (size_t)ep * (size_t)c->experts;
+    if (q->routing) return sh_placement_stage(c, q->routing, q->mode, first, last, ep, q->replicate, held);
+    for (int i = 0; i < last - first; i++)
+        for (int m = 0; m < ep; m++)
+            for (int e = (int)((long)c->experts * m / ep); e < (int)((long)c->experts * (m + 1) / ep); e++)
+                held[(size_t)i * layer + (size_t)(m * c->experts + e)] = true;
+    return SH_OK;
+}
+
+static sh_status spread_stage(const sh_config *c, const sh_plan_request *q, int ep, Shoal__PlanRank **members) {
+    int first = members[0]->first, last = members[0]->last;
+    bool *held = calloc((size_t)(last - first) * (size_t)ep * (size_t)c->experts, sizeof *held);
+    if (!held) SH_FAIL(SH_EMEMORY, "plan: no memory for placing experts");
+    sh_status st = place_stage(c, q, ep, first, last, held);
+    for (int layer = first; layer < last; layer++)
+        for (int m = 0; st == SH_OK && c->layer[layer].moe && m < ep; m++)
+            st = add_experts(members[m], layer, held + (size_t)((layer - first) * ep + m) * (size_t)c->experts,
+                             c->experts);
+    free(held);
+    return st;
+}
+
+static sh_status spread_experts(const sh_config *c, const sh_plan_request *q, const sh_plan_shape *s, Shoal__Plan *p) {
+    for (int stage = 0; s->ep > 1 && stage < s->pp; stage++)
+        SH_TRY(spread_stage(c, q, s->ep, p->rank + stage * s->width));
     return SH_OK;
 }
 
@@ -308,6 +377,11 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     SH_TRY(choose_cuts(c, r, cut, &shape));
     int ranks = shape.pp * shape.width;
     SH_TRY(check_shape(c, &shape, ranks));
+    if ((r->routing || r->replicate) && shape.ep == 1)
+        SH_FAIL(SH_EINPUT, "%s: places experts on the ranks of a stage: give --ep too",
+                r->routing ? "--routing" : "--replicate");
+    if (r->replicate && !r->routing)
+        SH_FAIL(SH_EINPUT, "--replicate: which experts are hot is not known: give --routing too");
     SH_TRY(allocate(ranks, sh_mode_name(r->mode), sh_kv_type_name(r->kv), &p));
     for (int i = 0; i < ranks; i++) {
         int stage = i / shape.width;
@@ -324,7 +398,7 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     p->chunk = r->chunk ? r->chunk : DEFAULT_CHUNK;
     p->max_context = r->max_context ? r->max_context : sh_config_usual_context(c);
     p->kv_memory = r->kv_memory;
-    sh_status st = spread_experts(c, &shape, p);
+    sh_status st = spread_experts(c, r, &shape, p);
     if (st == SH_OK) st = sh_plan_check(c, p);
     if (st != SH_OK) {
         sh_plan_free(&p);

@@ -11,18 +11,21 @@
 #include "proto/group.pb-c.h"
 
 typedef struct sh_plan_request {
-    int ranks;        /* of the group; 0: stages × width, as the other members say */
-    int pp;           /* stages; 0: as the cuts say, else ranks / width */
-    int ep, tp, cp;   /* how a stage is divided among its members; 0: 1. At most one is above 1 */
-    bool tp_sum;      /* partial sums in place of gathered outputs */
-    const char *cuts; /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
+    int ranks;                /* of the group; 0: stages × width, as the other members say */
+    int pp;                   /* stages; 0: as the cuts say, else ranks / width */
+    int ep, tp, cp;           /* how a stage is divided among its members; 0: 1. At most one is above 1 */
+    bool tp_sum;              /* partial sums in place of gathered outputs */
+    const char *cuts;         /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
+    const double *layer_cost; /* [layers] what balanced means, head in the last; NULL: elements of weights */
     sh_mode mode;
     sh_kv_type kv;
-    int threads;        /* per rank; 0: the rank's CPU set */
-    int max_seqs;       /* 0: 32 per stage, at most 256 */
-    int chunk;          /* 0: 512 */
-    int max_context;    /* 0: the model's */
-    uint64_t kv_memory; /* bytes per rank; 0: what is left */
+    int threads;                      /* per rank; 0: the rank's CPU set */
+    int max_seqs;                     /* 0: 32 per stage, at most 256 */
+    int chunk;                        /* 0: 512 */
+    int max_context;                  /* 0: the model's */
+    uint64_t kv_memory;               /* bytes per rank; 0: what is left */
+    const struct sh_routing *routing; /* with ep: experts are placed by these counts; NULL: in even shares */
+    uint64_t replicate;               /* bytes per rank for copies of hot experts */
 } sh_plan_request;
 
 /* How the ranks of a group stand: rank s·width + m is member m of stage s. */
@@ -37,13 +40,18 @@ sh_share sh_plan_share(const Shoal__Plan *p, int rank);
 /* Makes a checked plan; freed by sh_plan_free. Errors name the option, the value and what is possible. */
 sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out);
 void sh_plan_free(Shoal__Plan **p); /* also what protobuf unpacked */
+sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out);
 /* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
+/* Whether a rank computes an expert of one of its layers: every one where ep is 1. */
+bool sh_plan_holds(const Shoal__Plan *p, int rank, int layer, int expert);
 /* "pipeline of 4 stages: layers 0-1 | 2-3 | 4 | 5 + head" */
 sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out);
 /* First layers of stages 1 … ranks−1, in cut[], such that the dearest stage is as cheap as possible. Cost is weight
  * bytes read per step, the head's on the last stage included. 1 ≤ ranks ≤ layers. */
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut);
+/* The same with the cost of each of n layers given, such as its seconds. */
+sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cut);
 /* Elements of weights that a step reads on a stage: the cost above. */
 int64_t sh_plan_cost(const sh_config *c, int first, int last);
 
@@ -51,10 +59,11 @@ int64_t sh_plan_cost(const sh_config *c, int first, int last);
 typedef struct sh_kv_limits {
     sh_kv_type type;
     int max_seqs, max_context, chunk;
+    int members; /* of a stage that share positions out (model/owner.h): global pages are those of one of them. 0: 1 */
 } sh_kv_limits;
 /* The page counts of a group: the same on every rank. */
 typedef struct sh_kv_plan {
-    int32_t pages[SH_KV_KINDS]; /* 0 for a kind that no layer has */
+    int32_t pages[SH_KV_KINDS]; /* of a rank; 0 for a kind that no layer has */
     int32_t tokens;             /* what one sequence may hold at most: ≤ max_context */
     int32_t seqs;               /* sequences of usual length at once: for the summary */
 } sh_kv_plan;

@@ -3,25 +3,31 @@
 #include "partition/cost.h"
 #include "partition/cost_int.h"
 
-#define BLOCK_ROWS 512   /* rows that pass the feed-forward at a time: SH_FF_ROWS */
+#define BLOCK_ROWS 512   /* rows of a part of a layer: SH_FF_ROWS */
+#define SPLIT_ROWS 128   /* from which two parts overlap: SH_EXPERTS_SPLIT_ROWS */
 #define SEGMENT    128.0 /* keys of a segment: SH_SEGMENT_TOKENS */
+
+/* Which other members are on the rank's node, and how many ranks of the group are there. */
+static void neighbours(const sh_cost_model *m, int rank, sh_cost_place *p) {
+    int per = m->net.ranks_per_node > 0 ? m->net.ranks_per_node : 1, ranks = (int)m->plan->n_rank;
+    int width = p->shape.width, begin = rank / width * width, node = rank / per;
+    int lo = node * per, hi = lo + per < ranks ? lo + per : ranks;
+    p->sharers = hi - lo;
+    lo = lo > begin ? lo : begin;
+    hi = hi < begin + width ? hi : begin + width;
+    p->near = hi - lo - 1;
+    p->far = width - 1 - p->near;
+}
 
 sh_status sh_cost_place_of(const sh_cost_model *m, int rank, sh_cost_place *out) {
     sh_cost_place p = {.rank = rank, .shape = sh_plan_shape_of(m->plan), .rates = sh_cost_rates_of(m, rank)};
     sh_kv_type kv;
     SH_TRY(sh_kv_type_parse(m->plan->kv, &kv));
     SH_TRY(sh_mode_parse(m->plan->mode, &p.mode));
-    int per = m->net.ranks_per_node > 0 ? m->net.ranks_per_node : 1, ranks = (int)m->plan->n_rank;
-    int width = p.shape.width, begin = rank / width * width, node = rank / per;
-    p.member = rank - begin;
+    p.member = rank % p.shape.width;
     p.kv_bytes = (int)sh_kv_type_bytes(kv);
     p.sums = m->plan->tp_sum && p.shape.tp > 1;
-    int lo = node * per, hi = lo + per < ranks ? lo + per : ranks;
-    p.sharers = hi - lo;
-    lo = lo > begin ? lo : begin;
-    hi = hi < begin + width ? hi : begin + width;
-    p.near = hi - lo - 1;
-    p.far = width - 1 - p.near;
+    neighbours(m, rank, &p);
     *out = p;
     return SH_OK;
 }
@@ -34,6 +40,14 @@ int sh_cost_share(int n, int unit, int m, int w) {
 
 static int share(int n, const sh_cost_place *p, int member) {
     return sh_cost_share(n, SH_COST_COLUMNS, member, p->shape.tp);
+}
+
+double sh_cost_parts(const sh_cost_model *m, const sh_cost_place *p, double rows) {
+    int lanes = p->shape.ep;
+    if (lanes == 1) return fmax(1, ceil(rows / BLOCK_ROWS));
+    double most = ceil((double)m->plan->max_seqs / lanes) + ceil((double)m->plan->chunk / lanes);
+    double part = fmin(most, fmax(64, fmin(BLOCK_ROWS, floor(1024.0 / lanes)))); /* sh_experts_part_rows */
+    return rows <= part && rows < SPLIT_ROWS ? 1 : 2 * fmax(1, ceil(rows / (2 * part)));
 }
 
 /* --- seconds on the wire -------------------------------------------------------------------------------------------
@@ -65,8 +79,11 @@ int sh_cost_expert_value_bytes(sh_mode mode) {
     return mode == SH_MODE_EXACT ? 4 : 2;
 }
 
+/* Lists are one per layer that has experts: where all layers have, the place is known. */
 static const Shoal__PlanExperts *experts_of(const Shoal__Plan *plan, int rank, int layer) {
     const Shoal__PlanRank *r = plan->rank[rank];
+    size_t guess = (size_t)(layer - r->first);
+    if (guess < r->n_experts && r->experts[guess]->layer == layer) return r->experts[guess];
     for (size_t i = 0; i < r->n_experts; i++)
         if (r->experts[i]->layer == layer) return r->experts[i];
     return NULL;
@@ -77,26 +94,35 @@ static int count_of(const Shoal__Plan *plan, int rank, int layer) {
     return e ? (int)e->n_expert : 0;
 }
 
-/* Experts of a layer that the stage holds, copies counted. */
-static int held(const Shoal__Plan *plan, const sh_cost_place *p, int layer) {
-    int n = 0;
-    for (int i = 0; i < p->shape.width; i++) n += count_of(plan, p->rank - p->member + i, layer);
-    return n;
+bool sh_cost_once(const sh_cost_model *m, int stage) {
+    sh_plan_shape s = sh_plan_shape_of(m->plan);
+    const Shoal__PlanRank *r = m->plan->rank[stage * s.width];
+    for (int layer = r->first; layer < r->last && s.ep > 1; layer++) {
+        int n = 0;
+        for (int i = 0; i < s.width; i++) n += count_of(m->plan, stage * s.width + i, layer);
+        if (n > m->config->experts) return false;
+    }
+    return true;
 }
 
 bool sh_cost_experts_alike(const Shoal__Plan *plan, const sh_cost_place *p, int a, int b) {
-    int n = held(plan, p, a);
-    return count_of(plan, p->rank, a) == count_of(plan, p->rank, b) && n == held(plan, p, b);
+    if (!p->once) return false;
+    for (int i = 0; i < p->shape.width; i++)
+        if (count_of(plan, p->rank - p->member + i, a) != count_of(plan, p->rank - p->member + i, b)) return false;
+    return true;
 }
 
-/* Rows that choose an expert, of one. */
-static double chance(const sh_cost_model *m, int layer, int expert) {
+/* Of a layer's choices those of one expert, times k: rows that choose it, of one. */
+static double chance(const sh_cost_model *m, int layer, int expert, double all) {
     const sh_config *c = m->config;
-    int nth = 0;
-    for (int i = 0; i < layer; i++) nth += c->layer[i].moe;
-    if (!m->routing || !(m->routing->routed[nth] > 0)) return (double)c->top_k / c->experts;
-    double p = m->routing->rows[(size_t)nth * (size_t)c->experts + (size_t)expert] / m->routing->routed[nth];
-    return p < 1 ? p : 1;
+    if (!(all > 0)) return (double)c->top_k / c->experts;
+    return fmin(1, (double)sh_routing_of(m->routing, layer)[expert] * c->top_k / all);
+}
+
+static double choices(const sh_cost_model *m, int layer) {
+    double n = 0;
+    for (int e = 0; m->routing && e < m->config->experts; e++) n += (double)sh_routing_of(m->routing, layer)[e];
+    return n;
 }
 
 /* C(E − n, k) / C(E, k): no expert of n is among the k of a row. */
@@ -122,6 +148,7 @@ static sh_cost_routes even_routes(const sh_cost_model *m, const sh_cost_place *p
 static sh_cost_routes uneven_routes(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows) {
     const sh_config *c = m->config;
     int copies[SH_MAX_EXPERTS];
+    double all = choices(m, layer);
     sh_cost_routes r = {0};
     for (int e = 0; e < c->experts; e++) copies[e] = p->shape.ep > 1 ? 0 : 1;
     for (int i = 0; i < p->shape.width && p->shape.ep > 1; i++) {
@@ -134,7 +161,7 @@ static sh_cost_routes uneven_routes(const sh_cost_model *m, const sh_cost_place 
         size_t n = p->shape.ep > 1 ? x ? x->n_expert : 0 : (size_t)c->experts;
         for (size_t j = 0; j < n; j++) {
             int e = p->shape.ep > 1 ? x->expert[j] : (int)j;
-            double q = chance(m, layer, e) / (copies[e] ? copies[e] : 1);
+            double q = chance(m, layer, e, all) / (copies[e] ? copies[e] : 1);
             none *= 1 - q;
             if (i != p->member) continue;
             r.owned += q / c->top_k;
@@ -147,17 +174,16 @@ static sh_cost_routes uneven_routes(const sh_cost_model *m, const sh_cost_place 
 }
 
 sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows) {
-    bool once = p->shape.ep == 1 || held(m->plan, p, layer) == m->config->experts;
-    return once && !m->routing ? even_routes(m, p, layer, rows) : uneven_routes(m, p, layer, rows);
+    return p->once && !m->routing ? even_routes(m, p, layer, rows) : uneven_routes(m, p, layer, rows);
 }
 
 void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
                           sh_cost_layer *out) {
     if (p->shape.ep == 1) return;
     double row = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode);
-    double blocks = fmax(ceil(rows / BLOCK_ROWS), sh_cost_parts(p, rows));
-    out->dispatch = to_members(m, p, rows * e->reach * row, blocks);
-    out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * row, blocks);
+    double parts = sh_cost_parts(m, p, rows);
+    out->dispatch = to_members(m, p, rows * e->reach * row, parts);
+    out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * row, parts);
 }
 
 /* --- heads and columns ---------------------------------------------------------------------------------------------
@@ -168,18 +194,15 @@ void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double
 void sh_cost_wire_tensor(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows, sh_cost_layer *out) {
     const sh_config *c = m->config;
     const sh_layer *l = &c->layer[layer];
-    double others = p->shape.tp - 1, blocks = ceil(rows / BLOCK_ROWS), hidden = share(c->hidden, p, p->member);
+    double others = p->shape.tp - 1, parts = sh_cost_parts(m, p, rows), hidden = share(c->hidden, p, p->member);
     double row = rows * sizeof(float), heads = (double)l->heads / p->shape.tp * l->head_dim;
     if (p->sums) {
         double sum = c->hidden - hidden + others * hidden;
-        add(&out->gather, to_members(m, p, row * sum, 2));
-        add(&out->gather, to_members(m, p, row * sum, 2 * blocks));
+        add(&out->gather, to_members(m, p, 2 * row * sum, 4 * parts));
         return;
     }
-    add(&out->gather, to_members(m, p, row * others * heads, 1));
-    add(&out->gather, to_members(m, p, row * others * hidden, 1));
-    add(&out->gather, to_members(m, p, row * others * share(l->ff, p, p->member), blocks));
-    add(&out->gather, to_members(m, p, row * others * hidden, blocks));
+    double columns = heads + share(l->ff, p, p->member) + 2 * hidden;
+    add(&out->gather, to_members(m, p, row * others * columns, 4 * parts));
 }
 
 /* Candidates of a row: id and value of the best 64, and (max, sum) of each segment of 1,024 entries. */
@@ -269,17 +292,16 @@ static bool same_shares(const sh_config *c, const sh_cost_place *p, int other) {
 
 static bool same_experts(const sh_cost_model *m, const sh_cost_place *p, int other) {
     for (int i = m->plan->rank[p->rank]->first; i < m->plan->rank[p->rank]->last && p->shape.ep > 1; i++)
-        if (count_of(m->plan, p->rank, i) != count_of(m->plan, other, i) || held(m->plan, p, i) > m->config->experts)
-            return false;
+        if (count_of(m->plan, p->rank, i) != count_of(m->plan, other, i)) return false;
     return true;
 }
 
 int sh_cost_twin(const sh_cost_model *m, const sh_cost_place *p) {
-    if (!m->alike || m->routing) return -1;
+    if (!m->alike || m->routing || !p->once) return -1;
     for (int i = p->shape.ep > 1 ? 0 : 1; i < p->member; i++) { /* member 0 has the head and the sampler to itself */
-        sh_cost_place q;
         int rank = p->rank - p->member + i;
-        if (sh_cost_place_of(m, rank, &q) != SH_OK) return -1;
+        sh_cost_place q = *p;
+        neighbours(m, rank, &q);
         if (q.near == p->near && q.sharers == p->sharers && (p->shape.ep > 1 || same_shares(m->config, p, i)) &&
             same_experts(m, p, rank))
             return i;

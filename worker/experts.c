@@ -17,10 +17,7 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "messages are little-endian and used in place");
 
-#define MAGIC      0x31584853u /* "SHX1" */
-#define PART_SUM   1024        /* rows of all members in one exchange, about */
-#define PART_LEAST 64
-#define PART_MOST  512
+#define MAGIC 0x31584853u /* "SHX1" */
 
 enum kind { ROWS, RESULTS };
 
@@ -107,10 +104,6 @@ static int min_int(int a, int b) {
 
 static int max_int(int a, int b) {
     return a > b ? a : b;
-}
-
-int sh_experts_part_rows(int max_rows, int members) {
-    return min_int(max_rows, max_int(PART_LEAST, min_int(PART_MOST, PART_SUM / members)));
 }
 
 /* --- making --------------------------------------------------------------------------------------------------------
@@ -228,7 +221,7 @@ sh_status sh_experts_create(const sh_experts_options *o, sh_experts **out) {
     if (!e) SH_FAIL(SH_EMEMORY, "no memory for the exchange of experts");
     e->o = *o;
     if (e->o.split_rows < 1) e->o.split_rows = SH_EXPERTS_SPLIT_ROWS;
-    e->part_rows = sh_experts_part_rows(o->max_rows, o->members);
+    e->part_rows = sh_expert_part_rows(o->max_rows, o->members);
     e->row = sh_moe_row_bytes(o->config, o->mode);
     e->result = sh_moe_result_bytes(o->config, o->mode);
     e->value = e->row / (size_t)o->config->hidden;

@@ -35,8 +35,6 @@ sh_status sh_experts_create(const sh_experts_options *o, sh_experts **out);
 void sh_experts_destroy(sh_experts **e);
 /* For sh_model_options; valid for the life of e. */
 const sh_expert_peers *sh_experts_peers(const sh_experts *e);
-/* Most rows of a part with that many members: bounds the buffers, which hold the rows of all others. */
-int sh_experts_part_rows(int max_rows, int members);
 bool sh_experts_is_idle(const sh_experts *e); /* no message of its own is under way */
 
 /* Seconds since creation, by kind of layer. */

@@ -14,7 +14,8 @@ typedef struct flight {
 
 struct sh_leader {
     sh_leader_options o;
-    sh_pages pool[SH_KV_KINDS];
+    sh_pages *pool; /* [n_pools]: see kind_of */
+    int n_pools;
     sh_seq *waiting;  /* by age */
     sh_seq **running; /* [max_seqs] by age */
     sh_seq *dead;
@@ -38,6 +39,29 @@ static int32_t max32(int32_t a, int32_t b) {
     return a > b ? a : b;
 }
 
+/* ---- pools ------------------------------------------------------------------------------------------------------- */
+
+/* One pool of pages per kind. Where members share positions out, the first one of the global kind is member 0's, and
+ * those of the members 1, 2, … follow the kinds. */
+static sh_kv_kind kind_of(int pool) {
+    return pool < SH_KV_KINDS ? (sh_kv_kind)pool : SH_KV_GLOBAL;
+}
+
+static int owner_of(int pool) {
+    return pool < SH_KV_KINDS ? 0 : pool - SH_KV_KINDS + 1;
+}
+
+static int members_of(const sh_leader_options *o) {
+    return o->members > 1 ? o->members : 1;
+}
+
+/* Of the first n pages of a sequence, those that belong to a pool. */
+static int32_t share(const sh_leader *l, const sh_seq *s, int pool, int32_t n) {
+    if (kind_of(pool) == SH_KV_SLIDING) return n;
+    int members = members_of(&l->o);
+    return sh_owner_pages(n, s->level, members, sh_owner_place(owner_of(pool), s->id, members));
+}
+
 /* ---- what the options imply -------------------------------------------------------------------------------------- */
 
 void sh_leader_options_model(sh_leader_options *o, const sh_config *c) {
@@ -54,23 +78,22 @@ void sh_leader_options_model(sh_leader_options *o, const sh_config *c) {
 int32_t sh_leader_peak(const sh_leader_options *o, sh_kv_kind kind, int32_t n) {
     if (!o->kind[kind]) return 0;
     int32_t all = pages_for(n);
-    if (kind == SH_KV_GLOBAL) return all;
+    if (kind == SH_KV_GLOBAL) return sh_owner_most(n, members_of(o));
     /* Rows [a, a + chunk) see positions a − window + 1 … a + chunk − 1, wherever the page borders fall. */
     return min32(all, (o->window + o->chunk - 2) / SH_PAGE_TOKENS + 2);
 }
 
 int32_t sh_leader_capacity(const sh_leader_options *o) {
-    int64_t n = o->max_context;
-    if (o->kind[SH_KV_GLOBAL] && (int64_t)o->pages[SH_KV_GLOBAL] * SH_PAGE_TOKENS < n)
-        n = (int64_t)o->pages[SH_KV_GLOBAL] * SH_PAGE_TOKENS;
+    int32_t n = o->max_context;
+    if (o->kind[SH_KV_GLOBAL]) n = sh_owner_capacity(o->pages[SH_KV_GLOBAL], members_of(o), n);
     int32_t have = o->pages[SH_KV_SLIDING];
-    if (o->kind[SH_KV_SLIDING] && have < sh_leader_peak(o, SH_KV_SLIDING, (int32_t)n))
-        n = min32((int32_t)n, have * SH_PAGE_TOKENS);
-    return (int32_t)n;
+    if (o->kind[SH_KV_SLIDING] && have < sh_leader_peak(o, SH_KV_SLIDING, n)) n = min32(n, have * SH_PAGE_TOKENS);
+    return n;
 }
 
 int64_t sh_leader_total(const sh_leader_options *o) {
-    return (int64_t)o->pages[o->kind[SH_KV_GLOBAL] ? SH_KV_GLOBAL : SH_KV_SLIDING] * SH_PAGE_TOKENS;
+    if (!o->kind[SH_KV_GLOBAL]) return (int64_t)o->pages[SH_KV_SLIDING] * SH_PAGE_TOKENS;
+    return (int64_t)o->pages[SH_KV_GLOBAL] * members_of(o) * SH_PAGE_TOKENS;
 }
 
 static size_t start_cost(const sh_seq *s) {
@@ -86,7 +109,7 @@ static size_t start_room(const sh_leader_options *o) {
 
 size_t sh_leader_descriptor_bytes(const sh_leader_options *o) {
     size_t seqs = (size_t)o->max_seqs;
-    size_t pages = (size_t)o->pages[SH_KV_GLOBAL] + (size_t)o->pages[SH_KV_SLIDING];
+    size_t pages = (size_t)o->pages[SH_KV_GLOBAL] * (size_t)members_of(o) + (size_t)o->pages[SH_KV_SLIDING];
     return 4096 + (size_t)sh_leader_max_rows(o) * 4 + seqs * (sizeof(sh_span) + 256 + sizeof(sh_seq_start) + 8) +
            pages * 4 + start_room(o);
 }
@@ -102,6 +125,8 @@ static sh_status check_options(const sh_leader_options *o) {
     if (o->chunk < 1 || o->chunk > SH_MAX_CHUNK)
         SH_FAIL(SH_EINPUT, "chunk: %d: 1 to %d are allowed", o->chunk, SH_MAX_CHUNK);
     if (o->max_context < 1) SH_FAIL(SH_EINPUT, "max_context: %d: 1 or more are allowed", o->max_context);
+    if (o->members < 0 || o->members > SH_MAX_RANKS)
+        SH_FAIL(SH_EINPUT, "members: %d: 1 to %d are allowed", o->members, SH_MAX_RANKS);
     if (o->in_flight < 0) SH_FAIL(SH_EINPUT, "in_flight: %d: 0 or more are allowed", o->in_flight);
     if (o->vocab < 1) SH_FAIL(SH_EINPUT, "vocab: %d: 1 or more are allowed", o->vocab);
     return SH_OK;
@@ -109,7 +134,9 @@ static sh_status check_options(const sh_leader_options *o) {
 
 static sh_status allocate(sh_leader *l) {
     size_t seqs = (size_t)l->o.max_seqs;
-    for (int k = 0; k < SH_KV_KINDS; k++) SH_TRY(sh_pages_create(l->o.pages[k], &l->pool[k]));
+    l->pool = calloc((size_t)l->n_pools, sizeof *l->pool);
+    if (!l->pool) SH_FAIL(SH_EMEMORY, "no memory for %d pools of pages", l->n_pools);
+    for (int k = 0; k < l->n_pools; k++) SH_TRY(sh_pages_create(l->o.pages[kind_of(k)], &l->pool[k]));
     l->running = calloc(seqs, sizeof *l->running);
     l->drops = calloc(seqs, sizeof *l->drops);
     l->flights = calloc((size_t)l->depth, sizeof *l->flights);
@@ -128,6 +155,7 @@ sh_status sh_leader_create(const sh_leader_options *o, sh_leader **out) {
     sh_leader *l = calloc(1, sizeof *l);
     if (!l) SH_FAIL(SH_EMEMORY, "no memory for the leader");
     l->o = *o;
+    l->n_pools = SH_KV_KINDS + members_of(o) - 1;
     l->depth = sh_leader_in_flight(o);
     l->next_id = l->next_step = 1;
     sh_status st = allocate(l);
@@ -157,12 +185,20 @@ void sh_leader_destroy(sh_leader **p) {
         free(l->flights[i].seq);
         free(l->flights[i].sampled);
     }
-    for (int k = 0; k < SH_KV_KINDS; k++) sh_pages_release(&l->pool[k]);
+    for (int k = 0; l->pool && k < l->n_pools; k++) sh_pages_release(&l->pool[k]);
+    free(l->pool);
     free(l->flights);
     free(l->running);
     free(l->drops);
     free(l);
     *p = NULL;
+}
+
+/* Pages of a pool that a sequence of n tokens holds at most at any time. */
+static int32_t peak(const sh_leader *l, const sh_seq *s, int pool, int32_t n) {
+    sh_kv_kind kind = kind_of(pool);
+    if (kind == SH_KV_SLIDING || !l->o.kind[kind]) return sh_leader_peak(&l->o, kind, n);
+    return share(l, s, pool, pages_for(n));
 }
 
 sh_status sh_leader_check(const sh_leader *l, const sh_seq *s) {
@@ -213,12 +249,16 @@ sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
         return SH_OK;
     }
     SH_TRY(sh_leader_check(l, s));
-    for (int k = 0; k < SH_KV_KINDS; k++) {
-        s->kv[k].cap = sh_leader_peak(&l->o, (sh_kv_kind)k, s->cap);
-        s->kv[k].page = calloc((size_t)s->kv[k].cap + 1, sizeof *s->kv[k].page);
-        if (!s->kv[k].page) SH_FAIL(SH_EMEMORY, "no memory for the page table of a sequence of %d tokens", s->cap);
-    }
     s->id = l->next_id++;
+    s->level = sh_owner_level(s->cap, members_of(&l->o));
+    s->kv = calloc((size_t)l->n_pools, sizeof *s->kv);
+    if (s->kv) s->n_pools = l->n_pools;
+    for (int k = 0; k < l->n_pools; k++) {
+        if (s->kv) s->kv[k].cap = peak(l, s, k, s->cap);
+        if (s->kv) s->kv[k].page = calloc((size_t)s->kv[k].cap + 1, sizeof *s->kv[k].page);
+        if (!s->kv || !s->kv[k].page)
+            SH_FAIL(SH_EMEMORY, "no memory for the page table of a sequence of %d tokens", s->cap);
+    }
     enqueue(l, s);
     *p = NULL;
     *known = false;
@@ -249,14 +289,14 @@ static void set_promise(sh_leader *l, sh_seq *s, int k, int32_t want) {
 
 /* Pages that the rest of the known tokens still needs at the same time as those held. */
 static int32_t outstanding(const sh_leader *l, const sh_seq *s, int k) {
-    if (!l->o.kind[k]) return 0;
+    if (!l->o.kind[kind_of(k)]) return 0;
     const sh_seq_pages *p = &s->kv[k];
-    int32_t rest = pages_for(s->n_tokens) - (p->first + p->n);
-    return max32(0, min32(sh_leader_peak(&l->o, (sh_kv_kind)k, s->n_tokens) - p->n, rest));
+    int32_t rest = share(l, s, k, pages_for(s->n_tokens)) - (p->first + p->n);
+    return max32(0, min32(peak(l, s, k, s->n_tokens) - p->n, rest));
 }
 
 static sh_status release_pages(sh_leader *l, sh_seq *s) {
-    for (int k = 0; k < SH_KV_KINDS; k++) {
+    for (int k = 0; k < l->n_pools; k++) {
         set_promise(l, s, k, 0);
         SH_TRY(give_front(l, s, k, s->kv[k].n));
         s->kv[k].first = 0;
@@ -278,18 +318,19 @@ static sh_status pass_window(sh_leader *l, sh_seq *s) {
 
 /* Whether pages for positions below `end` are held or can be taken. */
 static bool can_cover(const sh_leader *l, const sh_seq *s, int32_t end) {
-    for (int k = 0; k < SH_KV_KINDS; k++) {
-        if (!l->o.kind[k]) continue;
-        int32_t need = pages_for(end) - (s->kv[k].first + s->kv[k].n);
+    for (int k = 0; k < l->n_pools; k++) {
+        if (!l->o.kind[kind_of(k)]) continue;
+        int32_t need = share(l, s, k, pages_for(end)) - (s->kv[k].first + s->kv[k].n);
         if (need > sh_pages_open(&l->pool[k]) + s->kv[k].promise) return false;
     }
     return true;
 }
 
 static sh_status cover(sh_leader *l, sh_seq *s, int32_t end) {
-    for (int k = 0; k < SH_KV_KINDS; k++) {
+    for (int k = 0; k < l->n_pools; k++) {
         sh_seq_pages *p = &s->kv[k];
-        while (l->o.kind[k] && (p->first + p->n) * SH_PAGE_TOKENS < end) {
+        int32_t pages = l->o.kind[kind_of(k)] ? share(l, s, k, pages_for(end)) : 0;
+        while (p->first + p->n < pages) {
             int32_t page = sh_pages_take(&l->pool[k], p->promise > 0);
             if (page < 0 || p->n == p->cap)
                 SH_FAIL(SH_ESTATE, "leader: no page for position %d of a sequence of %d tokens", end - 1, s->n_tokens);
@@ -354,12 +395,12 @@ static sh_status pause_youngest(sh_leader *l) {
     return SH_OK;
 }
 
-/* Running sequences that will hold more pages of a kind than they do now. */
+/* Running sequences that will hold more pages of a pool than they do now. */
 static int32_t growing(const sh_leader *l, int k) {
-    int32_t n = 0, window = k == SH_KV_SLIDING ? (l->o.window - 1) / SH_PAGE_TOKENS + 2 : INT32_MAX;
+    int32_t n = 0, window = kind_of(k) == SH_KV_SLIDING ? (l->o.window - 1) / SH_PAGE_TOKENS + 2 : INT32_MAX;
     for (int i = 0; i < l->n_running; i++) {
         const sh_seq *s = l->running[i];
-        n += s->kv[k].n + s->kv[k].promise < min32(window, pages_for(s->cap));
+        n += s->kv[k].n + s->kv[k].promise < min32(window, share(l, s, k, pages_for(s->cap)));
     }
     return n;
 }
@@ -370,9 +411,9 @@ static void admit(sh_leader *l) {
     while (l->waiting && l->n_running < l->o.max_seqs) {
         sh_seq *s = l->waiting;
         if (s->flights > 0) return; /* paused a moment ago: its last token is still on its way */
-        for (int k = 0; k < SH_KV_KINDS; k++)
-            if (l->o.kind[k] && outstanding(l, s, k) + growing(l, k) > sh_pages_open(&l->pool[k])) return;
-        for (int k = 0; k < SH_KV_KINDS; k++) set_promise(l, s, k, outstanding(l, s, k));
+        for (int k = 0; k < l->n_pools; k++)
+            if (l->o.kind[kind_of(k)] && outstanding(l, s, k) + growing(l, k) > sh_pages_open(&l->pool[k])) return;
+        for (int k = 0; k < l->n_pools; k++) set_promise(l, s, k, outstanding(l, s, k));
         l->waiting = s->next;
         l->n_waiting--;
         s->next = NULL;
@@ -426,17 +467,42 @@ static void add_start(making *m, sh_seq *s) {
     s->started = true;
 }
 
+/* The global pages of s in the order of its positions, whichever member's they are. */
+static sh_status list_pages(const making *m, const sh_seq *s, sh_span *p) {
+    const sh_leader *l = m->l;
+    int32_t n = 0, each = (SH_SEGMENT_TOKENS / SH_PAGE_TOKENS) << s->level; /* pages of a block */
+    for (int k = 0; k < l->n_pools; k++) n += kind_of(k) == SH_KV_GLOBAL ? s->kv[k].n : 0;
+    int32_t *list = sh_arena_take(&m->b->arena, (size_t)n * sizeof *list);
+    if (!list) SH_FAIL(SH_ESTATE, "leader: no room for %d pages in the batch", n);
+    for (int k = 0; k < l->n_pools; k++) {
+        if (kind_of(k) != SH_KV_GLOBAL) continue;
+        int place = sh_owner_place(owner_of(k), s->id, l->o.members);
+        for (int32_t i = 0; i < s->kv[k].n; i++) /* the i-th of a member lies in its block i / each */
+            list[(i / each * l->o.members + place) * each + i % each] = s->kv[k].page[i];
+    }
+    p->n_pages[SH_KV_GLOBAL] = n;
+    p->pages[SH_KV_GLOBAL] = list;
+    return SH_OK;
+}
+
 /* Adds rows [pos, pos + rows) of s, whose pages are covered. */
-static void add_span(making *m, sh_seq *s, int32_t rows, int32_t keep) {
+static sh_status add_span(making *m, sh_seq *s, int32_t rows, int32_t keep) {
     sh_batch *b = m->b;
     if (keep > 0 && !s->started) add_start(m, s);
     sh_span *p = &b->spans[b->n_spans];
-    *p = (sh_span){.seq = s->id, .pos = s->pos, .rows = rows, .keep = keep, .row0 = b->n_rows, .kept0 = b->n_kept};
+    *p = (sh_span){.seq = s->id,
+                   .pos = s->pos,
+                   .rows = rows,
+                   .keep = keep,
+                   .row0 = b->n_rows,
+                   .kept0 = b->n_kept,
+                   .level = s->level};
     for (int k = 0; k < SH_KV_KINDS; k++) {
         p->page0[k] = s->kv[k].first;
         p->n_pages[k] = s->kv[k].n;
         p->pages[k] = s->kv[k].page;
     }
+    if (m->l->o.members > 1) SH_TRY(list_pages(m, s, p));
     memcpy(b->ids + b->n_rows, s->tokens + s->pos, (size_t)rows * sizeof *b->ids);
     m->f->seq[b->n_spans] = s;
     m->f->sampled[b->n_spans] = s->pos + rows == s->n_tokens;
@@ -446,6 +512,7 @@ static void add_span(making *m, sh_seq *s, int32_t rows, int32_t keep) {
     b->n_kept += keep;
     s->pos += rows;
     s->flights++;
+    return SH_OK;
 }
 
 /* Sequences with one known row to go (decode, or the end of a prompt): one row each of up to `most` of them, oldest
@@ -464,7 +531,7 @@ static sh_status add_decodes(making *m, int most) {
         }
         if (paused_itself) break;
         SH_TRY(cover(l, s, s->n_tokens));
-        add_span(m, s, 1, rows_to_keep(s, 1));
+        SH_TRY(add_span(m, s, 1, rows_to_keep(s, 1)));
     }
     return SH_OK;
 }
@@ -482,7 +549,7 @@ static sh_status add_prompts(making *m) {
         if (keep > 0 && !s->started && start_cost(s) > m->starts_left) continue;
         SH_TRY(pass_window(l, s));
         SH_TRY(cover(l, s, s->pos + rows));
-        add_span(m, s, rows, keep);
+        SH_TRY(add_span(m, s, rows, keep));
         left -= rows;
     }
     return SH_OK;
@@ -610,14 +677,16 @@ sh_status sh_leader_apply(sh_leader *l, uint64_t step, const sh_token *tokens, i
 sh_leader_state sh_leader_look(const sh_leader *l) {
     sh_leader_state s = {
         .running = l->n_running, .waiting = l->n_waiting, .in_flight = l->n_flights, .pauses = l->pauses};
-    for (int k = 0; k < SH_KV_KINDS; k++) s.free[k] = l->pool[k].free;
-    int k = l->o.kind[SH_KV_GLOBAL] ? SH_KV_GLOBAL : SH_KV_SLIDING;
-    s.kv_free = (int64_t)sh_pages_open(&l->pool[k]) * SH_PAGE_TOKENS;
+    sh_kv_kind kind = l->o.kind[SH_KV_GLOBAL] ? SH_KV_GLOBAL : SH_KV_SLIDING;
+    for (int k = 0; k < l->n_pools; k++) {
+        s.free[kind_of(k)] += l->pool[k].free;
+        if (kind_of(k) == kind) s.kv_free += (int64_t)sh_pages_open(&l->pool[k]) * SH_PAGE_TOKENS;
+    }
     return s;
 }
 
 sh_status sh_leader_audit(const sh_leader *l) {
-    for (int k = 0; k < SH_KV_KINDS; k++) {
+    for (int k = 0; k < l->n_pools; k++) {
         const sh_pages *p = &l->pool[k];
         int32_t held = 0, promised = 0;
         for (int i = 0; i < l->n_running; i++) {
@@ -629,7 +698,7 @@ sh_status sh_leader_audit(const sh_leader *l) {
         }
         for (const sh_seq *s = l->waiting; s; s = s->next) held += s->kv[k].n;
         if (held + p->free != p->total || promised != p->promised || p->promised > p->free)
-            SH_FAIL(SH_ESTATE, "kind %d: %d pages held, %d free of %d; %d promised, %d on the books", k, held, p->free,
+            SH_FAIL(SH_ESTATE, "pool %d: %d pages held, %d free of %d; %d promised, %d on the books", k, held, p->free,
                     p->total, promised, p->promised);
     }
     return SH_OK;

@@ -32,6 +32,8 @@ typedef struct sh_leader_options {
     int window;                 /* widest window of the sliding layers; 0 when there are none */
     bool kind[SH_KV_KINDS];     /* kinds that the model's layers use */
     int32_t pages[SH_KV_KINDS]; /* the pool: the smallest stage's */
+    int members;                /* of a stage that share positions out (model/owner.h): each has a pool of global pages
+                                   of that size, and all have the same sliding ones. 0: 1 */
 } sh_leader_options;
 
 /* Window, kinds, vocabulary from the model; the rest is left as it is. */
@@ -49,7 +51,7 @@ int32_t sh_leader_capacity(const sh_leader_options *o);
 /* Tokens of KV of all sequences together: of the kind whose pages stay (global), or of the sliding kind when there is
  * no other. */
 int64_t sh_leader_total(const sh_leader_options *o);
-/* Pages of a kind that a sequence of n tokens holds at most at any time. */
+/* Pages of a kind that a sequence of n tokens holds at most at any time in one pool. */
 int32_t sh_leader_peak(const sh_leader_options *o, sh_kv_kind kind, int32_t n);
 
 typedef struct sh_leader sh_leader;
@@ -74,7 +76,7 @@ sh_status sh_leader_apply(sh_leader *l, uint64_t step, const sh_token *tokens, i
 
 typedef struct sh_leader_state {
     int running, waiting, in_flight;
-    int64_t kv_free; /* tokens' worth of open pages: the scarcer kind */
+    int64_t kv_free; /* tokens' worth of open pages: of the global kind where there is one, over all members */
     uint64_t pauses; /* sequences paused for want of pages, since creation */
     int32_t free[SH_KV_KINDS];
 } sh_leader_state;

@@ -10,7 +10,7 @@ typedef enum sh_seq_state {
     SH_SEQ_DEAD /* finished or cancelled; kept until the micro-batches that carry it are back */
 } sh_seq_state;
 
-/* Pages of one kind: page[i] is the pool page that holds the sequence's page first + i. */
+/* Pages of one pool: page[i] is the pool page that holds the sequence's page first + i, of those that belong there. */
 typedef struct sh_seq_pages {
     int32_t first, n, cap;
     int32_t promise; /* pool pages set aside for the rest of the prompt */
@@ -32,7 +32,9 @@ typedef struct sh_seq {
     bool sampling_now; /* its next token is on its way */
     bool started;      /* the last stage has (or will have, in order) its sampler state */
     sh_seq_state state;
-    sh_seq_pages kv[SH_KV_KINDS];
+    int32_t level;    /* of the blocks by which members share its positions out (model/owner.h) */
+    int n_pools;      /* 0 until a leader has it */
+    sh_seq_pages *kv; /* [n_pools] */
 } sh_seq;
 
 /* A copy of a request as it arrives; `generated` are tokens of an earlier life. Numbers are checked: n_prompt ≥ 1, ids

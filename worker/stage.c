@@ -12,9 +12,13 @@
 #include <string.h>
 
 #include "common/clock.h"
+#include "model/spread.h"
+#include "partition/plan.h"
 #include "worker/backoff.h"
+#include "worker/context.h"
 #include "worker/tensor.h"
 #include "worker/tokens.h"
+#include "worker/vocabulary.h"
 
 enum { SENDS = 2, LOGIT_ROWS = 16 };
 
@@ -37,6 +41,9 @@ struct sh_stage {
     bool leads, is_last, samples; /* rank 0; last stage; a member of it that samples */
     sh_config part;               /* the model as this member sees it (o.share) */
     sh_tensor_link *tensor;
+    sh_experts *experts; /* where members are lanes: what they send each other */
+    sh_context *context; /* where they share positions out */
+    sh_peers peers;      /* of these two */
     sh_model *model;
     size_t descriptor_max, recv_bytes, send_bytes;
     uint8_t *recv;   /* from the rank before; rank 0: answers of the last stage */
@@ -53,7 +60,8 @@ struct sh_stage {
     /* last stage */
     sh_tokenizer *tokenizer;
     sh_sampler *sampler;
-    float *hidden, *logits, *own; /* own: logits of a share */
+    sh_vocabulary *vocabulary; /* where members divide it; then all of them sample together */
+    float *hidden, *logits;
     size_t hidden_bytes, logit_bytes;
     int waiting;   /* rank 0 as a last stage: answers not yet taken */
     int next_lane; /* rank 0: whom to ask first for an answer */
@@ -75,6 +83,38 @@ static size_t message_bytes(const sh_stage *s, int cut) {
 /* ---- creation -------------------------------------------------------------------------------------------------------
  */
 
+static bool member_holds(const void *arg, int member, int layer, int expert) {
+    const sh_stage *s = arg;
+    return sh_plan_holds(s->o.plan, s->stage * s->o.width + member, layer, expert);
+}
+
+static sh_status create_experts(sh_stage *s) {
+    const sh_stage_options *o = &s->o;
+    sh_experts_options e = {.link = o->link,
+                            .first_rank = s->stage * o->width,
+                            .members = o->width,
+                            .member = s->member,
+                            .config = o->config,
+                            .first = o->first,
+                            .last = o->last,
+                            .mode = o->mode,
+                            .max_rows = sh_leader_max_rows(o->schedule),
+                            .holds = member_holds,
+                            .arg = s};
+    SH_TRY(sh_experts_create(&e, &s->experts));
+    s->peers.experts = sh_experts_peers(s->experts);
+    return SH_OK;
+}
+
+static sh_status create_context(sh_stage *s) {
+    const sh_stage_options *o = &s->o;
+    size_t bytes =
+        sh_spread_message_bytes(o->config, o->kv_type, o->first, o->last, sh_leader_max_rows(o->schedule), o->width);
+    SH_TRY(sh_context_create(o->link, s->stage * o->width, o->width, bytes, &s->context));
+    s->peers.context = sh_context_table(s->context);
+    return SH_OK;
+}
+
 static sh_status create_peers(sh_stage *s) {
     const sh_stage_options *o = &s->o;
     sh_tensor_options t = {.link = o->link,
@@ -83,7 +123,9 @@ static sh_status create_peers(sh_stage *s) {
                            .config = o->config,
                            .max_rows = sh_leader_max_rows(o->schedule)};
     sh_config_share(o->config, o->share, &s->part);
-    return o->share.parts > 1 ? sh_tensor_link_create(&t, &s->tensor) : SH_OK;
+    if (o->lanes && o->width > 1) return create_experts(s);
+    if (o->share.parts > 1) return sh_tensor_link_create(&t, &s->tensor);
+    return o->spread ? create_context(s) : SH_OK;
 }
 
 static sh_status create_model(sh_stage *s) {
@@ -99,7 +141,9 @@ static sh_status create_model(sh_stage *s) {
                           .max_spans = o->schedule->max_seqs,
                           .max_context = o->schedule->max_context,
                           .share = o->share,
-                          .peers = s->tensor ? sh_tensor_link_peers(s->tensor) : NULL};
+                          .peers = s->tensor                  ? sh_tensor_link_peers(s->tensor)
+                                   : s->experts || s->context ? &s->peers
+                                                              : NULL};
     memcpy(m.pages, o->schedule->pages, sizeof m.pages);
     return sh_model_create(o->model_dir, o->config, &m, &s->model);
 }
@@ -112,23 +156,24 @@ static sh_status create_hidden(sh_stage *s) {
     return SH_OK;
 }
 
-static sh_status create_logits(sh_stage *s) {
-    const sh_stage_options *o = &s->o;
-    void *p = NULL;
-    s->logit_bytes = LOGIT_ROWS * (size_t)o->config->vocab * sizeof(float);
-    SH_TRY(sh_mem_alloc(s->logit_bytes, "logits", &p));
-    s->logits = p;
-    if (!s->tensor) return SH_OK;
-    SH_TRY(sh_mem_alloc(s->logit_bytes, "logits", &p));
-    s->own = p;
-    return SH_OK;
-}
-
+/* Sampler and logits; of a member that divides the vocabulary with others, its part of both. */
 static sh_status create_sampler(sh_stage *s) {
     const sh_stage_options *o = &s->o;
-    SH_TRY(sh_tokenizer_load(o->model_dir, &s->tokenizer));
-    return sh_sampler_create(sh_model_kernels(s->model), s->tokenizer, o->config->vocab, o->schedule->max_seqs,
-                             o->schedule->max_context, &s->sampler);
+    void *logits = NULL;
+    sh_range ids = sh_model_ids(s->model);
+    if (s->samples) SH_TRY(sh_tokenizer_load(o->model_dir, &s->tokenizer));
+    SH_TRY(sh_sampler_create(sh_model_kernels(s->model), s->tokenizer, o->config->vocab, o->schedule->max_seqs,
+                             o->schedule->max_context, &s->sampler));
+    s->logit_bytes = LOGIT_ROWS * (size_t)(ids.hi - ids.lo) * sizeof(float);
+    SH_TRY(sh_mem_alloc(s->logit_bytes, "logits", &logits));
+    s->logits = logits;
+    sh_vocabulary_options v = {.link = o->link,
+                               .first_rank = s->stage * o->width,
+                               .share = o->share,
+                               .vocab = o->config->vocab,
+                               .max_rows = LOGIT_ROWS,
+                               .sampler = s->sampler};
+    return o->share.parts > 1 ? sh_vocabulary_create(&v, &s->vocabulary) : SH_OK;
 }
 
 /* Rank 0: descriptors for the other members of its stage, and its own. */
@@ -184,8 +229,7 @@ sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out) {
     if (st == SH_OK) st = create_model(s);
     if (st == SH_OK) st = create_buffers(s);
     if (st == SH_OK && s->is_last) st = create_hidden(s);
-    if (st == SH_OK && (s->samples || (s->is_last && s->tensor))) st = create_logits(s);
-    if (st == SH_OK && s->samples) st = create_sampler(s);
+    if (st == SH_OK && (s->samples || (s->is_last && s->tensor))) st = create_sampler(s);
     if (st != SH_OK) {
         sh_stage_destroy(&s);
         return sh_error_pass(st, __FILE__, __LINE__);
@@ -208,13 +252,15 @@ void sh_stage_destroy(sh_stage **p) {
     sh_mem_free(s->recv, s->recv_bytes);
     sh_mem_free(s->hidden, s->hidden_bytes);
     sh_mem_free(s->logits, s->logit_bytes);
-    sh_mem_free(s->own, s->logit_bytes);
     sh_buf_release(&s->encoded);
     sh_batch_release(&s->batch);
+    sh_vocabulary_destroy(&s->vocabulary);
     sh_sampler_destroy(&s->sampler);
     sh_tokenizer_destroy(&s->tokenizer);
     sh_model_destroy(&s->model);
     sh_tensor_link_destroy(&s->tensor);
+    sh_experts_destroy(&s->experts);
+    sh_context_destroy(&s->context);
     free(s);
     *p = NULL;
 }
@@ -237,7 +283,8 @@ static sh_status test_send(sh_stage *s, int *req) {
 sh_status sh_stage_progress(sh_stage *s) {
     for (int i = 0; i < s->n_sends; i++) SH_TRY(test_send(s, &s->sends[i].req));
     for (int i = 0; i < n_handouts(s); i++) SH_TRY(test_send(s, &s->handouts[i].req));
-    return SH_OK;
+    if (s->experts) s->peers.experts->poll(s->experts); /* a failure is told by the next exchange */
+    return s->context ? sh_context_progress(s->context) : SH_OK;
 }
 
 bool sh_stage_has_room(const sh_stage *s) {
@@ -251,7 +298,7 @@ bool sh_stage_is_idle(const sh_stage *s) {
         if (s->sends[i].req >= 0) return false;
     for (int i = 0; i < n_handouts(s); i++)
         if (s->handouts[i].req >= 0) return false;
-    return true;
+    return (!s->experts || sh_experts_is_idle(s->experts)) && (!s->context || sh_context_is_idle(s->context));
 }
 
 /* The next buffer in turn, once the stage after has taken what it held. */
@@ -274,7 +321,7 @@ static sh_status forward_on(sh_stage *s, const sh_batch *b, const void *descript
     double t0 = sh_now();
     SH_TRY(claim_send(s, &to));
     s->exchange += sh_now() - t0;
-    size_t at = align64(len), n = cut_bytes(s, s->o.last, b->n_rows, b->n_kept);
+    size_t at = align64(len), n = sh_model_block_bytes(s->model, s->o.last, b);
     memcpy(to->block, descriptor, len);
     memset(to->block + len, 0, at - len);
     SH_TRY(sh_model_forward(s->model, b, in, to->block + at));
@@ -282,46 +329,50 @@ static sh_status forward_on(sh_stage *s, const sh_batch *b, const void *descript
     return s->link->ops->send(s->link, s->link->rank + s->o.width, SH_TAG_BATCH, to->block, at + n, &to->req);
 }
 
-/* Samples kept rows [k, k + n) of the batch; *span and *row are where row k lies. */
-static sh_status sample_rows(sh_stage *s, const sh_batch *b, int n, int *span, int *row, sh_buf *answer, int *count) {
+/* Where kept rows are: row `row` of span `span` comes next. */
+typedef struct cursor {
+    int span, row;
+} cursor;
+
+static sh_vocabulary_row next_row(const sh_batch *b, cursor *at) {
+    while (at->row == b->spans[at->span].keep) {
+        at->span++;
+        at->row = 0;
+    }
+    const sh_span *p = &b->spans[at->span];
+    return (sh_vocabulary_row){.seq = p->seq, .pos = p->pos + p->rows - p->keep + at->row++};
+}
+
+/* Samples n kept rows from their logits. Members that divide the vocabulary do it together, for member 0. */
+static sh_status sample_rows(sh_stage *s, const sh_batch *b, int n, cursor *at, sh_buf *answer, int *count) {
     size_t vocab = (size_t)s->o.config->vocab;
+    sh_vocabulary_row rows[LOGIT_ROWS];
+    sh_token token[LOGIT_ROWS];
+    int made[LOGIT_ROWS] = {0};
+    for (int i = 0; i < n; i++) rows[i] = next_row(b, at);
+    if (s->vocabulary) SH_TRY(sh_vocabulary_sample(s->vocabulary, rows, n, s->logits, token, made));
     for (int i = 0; i < n; i++) {
-        while (*row == b->spans[*span].keep) {
-            ++*span;
-            *row = 0;
-        }
-        const sh_span *p = &b->spans[*span];
-        sh_token t;
-        int got = 0;
-        int pos = p->pos + p->rows - p->keep + *row;
-        SH_TRY(sh_sampler_step(s->sampler, p->seq, pos, s->logits + (size_t)i * vocab, &t, &got));
-        if (got) SH_TRY(sh_tokens_add(answer, &t));
-        *count += got;
-        ++*row;
+        if (!s->vocabulary)
+            SH_TRY(sh_sampler_step(s->sampler, rows[i].seq, rows[i].pos, s->logits + (size_t)i * vocab, &token[i],
+                                   &made[i]));
+        if (made[i]) SH_TRY(sh_tokens_add(answer, &token[i]));
+        *count += made[i];
     }
     return SH_OK;
 }
 
-static sh_status logits_of(sh_stage *s, int k, int n) {
-    const float *hidden = s->hidden + (size_t)k * (size_t)s->o.config->hidden;
-    sh_model_logits(s->model, hidden, n, s->tensor ? s->own : s->logits);
-    if (!s->tensor) return SH_OK;
-    const sh_peers *p = sh_tensor_link_peers(s->tensor);
-    return p->gather(p->ctx, -1, SH_JOINT_LOGITS, s->own, n, s->o.config->vocab, SH_SHARE_VOCAB, s->logits);
-}
-
-/* Logits and tokens of the kept rows, as the answer to rank 0. */
+/* Logits and tokens of the kept rows, as the answer to rank 0 (NULL: another member answers). */
 static sh_status sample_batch(sh_stage *s, const sh_batch *b, sending *to) {
+    cursor at = {0};
+    int count = 0;
     if (to) {
         sh_buf_clear(&to->answer);
         SH_TRY(sh_tokens_begin(&to->answer, b->step));
     }
-    int span = 0, row = 0, count = 0;
     for (int k = 0; k < b->n_kept; k += LOGIT_ROWS) {
         int n = b->n_kept - k < LOGIT_ROWS ? b->n_kept - k : LOGIT_ROWS;
-        SH_TRY(logits_of(s, k, n));
-        if (!s->samples) continue;
-        SH_TRY(sample_rows(s, b, n, &span, &row, &to->answer, &count));
+        sh_model_logits(s->model, s->hidden + (size_t)k * (size_t)s->o.config->hidden, n, s->logits);
+        SH_TRY(sample_rows(s, b, n, &at, to ? &to->answer : NULL, &count));
         SH_TRY(sh_stage_progress(s));
     }
     if (!to) return SH_OK;
@@ -333,10 +384,10 @@ static sh_status sample_batch(sh_stage *s, const sh_batch *b, sending *to) {
 
 static sh_status finish(sh_stage *s, const sh_batch *b, const void *in) {
     sending *to = NULL;
-    for (int i = 0; s->samples && i < b->n_drops; i++) sh_sampler_drop(s->sampler, b->drops[i]);
-    for (int i = 0; s->samples && i < b->n_starts; i++) SH_TRY(sh_sampler_start(s->sampler, &b->starts[i]));
+    for (int i = 0; s->sampler && i < b->n_drops; i++) sh_sampler_drop(s->sampler, b->drops[i]);
+    for (int i = 0; s->sampler && i < b->n_starts; i++) SH_TRY(sh_sampler_start(s->sampler, &b->starts[i]));
     SH_TRY(sh_model_forward(s->model, b, in, s->hidden));
-    if ((!s->samples && !s->tensor) || b->n_spans == 0) return SH_OK;
+    if (!s->sampler || b->n_spans == 0) return SH_OK;
     if (s->samples) SH_TRY(claim_send(s, &to));
     return sample_batch(s, b, to);
 }
@@ -389,7 +440,7 @@ sh_status sh_stage_receive(sh_stage *s, bool *got) {
     s->exchange += sh_now() - t0;
     SH_TRY(sh_batch_decode(&s->batch, s->recv, len, &used));
     const sh_batch *b = &s->batch;
-    size_t need = cut_bytes(s, s->o.first, b->n_rows, b->n_kept);
+    size_t need = sh_model_block_bytes(s->model, s->o.first, b);
     if (b->n_rows > sh_leader_max_rows(s->o.schedule) || b->n_spans > s->o.schedule->max_seqs ||
         used > s->descriptor_max || len != (s->stage ? align64(used) + need : used))
         SH_FAIL(SH_EPEER,
@@ -442,7 +493,12 @@ sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *at, const
 }
 
 double sh_stage_exchange_seconds(const sh_stage *s) {
-    return s->exchange + sh_model_time(s->model).exchange;
+    double head = s->vocabulary ? sh_vocabulary_seconds(s->vocabulary) : 0;
+    return s->exchange + sh_model_time(s->model).exchange + head;
+}
+
+sh_experts_times sh_stage_experts_time(const sh_stage *s) {
+    return s->experts ? sh_experts_time(s->experts) : (sh_experts_times){0};
 }
 
 uint64_t sh_stage_steps(const sh_stage *s) {

@@ -11,6 +11,8 @@
 #include "model/gemma4.h"
 #include "model/sampler.h"
 #include "proto/link.h"
+#include "proto/group.pb-c.h"
+#include "worker/experts.h"
 #include "worker/leader.h"
 
 typedef struct sh_stage sh_stage;
@@ -27,7 +29,9 @@ typedef struct sh_stage_options {
     const sh_leader_options *schedule; /* the same on every rank: bounds of a lane's micro-batch, pages */
     int stages, width;                 /* rank r is member r % width of stage r / width */
     bool lanes;                        /* each member has micro-batches of its own; else all have the same */
+    bool spread;                       /* the members share positions out; schedule->members of them */
     sh_share share;                    /* parts > 1: the members divide heads, columns and vocabulary */
+    const Shoal__Plan *plan;           /* borrowed; with lanes: which member holds which experts */
     sh_link *link;                     /* borrowed */
 } sh_stage_options;
 /* Micro-batches of a step: one per lane. */
@@ -55,7 +59,8 @@ sh_status sh_stage_serve(sh_stage *s);
 sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *step, const sh_token **tokens, int *n);
 
 double sh_stage_exchange_seconds(const sh_stage *s); /* in and around the link, waiting for the next stage included */
-uint64_t sh_stage_steps(const sh_stage *s);          /* micro-batches finished */
+sh_experts_times sh_stage_experts_time(const sh_stage *s); /* zeros where experts are not divided */
+uint64_t sh_stage_steps(const sh_stage *s);                /* micro-batches finished */
 const sh_model *sh_stage_model(const sh_stage *s);
 
 #endif

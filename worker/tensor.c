@@ -34,7 +34,7 @@ struct sh_tensor_link {
     bool *has;            /* [parts] whose message has come */
 };
 
-static const char *const names[] = {"heads", "o", "feed-forward", "down", "logits"};
+static const char *const names[] = {"heads", "o", "feed-forward", "down"};
 
 static const char *name_of(int what) {
     return what >= 0 && what < (int)(sizeof names / sizeof names[0]) ? names[what] : "?";
@@ -73,9 +73,7 @@ static sh_status create_buffers(sh_tensor_link *t) {
     size_t parts = (size_t)t->o.share.parts;
     void *send = NULL, *recv = NULL;
     t->max_width = widest_message(t->o.config, t->o.share);
-    size_t floats = (size_t)t->o.max_rows * (size_t)t->max_width;
-    size_t ids = 16 * (size_t)widest_part(t->o.share, t->o.config->vocab, SH_SHARE_VOCAB);
-    t->message_bytes = sizeof(head) + (floats > ids ? floats : ids) * sizeof(float);
+    t->message_bytes = sizeof(head) + (size_t)t->o.max_rows * (size_t)t->max_width * sizeof(float);
     t->message_bytes = (t->message_bytes + 63) / 64 * 64;
     t->req = calloc(parts, sizeof *t->req);
     t->has = calloc(parts, sizeof *t->has);
@@ -239,7 +237,7 @@ static sh_status trade_rows(sh_tensor_link *t, const trade *x) {
 }
 
 static sh_status check_rows(const sh_tensor_link *t, int n, int width) {
-    if (n < 0 || bytes_of(n, width) > t->message_bytes)
+    if (n < 0 || n > t->o.max_rows || width > t->max_width)
         SH_FAIL(SH_ESTATE, "exchange of %d rows of %d: room is for %d of %d", n, width, t->o.max_rows, t->max_width);
     return SH_OK;
 }

@@ -53,6 +53,8 @@ struct sh_uplink {
     out_item *out; /* ring [OUTBOX] */
     int out_at, out_n;
     sh_beat beat;
+    Shoal__Routing routing; /* n_layer 0: nothing was counted */
+    bool routing_news;
     bool ready, stop;
     Shoal__Ready ready_message;
     char *ready_note;
@@ -118,6 +120,19 @@ static sh_status say_ready(sh_uplink *u) {
     return send_packed(u, &m);
 }
 
+/* What the times say of links and experts. */
+static void fill_traffic(Shoal__StageTimes *t, const sh_beat *b) {
+    t->has_exposed_global = t->has_exposed_sliding = t->has_travel_global = t->has_travel_sliding = true;
+    t->exposed_global = b->exposed[SH_KV_GLOBAL], t->exposed_sliding = b->exposed[SH_KV_SLIDING];
+    t->travel_global = b->travel[SH_KV_GLOBAL], t->travel_sliding = b->travel[SH_KV_SLIDING];
+    t->has_sent_cuts = t->has_sent_experts = t->has_sent_tensor = t->has_sent_context = t->has_sent_shards = true;
+    t->sent_cuts = b->sent_by_tag[SH_TAG_BATCH], t->sent_experts = b->sent_by_tag[SH_TAG_EXPERTS];
+    t->sent_tensor = b->sent_by_tag[SH_TAG_TENSOR], t->sent_context = b->sent_by_tag[SH_TAG_CONTEXT];
+    t->sent_shards = b->sent_by_tag[SH_TAG_SHARD];
+    t->has_expert_rows = true;
+    t->expert_rows = b->expert_rows;
+}
+
 static sh_status say_beat(sh_uplink *u) {
     pthread_mutex_lock(&u->lock);
     sh_beat b = u->beat;
@@ -129,6 +144,7 @@ static sh_status say_beat(sh_uplink *u) {
     t.exchange = b.exchange, t.other = b.other, t.idle = b.idle;
     t.has_bytes = t.has_steps = t.has_sent = true;
     t.bytes = b.bytes, t.steps = b.steps, t.sent = b.sent;
+    fill_traffic(&t, &b);
     Shoal__Heartbeat h = SHOAL__HEARTBEAT__INIT;
     h.step = b.step;
     h.busy = b.busy;
@@ -138,7 +154,12 @@ static sh_status say_beat(sh_uplink *u) {
     Shoal__FromRank m = SHOAL__FROM_RANK__INIT;
     m.heartbeat = &h;
     u->said_beat = sh_now();
-    return send_packed(u, &m);
+    pthread_mutex_lock(&u->lock); /* the counts are read while the message is packed */
+    if (u->routing_news) h.routing = &u->routing;
+    u->routing_news = false;
+    sh_status st = send_packed(u, &m);
+    pthread_mutex_unlock(&u->lock);
+    return st;
 }
 
 static sh_status say_rejected(sh_uplink *u, uint64_t key, const char *reason) {
@@ -411,6 +432,58 @@ static void *uplink_main(void *arg) {
 /* ---- the main thread's side
  * ------------------------------------------------------------------------------------------------ */
 
+static void free_routing(Shoal__Routing *r) {
+    for (size_t i = 0; i < r->n_layer; i++) {
+        free(r->layer[i]->chosen);
+        free(r->layer[i]);
+    }
+    free(r->layer);
+    *r = (Shoal__Routing){0};
+}
+
+static sh_status make_routing(int first, int layers, int experts, Shoal__Routing *out) {
+    Shoal__Routing r = SHOAL__ROUTING__INIT;
+    r.layer = calloc((size_t)layers, sizeof *r.layer);
+    bool ok = r.layer != NULL;
+    for (int i = 0; ok && i < layers; i++) {
+        Shoal__ExpertCounts *c = calloc(1, sizeof *c);
+        uint64_t *chosen = calloc((size_t)experts, sizeof *chosen);
+        ok = c && chosen;
+        if (!ok) {
+            free(c);
+            free(chosen);
+            break;
+        }
+        shoal__expert_counts__init(c);
+        c->layer = first + i;
+        c->n_chosen = (size_t)experts;
+        c->chosen = chosen;
+        r.layer[r.n_layer++] = c;
+    }
+    if (!ok) {
+        free_routing(&r);
+        SH_FAIL(SH_EMEMORY, "no memory for the counts of %d layers", layers);
+    }
+    *out = r;
+    return SH_OK;
+}
+
+sh_status sh_uplink_routing(sh_uplink *u, int first, int layers, int experts, const uint64_t *chosen) {
+    if (u->routing.n_layer == 0) {
+        Shoal__Routing r;
+        SH_TRY(make_routing(first, layers, experts, &r));
+        pthread_mutex_lock(&u->lock);
+        u->routing = r;
+        pthread_mutex_unlock(&u->lock);
+    }
+    pthread_mutex_lock(&u->lock);
+    for (int i = 0; i < layers; i++)
+        memcpy(u->routing.layer[i]->chosen, chosen + (size_t)i * (size_t)experts, (size_t)experts * sizeof *chosen);
+    u->routing_news = true;
+    pthread_mutex_unlock(&u->lock);
+    return SH_OK;
+}
+
 static void release(sh_uplink *u) {
     for (in_item *i = u->in_head, *next; i; i = next) {
         next = i->next;
@@ -425,6 +498,7 @@ static void release(sh_uplink *u) {
     sh_mem_free(u->out, OUTBOX * sizeof *u->out);
     if (u->wake >= 0) close(u->wake);
     free(u->ready_note);
+    free_routing(&u->routing);
     pthread_mutex_destroy(&u->lock);
     free(u);
 }

@@ -10,7 +10,9 @@
 #ifndef SH_WORKER_UPLINK_H
 #define SH_WORKER_UPLINK_H
 
+#include "model/config.h"
 #include "proto/group.pb-c.h"
+#include "proto/link.h"
 #include "worker/seq.h"
 
 typedef struct sh_uplink sh_uplink;
@@ -41,6 +43,9 @@ typedef struct sh_beat {
     uint64_t steps;                                            /* micro-batches computed */
     double weights, attention, experts, exchange, other, idle; /* seconds */
     uint64_t bytes, sent;
+    double exposed[SH_KV_KINDS], travel[SH_KV_KINDS]; /* seconds, of the exchange of experts */
+    uint64_t sent_by_tag[SH_LINK_TAGS];
+    uint64_t expert_rows;
     bool leader; /* the three below are meant */
     int running, waiting;
     int64_t kv_free;
@@ -65,5 +70,8 @@ void sh_uplink_token(sh_uplink *u, uint64_t key, const sh_token *t);
 /* Leader: the group can never run this one. */
 void sh_uplink_reject(sh_uplink *u, uint64_t key, const char *reason);
 void sh_uplink_beat(sh_uplink *u, const sh_beat *b);
+/* How often rows of this rank chose each expert: [layers, experts] of layers first, first + 1, …; those without experts
+ * have zeros. Copies; the first call makes room and may fail. Told with the next heartbeat. */
+sh_status sh_uplink_routing(sh_uplink *u, int first, int layers, int experts, const uint64_t *chosen);
 
 #endif

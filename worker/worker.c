@@ -39,7 +39,9 @@ typedef struct rank {
     sh_stage *stage;
     sh_lanes *lanes; /* rank 0 */
     sh_backoff idle;
-    double beat_at;
+    double beat_at, routing_at;
+    bool routing_told;
+    uint64_t routing_steps;
     uint64_t answers; /* rank 0: micro-batches come back */
     bool served;      /* all that may be wrong with files, plan and memory was found right */
 } rank;
@@ -71,8 +73,11 @@ static sh_status read_plan(rank *r) {
     r->shape = sh_plan_shape_of(r->plan);
     sh_kv_limits lane;
     SH_TRY(sh_plan_kv_limits(r->plan, &lane));
-    r->schedule = (sh_leader_options){
-        .stages = r->shape.pp, .max_seqs = lane.max_seqs, .chunk = lane.chunk, .max_context = lane.max_context};
+    r->schedule = (sh_leader_options){.stages = r->shape.pp,
+                                      .max_seqs = lane.max_seqs,
+                                      .chunk = lane.chunk,
+                                      .max_context = lane.max_context,
+                                      .members = r->shape.cp};
     sh_leader_options_model(&r->schedule, r->config);
     return SH_OK;
 }
@@ -170,7 +175,9 @@ static sh_status load(rank *r) {
                           .stages = r->shape.pp,
                           .width = r->shape.width,
                           .lanes = r->shape.ep > 1,
+                          .spread = r->shape.cp > 1,
                           .share = sh_plan_share(r->plan, r->link->rank),
+                          .plan = r->plan,
                           .link = r->link};
     SH_TRY(sh_stage_create(&o, &r->stage));
     return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);
@@ -198,9 +205,14 @@ typedef struct reservation {
     bool blas, modelled;
 } reservation;
 
+static void add_note(char *to, size_t room, const char *text) {
+    size_t n = strlen(to);
+    snprintf(to + n, room - n, "%s%s", n ? "; " : "", text);
+}
+
 static sh_status announce(rank *r) {
     const sh_alive alive = {check_alive, r};
-    const char *isa = kernels_of(r)->isa, *note = NULL;
+    const char *isa = kernels_of(r)->isa;
     reservation mine = {.blas = strcmp(isa, "blas") == 0, .modelled = kernels_of(r)->modelled}, any = mine;
     reservation *all = calloc((size_t)r->link->size, sizeof *all);
     if (!all) SH_FAIL(SH_EMEMORY, "no memory for the notes");
@@ -216,17 +228,35 @@ static sh_status announce(rank *r) {
             (double)sh_model_weight_bytes(sh_stage_model(r->stage)) / 1048576.0,
             sh_team_size(sh_model_team((sh_model *)sh_stage_model(r->stage))), isa);
     if (r->link->rank > 0) return SH_OK;
-    if (any.blas) note = "SHOAL_ISA=blas: results are not invariant";
-    if (any.modelled) note = "SHOAL_ISA=model: results are made up, only the times are of use";
+    char note[256] = "";
+    if (any.blas) add_note(note, sizeof note, "SHOAL_ISA=blas: results are not invariant");
+    if (any.modelled) add_note(note, sizeof note, "SHOAL_ISA=model: results are made up, only the times are of use");
+    if (r->shape.tp > 1 && r->plan->tp_sum)
+        add_note(note, sizeof note, "--tp-reduce sum: results are not invariant: they depend on --tp");
     uint64_t print = 0;
     SH_TRY(fingerprint(r, &print));
     int lanes = r->shape.ep;
     return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), lanes * sh_leader_total(&r->schedule),
-                           lanes * r->schedule.max_seqs, print, r->config->vocab, note);
+                           lanes * r->schedule.max_seqs, print, r->config->vocab, *note ? note : NULL);
 }
 
 /* ---- both loops
  * ----------------------------------------------------------------------------------------------------------- */
+
+/* Tells the uplink what was routed where: about once a second, and when the rank has come to rest. The first time,
+ * before the loop, makes the room. */
+static sh_status tell_routing(rank *r, bool busy) {
+    const uint64_t *chosen = sh_model_chosen(sh_stage_model(r->stage));
+    uint64_t steps = sh_stage_steps(r->stage);
+    double now = sh_now();
+    if (!chosen || (r->routing_told && (steps == r->routing_steps || (busy && now - r->routing_at < 1)))) return SH_OK;
+    const Shoal__PlanRank *p = r->plan->rank[r->link->rank];
+    SH_TRY(sh_uplink_routing(r->uplink, p->first, p->last - p->first, r->config->experts, chosen));
+    r->routing_told = true;
+    r->routing_steps = steps;
+    r->routing_at = now;
+    return SH_OK;
+}
 
 /* Refreshes the heartbeat: around every step, and now and then while waiting. */
 static void beat(rank *r, bool busy, bool now_please) {
@@ -235,14 +265,17 @@ static void beat(rank *r, bool busy, bool now_please) {
     r->beat_at = now;
     sh_model_times t = sh_model_time(sh_stage_model(r->stage));
     uint64_t steps = sh_stage_steps(r->stage);
+    sh_experts_times x = sh_stage_experts_time(r->stage);
+    double waited = x.exposed[SH_KV_GLOBAL] + x.exposed[SH_KV_SLIDING]; /* the model books it as its experts' */
     sh_beat b = {.step = steps + r->answers,
                  .steps = steps,
                  .busy = busy,
                  .weights = t.weights,
                  .attention = t.attention,
-                 .experts = t.experts,
+                 .experts = t.experts - waited,
+                 .expert_rows = sh_model_expert_rows(sh_stage_model(r->stage)),
                  .other = t.other,
-                 .exchange = sh_stage_exchange_seconds(r->stage),
+                 .exchange = sh_stage_exchange_seconds(r->stage) + waited,
                  .idle = r->idle.idle,
                  .bytes = steps * sh_model_weight_bytes(sh_stage_model(r->stage)),
                  .sent = r->link->sent_bytes};
@@ -254,7 +287,11 @@ static void beat(rank *r, bool busy, bool now_please) {
         b.waiting = s.waiting;
         b.kv_free = s.kv_free;
     }
+    memcpy(b.exposed, x.exposed, sizeof b.exposed);
+    memcpy(b.travel, x.travel, sizeof b.travel);
+    memcpy(b.sent_by_tag, r->link->sent_by_tag, sizeof b.sent_by_tag);
     sh_uplink_beat(r->uplink, &b);
+    SH_IGNORE(tell_routing(r, busy)); /* cannot fail any more: the first one made the room */
 }
 
 /* ---- rank 0
@@ -301,7 +338,8 @@ static sh_status lead_step(rank *r, bool *worked) {
     if (!sh_stage_has_room(r->stage)) return SH_OK;
     SH_TRY(sh_lanes_next(r->lanes, &batches, &made));
     if (!made) return SH_OK;
-    beat(r, true, true); /* busy from here on, should the step get stuck */
+    sh_backoff_reset(&r->idle); /* the step is not waiting */
+    beat(r, true, true);        /* busy from here on, should the step get stuck */
     SH_TRY(sh_stage_lead(r->stage, batches));
     *worked = true;
     return SH_OK;
@@ -353,7 +391,8 @@ static sh_status serve(rank *r) {
         if (s == SH_UPLINK_LEAVE && told_at <= 0) told_at = sh_now();
         SH_TRY(sh_stage_receive(r->stage, &worked));
         if (worked) {
-            beat(r, true, true); /* busy from here on, should the step get stuck */
+            sh_backoff_reset(&r->idle); /* the step is not waiting */
+            beat(r, true, true);        /* busy from here on, should the step get stuck */
             SH_TRY(sh_stage_serve(r->stage));
         }
         if (!worked) SH_TRY(sh_ranks_told_leave(r->link, &leave));
@@ -378,6 +417,7 @@ static sh_status live(rank *r) {
     SH_TRY(share_node(r));
     SH_TRY(agree_pages(r));
     SH_TRY(load(r));
+    SH_TRY(tell_routing(r, false));
     SH_TRY(announce(r));
     r->served = true;
     return r->link->rank == 0 ? lead(r) : serve(r);

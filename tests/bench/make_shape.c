@@ -1,8 +1,13 @@
 /*
- * make_shape SHAPE DIR: writes a checkpoint with the layer shapes of a released model and random, well-scaled weights,
- * for tests and benchmarks where K-blocking, panels and wide heads come into play. Vocabulary 32,768; no tokenizer. e2b
- * 6 layers around the border of producers and consumers of shared K/V (0.9 GB) 31b      6 layers, one of them global
- * with K = V (6.2 GB) 26b-a4b  2 layers with 128 experts (3.4 GB)
+ * make_shape SHAPE DIR: writes a checkpoint with random, well-scaled weights and no tokenizer. With the layer shapes of
+ * a released model and a vocabulary of 32,768, for tests and benchmarks where K-blocking, panels and wide heads come
+ * into play:
+ *   e2b          6 layers around the border of producers and consumers of shared K/V (0.9 GB)
+ *   31b          6 layers, one of them global with K = V (6.2 GB)
+ *   26b-a4b      2 layers with 128 experts (3.4 GB)
+ * Small ones with the demo model's vocabulary, whose tokenizer files may be put beside them, to compare layouts:
+ *   small-moe    12 layers with 32 experts (0.3 GB)
+ *   small-dense  12 layers (0.2 GB)
  */
 #include <math.h>
 #include <stdint.h>
@@ -11,18 +16,18 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#define VOCAB 32768
-
 typedef struct shape {
     const char *name;
     int layers, global_every, hidden, heads, kv, global_kv, hd, global_hd, ff, window, ple, shared, experts, top_k, eff;
-    int k_eq_v;
+    int k_eq_v, vocab;
 } shape;
 
 static const shape shapes[] = {
-    {"e2b", 6, 3, 1536, 8, 1, 1, 256, 512, 6144, 512, 256, 3, 0, 0, 0, 0},
-    {"31b", 6, 6, 5376, 32, 16, 4, 256, 512, 21504, 1024, 0, 0, 0, 0, 0, 1},
-    {"26b-a4b", 2, 2, 2816, 16, 8, 2, 256, 512, 2112, 1024, 0, 0, 128, 8, 704, 1},
+    {"e2b", 6, 3, 1536, 8, 1, 1, 256, 512, 6144, 512, 256, 3, 0, 0, 0, 0, 32768},
+    {"31b", 6, 6, 5376, 32, 16, 4, 256, 512, 21504, 1024, 0, 0, 0, 0, 0, 1, 32768},
+    {"26b-a4b", 2, 2, 2816, 16, 8, 2, 256, 512, 2112, 1024, 0, 0, 128, 8, 704, 1, 32768},
+    {"small-moe", 12, 6, 512, 8, 4, 2, 64, 128, 1024, 1024, 0, 0, 32, 4, 256, 1, 3072},
+    {"small-dense", 12, 6, 768, 8, 4, 2, 96, 192, 3072, 1024, 0, 0, 0, 0, 0, 1, 3072},
 };
 
 typedef struct tensor {
@@ -102,10 +107,10 @@ static void add_layer(const shape *s, int i) {
 
 static void add_all(const shape *s) {
     size_t H = (size_t)s->hidden, P = (size_t)s->ple * (size_t)s->layers;
-    add(-1, "embed_tokens.weight", 0, VOCAB, H, sqrtf(3.0f / (float)H), 0);
+    add(-1, "embed_tokens.weight", 0, (size_t)s->vocab, H, sqrtf(3.0f / (float)H), 0);
     norm(-1, "norm.weight", H, 1);
     if (s->ple) {
-        add(-1, "embed_tokens_per_layer.weight", 0, VOCAB, P, sqrtf(3.0f / (float)s->ple), 0);
+        add(-1, "embed_tokens_per_layer.weight", 0, (size_t)s->vocab, P, sqrtf(3.0f / (float)s->ple), 0);
         matrix(-1, "per_layer_model_projection.weight", P, H);
         norm(-1, "per_layer_projection_norm.weight", (size_t)s->ple, 1);
     }
@@ -139,14 +144,14 @@ static int write_config(const shape *s, const char *dir) {
     for (int i = 0; i < s->layers; i++)
         fprintf(f, "%s\"%s_attention\"", i ? ", " : "", is_global(s, i) ? "full" : "sliding");
     fprintf(f, "],\n \"vocab_size\": %d, \"hidden_size\": %d, \"intermediate_size\": %d, \"num_hidden_layers\": %d,\n",
-            VOCAB, s->hidden, s->ff, s->layers);
+            s->vocab, s->hidden, s->ff, s->layers);
     fprintf(f,
             " \"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"head_dim\": %d, \"global_head_dim\": %d,\n",
             s->heads, s->kv, s->hd, s->global_hd);
     if (s->k_eq_v) fprintf(f, " \"attention_k_eq_v\": true, \"num_global_key_value_heads\": %d,\n", s->global_kv);
     fprintf(f, " \"sliding_window\": %d, \"num_kv_shared_layers\": %d, \"use_double_wide_mlp\": %s,\n", s->window,
             s->shared, s->shared ? "true" : "false");
-    fprintf(f, " \"hidden_size_per_layer_input\": %d, \"vocab_size_per_layer_input\": %d,\n", s->ple, VOCAB);
+    fprintf(f, " \"hidden_size_per_layer_input\": %d, \"vocab_size_per_layer_input\": %d,\n", s->ple, s->vocab);
     if (s->experts)
         fprintf(f,
                 " \"enable_moe_block\": true, \"num_experts\": %d, \"top_k_experts\": %d, "
@@ -203,6 +208,6 @@ int main(int argc, char **argv) {
         perror(argv[2]);
         return 1;
     }
-    fprintf(stderr, "usage: make_shape e2b|31b|26b-a4b DIR\n");
+    fprintf(stderr, "usage: make_shape e2b|31b|26b-a4b|small-moe|small-dense DIR\n");
     return 2;
 }

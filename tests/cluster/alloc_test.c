@@ -78,7 +78,7 @@ static void test_counter(void) {
     CHECK(atomic_load(&counted) > 0, "a malloc was not counted");
 }
 
-static void test_group(const char *name, int n, const int *cut, int threads) {
+static void test_group(const char *name, int n, const int *cut, int threads, int cp) {
     char model[600];
     fake f;
     int32_t ids[300];
@@ -87,6 +87,8 @@ static void test_group(const char *name, int n, const int *cut, int threads) {
     f.plan.max_seqs = 6;
     f.plan.chunk = 32;
     f.plan.threads = threads;
+    fake_divide(&f, 1, 1, cp);
+    n = f.n;
     for (int i = 0; i < 30; i++) {
         int len = 5 + 40 * (i % 5);
         for (int j = 0; j < len; j++) ids[j] = 20 + (i * 131 + j * 17) % 1900;
@@ -127,9 +129,10 @@ static void test_group(const char *name, int n, const int *cut, int threads) {
 int main(void) {
     test_thread = pthread_self();
     test_counter();
-    test_group("e2b-like", 1, (int[]){0, 15}, 1);
-    test_group("e2b-like", 3, (int[]){0, 4, 9, 15}, 1);
-    test_group("26b-a4b-like", 2, (int[]){0, 6, 12}, 2);
+    test_group("e2b-like", 1, (int[]){0, 15}, 1, 1);
+    test_group("e2b-like", 3, (int[]){0, 4, 9, 15}, 1, 1);
+    test_group("26b-a4b-like", 2, (int[]){0, 6, 12}, 2, 1);
+    test_group("31b-like", 1, (int[]){0, 12}, 1, 3);
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
 }

@@ -47,6 +47,7 @@ typedef struct server_options {
     sh_mode mode;
     uint64_t seed;
     rlim_t file_limit;
+    int load_ms, groups;
 } server_options;
 
 /* The coordinator runs in this program started anew, not in a fork of it: the parent has threads (ZeroMQ's). */
@@ -56,7 +57,9 @@ static int server_main(char **arg) {
                               .cuts = arg[4][0] ? arg[4] : NULL,
                               .mode = (sh_mode)atoi(arg[5]),
                               .seed = (uint64_t)atoi(arg[6]),
-                              .file_limit = (rlim_t)atoi(arg[7])};
+                              .file_limit = (rlim_t)atoi(arg[7]),
+                              .load_ms = atoi(arg[8]),
+                              .groups = atoi(arg[9])};
     if (o.file_limit) {
         signal(SIGXFSZ, SIG_IGN);
         setrlimit(RLIMIT_FSIZE, &(struct rlimit){o.file_limit, o.file_limit});
@@ -73,6 +76,8 @@ static int server_main(char **arg) {
                                 .heartbeat_ms = 300,
                                 .orphan_ms = 20000,
                                 .intake = {.seed = o.seed},
+                                .groups = o.groups,
+                                .load_ms = o.load_ms,
                                 .progress_ms = 30};
     sh_status st = sh_coordinator_run(&c, atoi(arg[2]));
     if (st != SH_OK) fprintf(stderr, "  (coordinator ended: %s)\n", sh_error_text());
@@ -80,12 +85,13 @@ static int server_main(char **arg) {
 }
 
 static void server_exec(const server_options *o, const char *endpoint, int fd) {
-    char number[5][24];
-    const long long value[5] = {fd, o->run, o->mode, (long long)o->seed, (long long)o->file_limit};
-    for (int i = 0; i < 5; i++) snprintf(number[i], sizeof number[i], "%lld", value[i]);
+    char number[7][24];
+    const long long value[7] = {fd,         o->run,   o->mode, (long long)o->seed, (long long)o->file_limit,
+                                o->load_ms, o->groups};
+    for (int i = 0; i < 7; i++) snprintf(number[i], sizeof number[i], "%lld", value[i]);
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that gives up leaves nothing behind */
     execl("/proc/self/exe", "coordinator_test", "--server", endpoint, o->store, number[0], number[1],
-          o->cuts ? o->cuts : "", number[2], number[3], number[4], (char *)NULL);
+          o->cuts ? o->cuts : "", number[2], number[3], number[4], number[5], number[6], (char *)NULL);
     _exit(99);
 }
 
@@ -145,7 +151,12 @@ typedef struct fake {
     uint64_t epoch, step;
     bool welcomed, ready, left, mute, stuck, loud; /* loud: sends every token twice, and once from the start */
     int budget;                                    /* tokens it may still make; −1: no limit */
-    int resumed;                                   /* work that came with tokens */
+    int kv_tokens, max_seqs, every;                /* every: makes tokens in each so many-th turn only */
+    int turns, cancels;
+    bool slow_to_load;
+    const int32_t *poison; /* work whose prompt begins with this id kills it: it falls silent, `died` is set */
+    bool died;
+    int resumed; /* work that came with tokens */
     int works;
     double heard, beat;
     char reason[500];
@@ -175,7 +186,7 @@ static void fake_hello(fake *f) {
 }
 
 static void fake_open(fake *f, const char *endpoint, const char *name) {
-    *f = (fake){.budget = -1};
+    *f = (fake){.budget = -1, .kv_tokens = 4096, .max_seqs = 4, .every = 1};
     snprintf(f->name, sizeof f->name, "%s", name);
     CU_ASSERT_EQUAL_FATAL(sh_wire_connect(endpoint, NULL, &f->wire), SH_OK);
     fake_hello(f);
@@ -237,6 +248,7 @@ static void fake_work(fake *f, const Shoal__Work *w) {
     for (int i = 0; i < s.first; i++) CU_ASSERT_EQUAL(w->generated[i], fake_id(s.prompt, i));
     f->resumed += s.first > 0;
     f->works++;
+    if (f->poison && w->prompt[0] == *f->poison) f->died = true;
     f->seq[f->n++] = s;
 }
 
@@ -251,15 +263,17 @@ static void fake_take(fake *f, const Shoal__ToRank *m) {
         CU_ASSERT_EQUAL(m->welcome->plan->n_rank, 1);
         f->epoch = m->welcome->epoch;
         f->welcomed = true;
+        if (f->slow_to_load) return;
         for (int i = 0; i < f->n; i++) f->seq[i].sent = f->seq[i].first; /* everything again */
         Shoal__Ready r = SHOAL__READY__INIT;
-        r.kv_tokens = 4096, r.max_seqs = 4, r.fingerprint = 0xfeed;
+        r.kv_tokens = f->kv_tokens, r.max_seqs = f->max_seqs, r.fingerprint = 0xfeed;
         Shoal__FromRank out = SHOAL__FROM_RANK__INIT;
         out.ready = &r;
         fake_send(f, &out);
     }
     for (size_t i = 0; i < m->n_work; i++) fake_work(f, m->work[i]);
     for (size_t i = 0; i < m->n_cancel; i++) fake_drop(f, m->cancel[i]);
+    f->cancels += (int)m->n_cancel;
     for (size_t i = 0; i < m->n_done; i++) fake_drop(f, m->done[i]);
     if (m->has_leave && m->leave) {
         f->left = true;
@@ -307,8 +321,8 @@ static void fake_turn(fake *f) {
     bool readable;
     SH_IGNORE(sh_wire_poll(f->wire, -1, 2, &readable));
     fake_hear(f);
-    if (f->mute) return;
-    fake_compute(f);
+    if (f->mute || f->died) return;
+    if (++f->turns % f->every == 0) fake_compute(f);
     if (f->welcomed && sh_now() - f->beat > 0.05) {
         Shoal__Heartbeat h = SHOAL__HEARTBEAT__INIT;
         h.step = f->step, h.busy = f->stuck;
@@ -785,7 +799,7 @@ static void test_incarnations(void) {
     fake old;
     CU_ASSERT_EQUAL_FATAL(sh_wire_connect(t.endpoint, NULL, &old.wire), SH_OK);
     sh_wire *w = old.wire;
-    old = (fake){.wire = w, .welcomed = true, .epoch = 1, .budget = -1, .name = "g"};
+    old = (fake){.wire = w, .welcomed = true, .epoch = 1, .budget = -1, .every = 1, .name = "g"};
     fake_hello(&old); /* a rank of the old incarnation */
     for (int i = 0; i < 500 && !old.left; i++) fake_turn(&old);
     CU_ASSERT(old.left);
@@ -863,8 +877,195 @@ static void test_disk_full(void) {
     sh_buf_release(&lines);
 }
 
+/* Turns of several groups until the job is done. */
+static bool wait_groups(const server *s, fake *f, int n, uint64_t job, double seconds) {
+    for (double end = sh_now() + seconds; sh_now() < end;) {
+        for (int i = 0; i < 10 * n; i++) fake_turn(&f[i % n]);
+        counts k = status(s, job);
+        if (strcmp(k.state, "done") == 0 && k.done == k.total) return true;
+    }
+    return false;
+}
+
+static int row_status(const json_t *rows, const char *id) {
+    return (int)json_integer_value(
+        json_object_get(json_object_get(json_object_get(rows, id), "response"), "status_code"));
+}
+
+static const char *row_message(const json_t *rows, const char *id) {
+    const char *s = json_string_value(json_object_get(json_object_get(json_object_get(rows, id), "error"), "message"));
+    return s ? s : "";
+}
+
+/* Requests that a small group's KV cannot hold go to the large one, in whatever order the groups come; one that fits
+ * neither is refused. */
+static void test_sizes(void) {
+    server s;
+    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("sizes"), .groups = 2}, NULL));
+    sh_buf lines;
+    sh_buf_init(&lines, 0);
+    for (int i = 1; i <= 40; i++) add_line(&lines, i, i % 4 == 1 ? 50 : 20); /* 53 tokens, or 23 */
+    add_line(&lines, 41, 58);
+    uint64_t job = 0;
+    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    fake f[2];
+    fake_open(&f[0], s.endpoint, "small");
+    f[0].kv_tokens = 40;
+    for (int i = 0; i < 3000 && status(&s, job).done < 30; i++) fake_turn(&f[0]);
+    counts k = status(&s, job);
+    CU_ASSERT_EQUAL(k.done, 30); /* what fits; the others wait, since a second group is expected */
+    CU_ASSERT_EQUAL(k.errors, 0);
+    fake_open(&f[1], s.endpoint, "large");
+    f[1].kv_tokens = 60;
+    CU_ASSERT_FATAL(wait_groups(&s, f, 2, job, 30));
+    CU_ASSERT_EQUAL(f[0].works, 30);
+    CU_ASSERT(f[1].works == 10);
+    json_t *rows = rows_of(&s, job);
+    CU_ASSERT_EQUAL(row_status(rows, "r1"), 200);
+    CU_ASSERT_EQUAL(row_status(rows, "r41"), 413);
+    CU_ASSERT_STRING_EQUAL(row_message(rows, "r41"), "prompt of 3 tokens and max_tokens 58 make 61: the largest group "
+                                                     "can hold 60 tokens of one sequence");
+    json_decref(rows);
+    sh_buf_release(&lines);
+    CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
+    for (int i = 0; i < 2; i++) sh_wire_close(&f[i].wire);
+}
+
+/* One group makes a token where the other makes 120: the end does not wait for what the slow one has queued, nor for
+ * what it would be long about. */
+static void test_slow_group(void) {
+    server s;
+    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("slow")}, NULL));
+    sh_buf lines;
+    make_lines(&lines, 60, 40);
+    uint64_t job = 0;
+    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    fake f[2];
+    fake_open(&f[0], s.endpoint, "slow");
+    fake_open(&f[1], s.endpoint, "fast");
+    f[0].every = 120;
+    for (int i = 0; i < 2000 && f[0].n < 8; i++) fake_turn(&f[0]);
+    CU_ASSERT_EQUAL_FATAL(f[0].n, 8); /* as many ahead as ever */
+    CU_ASSERT_FATAL(wait_groups(&s, f, 2, job, 60));
+    check_rows(&s, job);
+    CU_ASSERT(f[0].cancels >= 5); /* queued ones, and some that were begun */
+    CU_ASSERT(f[1].works >= 55);
+    CU_ASSERT(f[1].resumed > 0);
+    CU_ASSERT_EQUAL(status(&s, job).out, 2400);
+    sh_buf_release(&lines);
+    CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
+    for (int i = 0; i < 2; i++) sh_wire_close(&f[i].wire);
+}
+
+static void tell_ended(const server *s, const char *group, const char *reason, int groups, int *suspects) {
+    sh_client *c = NULL;
+    Shoal__Request all = SHOAL__REQUEST__INIT;
+    Shoal__EndedGroup e = SHOAL__ENDED_GROUP__INIT, *list = &e;
+    Shoal__Supervision v = SHOAL__SUPERVISION__INIT;
+    Shoal__JobRequest r = SHOAL__JOB_REQUEST__INIT;
+    Shoal__JobReply *reply = NULL;
+    e.group = (char *)(uintptr_t)group, e.reason = (char *)(uintptr_t)reason;
+    v.groups = groups, v.n_ended = 1, v.ended = &list;
+    r.status = &all, r.supervision = &v;
+    CU_ASSERT_EQUAL_FATAL(sh_client_open(s->endpoint, NULL, 60000, &c), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_client_call(c, &r, &reply), SH_OK);
+    *suspects = reply->suspects;
+    shoal__job_reply__free_unpacked(reply, NULL);
+    sh_client_close(&c);
+}
+
+/* Groups end one after the other, as the supervisor tells, whenever they are given the request whose prompt begins with
+ * `poison`. Returns how many ended until the job was done, or `most`. */
+static int run_poisoned(const server *s, uint64_t job, int32_t poison, int most, bool *alone) {
+    int ended = 0, suspects = 0;
+    bool done = false;
+    for (; !done && ended < most; ended += !done) {
+        fake f;
+        char name[20];
+        snprintf(name, sizeof name, "g%d", ended);
+        fake_open(&f, s->endpoint, name);
+        f.poison = &poison;
+        double end = sh_now() + 20;
+        while (!f.died && !done && sh_now() < end) {
+            for (int i = 0; i < 10 && !f.died; i++) fake_turn(&f);
+            counts k = status(s, job);
+            done = strcmp(k.state, "done") == 0 && k.done == k.total;
+        }
+        CU_ASSERT_FATAL(f.died || done);
+        if (f.died && f.works == 1) *alone = true;
+        sh_wire_close(&f.wire);
+        if (!done) tell_ended(s, name, "was killed by signal 9 (Killed)", 1, &suspects);
+        if (!done && ended == 1) CU_ASSERT(suspects > 0);
+    }
+    return ended;
+}
+
+static void test_poison(void) {
+    server s;
+    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("poison"), .run = true}, NULL));
+    sh_buf lines;
+    make_lines(&lines, 60, 40);
+    uint64_t job = 0;
+    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    bool alone = false;
+    int ended = run_poisoned(&s, job, 303, 20, &alone); /* of r3 alone */
+    CU_ASSERT_EQUAL(ended, 5);                          /* 3 in company, 2 alone */
+    CU_ASSERT_TRUE(alone);
+    json_t *rows = rows_of(&s, job), *want = json_deep_copy(expected);
+    CU_ASSERT_EQUAL(row_status(rows, "r3"), 500);
+    CU_ASSERT_STRING_EQUAL(row_message(rows, "r3"), "the worker ended 5 times while working on this request, 2 times "
+                                                    "on it alone: was killed by signal 9 (Killed)");
+    json_object_del(rows, "r3");
+    json_object_del(want, "r3");
+    CU_ASSERT(json_equal(rows, want)); /* and nobody else suffers */
+    json_decref(rows), json_decref(want);
+    sh_buf_release(&lines);
+    CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
+}
+
+/* Groups that end whatever they work on: no request is blamed. */
+static void test_bad_groups(void) {
+    server s;
+    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("badgroups"), .run = true}, NULL));
+    sh_buf lines;
+    sh_buf_init(&lines, 0);
+    for (int i = 1; i <= 12; i++) add_line(&lines, 300, 40);                                  /* all begin with 300 */
+    for (char *p = (char *)lines.data, k = 'a'; (p = strstr(p, "\"r300\"")); p++) p[1] = k++; /* other names */
+    uint64_t job = 0;
+    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    bool alone = false;
+    CU_ASSERT_EQUAL(run_poisoned(&s, job, 300, 9, &alone), 9);
+    counts k = status(&s, job);
+    CU_ASSERT(k.total == 12 && k.done == 0);
+    sh_buf_release(&lines);
+    CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
+}
+
+/* Ranks that live and never get ready are given up. */
+static void test_slow_loading(void) {
+    server s;
+    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("load"), .load_ms = 500}, NULL));
+    sh_buf lines;
+    make_lines(&lines, 3, 5);
+    uint64_t job = 0;
+    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    fake f;
+    fake_open(&f, s.endpoint, "g");
+    f.slow_to_load = true;
+    double t = sh_now();
+    while (!f.left && sh_now() - t < 10) fake_turn(&f);
+    CU_ASSERT(f.left && sh_now() - t > 0.5);
+    CU_ASSERT_PTR_NOT_NULL(strstr(f.reason, "its weights were not loaded within 1 s"));
+    sh_wire_close(&f.wire);
+    fake_open(&f, s.endpoint, "h");
+    CU_ASSERT(wait_done(&s, &f, job, "done", 60));
+    sh_wire_close(&f.wire);
+    sh_buf_release(&lines);
+    CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
+}
+
 int main(int argc, char **argv) {
-    if (argc == 10 && strcmp(argv[1], "--server") == 0) return server_main(argv + 2);
+    if (argc == 12 && strcmp(argv[1], "--server") == 0) return server_main(argv + 2);
     snprintf(dir, sizeof dir, "/tmp/shoal-coord-XXXXXX");
     if (!mkdtemp(dir) || CU_initialize_registry() != CUE_SUCCESS) return 1;
     CU_pSuite s = CU_add_suite("coordinator", NULL, NULL);
@@ -878,6 +1079,11 @@ int main(int argc, char **argv) {
     CU_add_test(s, "two incarnations", test_incarnations);
     CU_add_test(s, "a plan that cannot be", test_impossible_plan);
     CU_add_test(s, "disk full", test_disk_full);
+    CU_add_test(s, "groups of two sizes", test_sizes);
+    CU_add_test(s, "a slow group", test_slow_group);
+    CU_add_test(s, "a request that ends groups", test_poison);
+    CU_add_test(s, "groups that end by themselves", test_bad_groups);
+    CU_add_test(s, "groups that do not load", test_slow_loading);
     CU_basic_set_mode(CU_BRM_VERBOSE);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures() + CU_get_number_of_tests_failed();

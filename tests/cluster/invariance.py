@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """The promise of equal bytes, from outside: 40 mixed requests (greedy and drawn, log-probabilities, stop strings, seeds, long
 and short prompts, scoring) give the same rows for every number of ranks, every cut, batch size, chunk, thread count, instruction
-set and transport. Each dimension alone, then seeded combinations.
+set and transport. Each dimension alone, then seeded combinations. With --cp instead: for these numbers of ranks that share positions
+out in each stage, with long prompts among the requests.
 
-usage: invariance.py [--long] [--combinations N] [--seed S] [--models a,b]"""
+usage: invariance.py [--long] [--combinations N] [--seed S] [--models a,b] [--cp 2,4]"""
 import argparse
 import os
 import random
@@ -40,6 +41,25 @@ def requests(name, n=40):
     return out
 
 
+def long_requests():
+    """Prompts of several blocks, so that every rank stores some of each."""
+    ids = lambda n, k: [20 + (i * 131 + i * i * k) % 1900 for i in range(n)]
+    return [st.completion(f"long{k}", ids(260 + 190 * k, k + 3), max_tokens=8 + k, temperature=k % 2, seed=k, logprobs=2, return_token_ids=True)
+            for k in range(6)] + [st.completion("score", ids(700, 11), max_tokens=0, echo=True, logprobs=1, temperature=0)]
+
+
+def check_cp(same, members, first):
+    for cp in members:
+        for pp in (1, 2) if cp == members[0] else (1,):
+            o = ("-n", cp * pp, "--cp", cp, "--pp", pp)
+            same(f"cp {cp}, {pp} stages, MPI", *o) if first else None
+            same(f"cp {cp}, {pp} stages, local", *o, "--launcher", "local")
+        o = ("-n", cp, "--cp", cp, "--launcher", "local")
+        same(f"cp {cp}, chunk 7, 3 sequences", *o, "--chunk", 7, "--max-seqs", 3)
+        same(f"cp {cp}, chunk 100, little KV", *o, "--chunk", 100, "--kv-memory", "768KiB", "--max-context", 2048)
+        same(f"cp {cp}, two threads", *o, "--threads", 2)
+
+
 def isa_levels():
     text = subprocess.run([st.shoal(), "--version"], capture_output=True, text=True).stdout
     return [i for i in ("ref", "avx2", "avx512") if i in text]
@@ -59,13 +79,14 @@ def main():
     a.add_argument("--seed", type=int, default=1)
     a.add_argument("--models", default="e2b-like,26b-a4b-like")
     a.add_argument("--mode", default="bf16")
+    a.add_argument("--cp", default="")
     a = a.parse_args()
     combos = a.combinations or (150 if a.long else 30)
     check, rnd = st.Checks(), random.Random(a.seed)
     models = a.models.split(",") if not a.long else ["e2b-like", "e4b-like", "31b-like", "26b-a4b-like", "26b-a4b-sharded"]
     with st.Scratch() as s:
         for name in models:
-            model, req, n_layers = os.path.join(st.MODELS, name), requests(name), layers(name)
+            model, req, n_layers = os.path.join(st.MODELS, name), requests(name) + (long_requests() if a.cp else []), layers(name)
             code, want, err = st.run(s, model, req, "-n", 1, "--mode", a.mode)
             if not check(code == 0 and len(want) == len(req), f"{name}: reference run: exit {code}, {len(want)} rows: {err[-300:]}"):
                 continue
@@ -76,6 +97,9 @@ def main():
                 check(c == 0 and not d, f"{name} {what}: exit {c}; {d} {e[-200:] if c else ''}")
 
             first = name == models[0]
+            if a.cp:
+                check_cp(same, [int(c) for c in a.cp.split(",")], first or a.long)
+                continue
             for n in (2, 3, 4, 6):
                 same(f"{n} MPI ranks", "-n", n) if first or n == 3 or a.long else None
                 same(f"{n} local ranks", "-n", n, "--launcher", "local")
@@ -83,6 +107,9 @@ def main():
                 for c in range(1, n_layers):
                     same(f"cut {c}", "-n", 2, "--launcher", "local", "--cuts", c)
                 same("a layer per rank", "-n", n_layers, "--launcher", "local")
+            for pp, tp in ((1, 2), (1, 4), (2, 2)) + (((1, 8), (3, 4)) if a.long and name == "31b-like" else ()):
+                same(f"{pp} stages of {tp} local ranks by heads", "--pp", pp, "--tp", tp, "--launcher", "local", "--chunk", 9 * tp)
+            same("2 stages of 2 MPI ranks by heads", "--pp", 2, "--tp", 2) if first or a.long else None
             for m in ((1, 2, 7, 16, 40) if first else (1, 40)):
                 same(f"--max-seqs {m}", "-n", 1, "--max-seqs", m)
             for c in (1, 7, 64):

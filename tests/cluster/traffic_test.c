@@ -8,8 +8,9 @@
 
 #include <math.h>
 #include "model/batch.h"
+#include "partition/cost.h"
 
-enum { TAGS = 8, MAX_STEPS = 2048 };
+enum { TAGS = 8, MAX_STEPS = 2048, HEADER = 64 };
 
 /* A micro-batch as the sender's message says. */
 typedef struct seen {
@@ -19,7 +20,8 @@ typedef struct seen {
 
 typedef struct counter { /* one per rank, written by its thread alone */
     sh_status (*send)(sh_link *l, int to, int tag, const void *p, size_t n, int *req);
-    uint64_t bytes[TAGS], messages[TAGS], to[TAGS][FAKE_RANKS], all, link_says;
+    uint64_t bytes[TAGS], messages[TAGS], all, link_says;
+    uint64_t head, heads; /* of tensor parallelism: what is exchanged for the sampler, and its messages */
     sh_batch batch;
     seen step[MAX_STEPS];
     int n_steps;
@@ -55,10 +57,10 @@ static sh_status count_send(sh_link *l, int to, int tag, const void *p, size_t n
     SH_TRY(c->send(l, to, tag, p, n, req));
     c->bytes[tag] += n;
     c->messages[tag]++;
-    c->to[tag][to] += n;
     c->all += n;
     c->link_says = l->sent_bytes;
     if (tag == SH_TAG_BATCH) note_batch(c, p, n);
+    if (tag == SH_TAG_TENSOR && ((const int32_t *)p)[1] < 0) c->head += n, c->heads++; /* of no layer */
     return SH_OK;
 }
 
@@ -77,6 +79,7 @@ static void count_on(sh_link *l) {
 
 typedef struct layout {
     int stages, ep, tp, cp;
+    bool sum;
 } layout;
 
 typedef struct load { /* what the requests amount to */
@@ -100,6 +103,10 @@ static load add_requests(fake *f) {
     return l;
 }
 
+static int width_of(const layout *y) {
+    return y->ep * y->tp * y->cp;
+}
+
 static bool run_group(const char *name, const sh_config *c, const layout *y, const char *mode, const char *kv, fake *f,
                       load *l) {
     char model[600];
@@ -109,6 +116,7 @@ static bool run_group(const char *name, const sh_config *c, const layout *y, con
     fake_open(f, model, y->stages, cut, mode, kv);
     f->on_link = count_on;
     fake_divide(f, y->ep, y->tp, y->cp);
+    f->plan.tp_sum = f->plan.has_tp_sum = y->sum;
     *l = add_requests(f);
     fake_start_threads(f);
     bool ok = fake_run(f, 120);
@@ -141,7 +149,7 @@ static size_t cut_formula(const sh_config *c, int cut, int kv_bytes, int rows, i
 }
 
 static void check_blocks(const char *name, const sh_config *c, const fake *f, const layout *y, int kv_bytes, load l) {
-    int width = y->ep * y->tp * y->cp;
+    int width = width_of(y);
     for (int r = 0; r < (y->stages - 1) * width; r++) {
         const counter *t = &counters[r];
         int cut = f->plan.rank[r]->last, rows = 0, kept = 0;
@@ -168,7 +176,7 @@ static void check_blocks(const char *name, const sh_config *c, const fake *f, co
 
 /* Answers: a step's number and count, and what the sampler says of each token. */
 static void check_answers(const char *name, const fake *f, const layout *y, load l) {
-    int width = y->ep * y->tp * y->cp;
+    int width = width_of(y);
     for (int r = f->n - width; r < f->n && y->stages > 1; r++) {
         const counter *t = &counters[r];
         CHECK(t->bytes[SH_TAG_TOKENS] <= 64 * t->messages[SH_TAG_TOKENS] + 64 * (uint64_t)l.kept,
@@ -184,7 +192,7 @@ static void test_pipeline(const char *name, const char *mode, const char *kv, in
     snprintf(model, sizeof model, "%s/text/models/%s", SH_TEST_DATA, name);
     MUST(sh_config_load(model, &c));
     for (int stages = 2; stages <= 4; stages++) {
-        layout y = {stages, 1, 1, 1};
+        layout y = {.stages = stages, .ep = 1, .tp = 1, .cp = 1};
         fake f;
         load l;
         if (run_group(name, &c, &y, mode, kv, &f, &l)) {
@@ -195,11 +203,85 @@ static void test_pipeline(const char *name, const char *mode, const char *kv, in
     }
 }
 
+/* ---- heads and columns ---------------------------------------------------------------------------------------------
+ */
+
+/* Of n columns in units, those of member m of w. */
+static int64_t columns(int n, int unit, int m, int w) {
+    int units = (n + unit - 1) / unit, lo = units * m / w * unit, hi = units * (m + 1) / w * unit;
+    return (hi < n ? hi : n) - (lo < n ? lo : n);
+}
+
+/* docs/planning.md: what a member sends for `rows` rows of a layer, f32: its heads, its columns of o, of the activated
+ * feed-forward and of down, to all others; or, where sums are split, whole rows of both to the one other member, or to
+ * each of several others its columns of the partial sums and then the own columns of the sum. */
+static int64_t gather_formula(const sh_config *c, const sh_layer *y, int m, int w, bool sum, int64_t rows) {
+    int64_t own = columns(c->hidden, 32, m, w), others = w - 1;
+    if (sum && w == 2) return 4 * rows * 2 * c->hidden;
+    if (sum) return 4 * rows * 2 * (c->hidden - own + others * own);
+    return 4 * rows * others * ((int64_t)y->heads / w * y->head_dim + 2 * own + columns(y->ff, 32, m, w));
+}
+
+static void check_gathers(const char *name, const sh_config *c, const fake *f, const layout *y, load l) {
+    for (int r = 0; r < f->n; r++) {
+        const counter *t = &counters[r];
+        int64_t want = 0, got = (int64_t)(t->bytes[SH_TAG_TENSOR] - t->head);
+        int64_t messages = (int64_t)(t->messages[SH_TAG_TENSOR] - t->heads);
+        for (int i = f->plan.rank[r]->first; i < f->plan.rank[r]->last; i++)
+            want += gather_formula(c, &c->layer[i], r % y->tp, y->tp, y->sum, i >= c->first_shared ? l.kept : l.rows);
+        CHECK(got >= want && got <= want + HEADER * messages,
+              "%s, %d stages, tp %d%s: rank %d gathered %lld bytes in %lld messages: %lld and headers", name, y->stages,
+              y->tp, y->sum ? " by sums" : "", r, (long long)got, (long long)messages, (long long)want);
+        CHECK((t->heads > 0) == (r >= f->n - y->tp && t->head > 0), "%s: rank %d sent %llu bytes for the sampler", name,
+              r, (unsigned long long)t->head);
+    }
+}
+
+/* The cost model counts what was sent. */
+static void check_cost(const char *name, const sh_config *c, const fake *f, const layout *y, load l) {
+    static const sh_cost_rates rates = {1e9, 1e9, 1, 1, 1, 1, 0, 0};
+    static const sh_cost_link link = {0, 1e9};
+    sh_cost_model m = {.config = c, .plan = &f->plan, .rates = &rates, .alike = true, .net = {link, link, 1}};
+    sh_cost_rank cost[FAKE_RANKS];
+    sh_cost_span all = {.seqs = 1, .rows = (double)l.rows, .kept = (double)l.kept};
+    MUST(sh_cost_step(&m, &all, 1, cost));
+    for (int r = 0; r < f->n; r++) {
+        const counter *t = &counters[r];
+        double want = cost[r].gather.bytes, got = (double)(t->bytes[SH_TAG_TENSOR] - t->head);
+        CHECK(got >= want - 1 && got <= want + HEADER * (double)(t->messages[SH_TAG_TENSOR] - t->heads),
+              "%s, %d stages, tp %d: rank %d gathered %.0f bytes, the cost model counts %.0f", name, y->stages, y->tp,
+              r, got, want);
+    }
+}
+
+static void test_tensor(const char *name, int stages, int tp, bool sum) {
+    static sh_config c;
+    char model[600];
+    snprintf(model, sizeof model, "%s/text/models/%s", SH_TEST_DATA, name);
+    MUST(sh_config_load(model, &c));
+    layout y = {.stages = stages, .ep = 1, .tp = tp, .cp = 1, .sum = sum};
+    fake f;
+    load l;
+    if (run_group(name, &c, &y, "bf16", "bf16", &f, &l)) {
+        check_blocks(name, &c, &f, &y, 2, l);
+        check_gathers(name, &c, &f, &y, l);
+        check_cost(name, &c, &f, &y, l);
+    }
+    fake_close(&f);
+}
+
 int main(void) {
     test_pipeline("e2b-like", "exact", "f32", 4);
     test_pipeline("e2b-like", "bf16", "bf16", 2);
     test_pipeline("31b-like", "bf16", "bf16", 2);
     test_pipeline("26b-a4b-like", "bf16", "bf16", 2);
+    test_tensor("31b-like", 1, 2, false);
+    test_tensor("31b-like", 1, 4, false);
+    test_tensor("31b-like", 2, 2, false);
+    test_tensor("e2b-like", 2, 2, false);
+    test_tensor("26b-a4b-like", 1, 2, false);
+    test_tensor("31b-like", 1, 2, true);
+    test_tensor("31b-like", 1, 4, true);
     for (int r = 0; r < FAKE_RANKS; r++) sh_batch_release(&counters[r].batch);
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;

@@ -88,6 +88,13 @@ class Nodes:
         """Pulls or plugs the cable: nobody is told, no FIN, no RST."""
         self._in("head", f"ip link set p-{host} {'up' if up else 'down'}")
 
+    def shape(self, mbit):
+        """Every node's cable carries so many Mbit/s each way."""
+        for h in self.names[1:]:
+            qdisc = f"root tbf rate {mbit}mbit burst {max(65536, int(mbit * 1e6 / 8 / 250))} latency 400ms"
+            self._in("head", f"tc qdisc replace dev p-{h} {qdisc}")
+            _sh(f"nsenter -t {self.pid(h)} -n tc qdisc replace dev eth0 {qdisc}")
+
     def environment(self):
         """What makes mpirun start its daemons here."""
         mca = {"plm": "rsh", "plm_rsh_agent": self._file("agent"), "plm_rsh_no_tree_spawn": "1", "ras": "^slurm",

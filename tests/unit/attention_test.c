@@ -220,6 +220,68 @@ static void same_bytes(void) {
     }
 }
 
+/* Attention of positions [pos, CONTEXT) in two halves: partials of each member's blocks, all from one pool, then the
+ * join. */
+static void in_halves(const setup *s, int pos, int members, int level, int threads, float *out) {
+    const sh_layer *l = &s->c.layer[0];
+    size_t width = (size_t)l->heads * (size_t)l->head_dim, n = (size_t)(CONTEXT - pos), P = SH_PARTIAL_FLOATS(l);
+    sh_team *team = NULL;
+    sh_attention *a = NULL;
+    CU_ASSERT_FATAL(sh_team_create(threads, NULL, 0, &team) == SH_OK);
+    CU_ASSERT_FATAL(sh_attention_create(&s->c, 0, 1, (int)n, 1, CONTEXT, team, kn, &a) == SH_OK);
+    const float **q = calloc(n, sizeof *q), **made = calloc(n * (size_t)members, sizeof *made);
+    float **to = calloc(n, sizeof *to), *room = noises(n * SH_OWNER_BLOCKS * (size_t)members * P), *next = room;
+    if (!q || !made || !to) exit(1);
+    sh_span span = s->span;
+    span.level = level;
+    for (int m = 0; m < members; m++) {
+        int place = sh_owner_place(m, span.seq, members), first = place * (SH_SEGMENT_TOKENS << level);
+        int skip = first > pos ? first - pos : 0;
+        if (skip >= (int)n) continue; /* no row sees a block of this member */
+        for (size_t r = (size_t)skip; r < n; r++) {
+            q[r] = s->q + ((size_t)pos + r) * width;
+            to[r] = next;
+            made[r * (size_t)members + (size_t)m] = next;
+            next += P * (size_t)((sh_owner_seen(pos + (int)r, level) - place - 1) / members + 1);
+        }
+        sh_attn_rows rows = {.span = &span, .row = skip, .n = (int)n - skip, .pos = pos + skip};
+        sh_attn_far far = {.members = members, .member = m, .q = q, .to = to};
+        sh_attention_partials(a, s->kv, l, s->k_norm, &s->rope, &rows, 1, &far);
+    }
+    sh_attn_rows all = {.span = &span, .row = 0, .n = (int)n, .pos = pos};
+    sh_attention_merge(a, l, &all, 1, members, made, out);
+    sh_attention_destroy(&a);
+    sh_team_destroy(&team);
+    free(q);
+    free(made);
+    free(to);
+    free(room);
+}
+
+static void halves_are_the_whole(void) {
+    static const struct {
+        int pos, members, level, threads;
+    } ways[] = {{0, 1, 3, 1},    {0, 2, 2, 2},     {0, 3, 1, 1}, {1100, 3, 1, 2},
+                {1199, 5, 0, 2}, {1199, 16, 0, 8}, {40, 2, 2, 3}};
+    for (size_t i = 0; i < N_SHAPES; i++) {
+        if (shapes[i].window) continue; /* sliding layers are not cut */
+        setup s;
+        open_setup(&s, &shapes[i]);
+        size_t width = (size_t)(shapes[i].heads * shapes[i].dim);
+        float *base = malloc(CONTEXT * width * sizeof *base), *out = malloc(CONTEXT * width * sizeof *out);
+        if (!base || !out) exit(1);
+        attend(&s, 0, CONTEXT, CONTEXT, 1, base);
+        for (size_t w = 0; w < sizeof ways / sizeof ways[0]; w++) {
+            in_halves(&s, ways[w].pos, ways[w].members, ways[w].level, ways[w].threads, out);
+            size_t n = (size_t)(CONTEXT - ways[w].pos) * width;
+            CU_ASSERT(memcmp(out, base + (size_t)ways[w].pos * width, n * sizeof *out) == 0);
+        }
+        free(base);
+        free(out);
+        close_setup(&s);
+    }
+}
+
 /* Scores of thousands overflow nothing. */
 static void large_scores(void) {
     setup s;
@@ -243,6 +305,7 @@ int main(void) {
     CU_add_test(s, "against plain arithmetic", against_plain);
     CU_add_test(s, "is the tree of segments", is_the_tree);
     CU_add_test(s, "same bytes", same_bytes);
+    CU_add_test(s, "in two halves", halves_are_the_whole);
     CU_add_test(s, "large scores", large_scores);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures();

@@ -10,7 +10,7 @@
 #include "common/hash.h"
 #include "worker/leader.h"
 
-enum { VOCAB = 1000, MAX_SEQS = 300, MAX_LEN = 700, MAX_PAGES = 400, MAX_DEPTH = 16, MAX_KNOWN = 64 };
+enum { VOCAB = 1000, MAX_SEQS = 300, MAX_LEN = 700, MAX_PAGES = 400, MAX_DEPTH = 16, MAX_KNOWN = 64, MAX_MEMBERS = 4 };
 
 typedef struct request {
     int n_prompt, max_tokens, stop_after; /* ends after stop_after tokens */
@@ -32,11 +32,14 @@ typedef struct world {
     sh_batch batch;
     request r[MAX_SEQS];
     int n;
-    /* what a stage holds: for each page and slot the (sequence, position) written last */
+    /* what a stage holds: for each member, page and slot the (sequence, position) written last; sliding pages are the
+     * same on all members */
     struct {
         uint64_t key;
         int32_t pos;
-    } slot[SH_KV_KINDS][MAX_PAGES][SH_PAGE_TOKENS];
+    } slot[SH_KV_KINDS][MAX_MEMBERS][MAX_PAGES][SH_PAGE_TOKENS];
+    sh_buf encoded;
+    int32_t level[MAX_SEQS]; /* of each request, plus 1 */
     /* what the last stage's sampler knows */
     struct {
         uint64_t id, key;
@@ -73,6 +76,21 @@ static uint64_t key_of_id(const world *w, uint64_t id) { /* ids are given in the
     return id + 99;
 }
 
+/* The member that stores a position. */
+static int member_of(const world *w, const sh_span *s, int k, int pos) {
+    return k == SH_KV_GLOBAL && w->o.members > 1 ? sh_owner_of(sh_owner_seen(pos, s->level) - 1, s->seq, w->o.members)
+                                                 : 0;
+}
+
+/* Blocks are few enough, and stay where they are. */
+static void check_level(world *w, const sh_span *s) {
+    int32_t *level = &w->level[key_of_id(w, s->seq) - 100];
+    MUST(*level == 0 || *level == s->level + 1);
+    MUST(w->o.members < 2 ? s->level == 0
+                          : sh_owner_seen(s->pos + s->rows - 1, s->level) <= SH_OWNER_BLOCKS * w->o.members);
+    *level = s->level + 1;
+}
+
 /* Runs one span as a stage would: writes its rows, then looks for everything that they see. */
 static void run_span(world *w, const sh_batch *b, const sh_span *s) {
     uint64_t key = key_of_id(w, s->seq);
@@ -88,8 +106,9 @@ static void run_span(world *w, const sh_batch *b, const sh_span *s) {
             int32_t pool = s->pages[k][page];
             MUST(pool >= 0 && pool < w->o.pages[k]);
             if (!ok) return;
-            w->slot[k][pool][pos % SH_PAGE_TOKENS].key = key;
-            w->slot[k][pool][pos % SH_PAGE_TOKENS].pos = pos;
+            int member = member_of(w, s, k, pos);
+            w->slot[k][member][pool][pos % SH_PAGE_TOKENS].key = key;
+            w->slot[k][member][pool][pos % SH_PAGE_TOKENS].pos = pos;
         }
     }
     for (int i = 0; i < s->rows; i++) MUST(b->ids[s->row0 + i] == token_of(key, s->pos + i));
@@ -105,8 +124,9 @@ static void see_span(world *w, const sh_span *s) {
             MUST(page >= 0 && page < s->n_pages[k]);
             if (!ok) return;
             int32_t pool = s->pages[k][page];
-            MUST(w->slot[k][pool][pos % SH_PAGE_TOKENS].key == key);
-            MUST(w->slot[k][pool][pos % SH_PAGE_TOKENS].pos == pos);
+            int member = member_of(w, s, k, pos);
+            MUST(w->slot[k][member][pool][pos % SH_PAGE_TOKENS].key == key);
+            MUST(w->slot[k][member][pool][pos % SH_PAGE_TOKENS].pos == pos);
         }
     }
 }
@@ -172,11 +192,14 @@ static void run_batch(world *w, const sh_batch *b) {
         rows += s->rows;
         kept += s->keep;
         decodes += s->rows == 1;
+        check_level(w, s);
         run_span(w, b, s);
     }
     for (int i = 0; i < b->n_spans && ok; i++) see_span(w, &b->spans[i]); /* after all writes, as the layers do */
     for (int i = 0; i < b->n_spans && ok; i++) sample_span(w, &b->spans[i], a);
     MUST(rows == b->n_rows && kept == b->n_kept);
+    sh_buf_clear(&w->encoded);
+    MUST(sh_batch_encode(b, &w->encoded) == SH_OK && w->encoded.len <= sh_leader_descriptor_bytes(&w->o));
     if (decodes > w->wide) w->wide = decodes;
 }
 
@@ -271,7 +294,9 @@ static void world_run(const sh_leader_options *o, uint64_t seed, int requests, b
     if (!ok) fprintf(stderr, "leader_test: seed %llu\n", (unsigned long long)seed);
     CU_ASSERT_TRUE(ok);
     sh_leader_state s = sh_leader_look(w->leader);
-    for (int k = 0; k < SH_KV_KINDS; k++) CU_ASSERT_EQUAL(s.free[k], o->pages[k]); /* all pages are back */
+    int members = o->members > 1 ? o->members : 1;
+    for (int k = 0; k < SH_KV_KINDS; k++) /* all pages are back */
+        CU_ASSERT_EQUAL(s.free[k], o->pages[k] * (k == SH_KV_GLOBAL ? members : 1));
     CU_ASSERT_EQUAL(s.running + s.waiting, 0);
     if (pauses) *pauses += s.pauses;
     while (w->count) {
@@ -280,18 +305,20 @@ static void world_run(const sh_leader_options *o, uint64_t seed, int requests, b
         w->count--;
     }
     sh_batch_release(&w->batch);
+    sh_buf_release(&w->encoded);
     sh_leader_destroy(&w->leader);
     free(w);
 }
 
-static sh_leader_options random_options(uint64_t seed) {
+static sh_leader_options random_options(uint64_t seed, int members) {
     rng = seed * 31 + 5;
     sh_leader_options o = {.stages = 1 + draw(6), .max_seqs = 1 + draw(20), .vocab = VOCAB};
     static const int chunks[] = {1, 7, 32, 64, 200};
     static const int windows[] = {1, 16, 24, 33, 100};
     o.chunk = chunks[draw(5)];
     o.window = windows[draw(5)];
-    o.max_context = 40 + draw(400);
+    o.max_context = 40 + draw(members > 1 ? MAX_LEN : 400);
+    o.members = members;
     o.in_flight = draw(2) ? 0 : 1 + draw(12);
     int kinds = draw(4);
     o.kind[SH_KV_GLOBAL] = kinds != 1;
@@ -306,10 +333,48 @@ static sh_leader_options random_options(uint64_t seed) {
 static void test_random_worlds(void) {
     uint64_t pauses = 0;
     for (uint64_t seed = 1; seed <= 60; seed++) {
-        sh_leader_options o = random_options(seed);
+        sh_leader_options o = random_options(seed, 1);
         world_run(&o, seed, 25, seed % 3 == 0, &pauses);
     }
     CU_ASSERT(pauses > 0); /* small pools did run full */
+}
+
+/* Global pages in pools of several members. */
+static void test_members(void) {
+    uint64_t pauses = 0;
+    for (uint64_t seed = 1; seed <= 60; seed++) {
+        sh_leader_options o = random_options(seed, 2 + (int)(seed % 3));
+        world_run(&o, seed, 25, seed % 3 == 0, &pauses);
+    }
+    CU_ASSERT(pauses > 0);
+}
+
+/* What a group can hold is exact: the longest sequence just fits the pools, one of one token more does not. */
+static void test_members_capacity(void) {
+    for (int members = 1; members <= 5; members++)
+        for (int pages = 1; pages < 200; pages += 1 + pages / 5) {
+            sh_leader_options o = {.stages = 1,
+                                   .max_seqs = 1,
+                                   .chunk = 64,
+                                   .max_context = 1 << 20,
+                                   .vocab = VOCAB,
+                                   .kind = {true, false},
+                                   .pages = {pages, 0},
+                                   .members = members};
+            int n = sh_leader_capacity(&o), most[2] = {0};
+            for (int longer = 0; longer < 2; longer++) {
+                int level = sh_owner_level(n + longer, members), count[5] = {0};
+                for (int p = 0; p * SH_PAGE_TOKENS < n + longer; p++) {
+                    int owner = sh_owner_of(sh_owner_seen(p * SH_PAGE_TOKENS, level) - 1, 7, members);
+                    if (++count[owner] > most[longer]) most[longer] = count[owner];
+                }
+                for (int m = 0; m < members; m++)
+                    CU_ASSERT_EQUAL(count[m], sh_owner_pages((n + longer - 1) / SH_PAGE_TOKENS + 1, level, members,
+                                                             sh_owner_place(m, 7, members)));
+            }
+            CU_ASSERT(most[0] <= pages && most[1] > pages);
+            CU_ASSERT_EQUAL(sh_leader_total(&o), (int64_t)pages * members * SH_PAGE_TOKENS);
+        }
 }
 
 /* One page more than the longest sequence needs: everybody is paused again and again, and everybody ends. */
@@ -425,6 +490,8 @@ int main(void) {
     CU_pSuite s = CU_add_suite("leader", NULL, NULL);
     CU_add_test(s, "random worlds", test_random_worlds);
     CU_add_test(s, "a tight pool", test_tight_pool);
+    CU_add_test(s, "pools of several members", test_members);
+    CU_add_test(s, "what pools of several members can hold", test_members_capacity);
     CU_add_test(s, "what can never fit is refused", test_never_fits);
     CU_add_test(s, "decode rows spread over the stages", test_spread);
     CU_add_test(s, "wrong answers are errors", test_wrong_answers);

@@ -72,7 +72,7 @@ static void test_refused(void) {
     static const struct {
         const char *option, *value, *message;
     } all[] = {
-        {"--mode", "fp16", "--mode: 'fp16' is not provided: allowed are exact, bf16"},
+        {"--mode", "fp16", "--mode: 'fp16' is not provided: allowed are exact, bf16, q8, q4"},
         {"--kv", "q8", "--kv: 'q8' is not provided: allowed are f32, bf16"},
         {"-n", "0", "-n: 0 is out of range: allowed are 1 to 4096"},
         {"-n", "two", "-n: 'two' is not a whole number: allowed are 1 to 4096"},
@@ -90,7 +90,6 @@ static void test_refused(void) {
          "8GiB"},
         {"--replicas", "257", "--replicas: 257 is out of range: allowed are 1 to 256"},
         {"--replicas", "x", "--replicas: 'x' is not a whole number: allowed are 1 to 256"},
-        {"--plan", "p.json", "--plan: is not provided yet: give -n and --cuts"},
         {"--model", "", "--model: the value is empty: give MODEL"},
         {"--max-", "3", "--max-: can mean --max-context or --max-seqs: write it out"},
         {"--frobnicate", "3", "--frobnicate: no such option: --help lists them"},

@@ -260,6 +260,53 @@ static void test_kv_example(void) {
     CU_ASSERT_EQUAL(k.tokens, 131072);
 }
 
+/* Members that share positions out: per rank never more than the budget; a sequence may be about as many times longer.
+ */
+static void test_kv_members(void) {
+    sh_kv_limits l = {.type = SH_KV_BF16, .max_seqs = 1, .max_context = 262144, .chunk = 512};
+    int before = 0, alone = 0;
+    for (int members = 1; members <= 8; members *= 2) {
+        sh_kv_plan k;
+        l.members = members;
+        CU_ASSERT_EQUAL_FATAL(sh_plan_kv(&b31, &l, 0, 60, 2048 * MIB, &k), SH_OK);
+        CU_ASSERT_TRUE(sh_plan_kv_bytes(&b31, l.type, 0, 60, k.pages) <= 2048 * MIB);
+        CU_ASSERT_TRUE(sh_owner_most(k.tokens, members) <= k.pages[SH_KV_GLOBAL]);
+        CU_ASSERT_TRUE(k.tokens == l.max_context || sh_owner_most(k.tokens + 1, members) > k.pages[SH_KV_GLOBAL]);
+        CU_ASSERT_TRUE(k.tokens == l.max_context || k.tokens > before * 10 / 9);
+        before = k.tokens;
+        if (members == 1) alone = k.tokens;
+    }
+    CU_ASSERT_TRUE(before > 4 * alone);
+    /* where windows are most of it, members do not help */
+    l = (sh_kv_limits){.type = SH_KV_BF16, .max_seqs = 8, .max_context = 131072, .chunk = 512, .members = 1};
+    sh_kv_plan one, four;
+    CU_ASSERT_EQUAL_FATAL(sh_plan_kv(&b31, &l, 0, 60, 10240 * MIB, &one), SH_OK);
+    l.members = 4;
+    CU_ASSERT_EQUAL_FATAL(sh_plan_kv(&b31, &l, 0, 60, 10240 * MIB, &four), SH_OK);
+    CU_ASSERT_TRUE(four.tokens >= one.tokens && four.seqs >= one.seqs);
+}
+
+/* A member's work is its share of the rows, and what it sends. */
+static void test_members_memory(void) {
+    uint64_t scratch[2] = {0}, weights[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        sh_plan_request r = {.pp = 1, .cp = i ? 4 : 1, .mode = SH_MODE_BF16, .kv = SH_KV_BF16, .max_seqs = 8};
+        Shoal__Plan *p = NULL;
+        CU_ASSERT_EQUAL_FATAL(sh_plan_make(&b31, &r, &p), SH_OK);
+        sh_plan_memory m = sh_plan_rank_memory(&b31, p, (int)p->n_rank - 1);
+        sh_kv_limits l;
+        CU_ASSERT_EQUAL_FATAL(sh_plan_kv_limits(p, &l), SH_OK);
+        CU_ASSERT_EQUAL(l.members, i ? 4 : 1);
+        scratch[i] = m.scratch;
+        weights[i] = m.weights;
+        sh_plan_free(&p);
+    }
+    CU_ASSERT_EQUAL(weights[0], weights[1]);
+    /* 130 rows of a member: three members, two messages to each and one from it, of two partials of 32 heads a row */
+    uint64_t messages = 9ull * 130 * 2 * 32 * (512 + 2) * 4;
+    CU_ASSERT_TRUE(scratch[1] > messages && scratch[1] < scratch[0] + messages);
+}
+
 static void test_kv_group(void) {
     const sh_plan_request r = {.cuts = "5,15,16,34", .mode = SH_MODE_BF16, .kv = SH_KV_BF16};
     Shoal__Plan *p = NULL;
@@ -308,6 +355,35 @@ static void test_rank_budget(void) {
     sh_plan_free(&p);
 }
 
+/* Members that divide heads: a quarter of the weights each, and pages a quarter as large. */
+static void test_tensor_budget(void) {
+    sh_plan_request r = {.ranks = 1, .mode = SH_MODE_BF16, .kv = SH_KV_BF16}, r4 = r;
+    Shoal__Plan *one = NULL, *four = NULL;
+    r4.ranks = r4.tp = 4;
+    CU_ASSERT_EQUAL_FATAL(sh_plan_make(&b31, &r, &one), SH_OK);
+    r4.max_seqs = one->max_seqs;
+    CU_ASSERT_EQUAL_FATAL(sh_plan_make(&b31, &r4, &four), SH_OK);
+    sh_plan_memory whole = sh_plan_rank_memory(&b31, one, 0);
+    for (int i = 0; i < 4; i++) {
+        sh_plan_memory part = sh_plan_rank_memory(&b31, four, i);
+        CU_ASSERT_TRUE(part.weights >= whole.weights / 4 && part.weights < whole.weights / 4 + whole.weights / 50);
+        CU_ASSERT_TRUE(part.scratch > whole.scratch / 4 && part.scratch < 2 * whole.scratch);
+        CU_ASSERT_EQUAL(sh_plan_share(four, i).part, i);
+        CU_ASSERT_EQUAL(sh_plan_share(four, i).parts, 4);
+    }
+    sh_kv_limits l;
+    sh_kv_plan kv1, kv4;
+    const uint64_t all[] = {16384 * MIB}, each[] = {4096 * MIB, 4096 * MIB, 4096 * MIB, 4096 * MIB};
+    CU_ASSERT_EQUAL_FATAL(sh_plan_kv_limits(one, &l), SH_OK);
+    CU_ASSERT_EQUAL(sh_plan_kv_group(&b31, &l, one, all, &kv1), SH_OK);
+    CU_ASSERT_EQUAL(sh_plan_kv_group(&b31, &l, four, each, &kv4), SH_OK);
+    CU_ASSERT_EQUAL(kv1.pages[SH_KV_GLOBAL], kv4.pages[SH_KV_GLOBAL]);
+    CU_ASSERT_EQUAL(kv1.pages[SH_KV_SLIDING], kv4.pages[SH_KV_SLIDING]);
+    CU_ASSERT_EQUAL(sh_plan_share(one, 0).parts, 0);
+    sh_plan_free(&one);
+    sh_plan_free(&four);
+}
+
 int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("plan", load, NULL);
@@ -319,8 +395,11 @@ int main(void) {
     CU_add_test(s, "page", test_page);
     CU_add_test(s, "kv", test_kv);
     CU_add_test(s, "kv example", test_kv_example);
+    CU_add_test(s, "kv of members", test_kv_members);
+    CU_add_test(s, "memory of members", test_members_memory);
     CU_add_test(s, "kv of a group", test_kv_group);
     CU_add_test(s, "rank budget", test_rank_budget);
+    CU_add_test(s, "budget of a member by heads", test_tensor_budget);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures() + (CU_get_number_of_suites_failed() != 0);
     CU_cleanup_registry();

@@ -179,6 +179,36 @@ static void test_store_owner(void) {
     json_decref(j);
 }
 
+static bool touch(const char *fmt, int pid, char *path, size_t size) {
+    char name[64];
+    snprintf(name, sizeof name, fmt, pid);
+    snprintf(path, size, "%s/%s", folder, name);
+    FILE *f = fopen(path, "w");
+    return f && fclose(f) == 0;
+}
+
+/* What killed writers of a file left goes; what a living one writes, and what only looks alike, stays. */
+static void test_leftovers(void) {
+    pid_t dead = fork();
+    if (dead == 0) _exit(0);
+    waitpid(dead, NULL, 0);
+    char file[4200], gone[2][4300], kept[4][4300];
+    snprintf(file, sizeof file, "%s/rows", folder);
+    CU_ASSERT_FATAL(touch("rows.tmp.%d", dead, gone[0], sizeof gone[0]));
+    CU_ASSERT_FATAL(touch("rows.tmp.%d", getpid(), gone[1], sizeof gone[1]));
+    CU_ASSERT_FATAL(touch("rows.tmp.%d", getppid(), kept[0], sizeof kept[0]));
+    CU_ASSERT_FATAL(touch("rows.tmp.%d.bak", dead, kept[1], sizeof kept[1]));
+    CU_ASSERT_FATAL(touch("other.tmp.%d", dead, kept[2], sizeof kept[2]));
+    CU_ASSERT_FATAL(touch("rows.tmp.%dx", dead, kept[3], sizeof kept[3]));
+    CU_ASSERT_EQUAL(sh_file_writer_sweep(file), SH_OK);
+    for (int i = 0; i < 2; i++) CU_ASSERT_FALSE(sh_file_exists(gone[i]));
+    for (int i = 0; i < 4; i++) CU_ASSERT_TRUE(sh_file_exists(kept[i]));
+    CU_ASSERT_EQUAL(chdir(folder), 0); /* a name without a folder */
+    CU_ASSERT_FATAL(touch("rows.tmp.%d", dead, gone[0], sizeof gone[0]));
+    CU_ASSERT_EQUAL(sh_file_writer_sweep("rows"), SH_OK);
+    CU_ASSERT_FALSE(sh_file_exists(gone[0]));
+}
+
 int main(void) {
     const char *tmp = getenv("TMPDIR");
     snprintf(folder, sizeof folder, "%s/supervise-XXXXXX", tmp ? tmp : "/tmp");
@@ -194,6 +224,7 @@ int main(void) {
     CU_add_test(s, "death signal", test_death_signal);
     CU_add_test(s, "store", test_store);
     CU_add_test(s, "store's owner", test_store_owner);
+    CU_add_test(s, "what killed writers left", test_leftovers);
     CU_basic_set_mode(CU_BRM_VERBOSE);
     CU_basic_run_tests();
     unsigned bad = CU_get_number_of_failures() + CU_get_number_of_tests_failed();

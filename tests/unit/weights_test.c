@@ -430,6 +430,42 @@ static void test_refused(void) {
         "to BF16 first");
 }
 
+static bool odd_ones(const void *ctx, int layer, int expert) {
+    (void)ctx, (void)layer;
+    return expert % 2 == 1;
+}
+
+/* Of the experts only those that are held are read: what is wrong with others goes unnoticed. */
+static void test_held(void) {
+    const sh_held_experts odd = {.holds = odd_ones};
+    for (int unfused = 0; unfused < 2; unfused++) {
+        sh_config c;
+        sh_weights *all = NULL, *w = NULL;
+        CU_ASSERT_EQUAL_FATAL(sh_config_load(model[1], &c), SH_OK);
+        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[1], &c, (sh_share){0}, 1, 3, NULL, NULL, NULL, &all), SH_OK);
+        rewrite(model[1], unfused ? &(edit){.unfuse = true}
+                                  : &(edit){.type = "F32", .spoil = OLD "layers.2.experts.gate_up_proj"});
+        CU_ASSERT_EQUAL(sh_weights_load(dir, &c, (sh_share){0}, 1, 3, NULL, NULL, NULL, &w),
+                        unfused ? SH_OK : SH_EUNSUPPORTED);
+        sh_weights_destroy(&w);
+        CU_ASSERT_EQUAL_FATAL(sh_weights_load_held(dir, &c, (sh_share){0}, &odd, 1, 3, NULL, NULL, NULL, &w), SH_OK);
+        int absent = 0;
+        for (int y = 0; y < 2; y++)
+            for (int e = 0; e < c.experts; e++) {
+                const sh_wmat *a[] = {&all->layer[y].expert_gate_up[e], &all->layer[y].expert_down[e]};
+                const sh_wmat *b[] = {&w->layer[y].expert_gate_up[e], &w->layer[y].expert_down[e]};
+                absent += e % 2 == 0;
+                for (int i = 0; i < 2; i++) {
+                    CU_ASSERT_EQUAL_FATAL(b[i]->data != NULL, e % 2 == 1);
+                    if (b[i]->data) CU_ASSERT(memcmp(a[i]->data, b[i]->data, sh_wmat_bytes(a[i]->n, a[i]->k)) == 0);
+                }
+            }
+        CU_ASSERT_EQUAL(w->bytes, all->bytes - (size_t)absent * sh_expert_bytes(&c));
+        sh_weights_destroy(&w);
+        sh_weights_destroy(&all);
+    }
+}
+
 int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("weights", begin, end);
@@ -439,6 +475,7 @@ int main(void) {
     CU_add_test(s, "spellings", test_spellings);
     CU_add_test(s, "half", test_half);
     CU_add_test(s, "refused", test_refused);
+    CU_add_test(s, "held experts", test_held);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures() + (CU_get_number_of_suites_failed() != 0);
     CU_cleanup_registry();

@@ -1,0 +1,72 @@
+/* A plan in place of options. See planuse.h. */
+#include "cli/planuse.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include "common/file.h"
+#include "partition/explain.h"
+
+#define PLAN_MOST ((size_t)64 << 20)
+
+static sh_status left_to_plan(const char *option, bool given) {
+    if (given) SH_FAIL(SH_EINPUT, "--plan: says how ranks share the model: leave %s away, or edit the plan", option);
+    return SH_OK;
+}
+
+static sh_status same_number(const char *option, int given, int planned) {
+    if (given && given != planned)
+        SH_FAIL(SH_EINPUT, "%s: %d, but the plan says %d: leave it away, or edit the plan", option, given, planned);
+    return SH_OK;
+}
+
+static sh_status check_options(const sh_shared_options *s, const Shoal__Plan *p) {
+    SH_TRY(left_to_plan("--pp", s->pp));
+    SH_TRY(left_to_plan("--ep", s->ep));
+    SH_TRY(left_to_plan("--tp", s->tp));
+    SH_TRY(left_to_plan("--cp", s->cp));
+    SH_TRY(left_to_plan("--tp-reduce", s->tp_reduce_at));
+    SH_TRY(left_to_plan("--cuts", s->cuts));
+    SH_TRY(same_number("-n", s->ranks, (int)p->n_rank));
+    if (s->mode_at == 0 && strcmp(p->mode, "exact") != 0)
+        SH_FAIL(SH_EINPUT, "--mode: exact, but the plan says %s: edit the plan", p->mode);
+    if (s->kv_at >= 0 && strcmp(sh_kv_type_name(sh_options_kv(s)), p->kv) != 0)
+        SH_FAIL(SH_EINPUT, "--kv: %s, but the plan says %s: edit the plan", sh_kv_type_name(sh_options_kv(s)), p->kv);
+    return SH_OK;
+}
+
+static void take(sh_shared_options *s, Shoal__Plan *p) {
+    s->ranks = (int)p->n_rank;
+    if (!s->replicas && p->has_replicas) s->replicas = p->replicas;
+    s->mode_at = strcmp(p->mode, "exact") == 0 ? 0 : 1;
+    s->kv_at = strcmp(p->kv, "f32") == 0 ? 0 : 1;
+    /* what is given beside the plan counts; the plan is changed to it */
+    if (s->threads) p->threads = s->threads;
+    if (s->max_seqs) p->max_seqs = s->max_seqs;
+    if (s->chunk) p->chunk = s->chunk;
+    if (s->max_context) p->max_context = s->max_context;
+    if (s->kv_memory) p->kv_memory = s->kv_memory;
+    s->threads = p->threads;
+    s->max_context = p->max_context;
+}
+
+sh_status sh_plan_use(sh_shared_options *s, const sh_config *c, Shoal__Plan **out) {
+    char *text = NULL;
+    size_t len = 0;
+    Shoal__Plan *p = NULL;
+    *out = NULL;
+    if (!s->plan) return SH_OK;
+    SH_TRY(sh_file_read(s->plan, PLAN_MOST, &text, &len));
+    sh_status st = sh_plan_read(s->plan, text, len, c, &p);
+    free(text);
+    if (st == SH_OK) st = check_options(s, p);
+    if (st == SH_OK) {
+        take(s, p);
+        st = sh_plan_check(c, p);
+    }
+    if (st != SH_OK) {
+        sh_plan_free(&p);
+        return st == SH_EIO || st == SH_EFORMAT ? sh_error_prefix(SH_EINPUT, "--plan") : sh_error_prefix(st, "--plan");
+    }
+    *out = p;
+    return SH_OK;
+}

@@ -1,0 +1,192 @@
+/* This machine, measured once. See probe.h. */
+#include "cli/probe.h"
+
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include "cli/facts.h"
+#include "common/clock.h"
+#include "common/file.h"
+#include "model/ceiling.h"
+#include "partition/protojson.h"
+
+#define LARGE_BLOCK  ((size_t)512 << 20) /* many times the last cache */
+#define MOST_TEXT    ((size_t)1 << 20)
+#define LAYER_STARTS 14 /* team runs of a layer */
+#define STARTS       20
+#define TRIES        100
+
+/* --- where measurements are kept -----------------------------------------------------------------------------------
+ */
+
+static bool cache_path(const sh_machine *m, char *folder, char *path, size_t size) {
+    const char *base = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    char host[256] = "host";
+    if (gethostname(host, sizeof host - 1) != 0) snprintf(host, sizeof host, "host");
+    if (base && *base)
+        snprintf(folder, size, "%s/shoal", base);
+    else if (home && *home)
+        snprintf(folder, size, "%s/.cache/shoal", home);
+    else
+        return false;
+    int n = snprintf(path, size, "%.3000s/machine-%s-%s-%dof%d.json", folder, host, sh_facts_version(), m->n_cpus,
+                     m->machine_cpus);
+    return n > 0 && (size_t)n < size;
+}
+
+static bool read_cache(const char *path, Shoal__Machine **out) {
+    char *text = NULL;
+    size_t len = 0;
+    ProtobufCMessage *m = NULL;
+    sh_status st = sh_file_read(path, MOST_TEXT, &text, &len);
+    if (st == SH_OK) st = sh_protojson_read(path, text, len, &shoal__machine__descriptor, &m);
+    free(text);
+    if (st != SH_OK) return false;
+    *out = (Shoal__Machine *)m;
+    return true;
+}
+
+static sh_status write_cache(const char *folder, const char *path, const Shoal__Machine *m) {
+    sh_buf text;
+    sh_file_writer *w = NULL;
+    sh_buf_init(&text, 0);
+    sh_status st = sh_protojson_write(&m->base, &text);
+    if (st == SH_OK) st = sh_dir_make(folder);
+    if (st == SH_OK) st = sh_file_writer_open(path, &w);
+    if (st == SH_OK) st = sh_file_writer_add(w, text.data, text.len);
+    if (st == SH_OK)
+        st = sh_file_writer_commit(&w);
+    else
+        sh_file_writer_destroy(&w);
+    sh_buf_release(&text);
+    return st;
+}
+
+/* --- the message ---------------------------------------------------------------------------------------------------
+ */
+
+static sh_status set_text(const char *s, char **to) {
+    free(*to);
+    *to = strdup(s);
+    if (!*to) SH_FAIL(SH_EMEMORY, "no memory for the description of this machine");
+    return SH_OK;
+}
+
+static void cpu_name(char *to, size_t size) {
+    char line[512];
+    FILE *f = fopen("/proc/cpuinfo", "re");
+    snprintf(to, size, "CPU");
+    while (f && fgets(line, sizeof line, f)) {
+        char *v = strncmp(line, "model name", 10) == 0 ? strchr(line, ':') : NULL;
+        if (!v) continue;
+        line[strcspn(line, "\n")] = 0;
+        snprintf(to, size, "%s", v + 1 + strspn(v + 1, " \t"));
+        break;
+    }
+    if (f) fclose(f);
+}
+
+static sh_status make(const sh_machine *m, Shoal__Machine **out) {
+    char cpu[256];
+    Shoal__Machine *x = calloc(1, sizeof *x);
+    if (!x) SH_FAIL(SH_EMEMORY, "no memory for the description of this machine");
+    shoal__machine__init(x);
+    *out = x; /* the caller frees it, also when half made */
+    x->node = calloc(1, sizeof(Shoal__MachineNode *));
+    if (x->node) x->node[0] = calloc(1, sizeof(Shoal__MachineNode));
+    if (!x->node || !x->node[0]) SH_FAIL(SH_EMEMORY, "no memory for the description of this machine");
+    Shoal__MachineNode *n = x->node[0];
+    shoal__machine_node__init(n);
+    x->n_node = 1;
+    n->has_packages = n->has_numa = n->has_cores = n->has_memory_gib = 1;
+    n->packages = m->n_packages > 0 ? m->n_packages : 1;
+    n->numa = m->n_numa > 0 ? m->n_numa : 1;
+    n->cores = m->n_cpus;
+    n->memory_gib = (double)m->memory / 0x1p30;
+    cpu_name(cpu, sizeof cpu);
+    SH_TRY(set_text(cpu, &n->cpu));
+    return set_text("this machine", &x->name);
+}
+
+/* --- measuring -----------------------------------------------------------------------------------------------------
+ */
+
+static void nothing(void *arg, int member, int size) {
+    (void)arg, (void)member, (void)size;
+}
+
+static sh_status measure_with(sh_team *t, const sh_machine *m, Shoal__Machine *x) {
+    size_t block = LARGE_BLOCK;
+    sh_ceiling c;
+    while (block > (size_t)64 << 20 && block > m->memory / 4) block /= 2;
+    SH_TRY(sh_ceiling_measure(t, block, &c));
+    double start = 1e9; /* the best run: other work on the CPUs can only add */
+    for (int k = 0; k < TRIES; k++) {
+        double t0 = sh_now();
+        for (int i = 0; i < STARTS; i++) sh_team_run(t, nothing, NULL);
+        double d = (sh_now() - t0) / STARTS;
+        if (d < start) start = d;
+    }
+    Shoal__MachineNode *n = x->node[0];
+    n->has_read_gbs = n->has_fma_gflops = 1;
+    n->read_gbs = c.read_gbs;
+    n->fma_gflops = c.fma_gflops;
+    x->kernels = calloc(1, sizeof *x->kernels);
+    if (!x->kernels) SH_FAIL(SH_EMEMORY, "no memory for the description of this machine");
+    shoal__machine_kernels__init(x->kernels);
+    x->kernels->has_layer_us = 1;
+    x->kernels->layer_us = LAYER_STARTS * start * 1e6;
+    return SH_OK;
+}
+
+static sh_status measure(const sh_machine *m, Shoal__Machine *x) {
+    sh_team *t = NULL;
+    char text[128], day[32];
+    time_t now = time(NULL);
+    struct tm tm;
+    SH_TRY(sh_team_create(m->n_cpus, m->cpus, m->n_cpus, &t));
+    sh_status st = measure_with(t, m, x);
+    sh_team_destroy(&t);
+    SH_TRY(st);
+    strftime(day, sizeof day, "%Y-%m-%d %H:%M", localtime_r(&now, &tm));
+    snprintf(text, sizeof text, "%s, shoal %s, %d threads", day, sh_facts_version(), m->n_cpus);
+    return set_text(text, &x->measured);
+}
+
+/* What was measured earlier goes into what the machine says of itself today: memory changes, speeds do not. */
+static void take_speeds(Shoal__Machine *from, Shoal__Machine *to) {
+    if (from->n_node != 1) return;
+    to->node[0]->has_read_gbs = from->node[0]->has_read_gbs;
+    to->node[0]->read_gbs = from->node[0]->read_gbs;
+    to->node[0]->has_fma_gflops = from->node[0]->has_fma_gflops;
+    to->node[0]->fma_gflops = from->node[0]->fma_gflops;
+    to->kernels = from->kernels;
+    to->measured = from->measured;
+    from->kernels = NULL;
+    from->measured = NULL;
+}
+
+sh_status sh_probe_machine(sh_probe_how how, Shoal__Machine **out) {
+    static sh_machine m; /* a large table */
+    char folder[PATH_MAX], path[PATH_MAX];
+    Shoal__Machine *x = NULL, *old = NULL;
+    SH_TRY(sh_machine_read(NULL, &m));
+    bool keeps = cache_path(&m, folder, path, sizeof path);
+    sh_status st = make(&m, &x);
+    if (st == SH_OK && how != SH_PROBE_AGAIN && keeps && read_cache(path, &old)) {
+        take_speeds(old, x);
+        shoal__machine__free_unpacked(old, NULL);
+    } else if (st == SH_OK && how != SH_PROBE_CACHED) {
+        st = measure(&m, x);
+        if (st == SH_OK && keeps) SH_IGNORE(write_cache(folder, path, x));
+    }
+    if (st != SH_OK) {
+        if (x) shoal__machine__free_unpacked(x, NULL);
+        return st;
+    }
+    *out = x;
+    return SH_OK;
+}

@@ -1,0 +1,124 @@
+/* Lengths out of a file. See workfile.h. */
+#include "cli/workfile.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "cli/input.h"
+#include "common/file.h"
+#include "common/json.h"
+#include "coordinator/intake.h"
+#include "partition/cluster.h"
+
+#define HISTOGRAM_MOST  ((size_t)16 << 20)
+#define READ_MOST       5000 /* requests whose lengths are counted; of more every n-th */
+#define USUAL_OUTPUT    256
+#define BYTES_PER_TOKEN 4.0
+#define TURN_TOKENS     8 /* what the chat format puts around a message */
+
+static bool is_histogram(const char *path, sh_workload *out, sh_status *st) {
+    SH_CLEANUP(sh_json_release) json_t *j = NULL;
+    char *text = NULL;
+    size_t len = 0;
+    if (sh_file_read(path, HISTOGRAM_MOST, &text, &len) != SH_OK) return false;
+    bool is = sh_json_parse(path, text, len, &j) == SH_OK && json_is_object(j) && json_object_get(j, "lengths");
+    if (is) *st = sh_workload_read(path, text, len, out);
+    free(text);
+    return is;
+}
+
+/* Bytes of all strings under messages or prompt; a list of numbers counts as so many tokens. */
+static double text_tokens(const json_t *j) {
+    double n = 0;
+    size_t i;
+    const char *key;
+    json_t *v, *object = (json_t *)(uintptr_t)j;
+    if (json_is_string(j)) return (double)json_string_length(j) / BYTES_PER_TOKEN;
+    if (json_is_integer(j)) return 1;
+    json_array_foreach(object, i, v) n += text_tokens(v);
+    json_object_foreach(object, key, v) {
+        if (strcmp(key, "content") == 0 || strcmp(key, "text") == 0) n += text_tokens(v);
+    }
+    return n + (json_is_object(j) ? TURN_TOKENS : 0);
+}
+
+static bool estimate(const char *line, size_t len, int usual, sh_workload *w) {
+    SH_CLEANUP(sh_json_release) json_t *j = NULL;
+    int64_t most = usual, choices = 1;
+    if (sh_json_parse("request", line, len, &j) != SH_OK || !json_is_object(j)) return false;
+    const json_t *body = json_object_get(j, "body");
+    if (!body) body = j;
+    const json_t *prompt = json_object_get(body, "messages");
+    if (!prompt) prompt = json_object_get(body, "prompt");
+    if (!prompt) return false;
+    SH_IGNORE(sh_json_int(body, "max_tokens", 0, 1 << 30, &most));
+    SH_IGNORE(sh_json_int(body, "max_completion_tokens", 0, 1 << 30, &most));
+    SH_IGNORE(sh_json_int(body, "n", 1, 1024, &choices));
+    sh_workload_add(w, text_tokens(prompt), (double)most, (double)choices);
+    return true;
+}
+
+static bool count(const sh_intake *in, const char *line, size_t len, uint64_t number, sh_workload *w) {
+    sh_request r;
+    if (sh_intake_line(in, line, len, number, &r) != SH_OK) return false;
+    bool good = r.status == 0;
+    if (good) sh_workload_add(w, (double)r.prompt.n, r.sampling.max_tokens, 1);
+    sh_request_release(&r);
+    return good;
+}
+
+static sh_status read_lines(FILE *f, const sh_intake *in, uint64_t every, int usual, sh_workload *w, uint64_t *bad) {
+    char *line = NULL;
+    size_t room = 0;
+    uint64_t number = 0;
+    ssize_t n;
+    while ((n = getline(&line, &room, f)) > 0) {
+        if (strspn(line, " \t\r\n") == (size_t)n || number++ % every) continue;
+        bool good = in ? count(in, line, (size_t)n, number, w) : estimate(line, (size_t)n, usual, w);
+        *bad += !good;
+    }
+    free(line);
+    return SH_OK;
+}
+
+static sh_status read_requests(const char *path, const sh_intake *in, uint64_t lines, int usual, sh_workload *w,
+                               uint64_t *bad) {
+    FILE *f = fopen(path, "re");
+    if (!f) SH_FAIL(SH_EINPUT, "--workload: %s: cannot be opened: %s", path, strerror(errno));
+    sh_status st = read_lines(f, in, lines / READ_MOST + 1, usual, w, bad);
+    fclose(f);
+    return st;
+}
+
+sh_status sh_workfile_read(const char *path, const char *model_dir, int default_max_tokens, sh_workload *out,
+                           char *note, size_t note_size) {
+    sh_status st = SH_OK;
+    sh_workload w = {0};
+    sh_input scanned;
+    uint64_t bad = 0;
+    int usual = default_max_tokens ? default_max_tokens : USUAL_OUTPUT;
+    if (sh_input_is_stream(path)) SH_FAIL(SH_EINPUT, "--workload: %s: is a stream: give a file", path);
+    if (is_histogram(path, out, &st)) {
+        snprintf(note, note_size, "histogram %s", path);
+        return st == SH_OK ? st : sh_error_prefix(st, "--workload");
+    }
+    SH_TRY(sh_input_scan(path, NULL, &scanned));
+    sh_intake *in = NULL;
+    const sh_intake_options io = {.default_max_tokens = usual};
+    bool counted = sh_intake_create(model_dir, &io, &in) == SH_OK;
+    st = read_requests(path, in, scanned.lines, usual, &w, &bad);
+    sh_intake_destroy(&in);
+    SH_TRY(st);
+    if (w.n == 0) SH_FAIL(SH_EINPUT, "--workload: %s: has no request that could be read", path);
+    w.requests = (double)scanned.lines * w.requests / (w.requests + (double)bad);
+    SH_TRY(sh_workload_check(&w));
+    int used = snprintf(note, note_size,
+                        "requests of %s, prompts %s, outputs as long as max_tokens allows (%d where it is absent)",
+                        path, counted ? "counted by the tokenizer" : "estimated: there is no tokenizer here", usual);
+    if (scanned.lines > READ_MOST && used > 0 && (size_t)used < note_size)
+        snprintf(note + used, note_size - (size_t)used, ", every %llu-th was read",
+                 (unsigned long long)(scanned.lines / READ_MOST + 1));
+    *out = w;
+    return SH_OK;
+}

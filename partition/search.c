@@ -1,0 +1,383 @@
+/* Candidates, what fits, what is fastest. See search.h; sentences for people are explain.c's. */
+#include "partition/search.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PAGE_TOKENS 32    /* SH_PAGE_TOKENS */
+#define WORTH       1.02  /* more sequences at once must bring at least this */
+#define ALIKE       1.002 /* a simpler plan wins against one that is faster by less */
+#define LEAST_CHUNK 64
+#define MOST_CHUNK  2048
+
+const char *const sh_way_names[SH_WAYS] = {"replicas of one rank", "stages (pp)", "experts divided (ep)",
+                                           "heads and columns divided (tp)", "positions divided (cp)"};
+
+void sh_choice_release(sh_choice *x) {
+    sh_plan_free(&x->plan);
+}
+
+void sh_search_free(sh_search **s) {
+    if (!*s) return;
+    for (int i = 0; i < (*s)->n; i++) sh_choice_release(&(*s)->best[i]);
+    for (int i = 0; i < SH_WAYS; i++) sh_choice_release(&(*s)->of_way[i]);
+    free(*s);
+    *s = NULL;
+}
+
+/* --- one plan ------------------------------------------------------------------------------------------------------
+ */
+
+static void model_of(const sh_search_options *o, const sh_choice *x, sh_cost_rates *rates, sh_cost_model *out) {
+    *rates = sh_cluster_rates(o->cluster, x->ranks_per_node);
+    *out = (sh_cost_model){
+        .config = o->config,
+        .plan = x->plan,
+        .rates = rates,
+        .alike = true,
+        .net = {.within = o->cluster->within, .between = o->cluster->between, .ranks_per_node = x->ranks_per_node},
+        .routing = o->fixed.routing};
+}
+
+sh_status sh_search_forecast(const sh_search_options *o, const sh_choice *x, sh_forecast *out, sh_forecast_rank *rank) {
+    sh_cost_rates rates;
+    sh_cost_model m;
+    model_of(o, x, &rates, &m);
+    return sh_cost_forecast(&m, o->workload, x->seqs, x->replicas, out, rank);
+}
+
+/* Tokens that a running sequence holds on average; the prompt's at once, the output's half. */
+static double usual_tokens(const sh_workload *w) {
+    double tokens = 0, weight = 0;
+    for (int i = 0; i < w->n; i++) {
+        const sh_workload_bin *b = &w->bin[i];
+        tokens += b->requests * b->output * (b->prompt + b->output / 2);
+        weight += b->requests * b->output;
+    }
+    return tokens / weight;
+}
+
+/* Sequences of this workload that the pages hold at once, in a group. */
+static double sequences_that_fit(const sh_search_options *o, const sh_choice *x, const sh_kv_limits *l) {
+    double pages = ceil(usual_tokens(o->workload) / PAGE_TOKENS), n = l->max_seqs;
+    int window = 0;
+    for (int i = 0; i < o->config->n_layers; i++)
+        if (o->config->layer[i].window > window) window = o->config->layer[i].window;
+    if (sh_config_kv_bytes(o->config, l->type, SH_KV_GLOBAL, 0, o->config->n_layers))
+        n = fmin(n, x->kv.pages[SH_KV_GLOBAL] * (double)x->shape.cp / pages);
+    if (window > 0 && sh_config_kv_bytes(o->config, l->type, SH_KV_SLIDING, 0, o->config->n_layers)) {
+        double under_way = ceil((double)l->chunk / PAGE_TOKENS) + 1;
+        double held = fmin(pages + 1, (window - 1) / PAGE_TOKENS + 2);
+        n = fmin(n, fmax(1, (x->kv.pages[SH_KV_SLIDING] - under_way) / held));
+    }
+    return floor(fmax(n, 1)) * x->shape.ep;
+}
+
+/* Memory, KV pages and speed of x->plan. A failure's text is the reason. */
+static sh_status judge(const sh_search_options *o, sh_choice *x, uint64_t *budget) {
+    sh_kv_limits l;
+    uint64_t least = UINT64_MAX;
+    for (size_t i = 0; i < x->plan->n_rank; i++) {
+        SH_TRY(sh_plan_kv_budget(o->config, x->plan, (int)i, sh_cluster_memory(o->cluster, x->ranks_per_node),
+                                 &budget[i]));
+        if (budget[i] < least) least = budget[i];
+    }
+    SH_TRY(sh_plan_kv_limits(x->plan, &l));
+    SH_TRY(sh_plan_kv_group(o->config, &l, x->plan, budget, &x->kv));
+    double longest = sh_workload_longest(o->workload);
+    if (x->kv.tokens < fmin(longest, x->plan->max_context))
+        SH_FAIL(SH_EMEMORY, "KV for %d tokens is left, and the longest request of the workload needs %.0f",
+                x->kv.tokens, longest);
+    x->kv_budget = least;
+    x->seqs = sequences_that_fit(o, x, &l);
+    return sh_search_forecast(o, x, &x->forecast, NULL);
+}
+
+sh_status sh_search_judge(const sh_search_options *o, sh_choice *x) {
+    uint64_t *budget = calloc(x->plan->n_rank, sizeof *budget);
+    if (!budget) SH_FAIL(SH_EMEMORY, "planner: no memory for %zu ranks", x->plan->n_rank);
+    sh_status st = judge(o, x, budget);
+    free(budget);
+    x->fits = st == SH_OK;
+    x->why[0] = 0;
+    if (st != SH_OK) snprintf(x->why, sizeof x->why, "%s", sh_error_text());
+    return st == SH_EMEMORY || st == SH_OK ? SH_OK : st;
+}
+
+/* Seconds of every layer in the mixture of x's forecast, head with the last: what balanced cuts weigh. */
+static sh_status layer_seconds(const sh_search_options *o, const sh_choice *x, double *cost) {
+    const sh_forecast_mix *mix = &x->forecast.mix;
+    sh_cost_rates rates;
+    sh_cost_model m;
+    model_of(o, x, &rates, &m);
+    for (size_t r = 0; r < x->plan->n_rank; r += (size_t)x->shape.width)
+        for (int i = x->plan->rank[r]->first; i < x->plan->rank[r]->last; i++) {
+            sh_cost_layer l[2];
+            SH_TRY(sh_cost_layer_of(&m, (int)r, i, mix->span, mix->n_decode, &l[0]));
+            SH_TRY(sh_cost_layer_of(&m, (int)r, i, mix->span, mix->n_spans, &l[1]));
+            cost[i] = (1 - mix->mixed) * l[0].seconds + mix->mixed * l[1].seconds;
+        }
+    return sh_cost_head(&m, (int)x->plan->n_rank - x->shape.width, mix->span, mix->n_decode, mix->n_spans, mix->mixed,
+                        &cost[o->config->n_layers - 1]);
+}
+
+static sh_plan_request request_of(const sh_search_options *o, const sh_choice *x) {
+    sh_plan_request q = o->fixed;
+    q.ranks = x->ranks;
+    q.pp = x->shape.pp;
+    q.ep = x->shape.ep;
+    q.tp = x->shape.tp;
+    q.cp = x->shape.cp;
+    return q;
+}
+
+/* Cuts by seconds in place of weights, where that is faster and fits as well. */
+static sh_status recut(const sh_search_options *o, sh_choice *x) {
+    double cost[SH_MAX_LAYERS];
+    sh_plan_request q = request_of(o, x);
+    if (x->shape.pp == 1 || (q.cuts && *q.cuts)) return SH_OK;
+    SH_TRY(layer_seconds(o, x, cost));
+    q.layer_cost = cost;
+    q.max_seqs = x->plan->max_seqs;
+    q.chunk = x->plan->chunk;
+    sh_choice y = *x;
+    y.plan = NULL;
+    SH_TRY(sh_plan_make(o->config, &q, &y.plan));
+    sh_status st = sh_search_judge(o, &y);
+    bool better = st == SH_OK && y.fits && y.forecast.seconds < x->forecast.seconds;
+    sh_choice_release(better ? x : &y);
+    if (better) *x = y;
+    return st;
+}
+
+/* As many sequences at once as are worth it: each doubling must bring something. */
+static sh_status choose_seqs(const sh_search_options *o, sh_choice *x) {
+    double most = fmin(SH_MAX_SEQS, ceil(o->workload->requests / x->replicas));
+    sh_choice best = *x;
+    best.fits = false;
+    int n = o->fixed.max_seqs ? o->fixed.max_seqs : (int)fmin(most, 8.0 * x->ranks), kept = n;
+    for (;;) {
+        x->plan->max_seqs = n;
+        SH_TRY(sh_search_judge(o, x));
+        bool better = x->fits && (!best.fits || best.forecast.seconds > x->forecast.seconds * WORTH);
+        if (!best.fits || better) {
+            best = *x;
+            kept = n;
+        }
+        if (o->fixed.max_seqs || !better || n >= most) break;
+        n = (int)fmin(most, 2.0 * n);
+    }
+    *x = best;
+    x->plan->max_seqs = kept;
+    return SH_OK;
+}
+
+/* Prompt rows per step: fewer leave stages waiting less for each other, more read weights less often. */
+static sh_status choose_chunk(const sh_search_options *o, sh_choice *x) {
+    if (o->fixed.chunk) return SH_OK;
+    for (int way = 0; way < 2; way++) {
+        bool moved = false;
+        for (int n = way ? 2 * x->plan->chunk : x->plan->chunk / 2; n >= LEAST_CHUNK && n <= MOST_CHUNK;
+             n = way ? 2 * n : n / 2) {
+            sh_choice y = *x;
+            int before = x->plan->chunk;
+            x->plan->chunk = n;
+            SH_TRY(sh_search_judge(o, &y));
+            if (!y.fits || y.forecast.seconds * WORTH > x->forecast.seconds) {
+                x->plan->chunk = before;
+                break;
+            }
+            *x = y;
+            moved = true;
+        }
+        if (moved) break;
+    }
+    return SH_OK;
+}
+
+sh_status sh_search_try(const sh_search_options *o, sh_choice *x) {
+    sh_plan_request q = request_of(o, x);
+    x->fits = false;
+    sh_status st = sh_plan_make(o->config, &q, &x->plan);
+    if (st == SH_EMEMORY) return st;
+    if (st != SH_OK) {
+        snprintf(x->why, sizeof x->why, "%s", sh_error_text());
+        return SH_OK;
+    }
+    SH_TRY(choose_seqs(o, x));
+    if (x->fits) SH_TRY(choose_chunk(o, x));
+    if (x->fits) return recut(o, x);
+    sh_choice_release(x);
+    return SH_OK;
+}
+
+/* --- which is better -----------------------------------------------------------------------------------------------
+ */
+
+static bool same_shape(const sh_choice *a, const sh_choice *b) {
+    return a->way == b->way && a->shape.pp == b->shape.pp && a->shape.width == b->shape.width;
+}
+
+static bool simpler(const sh_choice *a, const sh_choice *b) {
+    return a->ranks != b->ranks ? a->ranks < b->ranks : a->way < b->way;
+}
+
+static bool better(const sh_choice *a, const sh_choice *b) {
+    if (a->fits != b->fits) return a->fits;
+    if (!a->fits) return a->ranks > b->ranks; /* the most ranks come nearest to fitting */
+    return a->forecast.seconds < b->forecast.seconds;
+}
+
+/* Of what is as fast as the first the simplest goes first: fewer ranks to a group, ways in their order. */
+static void prefer_simple(sh_search *s) {
+    int best = 0;
+    for (int i = 1; i < s->n && s->best[i].forecast.seconds < s->best[0].forecast.seconds * ALIKE; i++)
+        if (simpler(&s->best[i], &s->best[best])) best = i;
+    sh_choice first = s->best[best];
+    memmove(&s->best[1], &s->best[0], (size_t)best * sizeof *s->best);
+    s->best[0] = first;
+}
+
+static sh_status copy(const sh_choice *from, sh_choice *to) {
+    sh_choice x = *from;
+    x.plan = NULL;
+    if (from->plan) SH_TRY(sh_plan_copy(from->plan, &x.plan));
+    sh_choice_release(to);
+    *to = x;
+    return SH_OK;
+}
+
+/* Keeps x among the best; one for each shape and count of replicas. */
+static sh_status keep(sh_search *s, const sh_choice *x) {
+    int at = s->n;
+    for (int i = 0; i < s->n; i++)
+        if (same_shape(x, &s->best[i])) {
+            if (!better(x, &s->best[i])) return SH_OK;
+            sh_choice_release(&s->best[i]);
+            memmove(&s->best[i], &s->best[i + 1], (size_t)(s->n - i - 1) * sizeof *s->best);
+            s->n--;
+            break;
+        }
+    at = s->n;
+    while (at > 0 && better(x, &s->best[at - 1])) at--;
+    if (at == SH_SEARCH_BEST) return SH_OK;
+    if (s->n == SH_SEARCH_BEST) sh_choice_release(&s->best[--s->n]);
+    memmove(&s->best[at + 1], &s->best[at], (size_t)(s->n - at) * sizeof *s->best);
+    s->best[at] = (sh_choice){0};
+    s->n++;
+    return copy(x, &s->best[at]);
+}
+
+/* Takes *x over. */
+static sh_status note(sh_search *s, sh_choice *x) {
+    sh_status st = SH_OK;
+    s->tried++;
+    s->fitting += x->fits;
+    if (x->fits) st = keep(s, x);
+    if (st == SH_OK && (!s->has_way[x->way] || better(x, &s->of_way[x->way]))) {
+        sh_choice_release(&s->of_way[x->way]);
+        s->of_way[x->way] = *x;
+        s->has_way[x->way] = true;
+    } else {
+        sh_choice_release(x);
+    }
+    return st;
+}
+
+/* --- candidates ----------------------------------------------------------------------------------------------------
+ */
+
+static bool wanted(int fixed, int value) {
+    return fixed == 0 || fixed == value;
+}
+
+/* Why a shape cannot be, before any plan is made; "" when it may. */
+static const char *illegal(const sh_config *c, sh_way way, int pp, int width) {
+    if (pp > c->n_layers) return "fewer layers than stages";
+    if (way == SH_WAY_EXPERTS && c->experts == 0) return "the model has no experts";
+    if (way == SH_WAY_EXPERTS && width > c->experts) return "fewer experts than ranks";
+    for (int i = 0; i < c->n_layers && way == SH_WAY_TENSOR; i++)
+        if (c->layer[i].heads % width) return "the number of ranks does not divide the query heads";
+    return "";
+}
+
+static sh_status try_shape(const sh_search_options *o, sh_search *s, sh_way way, int ranks, int width, int replicas,
+                           int per_node) {
+    sh_choice x = {.way = way,
+                   .shape = {.pp = ranks / width, .ep = 1, .tp = 1, .cp = 1, .width = width},
+                   .ranks = ranks,
+                   .replicas = replicas,
+                   .ranks_per_node = per_node};
+    if (way == SH_WAY_EXPERTS) x.shape.ep = width;
+    if (way == SH_WAY_TENSOR) x.shape.tp = width;
+    if (way == SH_WAY_CONTEXT) x.shape.cp = width;
+    if (!wanted(o->fixed.pp, x.shape.pp) || !wanted(o->fixed.ep, x.shape.ep) || !wanted(o->fixed.tp, x.shape.tp) ||
+        !wanted(o->fixed.cp, x.shape.cp))
+        return SH_OK;
+    const char *why = illegal(o->config, way, x.shape.pp, width);
+    if (*why) {
+        if (!s->has_way[way]) snprintf(s->of_way[way].why, sizeof s->of_way[way].why, "%s", why);
+        return SH_OK;
+    }
+    sh_status st = sh_search_try(o, &x);
+    if (st != SH_OK) {
+        sh_choice_release(&x);
+        return st;
+    }
+    return note(s, &x);
+}
+
+static sh_status try_group(const sh_search_options *o, sh_search *s, int ranks, int replicas, int per_node) {
+    if (ranks == 1) return try_shape(o, s, SH_WAY_ALONE, 1, 1, replicas, per_node);
+    SH_TRY(try_shape(o, s, SH_WAY_STAGES, ranks, 1, replicas, per_node));
+    for (int width = 2; width <= ranks; width++)
+        for (int way = SH_WAY_EXPERTS; way < SH_WAYS && ranks % width == 0; way++)
+            SH_TRY(try_shape(o, s, (sh_way)way, ranks, width, replicas, per_node));
+    return SH_OK;
+}
+
+/* Groups of every size that uses the ranks as well as that number of groups can. */
+static sh_status try_all(const sh_search_options *o, sh_search *s, int per_node) {
+    int total = o->cluster->nodes * per_node, last = 0;
+    for (int r = 1; r <= total; r++) {
+        int ranks = total / r;
+        if (ranks == last || (o->replicas && total / o->replicas < ranks)) continue;
+        last = ranks;
+        SH_TRY(try_group(o, s, ranks, o->replicas ? o->replicas : total / ranks, per_node));
+    }
+    return SH_OK;
+}
+
+/* -n was given: that many ranks to a group, on as many ranks per node as it takes. */
+static sh_status try_fixed(const sh_search_options *o, sh_search *s) {
+    int ranks = o->fixed.ranks, nodes = o->cluster->nodes, numa = o->cluster->numa, replicas = o->replicas;
+    if (!replicas) replicas = nodes * numa > ranks ? nodes * numa / ranks : 1;
+    int per_node = (ranks * replicas + nodes - 1) / nodes;
+    return try_group(o, s, ranks, replicas, per_node > 1 ? per_node : 1);
+}
+
+sh_status sh_search_run(const sh_search_options *o, sh_search **out) {
+    sh_search *s = calloc(1, sizeof *s);
+    if (!s) SH_FAIL(SH_EMEMORY, "planner: no memory");
+    for (int i = 0; i < SH_WAYS; i++)
+        snprintf(s->of_way[i].why, sizeof s->of_way[i].why, "%s",
+                 o->cluster->nodes * o->cluster->numa > 1 || o->fixed.ranks > 1
+                     ? "not asked for"
+                     : "there is one NUMA node, so one rank: -n or --nodes gives more");
+    sh_status st = SH_OK;
+    if (o->fixed.ranks) {
+        st = try_fixed(o, s);
+    } else {
+        st = try_all(o, s, o->cluster->numa);
+        if (st == SH_OK && o->cluster->numa > 1) st = try_all(o, s, 1); /* one rank over all of a node */
+    }
+    if (st != SH_OK) {
+        sh_search_free(&s);
+        return st;
+    }
+    if (s->n) prefer_simple(s);
+    *out = s;
+    return SH_OK;
+}

@@ -1,0 +1,66 @@
+/*
+ * The search for a plan: replicas × stages × one way of dividing a stage, all that are legal, those that fit memory,
+ * ranked by the time that the workload would take. Pure and deterministic: (model, machine, workload, what is fixed) →
+ * choices. Says of every way why its best did not win. Formulas and rules: docs/planning.md.
+ */
+#ifndef SH_PARTITION_SEARCH_H
+#define SH_PARTITION_SEARCH_H
+
+#include "partition/cluster.h"
+#include "partition/forecast.h"
+
+/* How the ranks of a group share the model; stages may be combined with any of the last three, and all with replicas.
+ */
+typedef enum sh_way {
+    SH_WAY_ALONE,   /* a group is one rank */
+    SH_WAY_STAGES,  /* layers alone */
+    SH_WAY_EXPERTS, /* ep > 1 */
+    SH_WAY_TENSOR,  /* tp > 1 */
+    SH_WAY_CONTEXT, /* cp > 1 */
+    SH_WAYS
+} sh_way;
+extern const char *const sh_way_names[SH_WAYS];
+
+typedef struct sh_search_options {
+    const sh_config *config; /* all borrowed */
+    const sh_cluster *cluster;
+    const sh_workload *workload;
+    sh_plan_request fixed; /* members that are 0 or NULL are free; ranks: of a group */
+    int replicas;          /* 0: free */
+} sh_search_options;
+
+typedef struct sh_choice {
+    sh_way way;
+    sh_plan_shape shape;
+    int ranks, replicas, ranks_per_node;
+    bool fits;
+    Shoal__Plan *plan; /* owned; NULL unless it fits */
+    sh_forecast forecast;
+    sh_kv_plan kv;
+    uint64_t kv_budget; /* bytes of the tightest rank */
+    double seqs;        /* that the group can run at once */
+    char why[512];      /* !fits: the sentence; else, for what did not win: what costs it most */
+} sh_choice;
+
+#define SH_SEARCH_BEST 5
+typedef struct sh_search {
+    sh_choice best[SH_SEARCH_BEST]; /* fastest first; at most two of a kind */
+    int n;
+    sh_choice of_way[SH_WAYS]; /* the best of each, or the one that misses by least */
+    bool has_way[SH_WAYS];     /* false: no legal plan; of_way[].why says the rule */
+    int tried, fitting;
+} sh_search;
+
+/* n = 0 when nothing fits: of_way says why. Fails for want of memory, and when what is fixed contradicts itself. */
+sh_status sh_search_run(const sh_search_options *o, sh_search **out);
+void sh_search_free(sh_search **s);
+
+/* What a choice costs with this machine instead: for "what if". */
+sh_status sh_search_forecast(const sh_search_options *o, const sh_choice *x, sh_forecast *out, sh_forecast_rank *rank);
+/* One choice, evaluated: shape, replicas and ranks_per_node are given. fits and why tell how it went. */
+sh_status sh_search_try(const sh_search_options *o, sh_choice *x);
+/* A plan that was made elsewhere, evaluated on the machine: memory, KV, forecast. x->plan is given and stays owned. */
+sh_status sh_search_judge(const sh_search_options *o, sh_choice *x);
+void sh_choice_release(sh_choice *x);
+
+#endif

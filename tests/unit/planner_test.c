@@ -1,0 +1,460 @@
+/* The planner: plans of real models on real machines against committed text, properties on random machines and models,
+ * and the JSON of messages. PLANS_WRITE=1 writes the committed text again. */
+#include <CUnit/Basic.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "common/file.h"
+#include "partition/explain.h"
+#include "partition/protojson.h"
+
+#define MOST ((size_t)1 << 22)
+
+static sh_config e2b, e4b, b31, a4b;
+
+static int load(void) {
+    return sh_config_load(SH_TEST_DATA "/configs/e2b", &e2b) || sh_config_load(SH_TEST_DATA "/configs/e4b", &e4b) ||
+           sh_config_load(SH_TEST_DATA "/configs/31b", &b31) || sh_config_load(SH_TEST_DATA "/configs/26b-a4b", &a4b);
+}
+
+static void must(sh_status st) {
+    if (st != SH_OK) printf("\n%s\n", sh_error_text());
+    CU_ASSERT_EQUAL_FATAL(st, SH_OK);
+}
+
+/* --- committed plans -----------------------------------------------------------------------------------------------
+ */
+
+static void machine(const char *name, sh_cluster *c) {
+    char path[512], *text;
+    size_t len;
+    snprintf(path, sizeof path, SH_TEST_DATA "/machines/%s.json", name);
+    must(sh_file_read(path, MOST, &text, &len));
+    must(sh_cluster_read(name, text, len, 0, c));
+    free(text);
+}
+
+static void compare(const char *model, const char *name, const sh_buf *got) {
+    char path[512], *want = NULL;
+    size_t len = 0;
+    snprintf(path, sizeof path, SH_TEST_DATA "/plans/%s-%s.txt", model, name);
+    if (getenv("PLANS_WRITE")) {
+        FILE *f = fopen(path, "w");
+        CU_ASSERT_PTR_NOT_NULL_FATAL(f);
+        fwrite(got->data, 1, got->len, f);
+        fclose(f);
+        return;
+    }
+    must(sh_file_read(path, MOST, &want, &len));
+    bool same = len == got->len && memcmp(want, got->data, len) == 0;
+    if (!same) printf("\n%s: is now\n%s", path, (const char *)got->data);
+    CU_ASSERT_TRUE(same);
+    free(want);
+}
+
+static void one_golden(const sh_config *c, const char *model, const char *name) {
+    sh_cluster k;
+    sh_workload w = sh_workload_default();
+    sh_search *s = NULL;
+    sh_buf out;
+    machine(name, &k);
+    sh_search_options o = {
+        .config = c, .cluster = &k, .workload = &w, .fixed = {.mode = SH_MODE_BF16, .kv = SH_KV_BF16}};
+    sh_buf_init(&out, 0);
+    must(sh_search_run(&o, &s));
+    if (s->n) must(sh_explain_plan(&o, &s->best[0], &out));
+    must(sh_explain_search(&o, s, &out));
+    compare(model, name, &out);
+    sh_buf_release(&out);
+    sh_search_free(&s);
+}
+
+static void test_goldens(void) {
+    static const char *const machines[] = {"box-24g",     "xeon-1",       "epyc-1",      "xeon-4-25g",  "xeon-4-200g",
+                                           "xeon-16-25g", "xeon-16-200g", "xeon-64-25g", "xeon-64-200g"};
+    const struct {
+        const sh_config *c;
+        const char *name;
+    } model[] = {{&e2b, "e2b"}, {&e4b, "e4b"}, {&a4b, "26b-a4b"}, {&b31, "31b"}};
+    for (int m = 0; m < 4; m++)
+        for (size_t i = 0; i < sizeof machines / sizeof *machines; i++)
+            one_golden(model[m].c, model[m].name, machines[i]);
+}
+
+/* --- random machines and models ------------------------------------------------------------------------------------
+ */
+
+static uint64_t state = 88172645463325252u;
+static int upto(int n) { /* 0 … n − 1 */
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (int)(state % (uint64_t)n);
+}
+
+static void random_config(sh_config *c) {
+    *c = (sh_config){.vocab = 64 << upto(12), .hidden = 32 * (1 + upto(120)), .n_layers = 1 + upto(40), .tied = true};
+    bool moe = upto(2), k_eq_v = upto(2);
+    int period = 2 + upto(6), heads = 1 << upto(6), kv = 1 << upto(5), ff = 64 * (1 + upto(200)),
+        window = 64 << upto(6);
+    snprintf(c->variant, sizeof c->variant, "custom");
+    c->max_context = 4096 << upto(6);
+    c->experts = moe ? 2 + upto(200) : 0;
+    c->top_k = moe ? 1 + upto(c->experts < 8 ? c->experts : 8) : 0;
+    c->expert_ff = moe ? 32 * (1 + upto(40)) : 0;
+    c->ple = !moe && upto(2) ? 64 : 0;
+    c->ple_vocab = c->vocab;
+    c->first_shared = c->ple && c->n_layers > 3 * period ? c->n_layers - period - upto(period) : c->n_layers;
+    for (int i = 0; i < c->n_layers; i++) {
+        sh_layer *l = &c->layer[i];
+        bool global = i % period == period - 1 || i == c->n_layers - 1;
+        *l = (sh_layer){.kind = global ? SH_KV_GLOBAL : SH_KV_SLIDING, .heads = heads, .ff = ff, .moe = moe};
+        l->kv_heads = kv < heads ? kv : heads;
+        l->head_dim = global ? 128 : 64;
+        l->rotated_pairs = l->head_dim / 4;
+        l->window = global ? 0 : window;
+        l->k_eq_v = global && k_eq_v && c->first_shared == c->n_layers;
+        l->has_kv = i < c->first_shared;
+        l->kv_from = i;
+        for (int j = i - 1; !l->has_kv && j >= 0; j--)
+            if (c->layer[j].kind == l->kind && c->layer[j].has_kv) {
+                l->kv_from = j;
+                break;
+            }
+    }
+}
+
+static sh_cluster random_cluster(void) {
+    sh_cluster k = {.nodes = 1 + upto(12), .packages = 1 + upto(2), .spanning = 0.7};
+    k.numa = k.packages * (1 + upto(2));
+    k.cores = k.numa * (1 + upto(64));
+    k.memory = (0.3 + upto(1000) * 0.02) * 0x1p30 * (1 + upto(4));
+    k.read = k.cores * (1 + upto(10)) * 1e9;
+    k.fma = k.cores * (10 + upto(100)) * 1e9;
+    k.within = (sh_cost_link){1e-6 * (1 + upto(5)), 1e9 * (1 + upto(20))};
+    k.between = (sh_cost_link){1e-6 * (2 + upto(100)), 1e8 * (1 + upto(250))};
+    k.kernels = (sh_cost_rates){.weights_read = 0.9,
+                                .weights_fma = 0.8,
+                                .attention_read = 0.6,
+                                .attention_fma = 0.5,
+                                .layer = 2e-5,
+                                .sample = 1e-9};
+    return k;
+}
+
+/* Memory: what is named adds up to no more than there is. */
+static bool fits(const sh_config *c, const sh_cluster *k, const sh_choice *x) {
+    uint64_t have = sh_cluster_memory(k, x->ranks_per_node);
+    sh_kv_type kv;
+    if (sh_kv_type_parse(x->plan->kv, &kv) != SH_OK) return false;
+    for (int i = 0; i < x->ranks; i++) {
+        sh_plan_memory m = sh_plan_rank_memory(c, x->plan, i);
+        static sh_config mine;
+        sh_config_share(c, sh_plan_share(x->plan, i), &mine);
+        uint64_t pool = sh_plan_kv_bytes(&mine, kv, x->plan->rank[i]->first, x->plan->rank[i]->last, x->kv.pages);
+        if (m.weights + m.scratch + m.reserve + pool > have) {
+            printf("\nrank %d: %llu + %llu + %llu + %llu of %llu\n", i, (unsigned long long)m.weights,
+                   (unsigned long long)m.scratch, (unsigned long long)m.reserve, (unsigned long long)pool,
+                   (unsigned long long)have);
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Elements of matrices and vectors that all ranks of a group own: each of the model's once, apart from what every
+ * member of a stage has (norms, router, what ep and cp do not divide, KV heads that are fewer than members, experts
+ * twice). */
+static bool owned_once(const sh_config *c, const sh_choice *x) {
+    const Shoal__Plan *p = x->plan;
+    for (int s = 0; s < x->shape.pp; s++) {
+        const Shoal__PlanRank *r = p->rank[s * x->shape.width];
+        if (r->first != (s ? p->rank[(s - 1) * x->shape.width]->last : 0)) return false;
+        for (int layer = r->first; layer < r->last; layer++) {
+            int ff = 0, hidden = 0, vocab = 0;
+            for (int m = 0; m < x->shape.tp; m++) {
+                ff += sh_cost_share(c->layer[layer].ff, SH_COST_COLUMNS, m, x->shape.tp);
+                hidden += sh_cost_share(c->hidden, SH_COST_COLUMNS, m, x->shape.tp);
+                vocab += sh_cost_share(c->vocab, SH_COST_VOCAB, m, x->shape.tp);
+            }
+            if (ff != c->layer[layer].ff || hidden != c->hidden || vocab != c->vocab) return false;
+            for (int e = 0; x->shape.ep > 1 && c->layer[layer].moe && e < c->experts; e++) {
+                int owners = 0;
+                for (int m = 0; m < x->shape.ep; m++) {
+                    const Shoal__PlanRank *o = p->rank[s * x->shape.width + m];
+                    for (size_t i = 0; i < o->n_experts; i++)
+                        for (size_t j = 0; o->experts[i]->layer == layer && j < o->experts[i]->n_expert; j++)
+                            owners += o->experts[i]->expert[j] == e;
+                }
+                if (owners != 1) return false;
+            }
+        }
+    }
+    return p->rank[x->ranks - 1]->last == c->n_layers;
+}
+
+/* Bytes of weights: the ranks' together are at least the model's, and exactly that (tables aside) where nothing of a
+ * stage is held by all its members. */
+static bool weights_add_up(const sh_config *c, const sh_choice *x) {
+    uint64_t sum = 0, whole = 0;
+    for (int i = 0; i < x->ranks; i++) sum += sh_plan_rank_memory(c, x->plan, i).weights;
+    whole = sh_weights_estimate(c, SH_MODE_BF16, 0, c->n_layers);
+    if (x->shape.width > 1) return sum + sum / 1000 + 65536 >= whole;
+    double slack = (c->ple ? 4.0 * c->ple : 0) * x->ranks + 64.0 * x->ranks; /* one vector for all layers */
+    return fabs((double)sum - (double)whole) <= slack;
+}
+
+static sh_status round_trip(const sh_config *c, sh_choice *x, const sh_search_options *o, bool *same) {
+    sh_buf a, b;
+    Shoal__Plan *back = NULL;
+    sh_buf_init(&a, 0);
+    sh_buf_init(&b, 0);
+    sh_status st = sh_explain_annotate(o, "test", x);
+    if (st == SH_OK) st = sh_protojson_write(&x->plan->base, &a);
+    if (st == SH_OK) st = sh_plan_read("plan", (const char *)a.data, a.len, c, &back);
+    if (st == SH_OK) st = sh_protojson_write(&back->base, &b);
+    *same = st == SH_OK && a.len == b.len && memcmp(a.data, b.data, a.len) == 0;
+    sh_plan_free(&back);
+    sh_buf_release(&a);
+    sh_buf_release(&b);
+    return st;
+}
+
+static void check_choice(const sh_config *c, const sh_search_options *o, sh_choice *x, int *bad) {
+    bool same = false;
+    sh_status st = sh_plan_check(c, x->plan);
+    if (st == SH_OK) st = round_trip(c, x, o, &same);
+    bool good = st == SH_OK && same && fits(c, o->cluster, x) && owned_once(c, x) && weights_add_up(c, x);
+    good = good && x->ranks == x->shape.pp * x->shape.width &&
+           x->ranks * x->replicas <= o->cluster->nodes * x->ranks_per_node;
+    good = good && x->forecast.seconds > 0 && isfinite(x->forecast.seconds) && x->forecast.cycle.period > 0;
+    if (!good && ++*bad < 4)
+        printf("\n%d layers, %d experts; pp %d ep %d tp %d cp %d × %d: %d %d %d %d %s\n", c->n_layers, c->experts,
+               x->shape.pp, x->shape.ep, x->shape.tp, x->shape.cp, x->replicas, same, fits(c, o->cluster, x),
+               owned_once(c, x), weights_add_up(c, x), st == SH_OK ? "" : sh_error_text());
+}
+
+/* 10,000 machines and models, each with one random layout; every hundredth with the whole search. */
+static void test_properties(void) {
+    static sh_config c;
+    int bad = 0, fitting = 0, refused = 0, searched = 0;
+    for (int i = 0; i < 10000; i++) {
+        random_config(&c);
+        sh_cluster k = random_cluster();
+        sh_workload w = {.bin = {{.prompt = 1 + upto(900), .output = 1 + upto(400), .requests = 1 + upto(1000)}},
+                         .n = 1};
+        must(sh_workload_check(&w));
+        bool exact = upto(2);
+        sh_search_options o = {.config = &c, .cluster = &k, .workload = &w};
+        o.fixed.mode = exact ? SH_MODE_EXACT : SH_MODE_BF16;
+        o.fixed.kv = exact ? SH_KV_F32 : SH_KV_BF16;
+        if (i % 100 == 0) {
+            sh_search *s = NULL;
+            must(sh_search_run(&o, &s));
+            searched++;
+            for (int j = 0; j < s->n; j++) check_choice(&c, &o, &s->best[j], &bad);
+            for (int j = 2; j < s->n; j++)
+                if (s->best[j].forecast.seconds < s->best[j - 1].forecast.seconds) bad++;
+            sh_search_free(&s);
+            continue;
+        }
+        int way = upto(4), width = way ? 1 + upto(8) : 1, pp = 1 + upto(c.n_layers < 6 ? c.n_layers : 6);
+        sh_choice x = {
+            .shape = {.pp = pp, .ep = 1, .tp = 1, .cp = 1, .width = width}, .ranks = pp * width, .replicas = 1};
+        if (way == 1) x.shape.ep = width;
+        if (way == 2) x.shape.tp = width;
+        if (way == 3) x.shape.cp = width;
+        x.ranks_per_node = (x.ranks + k.nodes - 1) / k.nodes;
+        must(sh_search_try(&o, &x));
+        if (x.fits)
+            check_choice(&c, &o, &x, &bad);
+        else if (!*x.why)
+            bad++;
+        fitting += x.fits;
+        refused += !x.fits;
+        sh_choice_release(&x);
+    }
+    printf("\n%d plans fit, %d do not, %d searches\n", fitting, refused, searched);
+    CU_ASSERT_TRUE(fitting > 3000 && refused > 1000);
+    CU_ASSERT_EQUAL(bad, 0);
+}
+
+/* --- particular things ---------------------------------------------------------------------------------------------
+ */
+
+/* What the search calls best is best among all layouts, tried one by one. */
+static void test_exhaustive(void) {
+    sh_cluster k;
+    machine("epyc-1", &k);
+    sh_workload w = sh_workload_default();
+    sh_search_options o = {
+        .config = &a4b, .cluster = &k, .workload = &w, .fixed = {.mode = SH_MODE_BF16, .kv = SH_KV_BF16}};
+    sh_search *s = NULL;
+    must(sh_search_run(&o, &s));
+    CU_ASSERT_TRUE_FATAL(s->n > 0);
+    double best = INFINITY;
+    for (int ranks = 1; ranks <= 8; ranks *= 2)
+        for (int width = 1; width <= ranks; width *= 2)
+            for (int way = 0; way < 3; way++) {
+                sh_choice x = {.shape = {.pp = ranks / width, .ep = 1, .tp = 1, .cp = 1, .width = width},
+                               .ranks = ranks,
+                               .replicas = 8 / ranks,
+                               .ranks_per_node = 8};
+                *(way == 0 ? &x.shape.ep : way == 1 ? &x.shape.tp : &x.shape.cp) = width;
+                must(sh_search_try(&o, &x));
+                if (x.fits && x.forecast.seconds < best) best = x.forecast.seconds;
+                sh_choice_release(&x);
+            }
+    CU_ASSERT_TRUE(s->best[0].forecast.seconds <= best * 1.003);
+    sh_search_free(&s);
+}
+
+/* More of anything is never slower; fixed numbers are kept. */
+static void test_monotone(void) {
+    sh_cluster k;
+    machine("xeon-4-25g", &k);
+    sh_workload w = sh_workload_default();
+    sh_search_options o = {
+        .config = &a4b, .cluster = &k, .workload = &w, .fixed = {.mode = SH_MODE_BF16, .kv = SH_KV_BF16}};
+    sh_search *s = NULL;
+    must(sh_search_run(&o, &s));
+    double before = s->best[0].forecast.seconds;
+    sh_search_free(&s);
+    for (int i = 0; i < 4; i++) {
+        sh_cluster more = k;
+        *(i == 0 ? &more.read : i == 1 ? &more.fma : i == 2 ? &more.between.bandwidth : &more.memory) *= 3;
+        o.cluster = &more;
+        must(sh_search_run(&o, &s));
+        CU_ASSERT_TRUE(s->best[0].forecast.seconds <= before * 1.001);
+        sh_search_free(&s);
+    }
+    o.cluster = &k;
+    o.fixed.ep = 4;
+    o.fixed.pp = 2;
+    o.replicas = 1;
+    must(sh_search_run(&o, &s));
+    CU_ASSERT_EQUAL_FATAL(s->n, 1);
+    CU_ASSERT_EQUAL(s->best[0].shape.ep, 4);
+    CU_ASSERT_EQUAL(s->best[0].shape.pp, 2);
+    CU_ASSERT_EQUAL(s->best[0].replicas, 1);
+    sh_search_free(&s);
+}
+
+/* A cluster whose nodes are too small for one rank: experts must be divided, or layers. */
+static void test_small_nodes(void) {
+    sh_cluster k;
+    machine("box-24g", &k);
+    k.nodes = 4;
+    k.between = (sh_cost_link){20e-6, 25e9 / 8};
+    sh_workload w = sh_workload_default();
+    sh_search_options o = {
+        .config = &a4b, .cluster = &k, .workload = &w, .fixed = {.mode = SH_MODE_BF16, .kv = SH_KV_BF16}};
+    sh_search *s = NULL;
+    must(sh_search_run(&o, &s));
+    CU_ASSERT_TRUE_FATAL(s->n > 0);
+    CU_ASSERT_TRUE(s->has_way[SH_WAY_ALONE] && !s->of_way[SH_WAY_ALONE].fits);
+    CU_ASSERT_PTR_NOT_NULL(strstr(s->of_way[SH_WAY_ALONE].why, "may use 24576.0 MiB"));
+    CU_ASSERT_TRUE(s->best[0].shape.pp > 1 || s->best[0].shape.ep > 1);
+    sh_search_free(&s);
+}
+
+static void test_json_errors(void) {
+    static const struct {
+        const char *text, *message;
+    } row[] = {
+        {"{", "m: not valid JSON at line 1, column 1: string or '}' expected near end of file"},
+        {"[]", "m: is an array: allowed is an object"},
+        {"{\"nodes\": []}", "m: nodes: no such field: allowed are name, node, between, kernels, measured"},
+        {"{\"node\": [{\"cores\": 2.5}]}", "m: node[0].cores: is a number: allowed is a whole number"},
+        {"{\"node\": [{\"cores\": 3000000000}]}",
+         "m: node[0].cores: 3000000000 is out of range: allowed are -2147483648 to 2147483647"},
+        {"{\"node\": {}}", "m: node: is an object: allowed is a list"},
+        {"{\"name\": 7}", "m: name: is an integer: allowed is a string"},
+        {"{}", "m: machine: node: is missing: at least one kind of node is needed"},
+        {"{\"node\": [{\"memory_gib\": 4}]}", "m: machine: node.cores: is missing"},
+        {"{\"node\": [{\"cores\": 4}]}", "m: machine: node.memory_gib: is missing"},
+        {"{\"node\": [{\"cores\": 4, \"memory_gib\": -1}]}",
+         "m: machine: node.memory_gib: -1 is out of range: allowed are 0.001 to 1e+06"},
+        {"{\"node\": [{\"cores\": 4, \"memory_gib\": 8, \"count\": 9999}]}",
+         "m: machine: node.count: 9999 is out of range: allowed are 1 to 4096"},
+        {"{\"node\": [{\"cores\": 4, \"memory_gib\": 8}], \"between\": {\"gbit\": 0}}",
+         "m: machine: between.gbit: 0 is out of range: allowed are 0.001 to 1e+06"},
+    };
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        sh_cluster c;
+        CU_ASSERT_NOT_EQUAL(sh_cluster_read("m", row[i].text, strlen(row[i].text), 0, &c), SH_OK);
+        if (strcmp(sh_error_text(), row[i].message)) printf("\n%s\n", sh_error_text());
+        CU_ASSERT_STRING_EQUAL(sh_error_text(), row[i].message);
+    }
+    sh_cluster c;
+    const char *text =
+        "{\"node\": [{\"cores\": 4, \"memory_gib\": 8, \"count\": 2}, {\"cores\": 2, \"memory_gib\": 16}]}";
+    must(sh_cluster_read("m", text, strlen(text), 0, &c));
+    CU_ASSERT_EQUAL(c.nodes, 3);
+    CU_ASSERT_EQUAL(c.cores, 2);
+    CU_ASSERT_EQUAL(c.memory, 8 * 0x1p30);
+    CU_ASSERT_TRUE(c.mixed);
+    CU_ASSERT_PTR_NOT_NULL(strstr(c.assumed, "reading 12 GB/s"));
+    CU_ASSERT_PTR_NOT_NULL(strstr(c.assumed, "between 10 Gbit/s"));
+}
+
+static void read_plan(const char *text, const char *message) {
+    Shoal__Plan *p = NULL;
+    CU_ASSERT_EQUAL(sh_plan_read("f", text, strlen(text), &a4b, &p), SH_EINPUT);
+    if (strcmp(sh_error_text(), message)) printf("\n%s\n", sh_error_text());
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), message);
+    CU_ASSERT_PTR_NULL(p);
+}
+
+/* Plans that were edited badly. */
+static void test_edited(void) {
+#define REST                                                                                                           \
+    "\"mode\": \"bf16\", \"kv\": \"bf16\", \"threads\": 0, \"max_seqs\": 8, \"chunk\": 64, \"max_context\": 4096, "    \
+    "\"kv_memory\": 0"
+    read_plan("{\"rank\": [], " REST "}", "f: ranks of a group: 0 is out of range: allowed are 1 to 4096");
+    read_plan("{\"rank\": [{\"first\": 0, \"last\": 20}], " REST "}", "f: plan: layers 20 to 29 are on no rank");
+    read_plan("{\"rank\": [{\"first\": 0, \"last\": 20}, {\"first\": 19, \"last\": 30}], " REST "}",
+              "f: plan: rank 1 has layers 19 to 29: it must begin at layer 20 and hold at least one");
+    read_plan("{\"rank\": [{\"first\": 0}], " REST "}", "f: rank[0].last: is missing");
+    read_plan("{\"rank\": [{\"first\": 0, \"last\": 30, \"experts\": [{\"layer\": 0, \"expert\": [1]}]}], " REST "}",
+              "f: plan: rank 0: experts are named, but ep is 1: allowed are none");
+    read_plan("{\"rank\": [{\"first\": 0, \"last\": 30}], " REST ", \"model\": {\"layers\": 30, \"hidden\": 5376}}",
+              "f: plan: model.hidden: 5376: the plan was made for another model: this one has 2816");
+    read_plan("{\"rank\": [{\"first\": 0, \"last\": 30}], " REST ", \"replicas\": 0}",
+              "f: plan: replicas: 0 is out of range: allowed are 1 to 4096");
+    read_plan("{\"rank\": [{\"first\": 0, \"last\": 30}, {\"first\": 0, \"last\": 30}, {\"first\": 0, \"last\": 30}], "
+              "\"tp\": 3, " REST "}",
+              "f: --tp: 3 does not divide the 16 query heads of the model: allowed are 1, 2, 4, 8, 16");
+#undef REST
+    /* an expert that nobody has, and one on two ranks: the first is refused, the second runs */
+    sh_plan_request r = {.ep = 2, .mode = SH_MODE_BF16, .kv = SH_KV_BF16};
+    Shoal__Plan *p = NULL;
+    must(sh_plan_make(&a4b, &r, &p));
+    int32_t kept = p->rank[0]->experts[3]->expert[63];
+    p->rank[0]->experts[3]->n_expert--;
+    CU_ASSERT_EQUAL(sh_plan_check(&a4b, p), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "plan: layer 3: expert 63 is on no rank");
+    CU_ASSERT_EQUAL(kept, 63);
+    p->rank[0]->experts[3]->n_expert++;
+    p->rank[0]->experts[3]->expert[63] = 64;
+    p->rank[1]->experts[3]->expert[0] = 63;
+    CU_ASSERT_EQUAL(sh_plan_check(&a4b, p), SH_OK);
+    sh_plan_free(&p);
+}
+
+int main(void) {
+    CU_initialize_registry();
+    CU_pSuite s = CU_add_suite("planner", load, NULL);
+    CU_add_test(s, "committed plans", test_goldens);
+    CU_add_test(s, "10,000 machines and models", test_properties);
+    CU_add_test(s, "the best of all", test_exhaustive);
+    CU_add_test(s, "more is not slower", test_monotone);
+    CU_add_test(s, "small nodes", test_small_nodes);
+    CU_add_test(s, "errors of machine files", test_json_errors);
+    CU_add_test(s, "edited plans", test_edited);
+    CU_basic_run_tests();
+    unsigned failed = CU_get_number_of_failures() + (CU_get_number_of_suites_failed() != 0);
+    CU_cleanup_registry();
+    return failed != 0;
+}
