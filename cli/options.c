@@ -290,6 +290,8 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {"tp", 0, SH_OPTION_INT, &s->tp, "T", "ranks of a stage that divide heads and columns", 1, SH_MAX_RANKS},
         {"cp", 0, SH_OPTION_INT, &s->cp, "C", "ranks of a stage that divide the positions of each sequence", 1,
          SH_MAX_RANKS},
+        {"prefill", 0, SH_OPTION_INT, &s->prefill, "P",
+         "ranks besides that read prompts and hand their K/V to the others, which decode", 1, SH_MAX_RANKS - 1},
         {"tp-reduce", 0, SH_OPTION_CHOICE, &s->tp_reduce_at, "HOW",
          "with --tp: gather (default: the same bytes for any layout) or sum (less traffic; results then depend on T)",
          .choices = reduce_names},
@@ -330,7 +332,7 @@ int sh_options_ranks(const sh_shared_options *s) {
         stages = 2;
         for (const char *p = s->cuts; *p; p++) stages += *p == ',';
     }
-    return stages || width > 1 ? (stages ? stages : 1) * width : 0;
+    return stages || width > 1 || s->prefill ? (stages ? stages : 1) * width + s->prefill : 0;
 }
 
 void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out) {
@@ -340,6 +342,7 @@ void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out
                              .tp = s->tp,
                              .cp = s->cp,
                              .tp_sum = s->tp_reduce_at == 1,
+                             .prefill = s->prefill,
                              .cuts = s->cuts,
                              .mode = sh_options_mode(s),
                              .kv = sh_options_kv(s),

@@ -67,6 +67,7 @@ typedef struct sh_shared_options {
     int ranks;          /* of a group; 0: not given */
     int replicas;       /* groups; 0: not given */
     int pp, ep, tp, cp; /* 0: not given */
+    int prefill;        /* ranks besides; 0: not given */
     int tp_reduce_at;   /* place in the choices: 0 gather, 1 sum */
     const char *cuts;   /* NULL: not given */
     const char *plan;   /* file, see planuse.h; NULL: not given */
@@ -85,7 +86,8 @@ int sh_options_shared(sh_shared_options *s, sh_option *t);
 sh_mode sh_options_mode(const sh_shared_options *s);
 /* As given, else by mode: f32 with exact, bf16 with bf16. */
 sh_kv_type sh_options_kv(const sh_shared_options *s);
-/* The ranks of a group that -n, --pp, --cuts, --ep, --tp and --cp ask for together; 0 where none of them was given. */
+/* The ranks of a group that -n, --pp, --cuts, --ep, --tp, --cp and --prefill ask for together; 0 where none of them was
+ * given. */
 int sh_options_ranks(const sh_shared_options *s);
 /* What the options ask of a plan for so many ranks. Texts are borrowed. */
 void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out);

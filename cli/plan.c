@@ -33,6 +33,7 @@ typedef struct command {
     const char *machine, *workload, *output, *save_machine;
     int nodes;
     bool probe, brief;
+    sh_routing *routing;
     sh_cluster cluster;
     sh_workload work;
     char work_note[512];
@@ -107,6 +108,7 @@ static sh_search_options options_of(const command *k, const subject *s) {
     sh_search_options o = {
         .config = &s->config, .cluster = &k->cluster, .workload = &k->work, .replicas = k->shared.replicas};
     sh_options_plan(&k->shared, k->shared.ranks, &o.fixed);
+    o.fixed.routing = k->routing;
     return o;
 }
 
@@ -181,13 +183,14 @@ static sh_status table_cell(const command *k, const subject *s, int nodes, sh_mo
 
 static sh_status table(const command *k, const subject *s, int n, sh_buf *out) {
     int most = k->cluster.nodes > TABLE_NODES ? k->cluster.nodes : TABLE_NODES;
-    SH_TRY(sh_buf_printf(out,
-                         "\ntokens/s out and time for %.0f requests, by nodes and mode:\n  %-24s nodes  %23s%23s\n",
-                         k->work.requests, "model", "bf16", "exact"));
+    SH_TRY(sh_buf_printf(
+        out, "\ntokens/s out and time for %.0f requests, by nodes and mode:\n  %-24s nodes  %23s%23s%23s%23s\n",
+        k->work.requests, "model", "bf16", "q8", "q4", "exact"));
     for (int i = 0; i < n; i++)
         for (int nodes = 1; nodes <= most; nodes = nodes < most && 2 * nodes > most ? most : 2 * nodes) {
             SH_TRY(sh_buf_printf(out, "  %-24s %5d  ", s[i].name, nodes));
-            SH_TRY(table_cell(k, &s[i], nodes, SH_MODE_BF16, out));
+            for (int mode = SH_MODE_BF16; mode < SH_MODES; mode++)
+                SH_TRY(table_cell(k, &s[i], nodes, (sh_mode)mode, out));
             SH_TRY(table_cell(k, &s[i], nodes, SH_MODE_EXACT, out));
             SH_TRY(sh_buf_add_str(out, "\n"));
         }
@@ -243,6 +246,10 @@ static sh_status plan(command *k, subject *s, int n, sh_buf *out, bool *fits) {
     for (int i = 0; i < n; i++) SH_TRY(load_subject(k->models.n ? k->models.text[i] : NULL, &s[i]));
     SH_TRY(load_machine(k));
     SH_TRY(load_workload(k, &s[0]));
+    if (k->shared.routing) {
+        sh_status st = sh_routing_load(k->shared.routing, &s[0].config, &k->routing);
+        if (st != SH_OK) return sh_error_prefix(st, "--routing");
+    }
     if (k->shared.plan) return explain_file(k, &s[0], out, fits);
     if (n == 1) return explain_one(k, &s[0], out, fits);
     for (int i = 0; i < n; i++)
@@ -264,6 +271,7 @@ static int run(command *k) {
     sh_status st = plan(k, s, n, &out, &fits);
     flush(&out, k->output && strcmp(k->output, "-") == 0);
     sh_buf_release(&out);
+    sh_routing_destroy(&k->routing);
     free(s);
     if (st != SH_OK)
         return sh_options_complain("plan", st == SH_EINPUT || st == SH_EFORMAT ? SH_EXIT_USAGE : SH_EXIT_RUN);
@@ -313,6 +321,7 @@ int sh_cmd_plan(int argc, char **argv) {
         fprintf(stderr, "shoal plan: '%s': takes no operands: the model is given with -m\n", argv[1]);
         return SH_EXIT_USAGE;
     }
+    if (k.models.n > 1 && k.shared.routing) return contradiction("--routing: is for one model: give -m once");
     if (k.models.n > 1 && (k.shared.plan || k.output))
         return contradiction("--plan, -o: are for one model: give -m once");
     if (k.machine && (k.probe || k.save_machine))

@@ -26,6 +26,7 @@ static sh_status check_options(const sh_shared_options *s, const Shoal__Plan *p)
     SH_TRY(left_to_plan("--cp", s->cp));
     SH_TRY(left_to_plan("--tp-reduce", s->tp_reduce_at));
     SH_TRY(left_to_plan("--cuts", s->cuts));
+    SH_TRY(left_to_plan("--routing", s->routing));
     SH_TRY(same_number("-n", s->ranks, (int)p->n_rank));
     if (s->mode_at == 0 && strcmp(p->mode, "exact") != 0)
         SH_FAIL(SH_EINPUT, "--mode: exact, but the plan says %s: edit the plan", p->mode);

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
+#include "cli/predict.h"
 #include "common/clock.h"
 #include "common/json.h"
 #include "proto/group.pb-c.h"
@@ -224,6 +225,80 @@ static sh_status stage_lines(const sh_closing *c, sh_buf *to) {
     return SH_OK;
 }
 
+static sh_status seconds_row(const char *what, double weights, double attention, double experts, double exchange,
+                             double other, double idle, sh_buf *to) {
+    return sh_buf_printf(to, "%-12s%9.2f  %9.2f  %7.2f  %8.2f  %5.2f  %5.2f\n", what, weights, attention, experts,
+                         exchange, other, idle);
+}
+
+static sh_status predicted_rows(const Shoal__StageTimes *t, const sh_prediction *p, sh_buf *to) {
+    if (t->rank < 0 || t->rank >= p->ranks) return SH_OK;
+    const sh_forecast_rank *r = &p->rank[t->rank];
+    SH_TRY(sh_buf_printf(to, "  %5d   ", t->rank));
+    SH_TRY(seconds_row("measured", t->weights, t->attention, t->experts, t->exchange, t->other, t->idle, to));
+    SH_TRY(sh_buf_printf(to, "  %5s   ", ""));
+    return seconds_row("predicted", r->seconds[SH_CAUSE_WEIGHTS], r->seconds[SH_CAUSE_ATTENTION],
+                       r->seconds[SH_CAUSE_EXPERTS], r->exchange, r->seconds[SH_CAUSE_OTHER], r->idle, to);
+}
+
+/* Seconds by cause beside what the planner would have said of these tokens. Of the first group: all have the same plan.
+ */
+static sh_status predicted_lines(const sh_closing *c, sh_buf *to) {
+    if (!c->predicted || !c->last || c->last->n_group == 0) return SH_OK;
+    const Shoal__GroupState *gs = c->last->group[0];
+    SH_TRY(sh_buf_printf(to, "  predicted  %.1f s at work, %s\n", c->predicted->seconds, c->predicted->from));
+    if (gs->n_times)
+        SH_TRY(sh_buf_add_str(to, "  stage   seconds       weights  attention  experts  exchange  other   idle\n"));
+    for (size_t i = 0; i < gs->n_times; i++) {
+        Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, gs->times[i].len, gs->times[i].data);
+        if (!t) continue;
+        sh_status st = predicted_rows(t, c->predicted, to);
+        shoal__stage_times__free_unpacked(t, NULL);
+        SH_TRY(st);
+    }
+    return SH_OK;
+}
+
+/* What the ranks of a group tell of their experts, summed. */
+typedef struct expert_sums {
+    double busiest, rows;         /* rows that experts computed: the busiest member's of each stage; all */
+    double exposed[2], travel[2]; /* seconds: global, sliding */
+    double sent;
+} expert_sums;
+
+static void add_expert_times(const Shoal__GroupState *g, int ep, expert_sums *to) {
+    double most = 0;
+    for (size_t i = 0; i < g->n_times; i++) {
+        Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, g->times[i].len, g->times[i].data);
+        if (!t) continue;
+        if (t->rank % ep == 0) most = 0; /* the next stage */
+        if ((double)t->expert_rows > most) {
+            to->busiest += (double)t->expert_rows - most;
+            most = (double)t->expert_rows;
+        }
+        to->rows += (double)t->expert_rows;
+        to->exposed[0] += t->exposed_global, to->exposed[1] += t->exposed_sliding;
+        to->travel[0] += t->travel_global, to->travel[1] += t->travel_sliding;
+        to->sent += (double)t->sent_experts;
+        shoal__stage_times__free_unpacked(t, NULL);
+    }
+}
+
+/* How evenly the experts' work lay on the members of a stage, and how much of the exchange nothing was computed beside.
+ */
+static sh_status expert_line(const sh_closing *c, sh_buf *to) {
+    expert_sums s = {0};
+    for (size_t g = 0; c->ep > 1 && c->last && g < c->last->n_group; g++)
+        add_expert_times(c->last->group[g], c->ep, &s);
+    if (s.rows <= 0) return SH_OK;
+    return sh_buf_printf(
+        to,
+        "  experts    busiest rank %.2f of the mean; %.1f MB between ranks; waited %.1f s of the %.1f s "
+        "they took (sliding layers %.1f of %.1f, global %.1f of %.1f; all ranks together)\n",
+        s.busiest * c->ep / s.rows, s.sent * 1e-6, s.exposed[0] + s.exposed[1], s.travel[0] + s.travel[1], s.exposed[1],
+        s.travel[1], s.exposed[0], s.travel[0]);
+}
+
 static sh_status closing_words(const sh_closing *c, sh_buf *to) {
     uint64_t rows = 0;
     for (int i = 0; i < c->outcomes->n; i++) rows += c->outcomes->rows[i];
@@ -239,7 +314,31 @@ static sh_status closing_words(const sh_closing *c, sh_buf *to) {
         SH_TRY(sh_buf_printf(to, "  speed      %.1f tokens/s in, %.1f tokens/s out\n", (double)c->tokens_in_now / t,
                              (double)c->tokens_out_now / t));
     SH_TRY(stage_lines(c, to));
+    SH_TRY(predicted_lines(c, to));
+    SH_TRY(expert_line(c, to));
     return sh_buf_printf(to, "  results    %s\n", c->output);
+}
+
+static json_t *predicted_json(const sh_prediction *p) {
+    json_t *ranks = json_array();
+    for (int i = 0; i < p->ranks; i++) {
+        const sh_forecast_rank *r = &p->rank[i];
+        json_array_append_new(
+            ranks, json_pack("{s:i, s:f, s:f, s:f, s:f, s:f, s:f}", "rank", i, "weights", r->seconds[SH_CAUSE_WEIGHTS],
+                             "attention", r->seconds[SH_CAUSE_ATTENTION], "experts", r->seconds[SH_CAUSE_EXPERTS],
+                             "exchange", r->exchange, "other", r->seconds[SH_CAUSE_OTHER], "idle", r->idle));
+    }
+    return json_pack("{s:f, s:b, s:s, s:o}", "seconds", p->seconds, "assumed", p->assumed, "from", p->from, "stages",
+                     ranks);
+}
+
+static void add_expert_json(const Shoal__StageTimes *t, json_t *to) {
+    json_object_set_new(to, "sent_experts", json_integer((json_int_t)t->sent_experts));
+    json_object_set_new(to, "expert_rows", json_integer((json_int_t)t->expert_rows));
+    json_object_set_new(to, "exposed_sliding", json_real(t->exposed_sliding));
+    json_object_set_new(to, "exposed_global", json_real(t->exposed_global));
+    json_object_set_new(to, "travel_sliding", json_real(t->travel_sliding));
+    json_object_set_new(to, "travel_global", json_real(t->travel_global));
 }
 
 static sh_status closing_json(const sh_closing *c, sh_buf *to) {
@@ -255,11 +354,13 @@ static sh_status closing_json(const sh_closing *c, sh_buf *to) {
             const ProtobufCBinaryData *b = &c->last->group[g]->times[i];
             Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, b->len, b->data);
             if (!t) continue;
-            json_array_append_new(stages, json_pack("{s:s, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I}", "group",
-                                                    c->last->group[g]->group, "rank", t->rank, "weights", t->weights,
-                                                    "attention", t->attention, "experts", t->experts, "exchange",
-                                                    t->exchange, "other", t->other, "idle", t->idle, "bytes",
-                                                    (json_int_t)t->bytes, "steps", (json_int_t)t->steps));
+            json_t *stage =
+                json_pack("{s:s, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:I}", "group", c->last->group[g]->group,
+                          "rank", t->rank, "weights", t->weights, "attention", t->attention, "experts", t->experts,
+                          "exchange", t->exchange, "other", t->other, "idle", t->idle, "bytes", (json_int_t)t->bytes,
+                          "steps", (json_int_t)t->steps, "sent", (json_int_t)t->sent);
+            if (stage && c->ep > 1) add_expert_json(t, stage);
+            json_array_append_new(stages, stage);
             shoal__stage_times__free_unpacked(t, NULL);
         }
     json_object_set_new(j, "event", json_string("end"));
@@ -269,6 +370,7 @@ static sh_status closing_json(const sh_closing *c, sh_buf *to) {
     json_object_set_new(j, "seconds", json_real(c->wall));
     json_object_set_new(j, "seconds_at_work", json_real(c->computing));
     json_object_set_new(j, "stages", stages);
+    if (c->predicted) json_object_set_new(j, "predicted", predicted_json(c->predicted));
     json_object_set_new(j, "output", json_string(c->output));
     char *s = json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(6));
     if (!s) SH_FAIL(SH_EMEMORY, "no memory for the closing table");

@@ -59,6 +59,8 @@ typedef struct sh_closing {
     double wall, computing;                 /* seconds: all, and with a group at work */
     const Shoal__JobReply *last;            /* its groups' stage times; may be NULL */
     double bandwidth;                       /* bytes/s this machine can read; 0: not known */
+    const struct sh_prediction *predicted;  /* predict.h; NULL: none */
+    int ep;                                 /* ranks that divide the experts of a stage; 0 or 1: none */
 } sh_closing;
 /* The table in words, or as one JSON object. Pure: appends to `to`. */
 sh_status sh_closing_text(const sh_closing *c, bool json, sh_buf *to);

@@ -19,6 +19,7 @@
 #include "cli/input.h"
 #include "cli/options.h"
 #include "cli/planuse.h"
+#include "cli/predict.h"
 #include "cli/session.h"
 #include "common/clock.h"
 #include "common/file.h"
@@ -45,7 +46,9 @@ typedef struct run {
     bool spooled;             /* the input is a stream: what is submitted is the spool */
     int replicas, ranks, cpus;
     uint64_t memory;
-    sh_buf slurm_hosts; /* of the allocation, where `hosts` names them */
+    const sh_config *config;
+    Shoal__Plan *planned; /* of each group; the coordinator makes the same */
+    sh_buf slurm_hosts;   /* of the allocation, where `hosts` names them */
     sh_input scanned;
     sh_runstore folder;
     sh_progress progress;
@@ -196,19 +199,16 @@ static sh_status check_output(run *r) {
 }
 
 /* The coordinator makes the same plan; what is wrong with it is better said before anything is started. */
-static sh_status check_plan(const run *r, const sh_config *config) {
+static sh_status check_plan(run *r, const sh_config *config) {
     sh_plan_request q;
-    if (r->shared.plan) return SH_OK; /* read and checked already */
+    if (r->routing && config->experts == 0) SH_FAIL(SH_EINPUT, "--save-routing: the model has no experts to count");
+    if (r->planned) return SH_OK; /* read and checked already */
     sh_options_plan(&r->shared, r->ranks, &q);
-    Shoal__Plan *plan = NULL;
     SH_CLEANUP(sh_routing_destroy) sh_routing *routing = NULL;
     sh_status st = r->shared.routing ? sh_routing_load(r->shared.routing, config, &routing) : SH_OK;
     if (st != SH_OK) return sh_error_prefix(st, "--routing");
     q.routing = routing;
-    SH_TRY(sh_plan_make(config, &q, &plan));
-    sh_plan_free(&plan);
-    if (r->routing && config->experts == 0) SH_FAIL(SH_EINPUT, "--save-routing: the model has no experts to count");
-    return SH_OK;
+    return sh_plan_make(config, &q, &r->planned);
 }
 
 /* Inside an allocation of several nodes the groups are on all of them. */
@@ -235,9 +235,8 @@ static sh_status choose_ranks(run *r, int numa) {
 static sh_status check_ranks(run *r) {
     static sh_config config; /* a large table */
     SH_TRY(sh_config_load(r->model, &config));
-    Shoal__Plan *plan = NULL;
-    SH_TRY(sh_plan_use(&r->shared, &config, &plan));
-    sh_plan_free(&plan);
+    r->config = &config;
+    SH_TRY(sh_plan_use(&r->shared, &config, &r->planned));
     r->ranks = sh_options_ranks(&r->shared);
     static sh_machine machine;
     SH_TRY(sh_machine_read(NULL, &machine));
@@ -315,16 +314,35 @@ static int say_interrupted(run *r, sh_session *s) {
     return SH_EXIT_INTERRUPTED;
 }
 
+/* What the planner would have said of these tokens; nothing where it cannot say. */
+static void predict(const run *r, sh_closing *c, sh_prediction *p) {
+    int nodes = 1;
+    for (const char *h = r->hosts; h && *h; h++) nodes += *h == ',';
+    double share = c->tokens_out > 0 ? (double)c->tokens_out_now / (double)c->tokens_out : 1; /* of this run */
+    sh_predict_options o = {.config = r->config,
+                            .plan = r->planned,
+                            .replicas = r->replicas,
+                            .nodes = nodes,
+                            .tokens_in = (double)c->tokens_in_now,
+                            .tokens_out = (double)c->tokens_out_now};
+    for (int i = 0; i < c->outcomes->n; i++)
+        if (c->outcomes->status[i] == 200) o.requests += share * (double)c->outcomes->rows[i];
+    if (sh_predict_run(&o, p) == SH_OK) c->predicted = p;
+}
+
 static void print_closing(run *r, sh_session *s, const sh_outcomes *outcomes) {
-    sh_closing c = {.output = r->output, .outcomes = outcomes, .wall = sh_now() - r->began};
+    sh_closing c = {.output = r->output, .outcomes = outcomes, .wall = sh_now() - r->began, .ep = r->shared.ep};
     if (r->progress.style == SH_PROGRESS_NONE) return;
     sh_session_closing(s, &c);
+    sh_prediction prediction = {0};
+    predict(r, &c, &prediction);
     sh_buf text;
     sh_buf_init(&text, 0);
     if (sh_closing_text(&c, r->progress.style == SH_PROGRESS_JSON, &text) == SH_OK) {
         sh_progress_end(&r->progress);
         fwrite(text.data, 1, text.len, stderr);
     }
+    sh_prediction_release(&prediction);
     sh_buf_release(&text);
 }
 
@@ -432,6 +450,7 @@ int sh_cmd_run(int argc, char **argv) {
         rc = run_job(&r);
     }
     sh_buf_release(&r.slurm_hosts);
+    sh_plan_free(&r.planned);
     free(typed);
     return rc;
 }

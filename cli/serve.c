@@ -13,6 +13,7 @@ static const char usage[] =
     "'shoal worker' ranks that connect to it, and hands out results. Ends on SIGTERM or Ctrl-C; started again\n"
     "with the same store it goes on where it was. One group is started by, for example:\n\n"
     "  mpirun -n 4 shoal worker --connect ENDPOINT\n\n"
+    "--replicas R says that R groups are expected: what is too long for those that are up waits until there are R.\n\n"
     "ENDPOINT is ipc:///PATH (this node; the socket's folder must be yours and closed to others: mode 700) or\n"
     "tcp://ADDRESS:PORT (needs --keys; tcp://*:5555 listens on all interfaces).\n\n";
 
@@ -103,6 +104,7 @@ int sh_cmd_serve(int argc, char **argv) {
         .tp = o->tp,
         .cp = o->cp,
         .tp_sum = o->tp_reduce_at == 1,
+        .prefill = o->prefill,
         .mode = sh_options_mode(o),
         .kv = sh_options_kv(o),
         .threads = o->threads,

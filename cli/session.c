@@ -311,6 +311,7 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     add_number(a, "--ep", (uint64_t)o->ep, false);
     add_number(a, "--tp", (uint64_t)o->tp, false);
     add_number(a, "--cp", (uint64_t)o->cp, false);
+    add_number(a, "--prefill", (uint64_t)o->prefill, false);
     if (o->tp_reduce_at) add(a, "--tp-reduce", "sum");
     add_number(a, "--threads", (uint64_t)o->threads, false);
     add_number(a, "--max-seqs", (uint64_t)o->max_seqs, false);

@@ -14,5 +14,8 @@ static inline uint64_t sh_mix64(uint64_t z) { /* splitmix64's finaliser: Steele,
 
 /* Hash of n bytes continued from seed (0 to start). */
 uint64_t sh_hash64(uint64_t seed, const void *p, size_t n);
+/* The same for long inputs, several times faster: its words go to eight streams in turn, which do not wait for each
+ * other. Another value than sh_hash64's. */
+uint64_t sh_hash64_long(uint64_t seed, const void *p, size_t n);
 
 #endif

@@ -341,6 +341,7 @@ static sh_status make_plan(const sh_dispatch *d, sh_group *g) {
                          .tp = o->tp,
                          .cp = o->cp,
                          .tp_sum = o->tp_sum,
+                         .prefill = o->prefill,
                          .cuts = o->cuts,
                          .mode = o->mode,
                          .kv = o->kv,
@@ -477,8 +478,8 @@ static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) 
     if (st == SH_EINPUT) {
         char why[1024];
         snprintf(why, sizeof why, "%s", sh_error_text());
-        SH_TRY(group_lose(d, g, why, true));
-        return d->o->run ? sh_jobs_fail(d->jobs, why) : SH_OK;
+        SH_TRY(group_lose(d, g, why, true)); /* other groups of a run may have the right ones */
+        return d->o->run && d->expected <= 1 ? sh_jobs_fail(d->jobs, why) : SH_OK;
     }
     SH_TRY(st);
     g->kv_tokens = r->kv_tokens;

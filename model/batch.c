@@ -5,8 +5,10 @@
  *   per span:  u64 seq, i32 pos rows keep level, per KV kind: i32 page0 n_pages, i32 pages[n_pages]
  *   per start: u64 seq, sampling, i32 n_prompt n_tokens, i32 tokens[n_tokens]
  *   u64 drops[n_drops]
- * row0, kept0 and n_kept follow from the spans. Reading trusts nothing: every count is checked against the bytes that
- * are left before memory is taken for it. What only a model can know (vocabulary, pool size) sh_model_forward checks.
+ *   i32 n_handoffs (0 or n_spans); where any: u64 after, per span and KV kind: i32 from page0 n_pages, i32
+ * pages[n_pages] row0, kept0 and n_kept follow from the spans. Reading trusts nothing: every count is checked against
+ * the bytes that are left before memory is taken for it. What only a model can know (vocabulary, pool size)
+ * sh_model_forward checks.
  */
 #include "model/batch.h"
 
@@ -109,6 +111,20 @@ static sh_status put_start(sh_buf *to, const sh_seq_start *s) {
     return put_list(to, s->tokens, s->n_tokens);
 }
 
+static sh_status put_handoffs(sh_buf *to, const sh_batch *b) {
+    SH_TRY(put_i32(to, b->n_handoffs));
+    if (b->n_handoffs == 0) return SH_OK;
+    SH_TRY(put_u64(to, b->after));
+    for (int i = 0; i < b->n_handoffs; i++)
+        for (int k = 0; k < SH_KV_KINDS; k++) {
+            const sh_handoff *h = &b->handoffs[i];
+            SH_TRY(put_i32(to, h->from[k]));
+            SH_TRY(put_i32(to, h->page0[k]));
+            SH_TRY(put_list(to, h->pages[k], h->n_pages[k]));
+        }
+    return SH_OK;
+}
+
 static sh_status put_body(sh_buf *to, const sh_batch *b) {
     SH_TRY(put_u32(to, 0)); /* length: filled in afterwards */
     SH_TRY(put_u32(to, MAGIC));
@@ -123,7 +139,7 @@ static sh_status put_body(sh_buf *to, const sh_batch *b) {
     for (int i = 0; i < b->n_spans; i++) SH_TRY(put_span(to, &b->spans[i]));
     for (int i = 0; i < b->n_starts; i++) SH_TRY(put_start(to, &b->starts[i]));
     for (int i = 0; i < b->n_drops; i++) SH_TRY(put_u64(to, b->drops[i]));
-    return SH_OK;
+    return put_handoffs(to, b);
 }
 
 sh_status sh_batch_encode(const sh_batch *b, sh_buf *to) {
@@ -251,13 +267,13 @@ static sh_status get_sampling(reader *r, sh_sampling *s) {
     return get_stops(r, s);
 }
 
-static sh_status get_pages(reader *r, sh_span *s, int kind) {
-    SH_TRY(get_i32(r, "first page", 0, MAX_POS / SH_PAGE_TOKENS, &s->page0[kind]));
-    SH_TRY(get_i32(r, "pages", 0, MAX_POS / SH_PAGE_TOKENS, &s->n_pages[kind]));
+static sh_status get_pages(reader *r, int32_t *page0, int32_t *n_pages, const int32_t **out) {
+    SH_TRY(get_i32(r, "first page", 0, MAX_POS / SH_PAGE_TOKENS, page0));
+    SH_TRY(get_i32(r, "pages", 0, MAX_POS / SH_PAGE_TOKENS, n_pages));
     int32_t *pages = NULL;
-    SH_TRY(take(r, "pages", s->n_pages[kind], sizeof *pages, 4, (void **)&pages));
-    SH_TRY(get_ints(r, "page", s->n_pages[kind], 0, pages));
-    s->pages[kind] = pages;
+    SH_TRY(take(r, "pages", *n_pages, sizeof *pages, 4, (void **)&pages));
+    SH_TRY(get_ints(r, "page", *n_pages, 0, pages));
+    *out = pages;
     return SH_OK;
 }
 
@@ -268,7 +284,7 @@ static sh_status get_span(reader *r, sh_batch *b, sh_span *s, int32_t *row, int3
     SH_TRY(get_i32(r, "rows of a span", 1, b->n_rows - *row, &s->rows));
     SH_TRY(get_i32(r, "kept rows of a span", 0, s->rows, &s->keep));
     SH_TRY(get_i32(r, "level of a span", 0, SH_MAX_LEVEL, &s->level));
-    for (int k = 0; k < SH_KV_KINDS; k++) SH_TRY(get_pages(r, s, k));
+    for (int k = 0; k < SH_KV_KINDS; k++) SH_TRY(get_pages(r, &s->page0[k], &s->n_pages[k], &s->pages[k]));
     *row += s->rows;
     *kept += s->keep;
     return SH_OK;
@@ -286,6 +302,30 @@ static sh_status get_start(reader *r, sh_seq_start *s) {
     SH_TRY(take(r, "tokens of a sequence", s->n_tokens, sizeof *tokens, 4, (void **)&tokens));
     SH_TRY(get_ints(r, "token", s->n_tokens, 0, tokens));
     s->tokens = tokens;
+    return SH_OK;
+}
+
+static sh_status get_handoff(reader *r, const sh_span *s, sh_handoff *h) {
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        int32_t end = s->pos + s->rows;
+        SH_TRY(get_i32(r, "first position handed over", s->pos, end, &h->from[k]));
+        SH_TRY(get_pages(r, &h->page0[k], &h->n_pages[k], &h->pages[k]));
+        if (h->from[k] < end &&
+            (h->page0[k] > h->from[k] / SH_PAGE_TOKENS || h->page0[k] + h->n_pages[k] <= (end - 1) / SH_PAGE_TOKENS))
+            SH_FAIL(SH_EFORMAT, "batch: pages %d to %d do not hold positions %d to %d that are handed over",
+                    h->page0[k], h->page0[k] + h->n_pages[k] - 1, h->from[k], end - 1);
+    }
+    return SH_OK;
+}
+
+static sh_status get_handoffs(reader *r, sh_batch *b) {
+    SH_TRY(get_i32(r, "spans handed over", 0, b->n_spans, &b->n_handoffs));
+    if (b->n_handoffs == 0) return SH_OK;
+    if (b->n_handoffs != b->n_spans)
+        SH_FAIL(SH_EFORMAT, "batch: %d of %d spans handed over: all or none", b->n_handoffs, b->n_spans);
+    SH_TRY(get_u64(r, &b->after));
+    SH_TRY(take(r, "spans handed over", b->n_handoffs, sizeof *b->handoffs, 24, (void **)&b->handoffs));
+    for (int i = 0; i < b->n_handoffs; i++) SH_TRY(get_handoff(r, &b->spans[i], &b->handoffs[i]));
     return SH_OK;
 }
 
@@ -311,6 +351,7 @@ static sh_status get_body(reader *r, sh_batch *b) {
     for (int i = 0; i < b->n_starts; i++) SH_TRY(get_start(r, &b->starts[i]));
     SH_TRY(take(r, "ending sequences", b->n_drops, sizeof *b->drops, 8, (void **)&b->drops));
     for (int i = 0; i < b->n_drops; i++) SH_TRY(get_u64(r, &b->drops[i]));
+    SH_TRY(get_handoffs(r, b));
     if (r->left != 0) SH_FAIL(SH_EFORMAT, "batch: %zu bytes too many in the descriptor", r->left);
     return SH_OK;
 }

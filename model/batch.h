@@ -36,6 +36,15 @@ typedef struct sh_seq_start {
     int32_t n_prompt, n_tokens;
 } sh_seq_start;
 
+/* Where the K/V rows that a span makes go besides its own pages: into the decode pool of another rank, as shards
+ * (worker/shard.h). Positions [from[kind], pos + rows) travel; none where that is empty. */
+typedef struct sh_handoff {
+    int32_t from[SH_KV_KINDS]; /* pos ≤ from ≤ pos + rows */
+    int32_t page0[SH_KV_KINDS],
+        n_pages[SH_KV_KINDS];          /* as in a span, of the pool that they go to; they hold the rows */
+    const int32_t *pages[SH_KV_KINDS]; /* borrowed from the batch */
+} sh_handoff;
+
 typedef struct sh_batch {
     uint64_t step; /* number of the micro-batch, ascending */
     int32_t n_rows, n_kept, n_spans, n_starts, n_drops;
@@ -46,7 +55,12 @@ typedef struct sh_batch {
     sh_span *spans;
     sh_seq_start *starts;
     uint64_t *drops; /* sequences whose sampler state ends */
-    sh_arena arena;  /* holds all of the above */
+    /* Of prompts whose K/V are made here for other ranks: one per span, or none at all. A rank that takes their rows
+     * must have done its micro-batch `after` before, the last one that may still read what the pages held. */
+    int32_t n_handoffs;
+    uint64_t after;
+    sh_handoff *handoffs;
+    sh_arena arena; /* holds all of the above */
 } sh_batch;
 
 /* A batch with room for `bytes` of descriptor; reused by decode and by the leader for every step, without allocation.

@@ -37,6 +37,7 @@ typedef struct sh_config {
     int ple_vocab; /* rows of the per-layer table */
     int experts, top_k, expert_ff;
     int first_shared; /* layers from here on have no K/V of their own; n_layers when none */
+    int kv_end; /* > 0: only K/V of layers [0, kv_end) are made: no head, and the last of them has no more than K/V */
     int max_context;
     float eps, softcap; /* softcap 0: none */
     bool tied;          /* the head is embed_tokens */
@@ -49,6 +50,19 @@ typedef struct sh_config {
 
 /* The longest context unless the user asks for another: the model's, at most SH_USUAL_CONTEXT (docs/decisions/0011). */
 int sh_config_usual_context(const sh_config *c);
+
+/* Sets kv_end: the same model for ranks that make the K/V of prompts and nothing else. Layers without K/V of their own
+ * are not theirs. */
+static inline void sh_config_prefill(sh_config *c) {
+    c->kv_end = c->first_shared;
+}
+/* Whether a stage that ends before `last` ends the model, and has the head; whether of a layer only K/V are made. */
+static inline bool sh_config_has_head(const sh_config *c, int last) {
+    return last == c->n_layers && c->kv_end == 0;
+}
+static inline bool sh_config_only_kv(const sh_config *c, int layer) {
+    return layer == c->kv_end - 1;
+}
 
 /* Defaults for requests: generation_config.json, where absent the values of config.json and neutral sampling. */
 typedef struct sh_generation {
@@ -69,7 +83,8 @@ int sh_layer_kv_values(const sh_layer *l);
 /* The same for a whole stage [first, last): bytes per token of one KV kind over the layers it must hold (its producers
  * and mirrors of earlier producers that its consumers read). */
 size_t sh_config_kv_bytes(const sh_config *c, sh_kv_type type, sh_kv_kind kind, int first, int last);
-/* Whether K/V of producer `layer` must cross a cut before layer `cut` (layer < cut and some consumer ≥ cut). */
+/* Whether K/V of producer `layer` must cross a cut before layer `cut` (layer < cut and some consumer ≥ cut, below
+ * kv_end if that is set). */
 bool sh_config_kv_crosses(const sh_config *c, int layer, int cut);
 static inline size_t sh_kv_type_bytes(sh_kv_type t) {
     return t == SH_KV_F32 ? 4 : 2;

@@ -157,7 +157,7 @@ static void heads_of_row(const row_job *j, int r, const sh_attn_rows *s) {
     const sh_kernels *kn = m->kn;
     const sh_rope *rope = rope_of(m, j->layer);
     int pos = s->pos + r - s->row, hd = l->head_dim;
-    for (int h = 0; h < l->heads; h++) {
+    for (int h = 0; j->w->q_norm && h < l->heads; h++) {
         float *q = row(m->q, r * l->heads + h, hd);
         kn->rmsnorm(q, q, j->w->q_norm, hd, m->config.eps);
         sh_rope_apply(rope, kn, q, pos);
@@ -186,16 +186,34 @@ static void heads_rows(void *arg, int lo, int hi) {
     }
 }
 
-/* Queries of this layer, and keys and values if it has its own; all raw. */
+/* Queries of this layer, unless only its K/V are wanted, and keys and values if it has its own; all raw. */
 static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights *w, int n) {
     size_t q = (size_t)l->heads * (size_t)l->head_dim, kv = (size_t)l->kv_heads * (size_t)l->head_dim;
     const sh_wmat *mats[] = {&w->q, &w->k, &w->v};
     float *out[] = {m->q, m->k, m->v};
     size_t ld[] = {q, kv, kv};
-    int count = !l->has_kv ? 1 : l->k_eq_v ? 2 : 3;
+    int count = !l->has_kv ? 1 : l->k_eq_v ? 2 : 3, from = w->q.data ? 0 : 1;
     book(m, &m->times.other);
-    sh_linear_multi(m->team, m->kn, count, mats, m->h, (size_t)m->config.hidden, n, out, ld);
+    sh_linear_multi(m->team, m->kn, count - from, mats + from, m->h, (size_t)m->config.hidden, n, out + from,
+                    ld + from);
     book(m, &m->times.weights);
+}
+
+/* q, and K and V in their pages. */
+static sh_status heads_block(sh_model *m, const sh_part *p) {
+    const sh_layer *l = &m->config.layer[p->layer];
+    const sh_layer_weights *w = weights_of(m, p->layer);
+    const sh_peers *peers = m->options.peers;
+    sh_model_clip(m, p);
+    norm(m, row(m->x, p->row0, m->config.hidden), w->input_norm, p->n, m->h);
+    project_heads(m, l, w, p->n);
+    row_job j = {.m = m, .layer = p->layer, .l = l, .w = w};
+    sh_row_loop_run(m->team, p->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
+    book(m, &m->times.other);
+    if (!l->has_kv || !peers || !peers->kv_written || p->row0 + p->n < m->n) return SH_OK;
+    SH_TRY(peers->kv_written(peers->ctx, p->layer));
+    book(m, &m->times.exchange);
+    return SH_OK;
 }
 
 /* q = softmax(q · k) v over all positions, wherever their K/V are stored. */
@@ -216,12 +234,6 @@ static sh_status attention_block(sh_model *m, const sh_part *p) {
     const sh_layer *l = &m->config.layer[p->layer];
     const sh_layer_weights *w = weights_of(m, p->layer);
     float *x = row(m->x, p->row0, m->config.hidden);
-    sh_model_clip(m, p);
-    norm(m, x, w->input_norm, p->n, m->h);
-    project_heads(m, l, w, p->n);
-    row_job j = {.m = m, .layer = p->layer, .l = l, .w = w};
-    sh_row_loop_run(m->team, p->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
-    book(m, &m->times.other);
     SH_TRY(attend(m, p->layer));
     int all = m->whole.layer[p->layer].heads * l->head_dim;
     SH_TRY(mix(m, p->layer, SH_JOINT_HEADS, SH_JOINT_O, &w->o, m->q, p->n, all, l->head_dim, m->h));
@@ -362,6 +374,9 @@ static sh_status part_begin(sh_model *m, int slot, int layer, int index, int par
     sh_part *p = &m->part[slot];
     sh_team_share(m->n, index, parts, &lo, &hi);
     *p = (sh_part){.open = true, .layer = layer, .row0 = lo, .n = hi - lo, .y = p->y};
+    SH_TRY(heads_block(m, p));
+    p->open = !sh_config_only_kv(&m->config, layer); /* else that was all */
+    if (!p->open) return SH_OK;
     SH_TRY(attention_block(m, p));
     return experts_begin(m, slot);
 }
@@ -385,7 +400,8 @@ static sh_status layer_run(sh_model *m, int layer) {
             SH_TRY(part_end(m, slot));
             SH_TRY(part_begin(m, slot, layer, i + slot, parts));
         }
-        for (int slot = 0; slot < here; slot++) SH_TRY(feed_forward(m, slot));
+        for (int slot = 0; slot < here; slot++)
+            if (m->part[slot].open) SH_TRY(feed_forward(m, slot));
     }
     return SH_OK;
 }
@@ -438,11 +454,11 @@ sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void 
     }
     SH_TRY(settle(m));
     if (m->options.last >= m->config.first_shared) sh_model_keep(m);
-    if (m->options.last == m->config.n_layers) {
+    if (sh_config_has_head(&m->config, m->options.last)) {
         norm(m, m->x, m->weights->final_norm, m->n, m->spread ? m->h : out);
         if (m->spread) SH_TRY(sh_spread_gather(m->spread, m->h, m->config.hidden, out));
         book_waiting(m);
-    } else {
+    } else if (m->options.last != m->config.kv_end) {
         sh_model_send(m, in, out);
     }
     book(m, &m->times.other);

@@ -35,8 +35,8 @@ void sh_model_destroy(sh_model **m);
  *   x   f32 [rows here, hidden]       rows here: n_rows, or n_kept when cut ≥ first_shared
  *   x0  f32 [rows here, hidden]       scaled embeddings, when P > 0 (later stages make their per-layer inputs from it)
  *   kv  per crossing producer, ascending: [n_rows][sh_kv_row_bytes], rounded to the KV type
- * 0 for cut 0 (nothing comes in); f32 [n_kept, hidden] for cut n_layers (the final output). c as the member sees it
- * (sh_config_share): the KV heads that cross are its own.
+ * 0 for cut 0 (nothing comes in) and for cut kv_end where only K/V are made; f32 [n_kept, hidden] for cut n_layers (the
+ * final output). c as the member sees it (sh_config_share): the KV heads that cross are its own.
  */
 size_t sh_model_cut_bytes(const sh_config *c, sh_kv_type type, int cut, int n_rows, int n_kept);
 /* The same for one batch (which need not be checked yet) on a model whose members share positions out: rows are those
@@ -45,8 +45,9 @@ size_t sh_model_block_bytes(const sh_model *m, int cut, const sh_batch *b);
 
 /* Runs the stage. in: the block of this stage's first cut (NULL at layer 0). out: room for the block of its last cut,
  * or, when the stage ends the model, f32 [n_kept, hidden] after the final norm (where positions are shared out, member
- * 0 gets them). in must stay as it is until the return; in and out do not overlap. A batch that this stage cannot run
- * (limits, ids, pages) is refused before anything is computed. Allocates nothing. Collective among members. */
+ * 0 gets them; NULL where only K/V are made and the stage is the last). in must stay as it is until the return; in and
+ * out do not overlap. A batch that this stage cannot run (limits, ids, pages) is refused before anything is computed.
+ * Allocates nothing. Collective among members. */
 sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void *out);
 /* Soft-capped logits [n, vocab] of n rows of that final output. Last stage only. A share has those of its ids alone:
  * [n, sh_model_ids(m)]. */
@@ -67,7 +68,7 @@ void sh_model_set_probe(sh_model *m, const sh_model_probe *p); /* NULL: off; p i
 
 /* Seconds spent by cause since creation. */
 typedef struct sh_model_times {
-    double weights, attention, experts, other, exchange; /* exchange: with the other members of the stage */
+    double weights, attention, experts, other, exchange; /* exchange: what peers do */
 } sh_model_times;
 sh_model_times sh_model_time(const sh_model *m);
 /* How often rows here chose each expert, since creation: [layers here, experts]; NULL: no experts. */

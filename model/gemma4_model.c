@@ -51,7 +51,7 @@ static widths measure(const sh_model *m) {
         if ((size_t)l->ff > w.ff) w.ff = (size_t)l->ff;
         if ((size_t)all->heads * (size_t)l->head_dim > w.all_q) w.all_q = (size_t)all->heads * (size_t)l->head_dim;
         if ((size_t)all->ff > w.all_ff) w.all_ff = (size_t)all->ff;
-        w.moe = w.moe || l->moe;
+        w.moe = w.moe || (l->moe && !sh_config_only_kv(&m->config, i));
     }
     if ((size_t)m->config.ple > w.ff) w.ff = (size_t)m->config.ple; /* its gate uses the same scratch */
     return w;
@@ -381,7 +381,7 @@ static size_t kv_offset(const sh_config *c, sh_kv_type type, int cut, int layer,
 }
 
 static size_t block_bytes(const sh_config *c, sh_kv_type type, int cut, const crossing *n) {
-    if (cut <= 0) return 0;
+    if (cut <= 0 || (c->kv_end && cut >= c->kv_end)) return 0; /* behind kv_end nobody reads more than the K/V */
     if (cut >= c->n_layers) return (size_t)n->kept * (size_t)c->hidden * sizeof(float);
     return kv_offset(c, type, cut, cut, n);
 }

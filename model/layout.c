@@ -29,16 +29,23 @@ static sh_wmat take_mixing(sh_share s, cursor *at, int n, int k, int k_mine) {
     return s.sum ? take_matrix(at, n, k_mine) : take_matrix(at, mine.hi - mine.lo, k);
 }
 
+/* What makes K/V. */
+static void layout_kv(const sh_config *c, const sh_layer *mine, sh_layer_weights *w, cursor *at) {
+    int kv = mine->kv_heads * mine->head_dim;
+    w->k_norm = take_vector(at, mine->head_dim);
+    w->k = take_matrix(at, kv, c->hidden);
+    if (!mine->k_eq_v) w->v = take_matrix(at, kv, c->hidden);
+}
+
 static void layout_attention(const sh_config *c, sh_share s, const sh_layer *l, sh_layer_weights *w, cursor *at) {
     sh_layer mine = sh_share_layer(s, l);
-    int q = mine.heads * l->head_dim, kv = mine.kv_heads * l->head_dim;
+    int q = mine.heads * l->head_dim;
     w->q_norm = take_vector(at, l->head_dim);
     w->q = take_matrix(at, q, c->hidden);
-    if (l->has_kv || l->k_eq_v) w->k_norm = take_vector(at, l->head_dim);
-    if (l->has_kv) {
-        w->k = take_matrix(at, kv, c->hidden);
-        if (!l->k_eq_v) w->v = take_matrix(at, kv, c->hidden);
-    }
+    if (l->has_kv)
+        layout_kv(c, &mine, w, at);
+    else if (l->k_eq_v)
+        w->k_norm = take_vector(at, l->head_dim);
     w->o = take_mixing(s, at, c->hidden, l->heads * l->head_dim, q);
 }
 
@@ -66,10 +73,14 @@ static void layout_experts(const sh_weights *own, int layer, sh_layer_weights *w
 
 static void layout_layer(const sh_weights *own, int layer, sh_layer_weights *w, sh_wmat *expert, cursor *at) {
     const sh_config *c = own->config;
-    const sh_layer *l = &c->layer[layer];
-    int ff = sh_share_layer(own->share, l).ff;
+    const sh_layer *l = &c->layer[layer], mine = sh_share_layer(own->share, l);
+    int ff = mine.ff;
     *w = (sh_layer_weights){.scalar = 1};
     w->input_norm = take_vector(at, c->hidden);
+    if (sh_config_only_kv(c, layer)) {
+        layout_kv(c, &mine, w, at);
+        return;
+    }
     w->post_attn_norm = take_vector(at, c->hidden);
     w->pre_ff_norm = take_vector(at, c->hidden);
     w->post_ff_norm = take_vector(at, c->hidden);
@@ -94,7 +105,7 @@ size_t sh_weights_layout(sh_weights *w, sh_wmat *expert, void *base) {
         layout_layer(w, i, w->layer ? &w->layer[i - w->first] : &scratch, expert ? expert + skip : NULL, &at);
     }
     if (c->ple) w->ple_norm = take_vector(&at, c->ple);
-    if (w->last == c->n_layers) {
+    if (sh_config_has_head(c, w->last)) {
         w->final_norm = take_vector(&at, c->hidden);
         sh_range ids = sh_share_range(w->share, c->vocab, SH_SHARE_VOCAB);
         w->head = take_matrix(&at, ids.hi - ids.lo, c->hidden);

@@ -71,6 +71,8 @@ typedef struct sh_peers {
     sh_status (*sum)(void *ctx, int layer, sh_joint what, float *y, int n, int width);
     const sh_expert_peers *experts;  /* NULL: every expert is here */
     const sh_context_peers *context; /* NULL: all rows and positions are here */
+    /* The K/V rows of the batch at hand are all in the pages of `layer`. Optional. */
+    sh_status (*kv_written)(void *ctx, int layer);
 } sh_peers;
 
 #endif

@@ -154,7 +154,7 @@ static sh_status add_job(loader *l, job j) {
     return SH_OK;
 }
 
-/* Vector [n] → to (NULL: only checked, the layer belongs to another stage). */
+/* Vector [n] → to (NULL: only checked, the layer belongs to another stage, or this one needs only its K/V). */
 static sh_status want_vector(loader *l, int layer, const char *part, int n, const float *to) {
     const sh_tensor *t = NULL;
     SH_TRY(need(l, name_of(l, layer, part), 1, (const int64_t[]){n}, &t));
@@ -166,7 +166,7 @@ static sh_status want_vector(loader *l, int layer, const char *part, int n, cons
 static sh_status want_rows(loader *l, int layer, const char *part, int64_t n, int k, int64_t row, const sh_wmat *to) {
     const sh_tensor *t = NULL;
     SH_TRY(need(l, name_of(l, layer, part), 2, (const int64_t[]){n, k}, &t));
-    if (!to) return SH_OK;
+    if (!to || !to->data) return SH_OK;
     return add_job(l, (job){.t = {t}, .row = {row}, .n = {to->n}, .k = k, .mat = to});
 }
 
@@ -294,7 +294,7 @@ static sh_status want_layer(loader *l, int i) {
     SH_TRY(want_outputs(l, i, "mlp.gate_proj", ff, h, columns, MAT(gate)));
     SH_TRY(want_outputs(l, i, "mlp.up_proj", ff, h, columns, MAT(up)));
     SH_TRY(want_mixing(l, i, "mlp.down_proj", h, ff, columns, MAT(down)));
-    if (c->layer[i].moe) SH_TRY(want_experts(l, i, w));
+    if (c->layer[i].moe) SH_TRY(want_experts(l, i, sh_config_only_kv(c, i) ? NULL : w));
     const sh_tensor *scalar;
     SH_TRY(look_up(l, name_of(l, i, "layer_scalar"), &scalar));
     if (scalar) SH_TRY(want_vector(l, i, "layer_scalar", 1, w ? &w->scalar : NULL));
@@ -325,7 +325,7 @@ static sh_status find_head(loader *l, const sh_tensor **out) {
 
 static sh_status want_head(loader *l, const sh_tensor *embed) {
     const sh_config *c = l->c;
-    bool mine = l->w->last == c->n_layers;
+    bool mine = sh_config_has_head(c, l->w->last);
     const int64_t shape[] = {c->vocab, c->hidden};
     const sh_tensor *head = NULL;
     SH_TRY(find_head(l, &head));

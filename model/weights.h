@@ -64,7 +64,8 @@ typedef struct sh_weights_options {
 } sh_weights_options;
 
 /* Loads a share of layers [first, last) of MODEL; the embedding when first is 0, final norm and head when last is the
- * layer count. Of the matrices that are shared only this part's bytes are read; experts, router and per-layer embedding
+ * layer count (not where config.kv_end says that only K/V are made: then neither these nor more than K/V of layer
+ * kv_end − 1). Of the matrices that are shared only this part's bytes are read; experts, router and per-layer embedding
  * are whole on every part.
  * Missing, wrongly shaped or typed tensors fail by name; unexpected ones too, except those the model description allows
  * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */

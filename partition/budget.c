@@ -88,7 +88,7 @@ static int64_t sequences(const stage *s, int n_stages, const demand *d, int max_
     return max64(m, 1);
 }
 
-static sh_status refuse(const stage *s, int n_stages, const demand *d, int64_t full) {
+static sh_status refuse(const stage *s, int n_stages, int rank, const demand *d, int64_t full) {
     for (int i = 0; i < n_stages; i++) {
         int64_t least = (d->window + d->chunk) * s[i].page[SH_KV_SLIDING] + full * s[i].page[SH_KV_GLOBAL];
         if (least > s[i].budget)
@@ -96,15 +96,17 @@ static sh_status refuse(const stage *s, int n_stages, const demand *d, int64_t f
                     "rank %d: %.1f MiB for KV are too few: one sequence needs at least %.1f MiB: raise --kv-memory, "
                     "lower --chunk or "
                     "--max-context, or use more ranks",
-                    i, (double)s[i].budget / (double)MIB, (double)least / (double)MIB);
+                    rank + i, (double)s[i].budget / (double)MIB, (double)least / (double)MIB);
     }
     return SH_OK;
 }
 
-static sh_status divide(const sh_config *c, const sh_kv_limits *l, const stage *s, int n_stages, sh_kv_plan *out) {
+/* rank: of the first of the stages, for messages */
+static sh_status divide(const sh_config *c, const sh_kv_limits *l, const stage *s, int n_stages, int rank,
+                        sh_kv_plan *out) {
     demand d = demand_of(c, l);
     int64_t least = sh_owner_most(l->chunk < l->max_context ? l->chunk : l->max_context, members_of(l)); /* a chunk */
-    SH_TRY(refuse(s, n_stages, &d, least));
+    SH_TRY(refuse(s, n_stages, rank, &d, least));
     int64_t m = sequences(s, n_stages, &d, l->max_seqs);
     int64_t slide_cap = d.window ? min64(l->max_seqs * d.window + d.chunk, INT32_MAX / 2) : 0;
     int64_t full_cap = min64(l->max_seqs * d.longest, INT32_MAX / 2);
@@ -119,21 +121,36 @@ static sh_status divide(const sh_config *c, const sh_kv_limits *l, const stage *
 
 sh_status sh_plan_kv(const sh_config *c, const sh_kv_limits *l, int first, int last, uint64_t budget, sh_kv_plan *out) {
     stage s = stage_of(c, l->type, first, last, budget);
-    return divide(c, l, &s, 1, out);
+    return divide(c, l, &s, 1, 0, out);
+}
+
+/* Pages for ranks [from, to). */
+static sh_status pages_of_ranks(const sh_config *c, const sh_kv_limits *l, const Shoal__Plan *p, int from, int to,
+                                const uint64_t *budget, sh_kv_plan *out) {
+    stage *s = calloc((size_t)(to - from), sizeof *s);
+    if (!s) SH_FAIL(SH_EMEMORY, "plan: no memory for %d ranks", to - from);
+    sh_config mine; /* the heads of a member: every member's are alike */
+    for (int i = from; i < to; i++) {
+        sh_config_share(c, sh_plan_share(p, i), &mine);
+        s[i - from] = stage_of(&mine, l->type, p->rank[i]->first, p->rank[i]->last, budget[i]);
+    }
+    sh_status st = divide(c, l, s, to - from, from, out);
+    free(s);
+    return st;
 }
 
 sh_status sh_plan_kv_group(const sh_config *c, const sh_kv_limits *l, const Shoal__Plan *p, const uint64_t *budget,
                            sh_kv_plan *out) {
-    stage *s = calloc(p->n_rank, sizeof *s);
-    if (!s) SH_FAIL(SH_EMEMORY, "plan: no memory for %zu ranks", p->n_rank);
-    sh_config mine; /* the heads of a member: every member's are alike */
-    for (size_t i = 0; i < p->n_rank; i++) {
-        sh_config_share(c, sh_plan_share(p, (int)i), &mine);
-        s[i] = stage_of(&mine, l->type, p->rank[i]->first, p->rank[i]->last, budget[i]);
-    }
-    sh_status st = divide(c, l, s, (int)p->n_rank, out);
-    free(s);
-    return st;
+    return pages_of_ranks(c, l, p, 0, sh_plan_shape_of(p).decode, budget, out);
+}
+
+/* Rows of a prompt are kept until they are confirmed: as many chunks as can be out. */
+sh_status sh_plan_kv_prefill(const sh_config *c, const sh_kv_limits *l, const Shoal__Plan *p, const uint64_t *budget,
+                             sh_kv_plan *out) {
+    sh_plan_shape s = sh_plan_shape_of(p);
+    sh_kv_limits wide = *l;
+    wide.chunk = (int)min64((int64_t)l->chunk * (s.prefill + 1), l->max_context);
+    return pages_of_ranks(c, &wide, p, s.decode, s.decode + s.prefill, budget, out);
 }
 
 sh_status sh_plan_kv_limits(const Shoal__Plan *p, sh_kv_limits *out) {
@@ -214,15 +231,28 @@ static sh_mode mode_of(const Shoal__Plan *p) {
     return m;
 }
 
+/* K/V rows of prompts on their way: a layer's rows of a chunk, in each of the buffers of who sends or takes them. */
+static uint64_t stream_bytes(const sh_config *c, const Shoal__Plan *p) {
+    uint64_t widest = 0;
+    if (!p->has_prefill || p->prefill == 0) return 0;
+    for (int i = 0; i < c->first_shared; i++) {
+        uint64_t n = 4 * (uint64_t)sh_layer_kv_values(&c->layer[i]);
+        if (n > widest) widest = n;
+    }
+    return 4 * ((uint64_t)p->chunk * (widest + 64) + 512 * (uint64_t)p->max_seqs);
+}
+
 /* Experts of all layers that a rank does not hold, in bytes of weights; *most gets the most that it holds in a layer.
  */
 static uint64_t absent_bytes(const sh_config *c, const Shoal__Plan *p, int rank, uint64_t *most) {
+    const Shoal__PlanRank *r = p->rank[rank];
     uint64_t absent = 0;
-    *most = 0;
-    for (int layer = p->rank[rank]->first; layer < p->rank[rank]->last; layer++) {
-        uint64_t held = 0;
-        for (int e = 0; c->layer[layer].moe && e < c->experts; e++) held += sh_plan_holds(p, rank, layer, e);
-        if (c->layer[layer].moe) absent += (uint64_t)c->experts - held;
+    *most = p->ep > 1 ? 0 : (uint64_t)c->experts;
+    for (int layer = r->first; layer < r->last && p->ep > 1; layer++)
+        if (c->layer[layer].moe) absent += (uint64_t)c->experts;
+    for (size_t i = 0; i < r->n_experts; i++) {
+        uint64_t held = r->experts[i]->n_expert;
+        absent -= held < absent ? held : absent;
         if (held > *most) *most = held;
     }
     return absent * sh_expert_bytes(c, mode_of(p));
@@ -255,9 +285,10 @@ static uint64_t spread_bytes(const sh_config *c, uint64_t members, int first, in
     return 4 * own * widest * (3 * (members - 1) + 2) + rows * (4 * (uint64_t)c->hidden + 32);
 }
 
-sh_plan_memory sh_plan_rank_memory(const sh_config *all, const Shoal__Plan *p, int rank) {
+sh_plan_memory sh_plan_rank_memory(const sh_config *config, const Shoal__Plan *p, int rank) {
     sh_share share = sh_plan_share(p, rank);
-    sh_config mine, *c = &mine;
+    sh_config whole, mine, *all = &whole, *c = &mine;
+    sh_plan_rank_config(config, p, rank, all);
     sh_config_share(all, share, c);
     int first = p->rank[rank]->first, last = p->rank[rank]->last;
     uint64_t seqs = (uint64_t)p->max_seqs, rows = seqs + (uint64_t)p->chunk, context = (uint64_t)p->max_context;
@@ -270,10 +301,11 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *all, const Shoal__Plan *p, i
     if (mode >= SH_MODE_Q8) m.scratch += own * 2 * row_floats(c, first, last); /* rows in 8 bits, with their scales */
     m.scratch += threads * 8192 * widest_head(c); /* attention: blocks of rows, keys and partial sums */
     m.scratch += 4 * (MIB + seqs * 1024 + rows * 8 + context * 4); /* descriptors of micro-batches */
+    m.scratch += stream_bytes(c, p);
     m.scratch += exchange_bytes(all, share, first, last, rows) + spread_bytes(c, members, first, last, rows, own);
     m.scratch += expert_exchange_bytes(all, p, rows, held);
     m.scratch += block_bytes(c, first, rows) + 4 * block_bytes(c, last, rows); /* in, and out until sent */
-    if (last == c->n_layers)
+    if (sh_config_has_head(c, last))
         m.scratch += 64 * vocab + 512 * vocab + seqs * context * 4; /* logits, tokenizer, scored prompts */
     m.reserve = 64 * MIB + m.weights / 50;
     return m;

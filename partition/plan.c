@@ -13,8 +13,9 @@
  */
 
 int64_t sh_plan_cost(const sh_config *c, int first, int last) {
-    int64_t n = last == c->n_layers ? (int64_t)c->vocab * c->hidden : 0;
-    for (int i = first; i < last; i++) n += sh_layer_params(c, i);
+    int64_t n = sh_config_has_head(c, last) ? (int64_t)c->vocab * c->hidden : 0;
+    for (int i = first; i < last; i++)
+        n += sh_config_only_kv(c, i) ? sh_config_layer_count(c, i).kv : sh_layer_params(c, i);
     return n;
 }
 
@@ -38,8 +39,9 @@ static bool better(const best *a, const best *b) {
 
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut) {
     double cost[SH_MAX_LAYERS];
-    for (int i = 0; i < c->n_layers; i++) cost[i] = (double)sh_plan_cost(c, i, i + 1); /* whole numbers: exact */
-    return sh_plan_balance_by(cost, c->n_layers, ranks, cut);
+    int n = c->kv_end ? c->kv_end : c->n_layers;
+    for (int i = 0; i < n; i++) cost[i] = (double)sh_plan_cost(c, i, i + 1); /* whole numbers: exact */
+    return sh_plan_balance_by(cost, n, ranks, cut);
 }
 
 sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cut) {
@@ -101,20 +103,27 @@ static sh_status choose_shape(const sh_plan_request *r, int n_cuts, sh_plan_shap
     sh_plan_shape s = {
         .pp = r->pp, .ep = r->ep > 0 ? r->ep : 1, .tp = r->tp > 0 ? r->tp : 1, .cp = r->cp > 0 ? r->cp : 1};
     s.width = s.ep * s.tp * s.cp;
+    s.prefill = r->prefill;
+    int ranks = r->ranks > 0 ? r->ranks - r->prefill : 0; /* that decode */
+    if (r->prefill < 0 || (r->ranks > 0 && ranks < 1))
+        SH_FAIL(SH_EINPUT, "--prefill: %d of %d ranks: allowed are 0 to %d: one at least must decode", r->prefill,
+                r->ranks, r->ranks > 0 ? r->ranks - 1 : 0);
     if (n_cuts > 0 && s.pp > 0 && s.pp != n_cuts + 1)
         SH_FAIL(SH_EINPUT, "--cuts %s: %d stages, but --pp asks for %d: give %d cuts", r->cuts, n_cuts + 1, s.pp,
                 s.pp - 1);
     if (n_cuts > 0) s.pp = n_cuts + 1;
-    if (n_cuts > 0 && r->ranks > 0 && s.width == 1 && r->ranks != s.pp)
-        SH_FAIL(SH_EINPUT, "--cuts %s: %d stages, but there are %d ranks: give %d cuts, or -n %d", r->cuts, s.pp,
-                r->ranks, r->ranks - 1, s.pp);
-    if (r->ranks > 0 && s.pp > 0 && r->ranks != s.pp * s.width)
-        SH_FAIL(SH_EINPUT, "%d ranks: %d stages of %d ranks (ep %d, tp %d, cp %d) need %d: give -n %d", r->ranks, s.pp,
-                s.width, s.ep, s.tp, s.cp, s.pp * s.width, s.pp * s.width);
-    if (r->ranks > 0 && r->ranks % s.width != 0)
-        SH_FAIL(SH_EINPUT, "%d ranks: not a multiple of the %d ranks of a stage (ep %d, tp %d, cp %d)", r->ranks,
-                s.width, s.ep, s.tp, s.cp);
-    if (s.pp <= 0) s.pp = r->ranks > 0 ? r->ranks / s.width : 1;
+    if (n_cuts > 0 && ranks > 0 && s.width == 1 && ranks != s.pp)
+        SH_FAIL(SH_EINPUT, "--cuts %s: %d stages, but there are %d ranks%s: give %d cuts, or -n %d", r->cuts, s.pp,
+                ranks, r->prefill ? " that decode" : "", ranks - 1, s.pp + r->prefill);
+    if (ranks > 0 && s.pp > 0 && ranks != s.pp * s.width)
+        SH_FAIL(SH_EINPUT, "%d ranks%s: %d stages of %d ranks (ep %d, tp %d, cp %d) need %d: give -n %d", ranks,
+                r->prefill ? " that decode" : "", s.pp, s.width, s.ep, s.tp, s.cp, s.pp * s.width,
+                s.pp * s.width + r->prefill);
+    if (ranks > 0 && ranks % s.width != 0)
+        SH_FAIL(SH_EINPUT, "%d ranks: not a multiple of the %d ranks of a stage (ep %d, tp %d, cp %d)", ranks, s.width,
+                s.ep, s.tp, s.cp);
+    if (s.pp <= 0) s.pp = ranks > 0 ? ranks / s.width : 1;
+    s.decode = s.pp * s.width;
     *out = s;
     return SH_OK;
 }
@@ -169,6 +178,12 @@ static sh_status check_shape(const sh_config *c, const sh_plan_shape *s, int ran
     if (s->pp < 1 || s->pp > c->n_layers)
         SH_FAIL(SH_EINPUT, "%d stages: the model has %d layers: allowed are 1 to %d stages", s->pp, c->n_layers,
                 c->n_layers);
+    SH_TRY(in_range("--prefill", s->prefill, 0, c->first_shared < SH_MAX_RANKS ? c->first_shared : SH_MAX_RANKS - 1));
+    if (s->prefill > 0 && s->width > 1)
+        SH_FAIL(SH_EINPUT,
+                "--prefill %d, --ep %d, --tp %d, --cp %d: prompts are handed over between stages of one rank: allowed "
+                "with --prefill is 1 for each of the others",
+                s->prefill, s->ep, s->tp, s->cp);
     if (s->ep > 1 && c->experts == 0) SH_FAIL(SH_EINPUT, "--ep: %d: the model has no experts: allowed is 1", s->ep);
     if (s->ep > 1 && s->ep > c->experts)
         SH_FAIL(SH_EINPUT, "--ep: %d: the model has %d experts: allowed are 1 to %d", s->ep, c->experts, c->experts);
@@ -234,8 +249,26 @@ static sh_status check_experts(const sh_config *c, const sh_plan_shape *s, const
     return SH_OK;
 }
 
+/* Ranks that make K/V: layers 0 to the last that has K/V of its own, in order. */
+static sh_status check_prefill_layers(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
+    int want = 0;
+    for (int i = s->decode; i < s->decode + s->prefill; i++) {
+        const Shoal__PlanRank *r = p->rank[i];
+        if (r->first != want || r->last <= want || r->last > c->first_shared)
+            SH_FAIL(
+                SH_EINPUT,
+                "plan: rank %d has layers %d to %d: it makes the K/V of prompts and must begin at layer %d, hold at "
+                "least one and none behind layer %d",
+                i, r->first, r->last - 1, want, c->first_shared - 1);
+        want = r->last;
+    }
+    if (s->prefill > 0 && want != c->first_shared)
+        SH_FAIL(SH_EINPUT, "plan: nobody makes the K/V of prompts for layers %d to %d", want, c->first_shared - 1);
+    return SH_OK;
+}
+
 static sh_status check_layers(const sh_config *c, const sh_plan_shape *s, const Shoal__Plan *p) {
-    for (int i = 0; i < (int)p->n_rank; i++) {
+    for (int i = 0; i < s->decode; i++) {
         const Shoal__PlanRank *r = p->rank[i];
         int want = i >= s->width ? p->rank[i - s->width]->last : 0;
         if (r->first != want || r->last <= want || r->last > c->n_layers)
@@ -245,9 +278,9 @@ static sh_status check_layers(const sh_config *c, const sh_plan_shape *s, const 
             SH_FAIL(SH_EINPUT, "plan: rank %d has layers %d to %d: the members of a stage have the same layers", i,
                     r->first, r->last - 1);
     }
-    if (p->rank[p->n_rank - 1]->last != c->n_layers)
-        SH_FAIL(SH_EINPUT, "plan: layers %d to %d are on no rank", p->rank[p->n_rank - 1]->last, c->n_layers - 1);
-    return SH_OK;
+    if (p->rank[s->decode - 1]->last != c->n_layers)
+        SH_FAIL(SH_EINPUT, "plan: layers %d to %d are on no rank", p->rank[s->decode - 1]->last, c->n_layers - 1);
+    return check_prefill_layers(c, s, p);
 }
 
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
@@ -255,7 +288,7 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
     sh_kv_type kv;
     sh_plan_shape s = sh_plan_shape_of(p);
     SH_TRY(check_shape(c, &s, (int)p->n_rank));
-    if ((int)p->n_rank != s.pp * s.width)
+    if ((int)p->n_rank != s.decode + s.prefill)
         SH_FAIL(SH_EINPUT, "plan: %zu ranks: not a multiple of the %d ranks of a stage", p->n_rank, s.width);
     SH_TRY(check_layers(c, &s, p));
     SH_TRY(check_experts(c, &s, p));
@@ -311,8 +344,15 @@ static sh_status allocate(int ranks, const char *mode, const char *kv, Shoal__Pl
 sh_plan_shape sh_plan_shape_of(const Shoal__Plan *p) {
     sh_plan_shape s = {.ep = p->ep, .tp = p->tp, .cp = p->cp};
     s.width = s.ep > 0 && s.tp > 0 && s.cp > 0 ? s.ep * s.tp * s.cp : 1;
-    s.pp = (int)p->n_rank / s.width;
+    s.prefill = p->has_prefill ? p->prefill : 0;
+    s.pp = ((int)p->n_rank - s.prefill) / s.width;
+    s.decode = s.pp * s.width;
     return s;
+}
+
+void sh_plan_rank_config(const sh_config *c, const Shoal__Plan *p, int rank, sh_config *out) {
+    *out = *c;
+    if (rank >= sh_plan_shape_of(p).decode) sh_config_prefill(out);
 }
 
 sh_share sh_plan_share(const Shoal__Plan *p, int rank) {
@@ -370,19 +410,33 @@ static sh_status spread_experts(const sh_config *c, const sh_plan_request *q, co
     return SH_OK;
 }
 
+/* Balanced cuts for the ranks that make K/V. */
+static sh_status cut_prefill(const sh_config *c, const sh_plan_shape *s, Shoal__Plan *p) {
+    int cut[SH_MAX_LAYERS];
+    if (s->prefill == 0) return SH_OK;
+    sh_config made = *c;
+    sh_config_prefill(&made);
+    SH_TRY(sh_plan_balance(&made, s->prefill, cut));
+    for (int i = 0; i < s->prefill; i++) {
+        p->rank[s->decode + i]->first = i ? cut[i - 1] : 0;
+        p->rank[s->decode + i]->last = i + 1 < s->prefill ? cut[i] : made.kv_end;
+    }
+    return SH_OK;
+}
+
 sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out) {
     int cut[SH_MAX_LAYERS];
     sh_plan_shape shape = {0};
     Shoal__Plan *p = NULL;
     SH_TRY(choose_cuts(c, r, cut, &shape));
-    int ranks = shape.pp * shape.width;
-    SH_TRY(check_shape(c, &shape, ranks));
+    int ranks = shape.decode;
+    SH_TRY(check_shape(c, &shape, ranks + shape.prefill));
     if ((r->routing || r->replicate) && shape.ep == 1)
         SH_FAIL(SH_EINPUT, "%s: places experts on the ranks of a stage: give --ep too",
                 r->routing ? "--routing" : "--replicate");
     if (r->replicate && !r->routing)
         SH_FAIL(SH_EINPUT, "--replicate: which experts are hot is not known: give --routing too");
-    SH_TRY(allocate(ranks, sh_mode_name(r->mode), sh_kv_type_name(r->kv), &p));
+    SH_TRY(allocate(ranks + shape.prefill, sh_mode_name(r->mode), sh_kv_type_name(r->kv), &p));
     for (int i = 0; i < ranks; i++) {
         int stage = i / shape.width;
         p->rank[i]->first = stage ? cut[stage - 1] : 0;
@@ -398,7 +452,10 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     p->chunk = r->chunk ? r->chunk : DEFAULT_CHUNK;
     p->max_context = r->max_context ? r->max_context : sh_config_usual_context(c);
     p->kv_memory = r->kv_memory;
-    sh_status st = spread_experts(c, r, &shape, p);
+    p->has_prefill = shape.prefill > 0;
+    p->prefill = shape.prefill;
+    sh_status st = cut_prefill(c, &shape, p);
+    if (st == SH_OK) st = spread_experts(c, r, &shape, p);
     if (st == SH_OK) st = sh_plan_check(c, p);
     if (st != SH_OK) {
         sh_plan_free(&p);
@@ -406,6 +463,12 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     }
     *out = p;
     return SH_OK;
+}
+
+static sh_status print_layers(const Shoal__PlanRank *r, bool first, sh_buf *out) {
+    SH_TRY(sh_buf_add_str(out, first ? "" : " | "));
+    return r->last - r->first > 1 ? sh_buf_printf(out, "%d-%d", r->first, r->last - 1)
+                                  : sh_buf_printf(out, "%d", r->first);
 }
 
 sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out) {
@@ -421,10 +484,11 @@ sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out) {
     if (s.cp > 1) SH_TRY(sh_buf_printf(out, " × %d ranks that divide positions", s.cp));
     SH_TRY(sh_buf_add_str(out, ": layers "));
     for (int i = 0; i < s.pp; i++) {
-        int a = p->rank[i * s.width]->first, b = p->rank[i * s.width]->last;
-        SH_TRY(sh_buf_add_str(out, i ? " | " : ""));
-        SH_TRY(b - a > 1 ? sh_buf_printf(out, "%d-%d", a, b - 1) : sh_buf_printf(out, "%d", a));
-        if (b == c->n_layers) SH_TRY(sh_buf_add_str(out, " + head"));
+        SH_TRY(print_layers(p->rank[i * s.width], i == 0, out));
+        if (p->rank[i * s.width]->last == c->n_layers) SH_TRY(sh_buf_add_str(out, " + head"));
     }
+    if (s.prefill == 0) return SH_OK;
+    SH_TRY(sh_buf_printf(out, "; prompts on %d more: layers ", s.prefill));
+    for (int i = 0; i < s.prefill; i++) SH_TRY(print_layers(p->rank[s.decode + i], i == 0, out));
     return SH_OK;
 }

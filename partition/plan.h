@@ -15,6 +15,7 @@ typedef struct sh_plan_request {
     int pp;                   /* stages; 0: as the cuts say, else ranks / width */
     int ep, tp, cp;           /* how a stage is divided among its members; 0: 1. At most one is above 1 */
     bool tp_sum;              /* partial sums in place of gathered outputs */
+    int prefill;              /* ranks besides the stages that make the K/V of prompts; `ranks` counts them */
     const char *cuts;         /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
     const double *layer_cost; /* [layers] what balanced means, head in the last; NULL: elements of weights */
     sh_mode mode;
@@ -28,14 +29,20 @@ typedef struct sh_plan_request {
     uint64_t replicate;               /* bytes per rank for copies of hot experts */
 } sh_plan_request;
 
-/* How the ranks of a group stand: rank s·width + m is member m of stage s. */
+/* How the ranks of a group stand: rank s·width + m is member m of stage s; behind those, ranks that make the K/V of
+ * prompts, one a stage. */
 typedef struct sh_plan_shape {
     int pp, ep, tp, cp;
-    int width; /* ep · tp · cp: members of a stage */
+    int width;   /* ep · tp · cp: members of a stage */
+    int decode;  /* pp · width: ranks that decode */
+    int prefill; /* ranks from `decode` on */
 } sh_plan_shape;
 sh_plan_shape sh_plan_shape_of(const Shoal__Plan *p);
 /* What a rank has of its layers' heads and columns: with tp > 1 its member's part of tp. */
 sh_share sh_plan_share(const Shoal__Plan *p, int rank);
+
+/* The model as rank `rank` computes it: sh_config_prefill where it only makes K/V. */
+void sh_plan_rank_config(const sh_config *c, const Shoal__Plan *p, int rank, sh_config *out);
 
 /* Makes a checked plan; freed by sh_plan_free. Errors name the option, the value and what is possible. */
 sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out);
@@ -47,8 +54,8 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
 bool sh_plan_holds(const Shoal__Plan *p, int rank, int layer, int expert);
 /* "pipeline of 4 stages: layers 0-1 | 2-3 | 4 | 5 + head" */
 sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out);
-/* First layers of stages 1 … ranks−1, in cut[], such that the dearest stage is as cheap as possible. Cost is weight
- * bytes read per step, the head's on the last stage included. 1 ≤ ranks ≤ layers. */
+/* First layers of stages 1 … ranks−1, in cut[] (below kv_end where that is set), such that the dearest stage is as
+ * cheap as possible. Cost is weight bytes read per step, the head's on the last stage included. 1 ≤ ranks ≤ layers. */
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut);
 /* The same with the cost of each of n layers given, such as its seconds. */
 sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cut);
@@ -70,9 +77,12 @@ typedef struct sh_kv_plan {
 sh_status sh_plan_kv_limits(const Shoal__Plan *p, sh_kv_limits *out);
 /* Pages for one stage [first, last) with `budget` bytes. SH_EMEMORY names the least that would do. */
 sh_status sh_plan_kv(const sh_config *c, const sh_kv_limits *l, int first, int last, uint64_t budget, sh_kv_plan *out);
-/* Pages for all stages of a plan: the best that fits the budget [n_rank] of each. */
+/* Pages for all stages of a plan that decode: the best that fits the budget [n_rank] of each. */
 sh_status sh_plan_kv_group(const sh_config *c, const sh_kv_limits *l, const Shoal__Plan *p, const uint64_t *budget,
                            sh_kv_plan *out);
+/* The same for the ranks that make the K/V of prompts; there must be some. */
+sh_status sh_plan_kv_prefill(const sh_config *c, const sh_kv_limits *l, const Shoal__Plan *p, const uint64_t *budget,
+                             sh_kv_plan *out);
 /* Bytes that a stage's pool takes with these pages. */
 uint64_t sh_plan_kv_bytes(const sh_config *c, sh_kv_type type, int first, int last, const int32_t pages[SH_KV_KINDS]);
 

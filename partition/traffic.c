@@ -79,6 +79,12 @@ int sh_cost_expert_value_bytes(sh_mode mode) {
     return mode == SH_MODE_EXACT ? 4 : 2;
 }
 
+double sh_cost_expert_row_bytes(const sh_config *c, sh_mode mode) {
+    double group = mode == SH_MODE_Q8 ? SH_COST_Q8_GROUP : SH_COST_Q4_GROUP;
+    if (mode < SH_MODE_Q8) return (double)c->hidden * sh_cost_expert_value_bytes(mode);
+    return ceil(c->hidden / group) * (group + 8);
+}
+
 /* Lists are one per layer that has experts: where all layers have, the place is known. */
 static const Shoal__PlanExperts *experts_of(const Shoal__Plan *plan, int rank, int layer) {
     const Shoal__PlanRank *r = plan->rank[rank];
@@ -180,10 +186,10 @@ sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p,
 void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
                           sh_cost_layer *out) {
     if (p->shape.ep == 1) return;
-    double row = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode);
-    double parts = sh_cost_parts(m, p, rows);
+    double row = sh_cost_expert_row_bytes(m->config, p->mode), parts = sh_cost_parts(m, p, rows);
+    double result = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode);
     out->dispatch = to_members(m, p, rows * e->reach * row, parts);
-    out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * row, parts);
+    out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * result, parts);
 }
 
 /* --- heads and columns ---------------------------------------------------------------------------------------------
@@ -205,13 +211,15 @@ void sh_cost_wire_tensor(const sh_cost_model *m, const sh_cost_place *p, int lay
     add(&out->gather, to_members(m, p, row * others * columns, 4 * parts));
 }
 
-/* Candidates of a row: id and value of the best 64, and (max, sum) of each segment of 1,024 entries. */
+/* To member 0, for the sampler. tp: of each kept row id and value of the best 64, and (max, sum) of each segment of
+ * 1,024 entries; a row that asks for more sends more. cp: the final hidden states of own kept rows. */
 void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_wire *out) {
-    double vocab = sh_cost_share(m->config->vocab, SH_COST_VOCAB, p->member, p->shape.tp),
-           row = 64 * 8 + ceil(vocab / 1024) * 8;
-    if (p->member == 0) return;
+    double vocab = sh_cost_share(m->config->vocab, SH_COST_VOCAB, p->member, p->shape.tp);
+    double bytes = p->shape.tp > 1 ? kept * (64 * 8 + ceil(vocab / SH_COST_VOCAB) * 8)
+                                   : kept / p->shape.cp * m->config->hidden * (double)sizeof(float);
+    if (p->member == 0 || p->shape.width == 1 || p->shape.ep > 1) return;
     const sh_cost_link *way = p->far ? &m->net.between : &m->net.within;
-    *out = (sh_cost_wire){.messages = 1, .bytes = kept * row};
+    *out = (sh_cost_wire){.messages = 1, .bytes = bytes};
     out->seconds = way->latency + out->bytes * (p->far ? p->sharers : 1) / way->bandwidth;
 }
 
@@ -265,15 +273,28 @@ double sh_cost_cut_bytes(const sh_config *c, sh_kv_type kv, int cut, double rows
     return n;
 }
 
+/* The block of one member: with cp its own rows, K/V of global layers as far as it stores them, those of sliding layers
+ * whole; with tp all rows, and K/V of the heads that it has. */
+static double block_bytes(const sh_cost_model *m, const sh_cost_place *p, int cut, double rows, double kept) {
+    const sh_config *c = m->config;
+    double own = p->shape.cp, hidden = c->hidden * (double)sizeof(float) * (c->ple ? 2 : 1);
+    double n = (cut >= c->first_shared ? kept : rows) / own * hidden;
+    for (int i = 0; i < cut; i++) {
+        const sh_layer *l = &c->layer[i];
+        double heads = p->shape.tp > l->kv_heads ? 1 : (double)l->kv_heads / p->shape.tp;
+        if (!sh_config_kv_crosses(c, i, cut)) continue;
+        n += rows / (l->kind == SH_KV_GLOBAL ? own : 1) * sh_layer_kv_values(l) * heads / l->kv_heads * p->kv_bytes;
+    }
+    return n;
+}
+
 void sh_cost_wire_cut(const sh_cost_model *m, const sh_cost_place *p, double rows, double kept, sh_cost_wire *out) {
-    sh_kv_type kv = p->kv_bytes == 4 ? SH_KV_F32 : SH_KV_BF16;
     int per = m->net.ranks_per_node > 0 ? m->net.ranks_per_node : 1, width = p->shape.width, node = p->rank / per;
     int leave = 0, end = (node + 1) * per;
     for (int r = node * per; r < end && r + width < (int)m->plan->n_rank; r++) leave += r + width >= end;
     bool far = p->rank + width >= end;
     const sh_cost_link *way = far ? &m->net.between : &m->net.within;
-    *out = (sh_cost_wire){.messages = 1,
-                          .bytes = sh_cost_cut_bytes(m->config, kv, m->plan->rank[p->rank]->last, rows, kept)};
+    *out = (sh_cost_wire){.messages = 1, .bytes = block_bytes(m, p, m->plan->rank[p->rank]->last, rows, kept)};
     out->seconds = way->latency + out->bytes * (far ? leave : 1) / way->bandwidth;
 }
 

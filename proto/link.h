@@ -19,7 +19,7 @@ typedef enum sh_link_tag {
     SH_TAG_EXPERTS = 4,
     SH_TAG_TENSOR = 5,
     SH_TAG_CONTEXT = 6,
-    SH_TAG_SHARD = 7
+    SH_TAG_SHARD = 7 /* K/V rows of prompts, and on channel 1 words about them */
 } sh_link_tag;
 #define SH_LINK_TAGS 8
 /* A tag may have up to 100 channels, which messages pass each other on. */

@@ -13,6 +13,7 @@ struct sh_lanes {
     int n, depth;
     sh_leader **leader; /* [n] */
     sh_batch *batch;    /* [n] */
+    sh_batch prompts;   /* for the prefill pipeline */
     step *steps;        /* ring [depth] */
     int oldest, n_steps;
 };
@@ -33,6 +34,7 @@ sh_status sh_lanes_create(const sh_leader_options *o, int n, sh_lanes **out) {
         st = sh_leader_create(o, &l->leader[i]);
         if (st == SH_OK) st = sh_batch_create(sh_leader_descriptor_bytes(o), &l->batch[i]);
     }
+    if (st == SH_OK && o->prefill > 0) st = sh_batch_create(sh_leader_descriptor_bytes(o), &l->prompts);
     if (st != SH_OK) {
         sh_lanes_destroy(&l);
         return sh_error_pass(st, __FILE__, __LINE__);
@@ -46,6 +48,7 @@ void sh_lanes_destroy(sh_lanes **p) {
     if (!l) return;
     for (int i = 0; l->leader && i < l->n; i++) sh_leader_destroy(&l->leader[i]);
     for (int i = 0; l->batch && i < l->n; i++) sh_batch_release(&l->batch[i]);
+    sh_batch_release(&l->prompts);
     for (int i = 0; l->steps && i < l->depth; i++) free(l->steps[i].owes);
     free(l->leader);
     free(l->batch);
@@ -126,6 +129,15 @@ sh_status sh_lanes_apply(sh_lanes *l, int lane, uint64_t number, const sh_token 
     return SH_OK;
 }
 
+sh_status sh_lanes_next_prompts(sh_lanes *l, sh_batch **batch, bool *made) {
+    *batch = &l->prompts;
+    return sh_leader_next_prompts(l->leader[0], &l->prompts, made);
+}
+
+sh_status sh_lanes_confirm(sh_lanes *l, uint64_t number, bool ok) {
+    return sh_leader_confirm(l->leader[0], number, ok);
+}
+
 sh_leader_state sh_lanes_look(const sh_lanes *l) {
     sh_leader_state sum = {.in_flight = l->n_steps};
     for (int i = 0; i < l->n; i++) {
@@ -134,6 +146,8 @@ sh_leader_state sh_lanes_look(const sh_lanes *l) {
         sum.waiting += s.waiting;
         sum.kv_free += s.kv_free;
         sum.pauses += s.pauses;
+        sum.prompts_out += s.prompts_out;
+        sum.redone += s.redone;
         for (int k = 0; k < SH_KV_KINDS; k++) sum.free[k] += s.free[k];
     }
     return sum;

@@ -22,6 +22,10 @@ sh_status sh_lanes_next(sh_lanes *l, sh_batch **batches, bool *made);
 /* Applies a lane's answer to the oldest of its micro-batches in flight; as sh_leader_apply. */
 sh_status sh_lanes_apply(sh_lanes *l, int lane, uint64_t step, const sh_token *tokens, int n,
                          void (*emit)(void *arg, uint64_t key, const sh_token *t), void *arg);
+/* A micro-batch for the prefill pipeline, and a word on one: sh_leader_next_prompts, sh_leader_confirm. Groups that
+ * have such a pipeline have one lane. */
+sh_status sh_lanes_next_prompts(sh_lanes *l, sh_batch **batch, bool *made);
+sh_status sh_lanes_confirm(sh_lanes *l, uint64_t step, bool ok);
 /* Sums over the lanes; in_flight counts steps. */
 sh_leader_state sh_lanes_look(const sh_lanes *l);
 

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "worker/prefill.h"
+
 /* A micro-batch on its way round the ring. */
 typedef struct flight {
     uint64_t step;
@@ -25,6 +27,8 @@ struct sh_leader {
     int depth, oldest, n_flights;
     uint64_t *drops; /* [max_seqs] sampler states to end with the next micro-batch */
     int n_drops;
+    sh_prefill *prefill; /* NULL: no such stages */
+    int n_draining;      /* sequences that were stopped while rows of theirs are out: they still hold pages */
 };
 
 static int32_t pages_for(int32_t tokens) {
@@ -110,6 +114,10 @@ static size_t start_room(const sh_leader_options *o) {
 size_t sh_leader_descriptor_bytes(const sh_leader_options *o) {
     size_t seqs = (size_t)o->max_seqs;
     size_t pages = (size_t)o->pages[SH_KV_GLOBAL] * (size_t)members_of(o) + (size_t)o->pages[SH_KV_SLIDING];
+    if (o->prefill > 0) {
+        pages += (size_t)o->prefill_pages[SH_KV_GLOBAL] + (size_t)o->prefill_pages[SH_KV_SLIDING];
+        seqs *= 2; /* a hand-off takes less than a span */
+    }
     return 4096 + (size_t)sh_leader_max_rows(o) * 4 + seqs * (sizeof(sh_span) + 256 + sizeof(sh_seq_start) + 8) +
            pages * 4 + start_room(o);
 }
@@ -128,6 +136,12 @@ static sh_status check_options(const sh_leader_options *o) {
     if (o->members < 0 || o->members > SH_MAX_RANKS)
         SH_FAIL(SH_EINPUT, "members: %d: 1 to %d are allowed", o->members, SH_MAX_RANKS);
     if (o->in_flight < 0) SH_FAIL(SH_EINPUT, "in_flight: %d: 0 or more are allowed", o->in_flight);
+    if (o->prefill > 0 && o->members > 1)
+        SH_FAIL(SH_EINPUT, "prefill: %d stages, %d members of a stage: allowed beside the former is 1", o->prefill,
+                o->members);
+    if (o->prefill < 0 || o->prefill > SH_MAX_RANKS || (o->prefill > 0 && o->confirms < 1))
+        SH_FAIL(SH_EINPUT, "prefill: %d stages, %d ranks that confirm: 0 to %d stages are allowed, with 1 or more",
+                o->prefill, o->confirms, SH_MAX_RANKS);
     if (o->vocab < 1) SH_FAIL(SH_EINPUT, "vocab: %d: 1 or more are allowed", o->vocab);
     return SH_OK;
 }
@@ -147,7 +161,7 @@ static sh_status allocate(sh_leader *l) {
         ok = l->flights[i].seq && l->flights[i].sampled;
     }
     if (!ok) SH_FAIL(SH_EMEMORY, "no memory for the schedule of %d sequences", l->o.max_seqs);
-    return SH_OK;
+    return l->o.prefill > 0 ? sh_prefill_create(&l->o, &l->prefill) : SH_OK;
 }
 
 sh_status sh_leader_create(const sh_leader_options *o, sh_leader **out) {
@@ -186,6 +200,7 @@ void sh_leader_destroy(sh_leader **p) {
         free(l->flights[i].sampled);
     }
     for (int k = 0; l->pool && k < l->n_pools; k++) sh_pages_release(&l->pool[k]);
+    sh_prefill_destroy(&l->prefill);
     free(l->pool);
     free(l->flights);
     free(l->running);
@@ -259,6 +274,7 @@ sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
         if (!s->kv || !s->kv[k].page)
             SH_FAIL(SH_EMEMORY, "no memory for the page table of a sequence of %d tokens", s->cap);
     }
+    if (l->prefill) SH_TRY(sh_prefill_prepare(l->prefill, s));
     enqueue(l, s);
     *p = NULL;
     *known = false;
@@ -304,12 +320,16 @@ static sh_status release_pages(sh_leader *l, sh_seq *s) {
     return SH_OK;
 }
 
+/* First page of sliding layers that a row at pos sees. */
+static int32_t first_seen(const sh_leader *l, int32_t pos) {
+    return l->o.kind[SH_KV_SLIDING] ? max32(0, pos - l->o.window + 1) / SH_PAGE_TOKENS : 0;
+}
+
 /* Frees pages that no later row sees. A prompt under way may need them again for its next rows: the promise follows. */
 static sh_status pass_window(sh_leader *l, sh_seq *s) {
     const int k = SH_KV_SLIDING;
     if (!l->o.kind[k]) return SH_OK;
-    int32_t seen = max32(0, s->pos - l->o.window + 1) / SH_PAGE_TOKENS; /* first page that a row at pos sees */
-    int32_t n = min32(seen - s->kv[k].first, s->kv[k].n);
+    int32_t n = min32(first_seen(l, s->pos) - s->kv[k].first, s->kv[k].n);
     if (n <= 0) return SH_OK;
     SH_TRY(give_front(l, s, k, n));
     set_promise(l, s, k, min32(outstanding(l, s, k), s->kv[k].promise + n));
@@ -351,12 +371,21 @@ static void remove_running(sh_leader *l, const sh_seq *s) {
     l->n_running--;
 }
 
+/* Gives back all that a stopped sequence holds. */
+static sh_status let_go(sh_leader *l, sh_seq *s) {
+    s->pos = 0;
+    s->handing = s->damaged = false;
+    if (l->prefill) SH_TRY(sh_prefill_release(l->prefill, s));
+    return release_pages(l, s);
+}
+
 static sh_status stop_running(sh_leader *l, sh_seq *s) {
     remove_running(l, s);
     if (s->started) l->drops[l->n_drops++] = s->id;
     s->started = false;
-    s->pos = 0;
-    return release_pages(l, s);
+    if (!s->handing || s->flights == 0) return let_go(l, s);
+    l->n_draining++; /* rows on their way will still be written into its pages */
+    return SH_OK;
 }
 
 static void bury(sh_leader *l, sh_seq *s) {
@@ -405,14 +434,27 @@ static int32_t growing(const sh_leader *l, int k) {
     return n;
 }
 
+/* Whether the pages of all that is known of s are open; with a prefill pipeline also there, and set aside. */
+static bool pages_open(sh_leader *l, sh_seq *s) {
+    s->handing = l->prefill && sh_prefill_wants(l->prefill, s);
+    s->kv[SH_KV_SLIDING].first = s->handing ? first_seen(l, s->n_tokens - 1) : 0; /* rows before do not travel */
+    s->safe = s->repeats = 0;
+    bool open = true;
+    for (int k = 0; k < l->n_pools; k++)
+        if (l->o.kind[kind_of(k)] && outstanding(l, s, k) + growing(l, k) > sh_pages_open(&l->pool[k])) open = false;
+    if (open && (!s->handing || sh_prefill_admit(l->prefill, s))) return true;
+    s->handing = false;
+    s->kv[SH_KV_SLIDING].first = 0;
+    return false;
+}
+
 /* Admits waiting sequences by age while the pages of their known tokens are open. A page for each sequence that grows
  * must be left, so that who comes in is not paused by the next page border of its elders. */
 static void admit(sh_leader *l) {
     while (l->waiting && l->n_running < l->o.max_seqs) {
         sh_seq *s = l->waiting;
         if (s->flights > 0) return; /* paused a moment ago: its last token is still on its way */
-        for (int k = 0; k < l->n_pools; k++)
-            if (l->o.kind[kind_of(k)] && outstanding(l, s, k) + growing(l, k) > sh_pages_open(&l->pool[k])) return;
+        if (!pages_open(l, s)) return;
         for (int k = 0; k < l->n_pools; k++) set_promise(l, s, k, outstanding(l, s, k));
         l->waiting = s->next;
         l->n_waiting--;
@@ -441,7 +483,7 @@ static sh_status begin(making *m) {
     sh_arena_reset(a);
     size_t seqs = (size_t)o->max_seqs;
     b->step = m->l->next_step;
-    b->n_rows = b->n_kept = b->n_spans = b->n_starts = b->n_drops = b->widest_rows = b->widest_kept = 0;
+    b->n_rows = b->n_kept = b->n_spans = b->n_starts = b->n_drops = b->widest_rows = b->widest_kept = b->n_handoffs = 0;
     b->ids = sh_arena_take(a, (size_t)sh_leader_max_rows(o) * sizeof *b->ids);
     b->spans = sh_arena_take(a, seqs * sizeof *b->spans);
     b->starts = sh_arena_take(a, seqs * sizeof *b->starts);
@@ -515,21 +557,29 @@ static sh_status add_span(making *m, sh_seq *s, int32_t rows, int32_t keep) {
     return SH_OK;
 }
 
+/* Pauses the youngest until there is a page for the next row of s. *room false: not now, or it was paused itself. */
+static sh_status make_room(sh_leader *l, const sh_seq *s, bool *room) {
+    bool paused_itself = false;
+    while (!paused_itself && l->n_draining == 0 && !can_cover(l, s, s->n_tokens)) {
+        paused_itself = l->running[l->n_running - 1] == s; /* everyone younger waits already */
+        SH_TRY(pause_youngest(l));
+    }
+    *room = !paused_itself && can_cover(l, s, s->n_tokens);
+    return SH_OK;
+}
+
 /* Sequences with one known row to go (decode, or the end of a prompt): one row each of up to `most` of them, oldest
  * first. */
 static sh_status add_decodes(making *m, int most) {
     sh_leader *l = m->l;
     for (int i = 0; i < l->n_running && m->b->n_spans < most; i++) {
         sh_seq *s = l->running[i];
-        if (sh_seq_pending(s) != 1) continue;
+        if (s->handing || sh_seq_pending(s) != 1) continue;
         if (!s->started && start_cost(s) > m->starts_left) continue;
         SH_TRY(pass_window(l, s));
-        bool paused_itself = false;
-        while (!paused_itself && !can_cover(l, s, s->n_tokens)) {
-            paused_itself = l->running[l->n_running - 1] == s; /* everyone younger waits already */
-            SH_TRY(pause_youngest(l));
-        }
-        if (paused_itself) break;
+        bool room = false;
+        SH_TRY(make_room(l, s, &room));
+        if (!room) break;
         SH_TRY(cover(l, s, s->n_tokens));
         SH_TRY(add_span(m, s, 1, rows_to_keep(s, 1)));
     }
@@ -543,7 +593,7 @@ static sh_status add_prompts(making *m) {
     int32_t left = l->o.chunk;
     for (int i = 0; i < l->n_running && left > 0; i++) {
         sh_seq *s = l->running[i];
-        int32_t pending = sh_seq_pending(s);
+        int32_t pending = s->handing ? 0 : sh_seq_pending(s);
         if (pending < 2) continue;
         int32_t rows = min32(pending, left), keep = rows_to_keep(s, rows);
         if (keep > 0 && !s->started && start_cost(s) > m->starts_left) continue;
@@ -558,7 +608,7 @@ static sh_status add_prompts(making *m) {
 /* Decode rows of one micro-batch: a fair share, so that the pipeline is full when there are enough sequences. */
 static int decode_share(const sh_leader *l) {
     int n = 0;
-    for (int i = 0; i < l->n_running; i++) n += sh_seq_pending(l->running[i]) <= 1;
+    for (int i = 0; i < l->n_running; i++) n += !l->running[i]->handing && sh_seq_pending(l->running[i]) <= 1;
     return (n + l->depth - 1) / l->depth;
 }
 
@@ -624,8 +674,8 @@ static sh_status take_token(sh_leader *l, sh_seq *s, const sh_token *t, bool *ex
     return t->finish != SH_FINISH_NONE ? finish(l, s) : SH_OK;
 }
 
-static void land(sh_leader *l, const flight *f) {
-    for (int i = 0; i < f->n; i++) f->seq[i]->flights--;
+/* Forgets the dead that nothing on its way carries any more. */
+static void free_dead(sh_leader *l) {
     for (sh_seq **at = &l->dead; *at;) {
         sh_seq *s = *at;
         if (s->flights > 0) {
@@ -635,6 +685,11 @@ static void land(sh_leader *l, const flight *f) {
         *at = s->next;
         sh_seq_destroy(&s);
     }
+}
+
+static void land(sh_leader *l, const flight *f) {
+    for (int i = 0; i < f->n; i++) f->seq[i]->flights--;
+    free_dead(l);
     l->oldest = (l->oldest + 1) % l->depth;
     l->n_flights--;
 }
@@ -671,6 +726,39 @@ sh_status sh_leader_apply(sh_leader *l, uint64_t step, const sh_token *tokens, i
     return SH_OK;
 }
 
+/* ---- the prefill pipeline
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static sh_status cover_handed(void *arg, sh_seq *s, int32_t end) {
+    return cover(arg, s, end);
+}
+
+sh_status sh_leader_next_prompts(sh_leader *l, sh_batch *b, bool *made) {
+    *made = false;
+    if (!l->prefill) return SH_OK;
+    admit(l);
+    return sh_prefill_next(l->prefill, l->running, l->n_running, l->next_step - 1, cover_handed, l, b, made);
+}
+
+static sh_status landed(void *arg, sh_seq *s) {
+    sh_leader *l = arg;
+    if (s->state == SH_SEQ_RUNNING) {
+        if (!s->handing || s->safe < s->n_tokens - 1) return SH_OK;
+        s->handing = false; /* from here on its last token is a decode row */
+        return sh_prefill_release(l->prefill, s);
+    }
+    if (s->flights > 0) return SH_OK;
+    SH_TRY(let_go(l, s)); /* paused or cancelled meanwhile */
+    l->n_draining--;
+    if (s->state == SH_SEQ_DEAD) free_dead(l);
+    return SH_OK;
+}
+
+sh_status sh_leader_confirm(sh_leader *l, uint64_t step, bool ok) {
+    if (!l->prefill) SH_FAIL(SH_EPEER, "rows of prompts are confirmed: this group hands none over");
+    return sh_prefill_confirm(l->prefill, step, ok, landed, l);
+}
+
 /* ---- looking on
  * ---------------------------------------------------------------------------------------------------------- */
 
@@ -681,6 +769,11 @@ sh_leader_state sh_leader_look(const sh_leader *l) {
     for (int k = 0; k < l->n_pools; k++) {
         s.free[kind_of(k)] += l->pool[k].free;
         if (kind_of(k) == kind) s.kv_free += (int64_t)sh_pages_open(&l->pool[k]) * SH_PAGE_TOKENS;
+    }
+    for (int k = 0; l->prefill && k < SH_KV_KINDS; k++) s.prefill_free[k] = sh_prefill_free(l->prefill, (sh_kv_kind)k);
+    if (l->prefill) {
+        s.prompts_out = sh_prefill_out(l->prefill);
+        s.redone = sh_prefill_redone(l->prefill);
     }
     return s;
 }
@@ -696,10 +789,12 @@ sh_status sh_leader_audit(const sh_leader *l) {
             for (int32_t j = 0; j < q->n; j++)
                 if (!p->used[q->page[j]]) SH_FAIL(SH_ESTATE, "page %d is held and free", q->page[j]);
         }
-        for (const sh_seq *s = l->waiting; s; s = s->next) held += s->kv[k].n;
+        for (const sh_seq *s = l->waiting; s; s = s->next) held += s->kv[k].n, promised += s->kv[k].promise;
+        for (const sh_seq *s = l->dead; s; s = s->next) held += s->kv[k].n, promised += s->kv[k].promise;
         if (held + p->free != p->total || promised != p->promised || p->promised > p->free)
             SH_FAIL(SH_ESTATE, "pool %d: %d pages held, %d free of %d; %d promised, %d on the books", k, held, p->free,
                     p->total, promised, p->promised);
     }
-    return SH_OK;
+    const sh_seq *const lists[] = {l->waiting, l->dead};
+    return l->prefill ? sh_prefill_audit(l->prefill, l->running, l->n_running, lists, 2) : SH_OK;
 }

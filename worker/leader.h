@@ -6,6 +6,7 @@
  *   sh_leader_add / _cancel        what the coordinator wants
  *   sh_leader_next                 makes the next micro-batch, if there is something to do and room in flight
  *   sh_leader_apply                takes what the last stage answered to the oldest micro-batch in flight
+ *   sh_leader_next_prompts, _confirm  the same for the prefill pipeline, where there is one (worker/prefill.h)
  *
  * Why its books are right:
  *   1. A page belongs to one sequence. Every stage handles micro-batches in order, so a page given back while
@@ -29,11 +30,14 @@ typedef struct sh_leader_options {
     int chunk;       /* prompt rows of a micro-batch, at most */
     int max_context; /* tokens of one sequence */
     int vocab;
-    int window;                 /* widest window of the sliding layers; 0 when there are none */
-    bool kind[SH_KV_KINDS];     /* kinds that the model's layers use */
-    int32_t pages[SH_KV_KINDS]; /* the pool: the smallest stage's */
-    int members;                /* of a stage that share positions out (model/owner.h): each has a pool of global pages
-                                   of that size, and all have the same sliding ones. 0: 1 */
+    int window;                         /* widest window of the sliding layers; 0 when there are none */
+    bool kind[SH_KV_KINDS];             /* kinds that the model's layers use */
+    int32_t pages[SH_KV_KINDS];         /* the pool: the smallest stage's */
+    int members;                        /* of a stage that share positions out (model/owner.h): each has a pool of
+                                           global pages of that size, and all have the same sliding ones. 0: 1 */
+    int prefill;                        /* stages that make the K/V of prompts; 0: none, the others do it */
+    int confirms;                       /* ranks that take such rows and say so */
+    int32_t prefill_pages[SH_KV_KINDS]; /* the pool of those stages */
 } sh_leader_options;
 
 /* Window, kinds, vocabulary from the model; the rest is left as it is. */
@@ -74,11 +78,19 @@ sh_status sh_leader_next(sh_leader *l, sh_batch *b, bool *made);
 sh_status sh_leader_apply(sh_leader *l, uint64_t step, const sh_token *tokens, int n,
                           void (*emit)(void *arg, uint64_t key, const sh_token *t), void *arg);
 
+/* Makes the next micro-batch for the prefill pipeline, with hand-offs; steps are counted apart. As sh_leader_next. */
+sh_status sh_leader_next_prompts(sh_leader *l, sh_batch *b, bool *made);
+/* One rank's word that the rows of that micro-batch are in its pages, or (ok false) that some came damaged: then they
+ * are made again. SH_EPEER when no such word is due. */
+sh_status sh_leader_confirm(sh_leader *l, uint64_t step, bool ok);
+
 typedef struct sh_leader_state {
     int running, waiting, in_flight;
+    int prompts_out; /* micro-batches in the prefill pipeline, or not yet confirmed */
     int64_t kv_free; /* tokens' worth of open pages: of the global kind where there is one, over all members */
     uint64_t pauses; /* sequences paused for want of pages, since creation */
-    int32_t free[SH_KV_KINDS];
+    uint64_t redone; /* times that rows of a prompt were made again */
+    int32_t free[SH_KV_KINDS], prefill_free[SH_KV_KINDS];
 } sh_leader_state;
 sh_leader_state sh_leader_look(const sh_leader *l);
 /* Checks the books (tests): every page owned once, promises add up. */

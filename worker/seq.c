@@ -46,6 +46,7 @@ sh_status sh_seq_create(uint64_t key, const int32_t *prompt, size_t n_prompt, co
 void sh_seq_destroy(sh_seq **s) {
     if (!*s) return;
     for (int k = 0; k < (*s)->n_pools; k++) free((*s)->kv[k].page);
+    for (int k = 0; k < SH_KV_KINDS; k++) free((*s)->made[k].page);
     free((*s)->kv);
     free((*s)->tokens);
     free(*s);

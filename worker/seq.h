@@ -35,6 +35,12 @@ typedef struct sh_seq {
     int32_t level;    /* of the blocks by which members share its positions out (model/owner.h) */
     int n_pools;      /* 0 until a leader has it */
     sh_seq_pages *kv; /* [n_pools] */
+    /* While a prefill pipeline makes its rows below n_tokens − 1 (worker/prefill.h); pos counts those. */
+    bool handing;                   /* from its admission until all of them are in place, or given up and landed */
+    bool damaged;                   /* some arrived damaged: made again once nothing of it is out */
+    int32_t safe;                   /* rows below are in place */
+    int32_t repeats;                /* how often in a row they were damaged */
+    sh_seq_pages made[SH_KV_KINDS]; /* of the prefill pool */
 } sh_seq;
 
 /* A copy of a request as it arrives; `generated` are tokens of an earlier life. Numbers are checked: n_prompt ≥ 1, ids

@@ -41,9 +41,10 @@ struct sh_stage {
     bool leads, is_last, samples; /* rank 0; last stage; a member of it that samples */
     sh_config part;               /* the model as this member sees it (o.share) */
     sh_tensor_link *tensor;
-    sh_experts *experts; /* where members are lanes: what they send each other */
-    sh_context *context; /* where they share positions out */
-    sh_peers peers;      /* of these two */
+    sh_experts *experts;  /* where members are lanes: what they send each other */
+    sh_context *context;  /* where they share positions out */
+    sh_kv_sender *sender; /* a stage that makes the K/V of prompts */
+    sh_peers peers;       /* of these three */
     sh_model *model;
     size_t descriptor_max, recv_bytes, send_bytes;
     uint8_t *recv;   /* from the rank before; rank 0: answers of the last stage */
@@ -53,6 +54,8 @@ struct sh_stage {
     sh_buf encoded;    /* rank 0: its own descriptor */
     handout *handouts; /* rank 0: [SENDS][width − 1] */
     int next_handout;
+    handout prompts[SENDS]; /* rank 0: descriptors on their way to the first prefill rank */
+    int next_prompts;
     sh_batch batch;   /* ranks above 0: the descriptor decoded */
     sh_token *tokens; /* rank 0: [max_rows] */
     uint64_t steps;
@@ -106,6 +109,12 @@ static sh_status create_experts(sh_stage *s) {
     return SH_OK;
 }
 
+static sh_status create_sender(sh_stage *s) {
+    SH_TRY(sh_kv_sender_create(s->o.stream, &s->sender));
+    s->peers = (sh_peers){.ctx = s->sender, .kv_written = sh_kv_sender_written};
+    return SH_OK;
+}
+
 static sh_status create_context(sh_stage *s) {
     const sh_stage_options *o = &s->o;
     size_t bytes =
@@ -125,6 +134,7 @@ static sh_status create_peers(sh_stage *s) {
     sh_config_share(o->config, o->share, &s->part);
     if (o->lanes && o->width > 1) return create_experts(s);
     if (o->share.parts > 1) return sh_tensor_link_create(&t, &s->tensor);
+    if (o->root > 0) return create_sender(s);
     return o->spread ? create_context(s) : SH_OK;
 }
 
@@ -141,10 +151,10 @@ static sh_status create_model(sh_stage *s) {
                           .max_spans = o->schedule->max_seqs,
                           .max_context = o->schedule->max_context,
                           .share = o->share,
-                          .peers = s->tensor                  ? sh_tensor_link_peers(s->tensor)
-                                   : s->experts || s->context ? &s->peers
-                                                              : NULL};
-    memcpy(m.pages, o->schedule->pages, sizeof m.pages);
+                          .peers = s->tensor                               ? sh_tensor_link_peers(s->tensor)
+                                   : s->experts || s->context || s->sender ? &s->peers
+                                                                           : NULL};
+    memcpy(m.pages, s->sender ? o->schedule->prefill_pages : o->schedule->pages, sizeof m.pages);
     return sh_model_create(o->model_dir, o->config, &m, &s->model);
 }
 
@@ -184,6 +194,7 @@ static sh_status create_handouts(sh_stage *s) {
     if (!s->handouts) SH_FAIL(SH_EMEMORY, "no memory for %d descriptors", n);
     for (int i = 0; i < n; i++) s->handouts[i].req = -1;
     for (int i = 0; i < n; i++) SH_TRY(sh_buf_reserve(&s->handouts[i].encoded, s->descriptor_max));
+    for (int i = 0; i < SENDS && s->o.stream; i++) SH_TRY(sh_buf_reserve(&s->prompts[i].encoded, s->descriptor_max));
     return SH_OK;
 }
 
@@ -220,15 +231,16 @@ sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out) {
     if (!s) SH_FAIL(SH_EMEMORY, "no memory for a stage");
     s->o = *o;
     s->link = o->link;
-    s->stage = o->link->rank / o->width;
-    s->member = o->link->rank % o->width;
+    s->stage = (o->link->rank - o->root) / o->width;
+    s->member = (o->link->rank - o->root) % o->width;
     s->leads = o->link->rank == 0;
     s->is_last = s->stage == o->stages - 1;
-    s->samples = s->is_last && (o->lanes || s->member == 0);
+    s->samples = s->is_last && o->root == 0 && (o->lanes || s->member == 0);
+    for (int i = 0; i < SENDS; i++) s->prompts[i].req = -1;
     sh_status st = create_peers(s);
     if (st == SH_OK) st = create_model(s);
     if (st == SH_OK) st = create_buffers(s);
-    if (st == SH_OK && s->is_last) st = create_hidden(s);
+    if (st == SH_OK && s->is_last && !s->sender) st = create_hidden(s);
     if (st == SH_OK && (s->samples || (s->is_last && s->tensor))) st = create_sampler(s);
     if (st != SH_OK) {
         sh_stage_destroy(&s);
@@ -246,6 +258,7 @@ void sh_stage_destroy(sh_stage **p) {
         if (s->sends[i].block) sh_mem_free(s->sends[i].block, s->send_bytes);
     }
     for (int i = 0; s->handouts && i < SENDS * (s->o.width - 1); i++) sh_buf_release(&s->handouts[i].encoded);
+    for (int i = 0; i < SENDS; i++) sh_buf_release(&s->prompts[i].encoded);
     free(s->handouts);
     free(s->sends);
     free(s->tokens);
@@ -258,6 +271,7 @@ void sh_stage_destroy(sh_stage **p) {
     sh_sampler_destroy(&s->sampler);
     sh_tokenizer_destroy(&s->tokenizer);
     sh_model_destroy(&s->model);
+    sh_kv_sender_destroy(&s->sender);
     sh_tensor_link_destroy(&s->tensor);
     sh_experts_destroy(&s->experts);
     sh_context_destroy(&s->context);
@@ -283,7 +297,9 @@ static sh_status test_send(sh_stage *s, int *req) {
 sh_status sh_stage_progress(sh_stage *s) {
     for (int i = 0; i < s->n_sends; i++) SH_TRY(test_send(s, &s->sends[i].req));
     for (int i = 0; i < n_handouts(s); i++) SH_TRY(test_send(s, &s->handouts[i].req));
+    for (int i = 0; i < SENDS; i++) SH_TRY(test_send(s, &s->prompts[i].req));
     if (s->experts) s->peers.experts->poll(s->experts); /* a failure is told by the next exchange */
+    if (s->sender) SH_TRY(sh_kv_sender_progress(s->sender));
     return s->context ? sh_context_progress(s->context) : SH_OK;
 }
 
@@ -298,6 +314,9 @@ bool sh_stage_is_idle(const sh_stage *s) {
         if (s->sends[i].req >= 0) return false;
     for (int i = 0; i < n_handouts(s); i++)
         if (s->handouts[i].req >= 0) return false;
+    for (int i = 0; i < SENDS; i++)
+        if (s->prompts[i].req >= 0) return false;
+    if (s->sender && !sh_kv_sender_is_idle(s->sender)) return false;
     return (!s->experts || sh_experts_is_idle(s->experts)) && (!s->context || sh_context_is_idle(s->context));
 }
 
@@ -393,6 +412,7 @@ static sh_status finish(sh_stage *s, const sh_batch *b, const void *in) {
 }
 
 static sh_status step(sh_stage *s, const sh_batch *b, const void *descriptor, size_t len, const void *in) {
+    if (s->sender) sh_kv_sender_begin(s->sender, sh_model_kv(s->model), b);
     SH_TRY(s->is_last ? finish(s, b, in) : forward_on(s, b, descriptor, len, in));
     s->steps++;
     return SH_OK;
@@ -423,6 +443,18 @@ sh_status sh_stage_lead(sh_stage *s, const sh_batch *batches) {
     sh_buf_clear(&s->encoded);
     if (!s->is_last) SH_TRY(encode(s, batches, &s->encoded));
     return step(s, batches, s->encoded.data, s->encoded.len, NULL);
+}
+
+bool sh_stage_has_room_for_prompts(const sh_stage *s) {
+    return s->prompts[s->next_prompts].req < 0;
+}
+
+sh_status sh_stage_send_prompts(sh_stage *s, const sh_batch *b) {
+    handout *h = &s->prompts[s->next_prompts];
+    s->next_prompts = (s->next_prompts + 1) % SENDS;
+    SH_TRY(encode(s, b, &h->encoded));
+    return s->link->ops->send(s->link, s->o.stages * s->o.width, SH_TAG_BATCH, h->encoded.data, h->encoded.len,
+                              &h->req);
 }
 
 sh_status sh_stage_receive(sh_stage *s, bool *got) {
@@ -503,6 +535,10 @@ sh_experts_times sh_stage_experts_time(const sh_stage *s) {
 
 uint64_t sh_stage_steps(const sh_stage *s) {
     return s->steps;
+}
+
+sh_kv_pool *sh_stage_kv(sh_stage *s) {
+    return sh_model_kv(s->model);
 }
 
 const sh_model *sh_stage_model(const sh_stage *s) {

@@ -13,7 +13,7 @@
 #include "proto/link.h"
 #include "proto/group.pb-c.h"
 #include "worker/experts.h"
-#include "worker/leader.h"
+#include "worker/kv_stream.h"
 
 typedef struct sh_stage sh_stage;
 
@@ -33,6 +33,10 @@ typedef struct sh_stage_options {
     sh_share share;                    /* parts > 1: the members divide heads, columns and vocabulary */
     const Shoal__Plan *plan;           /* borrowed; with lanes: which member holds which experts */
     sh_link *link;                     /* borrowed */
+    /* With ranks that make the K/V of prompts (worker/kv_stream.h); else NULL. root is the rank of the first stage: 0,
+     * or the first of those ranks, whose stages have a config with kv_end. */
+    int root;
+    const sh_kv_stream_options *stream;
 } sh_stage_options;
 /* Micro-batches of a step: one per lane. */
 static inline int sh_stage_lanes(const sh_stage_options *o) {
@@ -52,6 +56,9 @@ bool sh_stage_is_idle(const sh_stage *s); /* no send of its own is open */
 /* Rank 0: hands out the micro-batches [lanes] of a step and runs its own. In a pipeline of one stage the answer to that
  * is taken by sh_stage_answer at once. */
 sh_status sh_stage_lead(sh_stage *s, const sh_batch *batches);
+/* Rank 0: whether a micro-batch of prompts can leave for the first prefill rank without waiting; sends one. */
+bool sh_stage_has_room_for_prompts(const sh_stage *s);
+sh_status sh_stage_send_prompts(sh_stage *s, const sh_batch *b);
 /* Ranks above 0: takes one micro-batch if one has come (*got); then serve runs it. */
 sh_status sh_stage_receive(sh_stage *s, bool *got);
 sh_status sh_stage_serve(sh_stage *s);
@@ -61,6 +68,7 @@ sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *step, con
 double sh_stage_exchange_seconds(const sh_stage *s); /* in and around the link, waiting for the next stage included */
 sh_experts_times sh_stage_experts_time(const sh_stage *s); /* zeros where experts are not divided */
 uint64_t sh_stage_steps(const sh_stage *s);                /* micro-batches finished */
+sh_kv_pool *sh_stage_kv(sh_stage *s);
 const sh_model *sh_stage_model(const sh_stage *s);
 
 #endif

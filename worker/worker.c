@@ -38,6 +38,10 @@ typedef struct rank {
     sh_leader_options schedule; /* of one lane */
     sh_stage *stage;
     sh_lanes *lanes; /* rank 0 */
+    /* where some ranks make the K/V of prompts */
+    sh_config *own; /* the model as this rank computes it */
+    sh_kv_stream_options stream;
+    sh_kv_receiver *receiver; /* the others */
     sh_backoff idle;
     double beat_at, routing_at;
     bool routing_told;
@@ -79,7 +83,13 @@ static sh_status read_plan(rank *r) {
                                       .max_context = lane.max_context,
                                       .members = r->shape.cp};
     sh_leader_options_model(&r->schedule, r->config);
+    r->schedule.prefill = r->shape.prefill;
+    r->schedule.confirms = r->shape.decode;
     return SH_OK;
+}
+
+static bool makes_prompts(const rank *r) {
+    return r->link->rank >= r->shape.decode;
 }
 
 typedef struct neighbour { /* what ranks tell each other to share a node */
@@ -146,41 +156,19 @@ static sh_status agree_pages(rank *r) {
     const sh_alive alive = {check_alive, r};
     uint64_t mine = 0;
     sh_kv_limits limits;
-    sh_kv_plan kv;
+    sh_kv_plan kv, prompts = {0};
     SH_TRY(kv_budget(r, &mine));
     SH_TRY(sh_plan_kv_limits(r->plan, &limits));
     uint64_t *all = calloc((size_t)r->link->size, sizeof *all);
     if (!all) SH_FAIL(SH_EMEMORY, "no memory for the budgets");
     sh_status st = sh_ranks_exchange(r->link, &mine, sizeof mine, all, &alive);
     if (st == SH_OK) st = sh_plan_kv_group(r->config, &limits, r->plan, all, &kv);
+    if (st == SH_OK && r->shape.prefill > 0) st = sh_plan_kv_prefill(r->config, &limits, r->plan, all, &prompts);
     free(all);
     if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
     memcpy(r->schedule.pages, kv.pages, sizeof kv.pages);
+    memcpy(r->schedule.prefill_pages, prompts.pages, sizeof prompts.pages);
     return SH_OK;
-}
-
-static sh_status load(rank *r) {
-    const Shoal__PlanRank *layers = r->plan->rank[r->link->rank];
-    int threads = r->o->threads > 0 ? r->o->threads : r->plan->threads;
-    sh_stage_options o = {.model_dir = r->model_dir,
-                          .config = r->config,
-                          .mode = r->mode,
-                          .kv_type = r->kv,
-                          .first = layers->first,
-                          .last = layers->last,
-                          .threads = threads > 0 ? threads : r->part.n_cpus,
-                          .cpus = r->part.cpus,
-                          .n_cpus = r->part.n_cpus,
-                          .schedule = &r->schedule,
-                          .stages = r->shape.pp,
-                          .width = r->shape.width,
-                          .lanes = r->shape.ep > 1,
-                          .spread = r->shape.cp > 1,
-                          .share = sh_plan_share(r->plan, r->link->rank),
-                          .plan = r->plan,
-                          .link = r->link};
-    SH_TRY(sh_stage_create(&o, &r->stage));
-    return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);
 }
 
 static const sh_kernels *kernels_of(const rank *r) {
@@ -194,10 +182,46 @@ static sh_status fingerprint(const rank *r, uint64_t *out) {
     uint64_t h = sh_tensors_fingerprint(t);
     sh_tensors_close(&t);
     h = sh_hash64(h, r->plan->mode, strlen(r->plan->mode));
-    h = sh_hash64(h, r->plan->kv, strlen(r->plan->kv));
-    if (kernels_of(r)->modelled) h = sh_hash64(h, "modelled", 8); /* never a row of these among the model's */
-    *out = h;
+    *out = sh_hash64(h, r->plan->kv, strlen(r->plan->kv));
     return SH_OK;
+}
+
+/* Before the stage is made: what it needs to send K/V rows, or to take them. */
+static sh_status prepare_stream(rank *r) {
+    r->stream = (sh_kv_stream_options){
+        .link = r->link, .config = r->config, .plan = r->plan, .schedule = &r->schedule, .type = r->kv};
+    r->own = calloc(1, sizeof *r->own);
+    if (!r->own) SH_FAIL(SH_EMEMORY, "no memory for the configuration");
+    sh_plan_rank_config(r->config, r->plan, r->link->rank, r->own);
+    return r->shape.prefill > 0 ? fingerprint(r, &r->stream.model) : SH_OK;
+}
+
+static sh_status load(rank *r) {
+    const Shoal__PlanRank *layers = r->plan->rank[r->link->rank];
+    int threads = r->o->threads > 0 ? r->o->threads : r->plan->threads;
+    SH_TRY(prepare_stream(r));
+    sh_stage_options o = {.model_dir = r->model_dir,
+                          .config = r->own,
+                          .mode = r->mode,
+                          .kv_type = r->kv,
+                          .first = layers->first,
+                          .last = layers->last,
+                          .threads = threads > 0 ? threads : r->part.n_cpus,
+                          .cpus = r->part.cpus,
+                          .n_cpus = r->part.n_cpus,
+                          .schedule = &r->schedule,
+                          .stages = makes_prompts(r) ? r->shape.prefill : r->shape.pp,
+                          .root = makes_prompts(r) ? r->shape.decode : 0,
+                          .stream = r->shape.prefill > 0 ? &r->stream : NULL,
+                          .width = r->shape.width,
+                          .lanes = r->shape.ep > 1,
+                          .spread = r->shape.cp > 1,
+                          .share = sh_plan_share(r->plan, r->link->rank),
+                          .plan = r->plan,
+                          .link = r->link};
+    SH_TRY(sh_stage_create(&o, &r->stage));
+    if (o.stream && !makes_prompts(r)) SH_TRY(sh_kv_receiver_create(o.stream, sh_stage_kv(r->stage), &r->receiver));
+    return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);
 }
 
 /* What the kernels of some rank take from all results. */
@@ -235,6 +259,7 @@ static sh_status announce(rank *r) {
         add_note(note, sizeof note, "--tp-reduce sum: results are not invariant: they depend on --tp");
     uint64_t print = 0;
     SH_TRY(fingerprint(r, &print));
+    if (mine.modelled) print = sh_hash64(print, "modelled", 8); /* never a row of these among the model's */
     int lanes = r->shape.ep;
     return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), lanes * sh_leader_total(&r->schedule),
                            lanes * r->schedule.max_seqs, print, r->config->vocab, *note ? note : NULL);
@@ -282,7 +307,7 @@ static void beat(rank *r, bool busy, bool now_please) {
     if (r->lanes) {
         sh_leader_state s = sh_lanes_look(r->lanes);
         b.leader = true;
-        b.busy = busy || s.in_flight > 0;
+        b.busy = busy || s.in_flight > 0 || s.prompts_out > 0;
         b.running = s.running;
         b.waiting = s.waiting;
         b.kv_free = s.kv_free;
@@ -332,6 +357,32 @@ static sh_status take_answers(rank *r, bool *worked) {
     return SH_OK;
 }
 
+/* K/V rows of prompts that have come, and what the ranks say of theirs. */
+static sh_status take_rows(rank *r, bool *worked) {
+    if (!r->receiver) return SH_OK;
+    SH_TRY(sh_kv_receiver_poll(r->receiver, sh_stage_steps(r->stage), worked));
+    for (bool got = r->lanes != NULL; got;) {
+        uint64_t step = 0;
+        bool ok = false;
+        SH_TRY(sh_kv_receiver_landed(r->receiver, &got, &step, &ok));
+        if (!got) break;
+        SH_TRY(sh_lanes_confirm(r->lanes, step, ok));
+        r->answers++;
+        *worked = true;
+    }
+    return SH_OK;
+}
+
+static sh_status lead_prompts(rank *r, bool *worked) {
+    bool made = false;
+    sh_batch *batch = NULL;
+    if (!r->receiver || !sh_stage_has_room_for_prompts(r->stage)) return SH_OK;
+    SH_TRY(sh_lanes_next_prompts(r->lanes, &batch, &made));
+    if (!made) return SH_OK;
+    *worked = true;
+    return sh_stage_send_prompts(r->stage, batch);
+}
+
 static sh_status lead_step(rank *r, bool *worked) {
     bool made = false;
     sh_batch *batches = NULL;
@@ -345,13 +396,19 @@ static sh_status lead_step(rank *r, bool *worked) {
     return SH_OK;
 }
 
+static bool is_busy(const rank *r) {
+    sh_leader_state s = sh_lanes_look(r->lanes);
+    return s.in_flight > 0 || s.prompts_out > 0;
+}
+
 /* Told to leave: what is in flight comes home, then the word goes down the pipeline. */
 static sh_status lead_out(rank *r) {
     sh_backoff wait = {0};
-    for (double until = sh_now() + LEAVE_SECONDS; sh_lanes_look(r->lanes).in_flight > 0;) {
+    for (double until = sh_now() + LEAVE_SECONDS; is_busy(r);) {
         bool worked = false;
         SH_TRY(sh_stage_progress(r->stage));
         SH_TRY(take_answers(r, &worked));
+        SH_TRY(take_rows(r, &worked));
         if (sh_now() > until) SH_FAIL(SH_ECANCELLED, "left with micro-batches in flight");
         if (!worked) sh_backoff_wait(&wait);
     }
@@ -368,6 +425,8 @@ static sh_status lead(rank *r) {
         SH_TRY(take_inbox(r));
         SH_TRY(sh_stage_progress(r->stage));
         SH_TRY(take_answers(r, &worked));
+        SH_TRY(take_rows(r, &worked));
+        SH_TRY(lead_prompts(r, &worked));
         SH_TRY(lead_step(r, &worked));
         beat(r, false, worked);
         if (worked)
@@ -395,6 +454,7 @@ static sh_status serve(rank *r) {
             beat(r, true, true);        /* busy from here on, should the step get stuck */
             SH_TRY(sh_stage_serve(r->stage));
         }
+        SH_TRY(take_rows(r, &worked));
         if (!worked) SH_TRY(sh_ranks_told_leave(r->link, &leave));
         if (leave) break;
         if (told_at > 0 && sh_now() - told_at > 2 * LEAVE_SECONDS) SH_FAIL(SH_ECANCELLED, "left alone");
@@ -425,7 +485,10 @@ static sh_status live(rank *r) {
 
 static void release(rank *r) {
     sh_lanes_destroy(&r->lanes);
-    if (r->stage && sh_stage_is_idle(r->stage)) sh_stage_destroy(&r->stage); /* else the link still reads its buffers */
+    if (r->receiver && sh_kv_receiver_is_idle(r->receiver)) sh_kv_receiver_destroy(&r->receiver);
+    if (r->stage && !r->receiver && sh_stage_is_idle(r->stage))
+        sh_stage_destroy(&r->stage); /* else the link still reads its buffers */
+    free(r->own);
     free(r->config);
     free(r->machine);
 }

@@ -13,9 +13,8 @@
 #include "common/clock.h"
 #include "common/mem.h"
 #include "model/linear.h"
-#include "model/row_loop.h"
 
-enum { HIDDEN = 5376, SEGMENTS = 8, MAX_ROWS = 512 };
+enum { HIDDEN = 5376, SEGMENTS = 8, MAX_ROWS = 512, ROWS = 256 };
 
 typedef struct bench {
     sh_team *team;
@@ -32,33 +31,44 @@ static void *take(size_t bytes) {
 }
 
 static sh_wmat make(int n, int k) {
-    uint32_t *w = take(sh_wmat_bytes(n, k)), s = 1;
-    for (size_t i = 0; i < sh_wmat_bytes(n, k) / 4; i++) {
+    uint32_t *w = take(sh_wmat_bytes(SH_W_BF16, n, k)), s = 1;
+    for (size_t i = 0; i < sh_wmat_bytes(SH_W_BF16, n, k) / 4; i++) {
         s = s * 1664525u + 1013904223u;
         w[i] = (s & 0x807f807fu) | 0x3c003c00u;
     }
     return (sh_wmat){.n = n, .k = k, .data = w};
 }
 
-/* y0 += y1, y2 += y3, …; then y0 += y2, …; then y0 += y4: row by row, while the partial rows are near. */
-static void join_rows(void *arg, int lo, int hi) {
-    const bench *b = arg;
-    for (int r = lo; r < hi; r++)
+/* Rows [r0, r0 + n) of columns [c0, c1): y0 += y1, y2 += y3, …; then y0 += y2, …; then y0 += y4. */
+static void join(const bench *b, int r0, int n, int c0, int c1) {
+    for (int r = r0; r < r0 + n; r++)
         for (int step = 1; step < SEGMENTS; step *= 2)
-            for (int i = 0; i + step < SEGMENTS; i += 2 * step)
-                b->kn->add(b->y[i] + (size_t)r * HIDDEN, b->y[i + step] + (size_t)r * HIDDEN, HIDDEN);
+            for (int i = 0; i + step < SEGMENTS; i += 2 * step) {
+                size_t at = (size_t)r * HIDDEN + (size_t)c0;
+                b->kn->add(b->y[i] + at, b->y[i + step] + at, c1 - c0);
+            }
+}
+
+/* A member's panels, some rows at a time, so that partial sums are joined while they are near. */
+static void share(void *arg, int member, int size) {
+    const bench *b = arg;
+    int lo, hi, k = b->k / SEGMENTS;
+    sh_team_share(sh_wmat_panels(HIDDEN), member, size, &lo, &hi);
+    for (int r = 0, n; r < b->m; r += n) {
+        n = b->m - r < ROWS ? b->m - r : ROWS;
+        for (int s = 0; s < SEGMENTS; s++)
+            b->kn->gemm(&b->part[s], lo, hi, b->x + (size_t)r * (size_t)b->k + (size_t)(s * k), (size_t)b->k, n,
+                        b->y[s] + (size_t)r * HIDDEN, HIDDEN);
+        join(b, r, n, lo * SH_PANEL, hi * SH_PANEL);
+    }
 }
 
 static void one_sum(bench *b) {
     sh_linear(b->team, b->kn, &b->whole, b->x, (size_t)b->k, b->m, b->y[0], HIDDEN);
 }
 
-/* The segments one after the other: each has inputs of its own. */
 static void eight_sums(bench *b) {
-    for (int i = 0; i < SEGMENTS; i++)
-        sh_linear(b->team, b->kn, &b->part[i], b->x + (size_t)i * (size_t)(b->k / SEGMENTS), (size_t)b->k, b->m,
-                  b->y[i], HIDDEN);
-    sh_row_loop_run(b->team, b->m, (size_t)HIDDEN * SEGMENTS, join_rows, b);
+    sh_team_run(b->team, share, b);
 }
 
 /* CPU time per thread: other work on the machine does not count. */
@@ -112,9 +122,9 @@ int main(int argc, char **argv) {
             printf("%-20s %6d %12.3f %12.3f %+7.1f%%\n", mats[i].name, b.m, 1e3 * a, 1e3 * e, 100 * (e / a - 1));
             fflush(stdout);
         }
-        sh_mem_free((void *)(uintptr_t)b.whole.data, sh_wmat_bytes(HIDDEN, b.k));
+        sh_mem_free((void *)(uintptr_t)b.whole.data, sh_wmat_bytes(SH_W_BF16, HIDDEN, b.k));
         for (int s = 0; s < SEGMENTS; s++)
-            sh_mem_free((void *)(uintptr_t)b.part[s].data, sh_wmat_bytes(HIDDEN, b.k / SEGMENTS));
+            sh_mem_free((void *)(uintptr_t)b.part[s].data, sh_wmat_bytes(SH_W_BF16, HIDDEN, b.k / SEGMENTS));
     }
     return 0;
 }

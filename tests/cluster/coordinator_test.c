@@ -957,6 +957,31 @@ static void test_slow_group(void) {
     for (int i = 0; i < 2; i++) sh_wire_close(&f[i].wire);
 }
 
+/* A group that comes late to a short job gets half of what the first has not begun, though nobody knows its pace. */
+static void test_late_group(void) {
+    server s;
+    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("late")}, NULL));
+    sh_buf lines;
+    make_lines(&lines, 8, 40);
+    uint64_t job = 0;
+    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    fake f[2];
+    fake_open(&f[0], s.endpoint, "early");
+    f[0].every = 1 << 30;
+    for (int i = 0; i < 2000 && f[0].n < 8; i++) fake_turn(&f[0]);
+    CU_ASSERT_EQUAL_FATAL(f[0].n, 8);
+    fake_open(&f[1], s.endpoint, "late");
+    f[1].every = 1 << 30;
+    for (int i = 0; i < 2000 && (f[0].n != 4 || f[1].n != 4); i++) fake_turn(&f[i % 2]);
+    CU_ASSERT(f[0].n == 4 && f[1].n == 4);
+    f[0].every = f[1].every = 1;
+    CU_ASSERT_FATAL(wait_groups(&s, f, 2, job, 60));
+    CU_ASSERT_EQUAL(status(&s, job).out, 320);
+    sh_buf_release(&lines);
+    CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
+    for (int i = 0; i < 2; i++) sh_wire_close(&f[i].wire);
+}
+
 static void tell_ended(const server *s, const char *group, const char *reason, int groups, int *suspects) {
     sh_client *c = NULL;
     Shoal__Request all = SHOAL__REQUEST__INIT;
@@ -1081,6 +1106,7 @@ int main(int argc, char **argv) {
     CU_add_test(s, "disk full", test_disk_full);
     CU_add_test(s, "groups of two sizes", test_sizes);
     CU_add_test(s, "a slow group", test_slow_group);
+    CU_add_test(s, "a late group", test_late_group);
     CU_add_test(s, "a request that ends groups", test_poison);
     CU_add_test(s, "groups that end by themselves", test_bad_groups);
     CU_add_test(s, "groups that do not load", test_slow_loading);

@@ -3,9 +3,7 @@
  * requests must be the same bytes for every number of ranks, every cut, every --max-seqs and --chunk and with a KV pool
  * so small that sequences are paused; greedy ones must be the reference's.
  */
-#include "tests/cluster/fake.h"
-
-enum { MAX_IDS = 4096 };
+#include "tests/cluster/mixed.h"
 
 /* Sanitizers are ten times slower and more: they see some of the settings. OpenMP's own synchronisation is invisible to
  * tsan. */
@@ -16,47 +14,6 @@ enum { STRIDE = 4, THREADS = 1, MODELS = 2 };
 #else
 enum { STRIDE = 1, THREADS = 2, MODELS = 4 };
 #endif
-
-static json_t *golden(const char *name) {
-    char path[600];
-    json_t *j = NULL;
-    snprintf(path, sizeof path, "%s/text/golden/%s.json", SH_TEST_DATA, name);
-    MUST(sh_json_read(path, (size_t)64 << 20, &j));
-    return j;
-}
-
-/* The six greedy prompts; then the same prompts with temperatures, seeds, filters, scores, ends and earlier lives; then
- * longer ones cut from the likelihood text. */
-static void add_requests(fake *f, const json_t *g) {
-    int32_t ids[MAX_IDS];
-    const json_t *greedy = json_object_get(g, "greedy");
-    int n_greedy = (int)json_array_size(greedy);
-    for (int i = 0; i < n_greedy; i++) {
-        int n = fake_ids(json_object_get(json_array_get(greedy, (size_t)i), "ids"), ids, MAX_IDS);
-        fake_add(f, ids, n, 32);
-    }
-    for (int i = 0; i < n_greedy; i++) {
-        int n = fake_ids(json_object_get(json_array_get(greedy, (size_t)i), "ids"), ids, MAX_IDS);
-        fake_work *w = fake_add(f, ids, n, 20 + 9 * i);
-        w->sampling.temperature = 0.7f + 0.2f * (float)i;
-        w->sampling.top_k = i % 2 ? 40 : 0;
-        w->sampling.top_p = i % 3 ? 0.95f : 1;
-        w->sampling.seed = 77 + (uint64_t)i;
-        w->sampling.score_prompt = i % 2;
-        w->sampling.logprobs = i % 3 == 2 ? -1 : i;
-        if (i == 2 || i == 3) w->n_given = 5, memcpy(w->given, ids, 5 * sizeof *ids);
-        if (i == 3) w->scored = 7;
-    }
-    int32_t text[MAX_IDS];
-    int n = fake_ids(json_object_get(json_object_get(g, "loglik"), "ids"), text, MAX_IDS);
-    CHECK(n >= 150, "the likelihood text has %d tokens", n);
-    for (int i = 0; i < 6 && n >= 150; i++) {
-        fake_work *w = fake_add(f, text + i, n - 20 * i - i, 12 + 20 * (i % 2));
-        w->sampling.temperature = i % 2 ? 1 : 0;
-        w->sampling.seed = (uint64_t)i;
-        w->sampling.score_prompt = i == 4;
-    }
-}
 
 typedef struct setting {
     int n, cut[FAKE_RANKS + 1]; /* stages */
@@ -75,7 +32,7 @@ static bool run_setting(const char *name, const json_t *g, const setting *s, fak
     f->plan.threads = s->threads;
     f->plan.kv_memory = s->kv_memory;
     fake_divide(f, s->ep, s->tp, s->cp);
-    add_requests(f, g);
+    mixed_add(f, g);
     fake_start_threads(f);
     bool ok = fake_run(f, 120);
     CHECK(ok, "%s on %d ranks did not answer: %s", name, s->n, f->fault);
@@ -96,16 +53,6 @@ static void compare(const char *name, const json_t *g, const setting *s, const f
                   name, i, s->n, s->cut[1], s->ep, s->tp, s->cp, s->max_seqs, s->chunk,
                   (unsigned long long)s->kv_memory);
     fake_close(&f);
-}
-
-static void check_greedy(const char *name, const json_t *g, const fake *f) {
-    const json_t *greedy = json_object_get(g, "greedy");
-    for (size_t i = 0; i < json_array_size(greedy); i++) {
-        int32_t ids[64];
-        int n = fake_ids(json_object_get(json_array_get(greedy, i), "output_ids"), ids, 64);
-        CHECK(f->work[i].n == n && !memcmp(f->work[i].ids, ids, (size_t)n * sizeof *ids),
-              "%s greedy %zu: not the reference's", name, i);
-    }
 }
 
 static setting even(int layers, int n) {
@@ -139,13 +86,13 @@ static void compare_divided(const char *name, const json_t *g, int layers, bool 
 }
 
 static void test_model(const char *name, int layers, bool every_cut) {
-    json_t *g = golden(name);
+    json_t *g = mixed_golden(name);
     fake base;
     setting one = even(layers, 1);
     one.max_seqs = 1;
     one.chunk = 512;
     if (run_setting(name, g, &one, &base)) {
-        check_greedy(name, g, &base);
+        mixed_check_greedy(name, g, &base);
         static const int ranks[] = {1, 2, 3, 4, 6};
         for (int i = STRIDE > 1; i<5; i += STRIDE> 1 ? 2 : 1) {
             setting s = even(layers, ranks[i]);

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The promise of equal bytes, from outside: 40 mixed requests (greedy and drawn, log-probabilities, stop strings, seeds, long
 and short prompts, scoring) give the same rows for every number of ranks, every cut, batch size, chunk, thread count, instruction
-set and transport. Each dimension alone, then seeded combinations. With --cp instead: for these numbers of ranks that share positions
-out in each stage, with long prompts among the requests.
+set and transport, with and without ranks that read prompts for the others. Each dimension alone, then seeded combinations. With --cp
+instead: for these numbers of ranks that share positions out in each stage, with long prompts among the requests.
 
 usage: invariance.py [--long] [--combinations N] [--seed S] [--models a,b] [--cp 2,4]"""
 import argparse
@@ -72,6 +72,10 @@ def layers(name):
     return c.get("text_config", c)["num_hidden_layers"]
 
 
+def has_experts(name):
+    return name.startswith("26b")
+
+
 def main():
     a = argparse.ArgumentParser()
     a.add_argument("--long", action="store_true")
@@ -103,13 +107,25 @@ def main():
             for n in (2, 3, 4, 6):
                 same(f"{n} MPI ranks", "-n", n) if first or n == 3 or a.long else None
                 same(f"{n} local ranks", "-n", n, "--launcher", "local")
+            for pp, prefill in ((1, 1), (2, 2)):
+                same(f"{prefill} ranks for prompts, MPI", "--pp", pp, "--prefill", prefill) if first or prefill == 1 or a.long else None
+                same(f"{prefill} ranks for prompts, local", "--pp", pp, "--prefill", prefill, "--launcher", "local", "--chunk", 16)
             if first or a.long:  # every legal cut of two stages, then one layer per rank
                 for c in range(1, n_layers):
                     same(f"cut {c}", "-n", 2, "--launcher", "local", "--cuts", c)
                 same("a layer per rank", "-n", n_layers, "--launcher", "local")
             for pp, tp in ((1, 2), (1, 4), (2, 2)) + (((1, 8), (3, 4)) if a.long and name == "31b-like" else ()):
                 same(f"{pp} stages of {tp} local ranks by heads", "--pp", pp, "--tp", tp, "--launcher", "local", "--chunk", 9 * tp)
+            for pp, ep in ((1, 2), (1, 5), (2, 2)) + (((1, 3), (1, 8), (3, 4)) if a.long else ()):
+                if has_experts(name):
+                    same(f"{pp} stages of {ep} local ranks by experts", "--pp", pp, "--ep", ep, "--launcher", "local", "--chunk", 9 * ep)
+            same("2 stages of 2 MPI ranks by experts", "--pp", 2, "--ep", 2) if has_experts(name) else None
             same("2 stages of 2 MPI ranks by heads", "--pp", 2, "--tp", 2) if first or a.long else None
+            if first or a.long:  # few sequences at once, so that every group gets some
+                same("2 groups of 2 ranks", "-n", 2, "--replicas", 2, "--max-seqs", 4)
+                same("3 groups of a rank", "-n", 1, "--replicas", 3, "--max-seqs", 4)
+            if "a4b" in name:
+                same("2 groups of 2 ranks by experts", "--ep", 2, "--replicas", 2, "--max-seqs", 4)
             for m in ((1, 2, 7, 16, 40) if first else (1, 40)):
                 same(f"--max-seqs {m}", "-n", 1, "--max-seqs", m)
             for c in (1, 7, 64):
@@ -120,7 +136,8 @@ def main():
                 same(f"SHOAL_ISA={isa}", "-n", 1, SHOAL_ISA=isa)
             for k in range(combos // len(models)):
                 ranks = rnd.choice([1, 2, 3, 4, 6])
-                o = ["-n", ranks, "--max-seqs", rnd.choice([1, 2, 3, 5, 8, 16, 40]), "--chunk", rnd.choice([1, 3, 7, 16, 64, 512]),
+                prefill = rnd.choice([0, 0, 1, 2]) if ranks < 6 else 0
+                o = ["-n", ranks + prefill, *(["--prefill", prefill] if prefill else []), "--max-seqs", rnd.choice([1, 2, 3, 5, 8, 16, 40]), "--chunk", rnd.choice([1, 3, 7, 16, 64, 512]),
                      "--threads", rnd.choice([1, 1, 2])]
                 if rnd.random() < 0.7:
                     o += ["--launcher", "local"]

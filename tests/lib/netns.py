@@ -1,8 +1,13 @@
 """A few virtual nodes on this machine for tests that need several hosts: namespaces of their own for network, host name, mounts
 and processes, joined by a bridge. Needs root and iproute2; raises Unavailable where the kernel does not allow it."""
+import ctypes
+import fcntl
+import heapq
 import os
+import select
 import shlex
 import signal
+import struct
 import subprocess
 import time
 
@@ -20,13 +25,72 @@ def _sh(command, check=True):
     return p
 
 
+class Switch:
+    """Joins nodes by TAP devices and a process that passes frames on after a delay: for kernels without netem."""
+
+    def __init__(self, pids, delay):
+        self.ports = [self._tap(pid) for pid in pids]
+        self.child = os.fork()
+        if self.child == 0:
+            try:
+                self._pass_on(delay)
+            finally:
+                os._exit(1)
+        for fd in self.ports:
+            os.close(fd)
+
+    @staticmethod
+    def _tap(pid):
+        """A device eth0 in the network namespace of a process."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open("/proc/self/ns/net") as own, open(f"/proc/{pid}/ns/net") as there:
+            if libc.setns(there.fileno(), 0x40000000):
+                raise Unavailable("setns: " + os.strerror(ctypes.get_errno()))
+            try:
+                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+                fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH14x", b"eth0", 0x1002))  # TUNSETIFF: TAP, no packet information
+                return fd
+            except OSError as e:
+                raise Unavailable(f"/dev/net/tun: {e}")
+            finally:
+                libc.setns(own.fileno(), 0x40000000)
+
+    def _pass_on(self, delay):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        where, late, order = {}, [], 0  # port of each address; frames by the time when they are due
+        while True:
+            wait = max(0, late[0][0] - time.monotonic()) if late else None
+            for fd in select.select(self.ports, [], [], wait)[0]:
+                for _ in range(64):
+                    try:
+                        frame = os.read(fd, 65536)
+                    except BlockingIOError:
+                        break
+                    where[frame[6:12]] = fd
+                    to = where.get(frame[:6])
+                    for port in [to] if to else [p for p in self.ports if p != fd]:
+                        heapq.heappush(late, (time.monotonic() + delay, order, port, frame))
+                        order += 1
+            while late and late[0][0] <= time.monotonic():
+                _, _, port, frame = heapq.heappop(late)
+                try:
+                    os.write(port, frame)
+                except OSError:
+                    pass  # a full queue or a device that is down: lost, as on any network
+
+    def down(self):
+        os.kill(self.child, signal.SIGKILL)
+        os.waitpid(self.child, 0)
+
+
 class Nodes:
     """head (no process namespace of its own: it starts the others' processes) and node0, node1, …; files go to `folder`."""
 
-    def __init__(self, folder, n):
+    def __init__(self, folder, n, delay=0):
+        """delay: seconds that every frame takes from one node to another."""
         if os.geteuid() != 0:
             raise Unavailable("needs root")
-        self.folder, self.names, self.holders = folder, ["head"] + [f"node{k}" for k in range(n)], {}
+        self.folder, self.names, self.holders, self.switch = folder, ["head"] + [f"node{k}" for k in range(n)], {}, None
         os.makedirs(folder, exist_ok=True)
         with open(self._file("hosts"), "w") as f:
             f.write("127.0.0.1 localhost\n" + "".join(f"{self._address(h)} {h}\n" for h in self.names))
@@ -36,7 +100,7 @@ class Nodes:
         try:
             for h in self.names:
                 self._boot(h)
-            self._wire()
+            self._join(delay) if delay else self._wire()
         except Exception:
             self.down()
             raise
@@ -84,6 +148,11 @@ class Nodes:
             _sh(f"nsenter -t {self.pid(h)} -n sh -c 'ip link set e-{h} name eth0 && ip addr add {self._address(h)}/16 dev eth0 && ip link "
                 "set eth0 up'")
 
+    def _join(self, delay):
+        self.switch = Switch([self.pid(h) for h in self.names], delay)
+        for h in self.names:
+            _sh(f"nsenter -t {self.pid(h)} -n sh -c 'ip addr add {self._address(h)}/16 dev eth0 && ip link set eth0 up'")
+
     def link(self, host, up):
         """Pulls or plugs the cable: nobody is told, no FIN, no RST."""
         self._in("head", f"ip link set p-{host} {'up' if up else 'down'}")
@@ -126,4 +195,7 @@ class Nodes:
             p.kill()
             p.wait()
         self.holders = {}
+        if self.switch:
+            self.switch.down()
+            self.switch = None
         time.sleep(0.1)

@@ -4,6 +4,7 @@ import argparse
 import fnmatch
 import glob
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -51,7 +52,7 @@ def registered():
             name, tier, seconds, build, command = line.split(None, 4)
             if tier not in ("ci", "long"):
                 sys.exit(f"tests/list: {name}: '{tier}' is no tier: allowed are ci, long")
-            tests.append(Test(f"{build}/{name}", tier, int(seconds), build, command.split()))
+            tests.append(Test(f"{build}/{name}", tier, int(seconds), build, shlex.split(command)))
     return tests
 
 

@@ -38,6 +38,9 @@ static sh_batch example(void) {
     spans[0].pages[1] = pages_a + 1;
     spans[1] = (sh_span){.seq = 2, .pos = 5, .rows = 1, .keep = 1, .row0 = 3, .kept0 = 1, .n_pages = {1, 1}};
     spans[1].pages[0] = spans[1].pages[1] = pages_b;
+    static sh_handoff handoffs[2];
+    handoffs[0] = (sh_handoff){.from = {64, 66}, .page0 = {2, 1}, .n_pages = {1, 2}, .pages = {pages_a, pages_a}};
+    handoffs[1] = (sh_handoff){.from = {5, 6}, .n_pages = {1, 0}, .pages = {pages_b, NULL}};
     start = (sh_seq_start){.seq = 2, .sampling = &sampling, .tokens = tokens, .n_prompt = 3, .n_tokens = 4};
     return (sh_batch){.step = 1ull << 40,
                       .n_rows = 4,
@@ -48,7 +51,10 @@ static sh_batch example(void) {
                       .ids = ids,
                       .spans = spans,
                       .starts = &start,
-                      .drops = drops};
+                      .drops = drops,
+                      .n_handoffs = 2,
+                      .after = 1234567890123,
+                      .handoffs = handoffs};
 }
 
 static sh_buf encoded(void) {
@@ -70,6 +76,37 @@ static void check_span(const sh_span *a, const sh_span *b) {
         CU_ASSERT_EQUAL(a->page0[k], b->page0[k]);
         CU_ASSERT_EQUAL_FATAL(a->n_pages[k], b->n_pages[k]);
         CU_ASSERT(memcmp(a->pages[k], b->pages[k], (size_t)a->n_pages[k] * 4) == 0);
+    }
+}
+
+static void check_handoff(const sh_handoff *a, const sh_handoff *b) {
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        CU_ASSERT_EQUAL(a->from[k], b->from[k]);
+        CU_ASSERT_EQUAL(a->page0[k], b->page0[k]);
+        CU_ASSERT_EQUAL_FATAL(a->n_pages[k], b->n_pages[k]);
+        CU_ASSERT(a->n_pages[k] == 0 || memcmp(a->pages[k], b->pages[k], (size_t)a->n_pages[k] * 4) == 0);
+    }
+}
+
+/* Hand-offs that do not fit their spans. */
+static void bad_handoffs(void) {
+    for (int bad = 0; bad < 5; bad++) {
+        sh_batch a = example(), b;
+        sh_handoff h[2] = {a.handoffs[0], a.handoffs[1]};
+        sh_buf buf;
+        size_t used = 0;
+        sh_buf_init(&buf, 0);
+        a.handoffs = h;
+        if (bad == 0) h[0].from[0] = 63;   /* before the span */
+        if (bad == 1) h[1].from[1] = 7;    /* behind its end */
+        if (bad == 2) h[0].page0[0] = 1;   /* pages that do not hold the last row */
+        if (bad == 3) h[1].n_pages[0] = 0; /* no pages for a row that travels */
+        if (bad == 4) a.n_handoffs = 1;    /* not all spans */
+        CU_ASSERT_FATAL(sh_batch_encode(&a, &buf) == SH_OK);
+        CU_ASSERT_FATAL(sh_batch_create(1 << 20, &b) == SH_OK);
+        CU_ASSERT_EQUAL(sh_batch_decode(&b, buf.data, buf.len, &used), SH_EFORMAT);
+        sh_batch_release(&b);
+        sh_buf_release(&buf);
     }
 }
 
@@ -95,6 +132,9 @@ static void round_trip(void) {
         CU_ASSERT(memcmp(b.starts[0].tokens, tokens, sizeof tokens) == 0);
         CU_ASSERT_EQUAL_FATAL(b.n_drops, 2);
         CU_ASSERT_EQUAL(b.drops[1], UINT64_MAX);
+        CU_ASSERT_EQUAL(b.after, 1234567890123);
+        CU_ASSERT_EQUAL_FATAL(b.n_handoffs, 2);
+        for (int i = 0; i < 2; i++) check_handoff(&a.handoffs[i], &b.handoffs[i]);
     }
     sh_batch_release(&b);
     sh_batch_release(&b); /* again: harmless */
@@ -230,6 +270,7 @@ int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("batch", NULL, NULL);
     CU_add_test(s, "round trip", round_trip);
+    CU_add_test(s, "hand-offs that do not fit", bad_handoffs);
     CU_add_test(s, "empty batch", empty_batch);
     CU_add_test(s, "every truncation", every_truncation);
     CU_add_test(s, "altered bytes", altered_bytes);

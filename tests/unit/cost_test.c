@@ -152,6 +152,28 @@ static void test_cuts(void) {
             }
 }
 
+/* The members of a stage send what they have: own rows, own heads, what they store. */
+static void test_member_cuts(void) {
+    double hidden = 2 * 2560 * 4.0, sliding = 2048,
+           global = 4096; /* E4B after layer 25: both producers are before it */
+    for (int way = 0; way < 3; way++) {
+        sh_plan_request q = bf16;
+        q.cuts = "26";
+        q.tp = way == 1 ? 2 : 1;
+        q.cp = way == 2 ? 2 : 1;
+        Shoal__Plan *p = plan_of(&e4b, q);
+        sh_cost_model m = model_of(&e4b, p);
+        sh_cost_span s = {.seqs = 1, .rows = 80, .kept = 8, .lo = 0, .hi = 0};
+        sh_cost_rank r[4];
+        CU_ASSERT_EQUAL(sh_cost_step(&m, &s, 1, r), SH_OK);
+        double want = 8 * hidden + 80 * (sliding + global);
+        if (way == 1) want = 8 * hidden + 80 * (sliding + global) / 2;
+        if (way == 2) want = 4 * hidden + 80 * sliding + 40 * global;
+        near(r[0].cut.bytes, want, 1e-6, "cut");
+        sh_plan_free(&p);
+    }
+}
+
 /* §2.9: r(R) other ranks per token; dispatch of one row to each, one row per chosen expert back. */
 static void test_expert_traffic(void) {
     static const struct {
@@ -252,6 +274,10 @@ static void test_context_traffic(void) {
     double want = 100 * 0.75 * (4096 + 4 * 32 * 512 * 4.0) + 100 * 0.75 * 8 * 32 * 514 * 4.0;
     near(l.context.bytes, want, 1, "global");
     near(l.attention.bytes, 64400 * 4096.0 / 4, 1, "its part of the keys");
+    sh_cost_rank r[4];
+    CU_ASSERT_EQUAL(sh_cost_step(&m, &s, 1, r), SH_OK);
+    CU_ASSERT_EQUAL(r[0].head.bytes, 0);
+    near(r[2].head.bytes, 5376, 1e-6, "its share of the kept row");
     sh_plan_free(&p);
 }
 
@@ -388,6 +414,7 @@ int main(void) {
     CU_add_test(s, "attention", test_attention);
     CU_add_test(s, "prompts", test_prompt);
     CU_add_test(s, "cuts", test_cuts);
+    CU_add_test(s, "cuts of members", test_member_cuts);
     CU_add_test(s, "traffic of experts", test_expert_traffic);
     CU_add_test(s, "measured routing", test_routing);
     CU_add_test(s, "traffic of heads and columns", test_tensor_traffic);

@@ -1,6 +1,7 @@
 /*
  * The scheduler against a model of the stages that remembers what every KV page holds: random requests, pools, windows
- * and depths. Each row must find every position that it may see in the pages that its span names, every sequence must
+ * and depths, with and without a prefill pipeline, whose rows arrive late, out of step with decode, and sometimes
+ * damaged. Each row must find every position that it may see in the pages that its span names, every sequence must
  * end, the pool is never exceeded, nobody is overtaken for ever, and the last stage must know every sequence it
  * samples.
  */
@@ -8,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "common/hash.h"
-#include "worker/leader.h"
+#include "worker/prefill.h"
 
 enum { VOCAB = 1000, MAX_SEQS = 300, MAX_LEN = 700, MAX_PAGES = 400, MAX_DEPTH = 16, MAX_KNOWN = 64, MAX_MEMBERS = 4 };
 
@@ -26,18 +27,26 @@ typedef struct answer {
     sh_token *t;
 } answer;
 
+/* For each member, page and slot the (sequence, position) written last; sliding pages are the same on all members. */
+typedef struct held {
+    uint64_t key;
+    int32_t pos;
+} held;
+typedef held memory[SH_KV_KINDS][MAX_MEMBERS][MAX_PAGES][SH_PAGE_TOKENS];
+
+/* Micro-batches on their way, as bytes. */
+typedef struct line {
+    sh_buf bytes[2 * MAX_DEPTH];
+    int head, n;
+} line;
+
 typedef struct world {
     sh_leader_options o;
     sh_leader *leader;
-    sh_batch batch;
+    sh_batch batch, decode;
     request r[MAX_SEQS];
     int n;
-    /* what a stage holds: for each member, page and slot the (sequence, position) written last; sliding pages are the
-     * same on all members */
-    struct {
-        uint64_t key;
-        int32_t pos;
-    } slot[SH_KV_KINDS][MAX_MEMBERS][MAX_PAGES][SH_PAGE_TOKENS];
+    memory slot, made; /* what a decode stage holds, and what a prefill stage holds */
     sh_buf encoded;
     int32_t level[MAX_SEQS]; /* of each request, plus 1 */
     /* what the last stage's sampler knows */
@@ -48,6 +57,10 @@ typedef struct world {
     int n_known;
     answer queue[MAX_DEPTH];
     int head, count;
+    line to_stages, to_prefill, to_import; /* the last: prefill steps whose rows were made */
+    int said;                              /* ranks that have confirmed the first of those */
+    uint64_t decoded;                      /* last step that the stages have done */
+    int damage, damaged, handed;           /* one confirmation in `damage` is bad; how many were; rows handed over */
     int held_most, steps, wide;
     uint64_t step;
 } world;
@@ -92,7 +105,7 @@ static void check_level(world *w, const sh_span *s) {
 }
 
 /* Runs one span as a stage would: writes its rows, then looks for everything that they see. */
-static void run_span(world *w, const sh_batch *b, const sh_span *s) {
+static void run_span(world *w, memory at, const int32_t *pages, const sh_batch *b, const sh_span *s) {
     uint64_t key = key_of_id(w, s->seq);
     for (int k = 0; k < SH_KV_KINDS; k++) {
         if (!w->o.kind[k]) {
@@ -104,17 +117,15 @@ static void run_span(world *w, const sh_batch *b, const sh_span *s) {
             MUST(page >= 0 && page < s->n_pages[k]);
             if (!ok) return;
             int32_t pool = s->pages[k][page];
-            MUST(pool >= 0 && pool < w->o.pages[k]);
+            MUST(pool >= 0 && pool < pages[k]);
             if (!ok) return;
-            int member = member_of(w, s, k, pos);
-            w->slot[k][member][pool][pos % SH_PAGE_TOKENS].key = key;
-            w->slot[k][member][pool][pos % SH_PAGE_TOKENS].pos = pos;
+            at[k][member_of(w, s, k, pos)][pool][pos % SH_PAGE_TOKENS] = (held){key, pos};
         }
     }
     for (int i = 0; i < s->rows; i++) MUST(b->ids[s->row0 + i] == token_of(key, s->pos + i));
 }
 
-static void see_span(world *w, const sh_span *s) {
+static void see_span(const world *w, memory at, const sh_span *s) {
     uint64_t key = key_of_id(w, s->seq);
     for (int k = 0; k < SH_KV_KINDS; k++) {
         if (!w->o.kind[k]) continue;
@@ -125,8 +136,8 @@ static void see_span(world *w, const sh_span *s) {
             if (!ok) return;
             int32_t pool = s->pages[k][page];
             int member = member_of(w, s, k, pos);
-            MUST(w->slot[k][member][pool][pos % SH_PAGE_TOKENS].key == key);
-            MUST(w->slot[k][member][pool][pos % SH_PAGE_TOKENS].pos == pos);
+            MUST(at[k][member][pool][pos % SH_PAGE_TOKENS].key == key);
+            MUST(at[k][member][pool][pos % SH_PAGE_TOKENS].pos == pos);
         }
     }
 }
@@ -182,6 +193,8 @@ static void sample_span(world *w, const sh_span *s, answer *a) {
 static void run_batch(world *w, const sh_batch *b) {
     int rows = 0, kept = 0, decodes = 0;
     sampler_news(w, b);
+    MUST(b->step == w->decoded + 1);
+    w->decoded = b->step;
     answer *a = &w->queue[(w->head + w->count++) % MAX_DEPTH];
     *a = (answer){.step = b->step, .t = calloc((size_t)b->n_kept + 1, sizeof *a->t)};
     MUST(b->n_spans <= w->o.max_seqs && b->n_rows <= sh_leader_max_rows(&w->o));
@@ -193,14 +206,80 @@ static void run_batch(world *w, const sh_batch *b) {
         kept += s->keep;
         decodes += s->rows == 1;
         check_level(w, s);
-        run_span(w, b, s);
+        run_span(w, w->slot, w->o.pages, b, s);
     }
-    for (int i = 0; i < b->n_spans && ok; i++) see_span(w, &b->spans[i]); /* after all writes, as the layers do */
+    for (int i = 0; i < b->n_spans && ok; i++)
+        see_span(w, w->slot, &b->spans[i]); /* after all writes, as the layers do */
     for (int i = 0; i < b->n_spans && ok; i++) sample_span(w, &b->spans[i], a);
     MUST(rows == b->n_rows && kept == b->n_kept);
     sh_buf_clear(&w->encoded);
     MUST(sh_batch_encode(b, &w->encoded) == SH_OK && w->encoded.len <= sh_leader_descriptor_bytes(&w->o));
     if (decodes > w->wide) w->wide = decodes;
+}
+
+/* ---- lines of micro-batches ---- */
+
+static void line_put(line *l, const sh_batch *b) {
+    MUST(l->n < 2 * MAX_DEPTH);
+    if (!ok) return;
+    sh_buf *to = &l->bytes[(l->head + l->n++) % (2 * MAX_DEPTH)];
+    sh_buf_clear(to);
+    MUST(sh_batch_encode(b, to) == SH_OK);
+}
+
+static void line_look(const line *l, sh_batch *b) {
+    size_t used = 0;
+    const sh_buf *from = &l->bytes[l->head];
+    MUST(sh_batch_decode(b, from->data, from->len, &used) == SH_OK && used == from->len);
+    if (!ok) fprintf(stderr, "leader_test: %s\n", sh_error_text());
+}
+
+static void line_drop(line *l) {
+    l->head = (l->head + 1) % (2 * MAX_DEPTH);
+    l->n--;
+}
+
+static void line_free(line *l) {
+    for (int i = 0; i < 2 * MAX_DEPTH; i++) sh_buf_release(&l->bytes[i]);
+}
+
+/* ---- the prefill pipeline ---- */
+
+static void make_rows(world *w) {
+    sh_batch *b = &w->decode;
+    line_look(&w->to_prefill, b);
+    MUST(ok && b->n_handoffs == b->n_spans && b->n_kept == 0 && b->n_rows <= w->o.chunk);
+    for (int i = 0; i < b->n_spans && ok; i++) run_span(w, w->made, w->o.prefill_pages, b, &b->spans[i]);
+    for (int i = 0; i < b->n_spans && ok; i++) see_span(w, w->made, &b->spans[i]);
+    line_put(&w->to_import, b);
+    line_drop(&w->to_prefill);
+}
+
+static void import_span(world *w, const sh_span *s, const sh_handoff *h) {
+    uint64_t key = key_of_id(w, s->seq);
+    for (int k = 0; k < SH_KV_KINDS; k++)
+        for (int32_t pos = h->from[k]; pos < s->pos + s->rows && ok; pos++) {
+            int32_t i = pos / SH_PAGE_TOKENS - h->page0[k];
+            MUST(w->o.kind[k] && i >= 0 && i < h->n_pages[k]);
+            if (!ok) return;
+            w->slot[k][0][h->pages[k][i]][pos % SH_PAGE_TOKENS] = (held){key, pos};
+            w->handed++;
+        }
+}
+
+/* The next rank takes the rows of the oldest step, as soon as it has decoded what may still read their pages. */
+static void import_rows(world *w) {
+    sh_batch *b = &w->decode;
+    line_look(&w->to_import, b);
+    if (!ok || w->decoded < b->after) return;
+    bool good = !w->damage || draw(w->damage) > 0;
+    uint64_t step = b->step;
+    w->damaged += !good;
+    for (int i = 0; good && w->said == 0 && i < b->n_spans; i++) import_span(w, &b->spans[i], &b->handoffs[i]);
+    MUST(sh_leader_confirm(w->leader, step, good) == SH_OK);
+    if (++w->said < w->o.confirms) return;
+    w->said = 0;
+    line_drop(&w->to_import);
 }
 
 static void emit(void *arg, uint64_t key, const sh_token *t) {
@@ -257,38 +336,65 @@ static bool all_done(const world *w) {
     return true;
 }
 
+static void run_next(world *w) {
+    line_look(&w->to_stages, &w->decode);
+    if (ok) run_batch(w, &w->decode);
+    line_drop(&w->to_stages);
+}
+
+static int in_flight(const world *w) {
+    return w->to_stages.n + w->count;
+}
+
 static void play(world *w, int requests, int max_len, bool cancels) {
     int idle = 0;
-    while (ok && (w->n < requests || !all_done(w) || w->count)) {
+    while (ok && (w->n < requests || !all_done(w) || in_flight(w) || w->to_prefill.n || w->to_import.n)) {
         if (w->n < requests && draw(3) == 0) add_request(w, max_len);
         if (cancels && w->n && draw(40) == 0) {
             int i = draw(w->n);
             if (!w->r[i].finished) w->r[i].cancelled = true;
             sh_leader_cancel(w->leader, 100 + (uint64_t)i);
         }
-        bool made = false;
-        if (draw(2) && w->count < MAX_DEPTH) {
+        bool made = false, prompts = false;
+        if (draw(2) && in_flight(w) < MAX_DEPTH) {
             MUST(sh_leader_next(w->leader, &w->batch, &made) == SH_OK);
             if (!ok) fprintf(stderr, "leader_test: %s\n", sh_error_text());
-            if (made) run_batch(w, &w->batch);
+            if (made) line_put(&w->to_stages, &w->batch);
             w->steps += made;
         }
+        if (draw(2)) {
+            MUST(sh_leader_next_prompts(w->leader, &w->batch, &prompts) == SH_OK);
+            if (!ok) fprintf(stderr, "leader_test: %s\n", sh_error_text());
+            if (prompts) line_put(&w->to_prefill, &w->batch);
+        }
+        if (ok && w->to_stages.n && draw(2)) run_next(w);
+        if (ok && w->to_prefill.n && draw(2)) make_rows(w);
+        if (ok && w->to_import.n && draw(2)) import_rows(w);
         if (w->count && draw(2)) take_answer(w);
         MUST(sh_leader_audit(w->leader) == SH_OK);
-        MUST(sh_leader_look(w->leader).in_flight == w->count && w->count <= sh_leader_in_flight(&w->o));
-        idle = made || w->count || w->n < requests ? 0 : idle + 1;
+        sh_leader_state s = sh_leader_look(w->leader);
+        MUST(s.in_flight == in_flight(w) && s.in_flight <= sh_leader_in_flight(&w->o));
+        MUST(s.prompts_out == w->to_prefill.n + w->to_import.n && s.prompts_out <= w->o.prefill + 1);
+        idle = made || prompts || in_flight(w) || s.prompts_out || w->n < requests ? 0 : idle + 1;
         MUST(idle < 1000); /* work in hand and nothing moves */
         MUST(w->steps < 400000);
     }
 }
 
-static void world_run(const sh_leader_options *o, uint64_t seed, int requests, bool cancels, uint64_t *pauses) {
+typedef struct totals {
+    uint64_t pauses, redone;
+    int handed;
+} totals;
+
+static void world_run(const sh_leader_options *o, uint64_t seed, int requests, bool cancels, totals *sum) {
     world *w = calloc(1, sizeof *w);
     ok = true;
     rng = seed;
     w->o = *o;
     MUST(sh_leader_create(o, &w->leader) == SH_OK);
     MUST(sh_batch_create(sh_leader_descriptor_bytes(o), &w->batch) == SH_OK);
+    MUST(sh_batch_create(2 * sh_leader_descriptor_bytes(o), &w->decode) == SH_OK);
+    w->damage = o->prefill && seed % 2 ? 6 : 0;
     int most = sh_leader_capacity(o);
     if (ok) play(w, requests, most < MAX_LEN ? most : MAX_LEN, cancels);
     if (!ok) fprintf(stderr, "leader_test: seed %llu\n", (unsigned long long)seed);
@@ -297,14 +403,20 @@ static void world_run(const sh_leader_options *o, uint64_t seed, int requests, b
     int members = o->members > 1 ? o->members : 1;
     for (int k = 0; k < SH_KV_KINDS; k++) /* all pages are back */
         CU_ASSERT_EQUAL(s.free[k], o->pages[k] * (k == SH_KV_GLOBAL ? members : 1));
+    for (int k = 0; k < SH_KV_KINDS; k++) CU_ASSERT_EQUAL(s.prefill_free[k], o->prefill ? o->prefill_pages[k] : 0);
     CU_ASSERT_EQUAL(s.running + s.waiting, 0);
-    if (pauses) *pauses += s.pauses;
+    CU_ASSERT_EQUAL(s.redone > 0, w->damaged > 0);
+    sum->pauses += s.pauses;
+    sum->redone += s.redone;
+    sum->handed += w->handed;
     while (w->count) {
         free(w->queue[w->head].t);
         w->head = (w->head + 1) % MAX_DEPTH;
         w->count--;
     }
+    line_free(&w->to_stages), line_free(&w->to_prefill), line_free(&w->to_import);
     sh_batch_release(&w->batch);
+    sh_batch_release(&w->decode);
     sh_buf_release(&w->encoded);
     sh_leader_destroy(&w->leader);
     free(w);
@@ -331,22 +443,47 @@ static sh_leader_options random_options(uint64_t seed, int members) {
 }
 
 static void test_random_worlds(void) {
-    uint64_t pauses = 0;
+    totals sum = {0};
     for (uint64_t seed = 1; seed <= 60; seed++) {
         sh_leader_options o = random_options(seed, 1);
-        world_run(&o, seed, 25, seed % 3 == 0, &pauses);
+        world_run(&o, seed, 25, seed % 3 == 0, &sum);
     }
-    CU_ASSERT(pauses > 0); /* small pools did run full */
+    CU_ASSERT(sum.pauses > 0); /* small pools did run full */
+    CU_ASSERT(sum.handed == 0);
+}
+
+/* A prefill pool that holds one of the longest prompts, or several, or not even one: then the others make its rows. */
+static void add_prefill(sh_leader_options *o) {
+    o->prefill = 1 + draw(4);
+    o->confirms = 1 + draw(3);
+    int size = draw(4);
+    for (int k = 0; k < SH_KV_KINDS; k++) {
+        int peak = sh_prefill_peak(o, (sh_kv_kind)k, o->max_context);
+        o->prefill_pages[k] = size == 0 ? (peak + 1) / 2 : peak + draw(size * peak + 1);
+        if (o->prefill_pages[k] > MAX_PAGES) o->prefill_pages[k] = MAX_PAGES;
+    }
+}
+
+static void test_worlds_with_prefill(void) {
+    totals sum = {0};
+    for (uint64_t seed = 1; seed <= 120; seed++) {
+        sh_leader_options o = random_options(seed, 1);
+        add_prefill(&o);
+        world_run(&o, seed, 25, seed % 3 == 0, &sum);
+    }
+    CU_ASSERT(sum.pauses > 0);
+    CU_ASSERT(sum.handed > 0);
+    CU_ASSERT(sum.redone > 0);
 }
 
 /* Global pages in pools of several members. */
 static void test_members(void) {
-    uint64_t pauses = 0;
+    totals sum = {0};
     for (uint64_t seed = 1; seed <= 60; seed++) {
         sh_leader_options o = random_options(seed, 2 + (int)(seed % 3));
-        world_run(&o, seed, 25, seed % 3 == 0, &pauses);
+        world_run(&o, seed, 25, seed % 3 == 0, &sum);
     }
-    CU_ASSERT(pauses > 0);
+    CU_ASSERT(sum.pauses > 0);
 }
 
 /* What a group can hold is exact: the longest sequence just fits the pools, one of one token more does not. */
@@ -378,8 +515,8 @@ static void test_members_capacity(void) {
 }
 
 /* One page more than the longest sequence needs: everybody is paused again and again, and everybody ends. */
-static void test_tight_pool(void) {
-    uint64_t pauses = 0;
+static void tight_pool(bool prefill) {
+    totals sum = {0};
     for (uint64_t seed = 1; seed <= 10; seed++) {
         sh_leader_options o = {.stages = 3,
                                .max_seqs = 12,
@@ -389,9 +526,15 @@ static void test_tight_pool(void) {
                                .window = 40,
                                .kind = {true, true}};
         for (int k = 0; k < SH_KV_KINDS; k++) o.pages[k] = sh_leader_peak(&o, (sh_kv_kind)k, 400) + 1;
-        world_run(&o, seed, 40, false, &pauses);
+        if (prefill) add_prefill(&o);
+        world_run(&o, seed, 40, seed % 5 == 4, &sum);
     }
-    CU_ASSERT(pauses > 10);
+    CU_ASSERT(sum.pauses > 10);
+}
+
+static void test_tight_pool(void) {
+    tight_pool(false);
+    tight_pool(true);
 }
 
 static sh_status add_plain(sh_leader *l, uint64_t key, int n_prompt, int max_tokens) {
@@ -485,10 +628,47 @@ static void test_wrong_answers(void) {
     }
 }
 
+/* Rows that arrive damaged for ever end the group; what nobody asked for is refused. */
+static void test_damage_without_end(void) {
+    sh_leader_options o = {.stages = 1,
+                           .max_seqs = 4,
+                           .chunk = 64,
+                           .max_context = 100,
+                           .vocab = VOCAB,
+                           .kind = {true, false},
+                           .pages = {100, 0},
+                           .prefill = 1,
+                           .confirms = 1,
+                           .prefill_pages = {100, 0}};
+    sh_leader *l = NULL;
+    sh_batch b = {0};
+    bool made = false;
+    CU_ASSERT_FATAL(sh_leader_create(&o, &l) == SH_OK);
+    CU_ASSERT_FATAL(sh_batch_create(sh_leader_descriptor_bytes(&o), &b) == SH_OK);
+    CU_ASSERT_EQUAL(add_plain(l, 100, 10, 1), SH_OK);
+    CU_ASSERT_EQUAL(sh_leader_confirm(l, 1, true), SH_EPEER);
+    int times = 0;
+    sh_status st = SH_OK;
+    for (; st == SH_OK && times < 100; times++) {
+        CU_ASSERT_EQUAL(sh_leader_next(l, &b, &made), SH_OK);
+        CU_ASSERT_FALSE(made); /* no decode row before its rows are in place */
+        CU_ASSERT_EQUAL(sh_leader_next_prompts(l, &b, &made), SH_OK);
+        CU_ASSERT_TRUE_FATAL(made);
+        CU_ASSERT_EQUAL(b.spans[0].rows, 9);
+        st = sh_leader_confirm(l, b.step, false);
+    }
+    CU_ASSERT_EQUAL(st, SH_EPEER);
+    CU_ASSERT_EQUAL(times, 17);
+    sh_batch_release(&b);
+    sh_leader_destroy(&l);
+}
+
 int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("leader", NULL, NULL);
     CU_add_test(s, "random worlds", test_random_worlds);
+    CU_add_test(s, "random worlds with a prefill pipeline", test_worlds_with_prefill);
+    CU_add_test(s, "damage without end", test_damage_without_end);
     CU_add_test(s, "a tight pool", test_tight_pool);
     CU_add_test(s, "pools of several members", test_members);
     CU_add_test(s, "what pools of several members can hold", test_members_capacity);

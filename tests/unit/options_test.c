@@ -135,6 +135,9 @@ static void test_ranks(void) {
     RANKS(4, S("--cuts=2,4,6"));
     RANKS(8, S("--cuts=2,4,6"), S("--ep=2"));
     RANKS(4, S("--pp=2"), S("--tp=2"));
+    RANKS(4, S("--pp=2"), S("--prefill=2"));
+    RANKS(2, S("--prefill=1"));
+    RANKS(3, S("-n3"), S("--prefill=1"));
     RANKS(4, S("--cp=4"));
     RANKS(6, S("-n6"), S("--ep=3"));
 }

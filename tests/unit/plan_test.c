@@ -143,6 +143,13 @@ static void test_shape(void) {
         {{.ranks = 6, .ep = 4}, "6 ranks: not a multiple of the 4 ranks of a stage (ep 4, tp 1, cp 1)"},
         {{.ranks = 6, .pp = 2, .ep = 2}, "6 ranks: 2 stages of 2 ranks (ep 2, tp 1, cp 1) need 4: give -n 4"},
         {{.pp = 3, .cuts = "4"}, "--cuts 4: 2 stages, but --pp asks for 3: give 2 cuts"},
+        {{.ranks = 2, .prefill = 2}, "--prefill: 2 of 2 ranks: allowed are 0 to 1: one at least must decode"},
+        {{.prefill = 31}, "--prefill: 31 is out of range: allowed are 0 to 30"},
+        {{.ranks = 5, .pp = 2, .prefill = 2},
+         "3 ranks that decode: 2 stages of 1 ranks (ep 1, tp 1, cp 1) need 2: give -n 4"},
+        {{.tp = 2, .prefill = 1},
+         "--prefill 1, --ep 1, --tp 2, --cp 1: prompts are handed over between stages of one rank: allowed with "
+         "--prefill is 1 for each of the others"},
         {{.ep = 2, .cp = 2},
          "--ep 2, --tp 1, --cp 2: a stage is divided one way at a time: allowed is one of them above 1, with any --pp "
          "and --replicas"},
@@ -384,6 +391,60 @@ static void test_tensor_budget(void) {
     sh_plan_free(&four);
 }
 
+/* Ranks that make the K/V of prompts: which layers, which memory, and what is no such plan. */
+static void test_prefill(void) {
+    Shoal__Plan *p = plan_of(&e2b, (sh_plan_request){.ranks = 5, .prefill = 2});
+    sh_plan_shape s = sh_plan_shape_of(p);
+    CU_ASSERT(s.pp == 3 && s.decode == 3 && s.prefill == 2 && s.width == 1);
+    CU_ASSERT_EQUAL(p->rank[2]->last, 35);
+    CU_ASSERT_EQUAL(p->rank[3]->first, 0);
+    CU_ASSERT_EQUAL(p->rank[4]->last, 15); /* the 20 layers without K/V of their own are not theirs */
+    sh_buf text;
+    sh_buf_init(&text, 0);
+    CU_ASSERT_EQUAL(sh_plan_print(&e2b, p, &text), SH_OK);
+    CU_ASSERT_PTR_NOT_NULL(strstr((const char *)text.data, " + head; prompts on 2 more: layers 0-"));
+    sh_buf_release(&text);
+    uint64_t made = sh_plan_rank_memory(&e2b, p, 3).weights + sh_plan_rank_memory(&e2b, p, 4).weights;
+    uint64_t as_stage = sh_weights_estimate(&e2b, SH_MODE_BF16, 0, 15);
+    CU_ASSERT_TRUE(made < as_stage && made > as_stage - as_stage / 10); /* less the last one's feed-forward */
+    CU_ASSERT_EQUAL(p->max_seqs, 96);
+    sh_kv_limits l;
+    sh_kv_plan decode, prompts;
+    const uint64_t budget[] = {600 * MIB, 600 * MIB, 600 * MIB, 100 * MIB, 200 * MIB},
+                   poor[] = {600 * MIB, 600 * MIB, 600 * MIB, MIB, 1};
+    CU_ASSERT_EQUAL_FATAL(sh_plan_kv_limits(p, &l), SH_OK);
+    CU_ASSERT_EQUAL(sh_plan_kv_group(&e2b, &l, p, budget, &decode), SH_OK);
+    CU_ASSERT_EQUAL(sh_plan_kv_prefill(&e2b, &l, p, budget, &prompts), SH_OK);
+    CU_ASSERT_TRUE(sh_plan_kv_bytes(&e2b, l.type, 0, p->rank[3]->last, prompts.pages) <= 100 * MIB);
+    CU_ASSERT_TRUE(decode.pages[SH_KV_GLOBAL] != prompts.pages[SH_KV_GLOBAL]);
+    CU_ASSERT_EQUAL(sh_plan_kv_group(&e2b, &l, p, poor, &decode), SH_OK);
+    CU_ASSERT_EQUAL(sh_plan_kv_prefill(&e2b, &l, p, poor, &prompts), SH_EMEMORY);
+    CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "rank 3: "));
+    p->rank[4]->last = 16;
+    CU_ASSERT_EQUAL(sh_plan_check(&e2b, p), SH_EINPUT);
+    CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "hold at least one and none behind layer 14"));
+    p->rank[4]->last = 14;
+    CU_ASSERT_EQUAL(sh_plan_check(&e2b, p), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "plan: nobody makes the K/V of prompts for layers 14 to 14");
+    p->rank[4]->last = 15;
+    CU_ASSERT_EQUAL(sh_plan_check(&e2b, p), SH_OK);
+    p->rank[4]->first++;
+    CU_ASSERT_EQUAL(sh_plan_check(&e2b, p), SH_EINPUT);
+    p->rank[4]->first--;
+    p->prefill = 5;
+    CU_ASSERT_EQUAL(sh_plan_check(&e2b, p), SH_EINPUT);
+    p->prefill = -1;
+    CU_ASSERT_EQUAL(sh_plan_check(&e2b, p), SH_EINPUT);
+    sh_plan_free(&p);
+    p = plan_of(&b31, (sh_plan_request){.cuts = "30", .prefill = 2});
+    CU_ASSERT_EQUAL(p->n_rank, 4);
+    CU_ASSERT_EQUAL(p->rank[3]->last, 60); /* every layer has K/V of its own; of the last nothing else is made */
+    sh_config whole = b31;
+    sh_config_prefill(&whole);
+    CU_ASSERT_EQUAL(sh_plan_cost(&whole, 59, 60), sh_config_layer_count(&b31, 59).kv);
+    sh_plan_free(&p);
+}
+
 int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("plan", load, NULL);
@@ -391,6 +452,7 @@ int main(void) {
     CU_add_test(s, "messages", test_messages);
     CU_add_test(s, "balance", test_balance);
     CU_add_test(s, "shape", test_shape);
+    CU_add_test(s, "ranks that make K/V", test_prefill);
     CU_add_test(s, "check", test_check);
     CU_add_test(s, "page", test_page);
     CU_add_test(s, "kv", test_kv);

@@ -184,6 +184,38 @@ static void test_stages(void) {
                     SH_EINPUT);
 }
 
+/* Ranks that only make K/V: no head, of the last layer what makes K/V, and nothing of the layers that share K/V. */
+static void test_only_kv(void) {
+    for (int i = 0; i < MODELS; i++) {
+        sh_config c, all;
+        sh_weights *w = NULL, *whole = NULL;
+        CU_ASSERT_EQUAL_FATAL(sh_config_load(model[i], &all), SH_OK);
+        c = all;
+        sh_config_prefill(&c);
+        int last = c.kv_end - 1;
+        CU_ASSERT_EQUAL(last + 1, all.first_shared);
+        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &c,
+                                              &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = last + 1},
+                                              NULL, NULL, NULL, &w),
+                              SH_OK);
+        CU_ASSERT_EQUAL_FATAL(
+            sh_weights_load(model[i], &all,
+                            &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = all.n_layers}, NULL, NULL,
+                            NULL, &whole),
+            SH_OK);
+        const sh_layer_weights *a = &w->layer[last], *b = &whole->layer[last];
+        CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, SH_MODE_BF16, 0, last + 1));
+        CU_ASSERT_TRUE(w->bytes < whole->bytes);
+        CU_ASSERT_TRUE(!w->head.data && !w->final_norm && !a->q.data && !a->o.data && !a->gate.data && !a->down.data);
+        CU_ASSERT_TRUE(!a->q_norm && !a->pre_ff_norm && !a->expert_gate_up && !a->ple_gate.data);
+        CU_ASSERT_EQUAL(memcmp(a->k.data, b->k.data, sh_wmat_bytes(SH_W_BF16, b->k.n, b->k.k)), 0);
+        CU_ASSERT_EQUAL(memcmp(a->input_norm, b->input_norm, sizeof(float) * (size_t)c.hidden), 0);
+        if (last > 0) CU_ASSERT_EQUAL(memcmp(w->layer[0].down.data, whole->layer[0].down.data, 64), 0);
+        sh_weights_destroy(&w);
+        sh_weights_destroy(&whole);
+    }
+}
+
 /* --- rewriting a fixture -------------------------------------------------------------------------------------------
  */
 
@@ -442,13 +474,20 @@ static void test_held(void) {
         sh_config c;
         sh_weights *all = NULL, *w = NULL;
         CU_ASSERT_EQUAL_FATAL(sh_config_load(model[1], &c), SH_OK);
-        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[1], &c, (sh_share){0}, 1, 3, NULL, NULL, NULL, &all), SH_OK);
+        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[1], &c,
+                                              &(sh_weights_options){.mode = SH_MODE_BF16, .first = 1, .last = 3}, NULL,
+                                              NULL, NULL, &all),
+                              SH_OK);
         rewrite(model[1], unfused ? &(edit){.unfuse = true}
                                   : &(edit){.type = "F32", .spoil = OLD "layers.2.experts.gate_up_proj"});
-        CU_ASSERT_EQUAL(sh_weights_load(dir, &c, (sh_share){0}, 1, 3, NULL, NULL, NULL, &w),
+        CU_ASSERT_EQUAL(sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 1, .last = 3},
+                                        NULL, NULL, NULL, &w),
                         unfused ? SH_OK : SH_EUNSUPPORTED);
         sh_weights_destroy(&w);
-        CU_ASSERT_EQUAL_FATAL(sh_weights_load_held(dir, &c, (sh_share){0}, &odd, 1, 3, NULL, NULL, NULL, &w), SH_OK);
+        CU_ASSERT_EQUAL_FATAL(
+            sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .held = odd, .first = 1, .last = 3},
+                            NULL, NULL, NULL, &w),
+            SH_OK);
         int absent = 0;
         for (int y = 0; y < 2; y++)
             for (int e = 0; e < c.experts; e++) {
@@ -457,10 +496,11 @@ static void test_held(void) {
                 absent += e % 2 == 0;
                 for (int i = 0; i < 2; i++) {
                     CU_ASSERT_EQUAL_FATAL(b[i]->data != NULL, e % 2 == 1);
-                    if (b[i]->data) CU_ASSERT(memcmp(a[i]->data, b[i]->data, sh_wmat_bytes(a[i]->n, a[i]->k)) == 0);
+                    if (b[i]->data)
+                        CU_ASSERT(memcmp(a[i]->data, b[i]->data, sh_wmat_bytes(SH_W_BF16, a[i]->n, a[i]->k)) == 0);
                 }
             }
-        CU_ASSERT_EQUAL(w->bytes, all->bytes - (size_t)absent * sh_expert_bytes(&c));
+        CU_ASSERT_EQUAL(w->bytes, all->bytes - (size_t)absent * sh_expert_bytes(&c, SH_MODE_BF16));
         sh_weights_destroy(&w);
         sh_weights_destroy(&all);
     }
@@ -472,6 +512,7 @@ int main(void) {
     CU_add_test(s, "fixtures", test_fixtures);
     CU_add_test(s, "vectors", test_vectors);
     CU_add_test(s, "stages", test_stages);
+    CU_add_test(s, "ranks that only make K/V", test_only_kv);
     CU_add_test(s, "spellings", test_spellings);
     CU_add_test(s, "half", test_half);
     CU_add_test(s, "refused", test_refused);

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""shoal plan as it is typed: a model that is config.json alone, machines from files, a plan written, edited, refused and run, workloads
+of both kinds, the table of models, the measurement that is made once; and what a run says beside its measured times."""
+import json
+import os
+import subprocess
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+import shoaltest as st
+
+CONFIGS = os.path.join(st.DATA, "configs")
+MACHINES = os.path.join(st.DATA, "machines")
+
+
+class Named(st.Checks):
+    """Checks with what was seen."""
+
+    def check(self, what, ok, seen=None):
+        return self(ok, f"{what}: {seen}")
+
+
+def plan(scratch, *args, timeout=120):
+    env = scratch.env(XDG_CACHE_HOME=scratch.file("cache"))
+    p = subprocess.run([st.shoal(), "plan", *map(str, args)], capture_output=True, text=True, timeout=timeout, env=env)
+    return p.returncode, p.stdout, p.stderr
+
+
+def from_files(c, s):
+    a4b, xeon = os.path.join(CONFIGS, "26b-a4b"), os.path.join(MACHINES, "xeon-4-25g.json")
+    rc, out, err = plan(s, "-m", a4b, "--machine", xeon)
+    c.check("config alone", rc == 0 and "from config.json alone" in out and not err, (rc, err))
+    for words in ("why the other ways lost:", "what a better machine would bring:", "4 nodes of 2 × Xeon", "by nodes and mode"):
+        c.check(words, words in out, out)
+    rc, out, err = plan(s, "-m", a4b, "--machine", os.path.join(MACHINES, "box-24g.json"), "--brief")
+    c.check("does not fit", rc == 3 and "needs 49807.2 MiB of memory" in out and "may use 24576.0 MiB" in out, (rc, out))
+    rc, out, err = plan(s, "-m", a4b, "-m", os.path.join(CONFIGS, "31b"), "--machine", xeon, "--nodes", 2)
+    c.check("two models", rc == 0 and out.count("26b-a4b ") >= 5 and out.count("  31b ") >= 4, out)
+    rc, out, err = plan(s, "-m", a4b, "--machine", xeon, "--pp", 2, "--ep", 2, "--replicas", 1, "--brief")
+    c.check("forced", rc == 0 and "pipeline of 2 stages × 2 ranks that divide sequences and experts" in out, out)
+    rc, _, err = plan(s, "-m", a4b, "--machine", s.file("none.json"))
+    c.check("no machine file", rc == 3 and "none.json" in err, (rc, err))
+    with open(s.file("bad.json"), "w") as f:
+        f.write('{"node": [{"cores": 4, "memory": 8}]}')
+    rc, _, err = plan(s, "-m", a4b, "--machine", s.file("bad.json"))
+    c.check("bad machine file", rc == 2 and "node[0].memory: no such field: allowed are count" in err, (rc, err))
+
+
+def workloads(c, s):
+    box = ("--machine", os.path.join(MACHINES, "box-24g.json"), "--brief")
+    with open(s.file("lengths.json"), "w") as f:
+        json.dump({"lengths": [{"prompt": 100, "output": 20, "requests": 3}, {"prompt": 300, "output": 60}], "requests": 4000}, f)
+    rc, out, err = plan(s, "-m", st.DEMO, *box, "--workload", s.file("lengths.json"))
+    c.check("histogram", rc == 0 and "4000 requests of 150 prompt and 30 output tokens" in out, (rc, out, err))
+    st.write_lines(s.file("in.jsonl"), [st.completion(f"r{i}", list(range(5, 5 + 10 * (1 + i % 2))), max_tokens=7) for i in range(40)])
+    rc, out, err = plan(s, "-m", st.DEMO, *box, "--workload", s.file("in.jsonl"))
+    c.check("requests", rc == 0 and "40 requests of 15 prompt and 7 output tokens" in out and "counted by the tokenizer" in out, (rc, out, err))
+    rc, out, err = plan(s, "-m", os.path.join(CONFIGS, "e2b"), *box, "--workload", s.file("in.jsonl"))
+    c.check("without tokenizer", rc == 0 and "estimated: there is no tokenizer here" in out, (rc, out, err))
+    st.write_lines(s.file("none.jsonl"), ["not JSON"])
+    rc, _, err = plan(s, "-m", st.DEMO, *box, "--workload", s.file("none.jsonl"))
+    c.check("no request", rc == 2 and "has no request that could be read" in err, (rc, err))
+
+
+def measured_once(c, s):
+    rc, out, err = plan(s, "-m", st.DEMO, "--brief", "--save-machine", s.file("here.json"))
+    c.check("this machine", rc == 0 and "figures: " in out and len(os.listdir(s.file("cache/shoal"))) == 1, (rc, out, err))
+    here = json.load(open(s.file("here.json")))["node"][0]
+    c.check("its numbers", here["read_gbs"] > 0.1 and here["fma_gflops"] > 0.1 and here["cores"] >= 1, here)
+    before = os.stat(os.path.join(s.file("cache/shoal"), os.listdir(s.file("cache/shoal"))[0])).st_mtime_ns
+    rc, out2, _ = plan(s, "-m", st.DEMO, "--brief")
+    after = os.stat(os.path.join(s.file("cache/shoal"), os.listdir(s.file("cache/shoal"))[0])).st_mtime_ns
+    c.check("kept", rc == 0 and before == after)
+
+
+def edited(c, s):
+    path = s.file("plan.json")
+    box = ("--machine", os.path.join(MACHINES, "box-24g.json"), "--brief")
+    rc, _, err = plan(s, "-m", st.DEMO, *box, "--nodes", 4, "--pp", 2, "--ep", 2, "--replicas", 1, "-o", path)
+    c.check("written", rc == 0 and os.path.exists(path), (rc, err))
+    p = json.load(open(path))
+    c.check("named", len(p["rank"]) == 4 and p["model"]["layers"] == 6 and p["forecast"]["tokens_out_per_s"] > 0, p)
+    requests = [st.completion(f"r{i}", list(range(5, 25 + i)), max_tokens=8, temperature=0) for i in range(6)]
+    rc, alone, err = st.run(s, st.DEMO, requests, "-n", 1)
+    c.check("one rank", rc == 0 and len(alone) == 6, (rc, err))
+    for r in p["rank"]:  # another cut, and the experts of the stages with it
+        r["first"], r["last"] = (0, 2) if r["first"] == 0 else (2, 6)
+        e = r["experts"][0]["expert"]
+        r["experts"] = [{"layer": i, "expert": e} for i in range(r["first"], r["last"])]
+    e = p["rank"][0]["experts"][0]["expert"]
+    p["rank"][0]["experts"][0]["expert"] = sorted(e + [15])  # and one of them on two ranks
+    with open(path, "w") as f:
+        json.dump(p, f)
+    rc, rows, err = st.run(s, st.DEMO, requests, "--plan", path, "--launcher", "local")
+    c.check("edited plan runs to the same rows", rc == 0 and rows == alone, (rc, err))
+    rc, out, err = plan(s, "-m", st.DEMO, *box, "--nodes", 4, "--plan", path)
+    c.check("explained", rc == 0 and "  2-5 " in out and "pipeline of 2 stages" in out, (rc, out, err))
+    rc, _, err = plan(s, "-m", os.path.join(CONFIGS, "26b-a4b"), *box, "--plan", path)
+    c.check("another model", rc == 2 and "model.layers: 6: the plan was made for another model: this one has 30" in err, (rc, err))
+    for what, change, said in (("lost layer", lambda q: q["rank"][2].update(first=3), "must begin at layer 2"),
+                               ("lost expert", lambda q: q["rank"][1]["experts"][0]["expert"].pop(), "is on no rank"),
+                               ("unknown field", lambda q: q.update(stages=2), "stages: no such field")):
+        q = json.loads(json.dumps(p))
+        q["rank"][0]["experts"][0]["expert"] = e
+        change(q)
+        with open(s.file("q.json"), "w") as f:
+            json.dump(q, f)
+        rc, _, err = st.run(s, st.DEMO, requests, "--plan", s.file("q.json"))
+        c.check(what, rc == 2 and said in err, (rc, err))
+    for option, said in ((("--pp", 2), "leave --pp away"), (("-n", 2), "-n: 2, but the plan says 4"), (("--mode", "exact"), "but the plan says bf16")):
+        rc, _, err = st.run(s, st.DEMO, requests, "--plan", path, *option)
+        c.check(option[0], rc == 2 and said in err, (rc, err))
+
+
+def beside_measured(c, s):
+    requests = [st.completion(f"r{i}", list(range(5, 25)), max_tokens=8, temperature=0) for i in range(6)]
+    st.write_lines(s.file("p.jsonl"), requests)
+    for style in ("plain", "json"):
+        p = subprocess.run([st.shoal(), "run", "-m", st.DEMO, "-i", s.file("p.jsonl"), "-o", s.file(f"p.{style}"), "-n", "2", "--launcher", "local",
+                            "--progress", style], capture_output=True, text=True, timeout=120, env=s.env(XDG_CACHE_HOME=s.file("nowhere")))
+        if style == "plain":
+            c.check("words", p.stderr.count("  measured ") == 2 and p.stderr.count("  predicted") == 3 and "assumed speeds" in p.stderr, p.stderr)
+        else:
+            end = [e for e in map(json.loads, p.stderr.splitlines()) if e["event"] == "end"][0]
+            c.check("json", len(end["predicted"]["stages"]) == 2 and end["predicted"]["assumed"] and end["predicted"]["seconds"] > 0, end)
+
+
+def main():
+    c = Named()
+    with st.Scratch() as s:
+        from_files(c, s)
+        workloads(c, s)
+        edited(c, s)
+        beside_measured(c, s)
+        measured_once(c, s)
+        c.check("nothing left behind", not st.left_behind(s), st.left_behind(s, 0))
+    c.finish()
+
+
+main()
