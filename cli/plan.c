@@ -108,7 +108,7 @@ static sh_search_options options_of(const command *k, const subject *s) {
     sh_search_options o = {
         .config = &s->config, .cluster = &k->cluster, .workload = &k->work, .replicas = k->shared.replicas};
     sh_options_plan(&k->shared, k->shared.ranks, &o.fixed);
-    o.fixed.routing = k->routing;
+    o.routing = o.fixed.routing = k->routing;
     return o;
 }
 

@@ -221,14 +221,17 @@ static sh_status take_allocation(run *r) {
     return SH_OK;
 }
 
-/* One rank for each NUMA node (of nodes like this one), less where groups share a node. */
-static sh_status choose_ranks(run *r, int numa) {
-    int part = 0, parts = r->replicas;
+/* One rank for each NUMA node, on each node of an allocation (taken to be like this one); less where groups share a
+ * node. */
+static sh_status choose_ranks(run *r, int numa, int most) {
+    int part = 0, parts = r->replicas, nodes = 1;
     sh_buf list;
     sh_buf_init(&list, 0);
     sh_status st = r->hosts ? sh_hosts_divide(r->hosts, 0, r->replicas, &list, &part, &parts) : SH_OK;
+    for (size_t i = 0; r->slurm_hosts.len && i < list.len; i++) nodes += list.data[i] == ',';
     sh_buf_release(&list);
     r->ranks = numa > parts ? numa / parts : 1;
+    r->ranks = r->ranks > most / nodes ? most : r->ranks * nodes;
     return st;
 }
 
@@ -244,7 +247,7 @@ static sh_status check_ranks(run *r) {
     r->memory = machine.memory;
     r->replicas = r->shared.replicas ? r->shared.replicas : 1;
     SH_TRY(take_allocation(r));
-    if (!r->ranks) SH_TRY(choose_ranks(r, machine.n_numa < config.n_layers ? machine.n_numa : config.n_layers));
+    if (!r->ranks) SH_TRY(choose_ranks(r, machine.n_numa, config.n_layers));
     SH_TRY(check_plan(r, &config));
     char copy[PATH_MAX];
     snprintf(copy, sizeof copy, "%s", r->model);

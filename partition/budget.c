@@ -5,6 +5,7 @@
 
 #include "model/owner.h"
 
+#define PART_ROWS    512  /* rows that pass a layer at a time: SH_PART_ROWS of model/gemma4.h */
 #define USUAL_TOKENS 2048 /* what a sequence is expected to hold when pages are divided between the kinds */
 #define MIB          ((uint64_t)1 << 20)
 
@@ -216,6 +217,7 @@ static uint64_t widest_head(const sh_config *c) {
 static uint64_t exchange_bytes(const sh_config *c, sh_share s, int first, int last, uint64_t rows) {
     uint64_t widest = 0, parts = (uint64_t)s.parts;
     if (s.parts <= 1) return 0;
+    if (rows > PART_ROWS) rows = PART_ROWS;
     for (int i = first; i < last; i++) {
         const sh_layer *l = &c->layer[i];
         uint64_t q = (uint64_t)l->heads * (uint64_t)l->head_dim, n = q > (uint64_t)l->ff ? q : (uint64_t)l->ff;

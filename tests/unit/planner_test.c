@@ -359,6 +359,37 @@ static void test_small_nodes(void) {
     sh_search_free(&s);
 }
 
+/* One expert takes half of the rows: placing by the counts, with a copy, makes a step shorter and says so. */
+static void test_placement(void) {
+    sh_cluster k;
+    machine("epyc-1", &k);
+    sh_workload w = sh_workload_default();
+    sh_routing *counts = NULL;
+    sh_search *s = NULL;
+    sh_forecast even;
+    sh_buf out;
+    must(sh_routing_create(&a4b, &counts));
+    for (int i = 0; i < 30 * 128; i++) counts->chosen[i] = i % 128 ? 7500 : 127 * 500;
+    sh_search_options o = {.config = &a4b,
+                           .cluster = &k,
+                           .workload = &w,
+                           .routing = counts,
+                           .fixed = {.mode = SH_MODE_BF16, .kv = SH_KV_BF16}};
+    o.fixed.ep = 8;
+    o.fixed.routing = counts;
+    o.fixed.replicate = (uint64_t)2 << 30;
+    must(sh_search_run(&o, &s));
+    CU_ASSERT_EQUAL_FATAL(s->n, 1);
+    must(sh_search_unplaced(&o, &s->best[0], &even));
+    CU_ASSERT_TRUE(even.cycle.period > 1.05 * s->best[0].forecast.cycle.period);
+    sh_buf_init(&out, 0);
+    must(sh_explain_plan(&o, &s->best[0], &out));
+    CU_ASSERT_PTR_NOT_NULL(strstr((const char *)out.data, "  placement  by counts: a step every "));
+    sh_buf_release(&out);
+    sh_search_free(&s);
+    sh_routing_destroy(&counts);
+}
+
 static void test_json_errors(void) {
     static const struct {
         const char *text, *message;
@@ -451,6 +482,7 @@ int main(void) {
     CU_add_test(s, "the best of all", test_exhaustive);
     CU_add_test(s, "more is not slower", test_monotone);
     CU_add_test(s, "small nodes", test_small_nodes);
+    CU_add_test(s, "placing by counts", test_placement);
     CU_add_test(s, "errors of machine files", test_json_errors);
     CU_add_test(s, "edited plans", test_edited);
     CU_basic_run_tests();
