@@ -48,6 +48,7 @@ typedef struct loader {
     const char *dir, *prefix;
     const sh_config *c;
     sh_weights *w;
+    const sh_kernels *kn;
     sh_tensors *tensors;
     bool *used; /* per tensor of the set */
     job *jobs;
@@ -461,6 +462,7 @@ static int read_bf16(const sh_tensor *t, int64_t from, int n, uint16_t *to) {
  */
 
 typedef struct packing {
+    const sh_kernels *kn;
     const job *j;
     _Atomic int64_t inexact; /* lowest item of the matrix that bf16 cannot hold; INT64_MAX: none */
     _Atomic bool no_memory;
@@ -493,11 +495,12 @@ static void note_inexact(packing *p, int64_t item) {
 }
 
 /* Panels [p0, p1) of n rows of src, whose first panel is at `to`. */
-static void pack_panels(const sh_wmat *m, uint8_t *to, const uint16_t *src, size_t ld, int n, int p0, int p1) {
+static void pack_panels(const sh_kernels *kn, const sh_wmat *m, uint8_t *to, const uint16_t *src, size_t ld, int n,
+                        int p0, int p1) {
     if (m->type == SH_W_BF16)
         sh_pack_bf16((uint32_t *)(void *)to, src, ld, n, m->k, p0, p1);
     else
-        sh_quant_pack(m->type, to, src, ld, n, m->k, p0, p1);
+        sh_quant_pack(kn, m->type, to, src, ld, n, m->k, p0, p1);
 }
 
 static void pack_panel(packing *p, int panel, uint16_t *rows) {
@@ -514,7 +517,7 @@ static void pack_panel(packing *p, int panel, uint16_t *rows) {
         }
     }
     uint8_t *to = (uint8_t *)(uintptr_t)m->data + (size_t)panel * sh_wmat_bytes(m->type, SH_PANEL, m->k);
-    pack_panels(m, to, rows, (size_t)m->k, n, 0, 1);
+    pack_panels(p->kn, m, to, rows, (size_t)m->k, n, 0, 1);
 }
 
 static void pack_member(void *arg, int member, int size) {
@@ -527,7 +530,7 @@ static void pack_member(void *arg, int member, int size) {
         size_t ld = (size_t)row_items(p->j);
         const uint16_t *src = (const uint16_t *)(const void *)p->j->t[0]->data;
         src += (size_t)p->j->row[0] * ld + (size_t)p->j->col;
-        pack_panels(m, (uint8_t *)(uintptr_t)m->data, src, ld, m->n, lo, hi);
+        pack_panels(p->kn, m, (uint8_t *)(uintptr_t)m->data, src, ld, m->n, lo, hi);
         return;
     }
     uint16_t *rows = malloc(SH_PANEL * (size_t)m->k * sizeof *rows);
@@ -544,7 +547,7 @@ static sh_status run_job(const loader *l, const job *j, sh_team *team) {
         read_floats(j->t[0], 0, j->k, j->to);
         return SH_OK;
     }
-    packing p = {.j = j, .inexact = INT64_MAX};
+    packing p = {.kn = l->kn, .j = j, .inexact = INT64_MAX};
     if (team)
         sh_team_run(team, pack_member, &p);
     else
@@ -626,6 +629,7 @@ sh_status sh_weights_check(const char *model_dir, const sh_config *c, sh_tensors
 }
 
 static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
+    SH_TRY(sh_kernels_select(&l->kn));
     SH_TRY(allocate(l->w));
     impl *m = l->w->impl;
     SH_TRY(sh_tensors_open(l->dir, &m->tensors));

@@ -132,8 +132,9 @@ int sh_cost_expert_value_bytes(sh_mode mode);
 double sh_cost_expert_row_bytes(const sh_config *c, sh_mode mode);
 /* Bytes of one weight, its share of the scales included. */
 double sh_cost_weight_bytes(sh_mode mode);
-#define SH_COST_Q8_GROUP 64 /* SH_Q8_GROUP and SH_Q4_GROUP of model/kernels/kernels.h, which this folder does not see  \
-                             */
+#define SH_COST_Q8_GROUP                                                                                               \
+    64 /* SH_Q8_GROUP and SH_Q4_GROUP of model/kernels/kernels.h, which this folder does not see                       \
+        */
 #define SH_COST_Q4_GROUP 32
 #define SH_COST_INT8     2.8 /* rate of 8-bit products over that of f32: docs/performance.md */
 /* Columns, outputs or ids of n that member m of w has (tp): shares of whole units, as even as that allows. */

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #include <stdbool.h>
 #include <string.h>
-#include "model/kernels/quant.h"
+#include "model/kernels/quant_group.h"
 
 #define SH_INLINE static inline __attribute__((always_inline))
 
@@ -173,6 +173,8 @@ static void avx2_quantize(const float *x, int k, int group, int8_t *code, float 
 }
 
 void sh_kernels_fill_avx2_quant(sh_kernels *t) {
+    t->quant_q8 = group_q8;
+    t->quant_q4 = group_q4;
     t->quantize = avx2_quantize;
     t->gemm_q = avx2_gemm_q;
 }

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #include <stdbool.h>
 #include <string.h>
-#include "model/kernels/quant.h"
+#include "model/kernels/quant_group.h"
 
 #define SH_INLINE static inline __attribute__((always_inline))
 
@@ -188,6 +188,8 @@ static void vnni_quantize(const float *x, int k, int group, int8_t *code, float 
 }
 
 void sh_kernels_fill_avx512vnni(sh_kernels *t) {
+    t->quant_q8 = group_q8;
+    t->quant_q4 = group_q4;
     t->quantize = vnni_quantize;
     t->gemm_q = vnni_gemm_q;
 }

@@ -75,6 +75,11 @@ typedef struct sh_kernels {
      * floats. y must not overlap x. Any m ≥ 0. */
     void (*gemm)(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, int m, float *y, size_t ldy);
 
+    /* One group of weights: scale (bits of a half) and codes; quant.h. q8 [SH_Q8_GROUP]: zero at 128. q4 [SH_Q4_GROUP]:
+     * zero at 8; of the scales that put the largest weight on a code, the first with the least squared error, so
+     * weights that lie on a grid of 16 values already come back on it. Infinities and NaN: scale NaN. */
+    uint16_t (*quant_q8)(const float *w, uint8_t *code);
+    uint16_t (*quant_q4)(const float *w, uint8_t *code);
     /* One row x [k] of activations in groups of `group`: code = x · (127 / a) rounded to nearest even, scale = a · (1 /
      * 127), a the largest absolute value of the group. A group with an infinity or a NaN gets scale NaN and codes 0,
      * one with a < 2^−100 scale 0 and codes 0. The last group is padded with codes 0. */

@@ -1,10 +1,7 @@
 /* Formats of quantised weights: scales, codes, packing. Plain C; runs at load. See quant.h. */
 #include "model/kernels/quant.h"
 
-#include <math.h>
 #include <string.h>
-
-#define Q4_CANDIDATES 8
 
 float sh_half_to_float(uint16_t h) {
     _Float16 v;
@@ -26,72 +23,6 @@ static float from_bf16(uint16_t b) {
     return f;
 }
 
-/* The weight of largest magnitude, with its sign; NaN when there is one that is not finite. */
-static float extreme(const float *w, int n) {
-    float best = 0;
-    for (int i = 0; i < n; i++) {
-        if (!isfinite(w[i])) return NAN;
-        if (fabsf(w[i]) > fabsf(best)) best = w[i];
-    }
-    return best;
-}
-
-static uint16_t all_zero(int n, int zero, float scale, uint8_t *code) {
-    memset(code, zero, (size_t)n);
-    return sh_float_to_half(scale);
-}
-
-/* w · inv as a code, clamped. */
-static int code_of(float w, float inv, int zero, int lo, int hi) {
-    float q = rintf(w * inv) + (float)zero;
-    return (int)(q < (float)lo ? (float)lo : q > (float)hi ? (float)hi : q);
-}
-
-uint16_t sh_quant_q8(const float *w, int n, uint8_t *code) {
-    float big = fabsf(extreme(w, n));
-    if (!(big >= 0x1p-24f)) return all_zero(n, SH_Q8_ZERO, isnan(big) ? NAN : 0, code);
-    uint16_t half = sh_float_to_half(big / 127);
-    if (sh_half_to_float(half) * 127 < big) half++; /* the next larger: the largest weight must not be clamped */
-    float d = sh_half_to_float(half);
-    if (d == 0) return all_zero(n, SH_Q8_ZERO, 0, code);
-    for (int i = 0; i < n; i++) code[i] = (uint8_t)code_of(w[i], 1 / d, SH_Q8_ZERO, 1, 255);
-    return half;
-}
-
-/* Codes with scale d; returns the squared error, summed in the order of kernels.h. */
-static float try_q4(const float *w, int n, float d, uint8_t *code) {
-    float lane[SH_LANES] = {0}, inv = 1 / d;
-    for (int i = 0; i < n; i++) {
-        code[i] = (uint8_t)code_of(w[i], inv, SH_Q4_ZERO, 0, 15);
-        float e = fmaf(-d, (float)(code[i] - SH_Q4_ZERO), w[i]);
-        lane[i % SH_LANES] = fmaf(e, e, lane[i % SH_LANES]);
-    }
-    for (int step = SH_LANES / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; i++) lane[i] += lane[i + step];
-    return lane[0];
-}
-
-uint16_t sh_quant_q4(const float *w, int n, uint8_t *code) {
-    /* −8 is the only code of its magnitude; of smaller ones either sign will do. */
-    static const float at[Q4_CANDIDATES] = {-8, -7, -6, -5, -4, -3, -2, -1};
-    float big = extreme(w, n);
-    if (!(fabsf(big) >= 0x1p-24f)) return all_zero(n, SH_Q4_ZERO, isnan(big) ? NAN : 0, code);
-    float least = INFINITY;
-    uint16_t best = 0;
-    for (int c = 0; c < Q4_CANDIDATES; c++) {
-        uint8_t tried[SH_Q4_GROUP];
-        uint16_t half = sh_float_to_half(big / at[c]);
-        float d = sh_half_to_float(half);
-        if (d == 0 || isinf(d)) continue;
-        float error = try_q4(w, n, d, tried);
-        if (error >= least) continue;
-        least = error;
-        best = half;
-        memcpy(code, tried, (size_t)n);
-    }
-    return isinf(least) ? all_zero(n, SH_Q4_ZERO, isinf(big) ? NAN : 0, code) : best;
-}
-
 /* Puts the codes of output o (0 … 31) of a block in place. */
 static void place_codes(sh_wtype t, uint8_t *codes, int o, const uint8_t *code) {
     uint8_t *half = codes + (o / 16) * 64 + (o % 16) * 4;
@@ -106,25 +37,27 @@ static void place_codes(sh_wtype t, uint8_t *codes, int o, const uint8_t *code) 
 }
 
 /* The block of group g of panel p. */
-static void pack_block(sh_wtype t, uint8_t *block, const uint16_t *src, size_t ld, int n, int k, int p, int g) {
+static void pack_block(const sh_kernels *kn, sh_wtype t, uint8_t *block, const uint16_t *src, size_t ld, int n, int k,
+                       int p, int g) {
     int size = sh_wtype_group(t), from = g * size, count = k - from < size ? k - from : size;
     for (int o = 0; o < SH_PANEL; o++) {
         int i = p * SH_PANEL + o;
         float w[SH_Q8_GROUP > SH_Q4_GROUP ? SH_Q8_GROUP : SH_Q4_GROUP] = {0};
         uint8_t code[sizeof w / sizeof *w];
         for (int j = 0; i < n && j < count; j++) w[j] = from_bf16(src[(size_t)i * ld + (size_t)(from + j)]);
-        uint16_t scale = t == SH_W_Q8 ? sh_quant_q8(w, size, code) : sh_quant_q4(w, size, code);
+        uint16_t scale = t == SH_W_Q8 ? kn->quant_q8(w, code) : kn->quant_q4(w, code);
         memcpy(block + 2 * o, &scale, sizeof scale);
         place_codes(t, block + 2 * SH_PANEL, o, code);
     }
 }
 
-void sh_quant_pack(sh_wtype t, void *dst, const uint16_t *src, size_t ld, int n, int k, int p0, int p1) {
+void sh_quant_pack(const sh_kernels *kn, sh_wtype t, void *dst, const uint16_t *src, size_t ld, int n, int k, int p0,
+                   int p1) {
     int groups = sh_wtype_groups(t, k);
     for (int p = p0; p < p1; p++)
         for (int g = 0; g < groups; g++)
-            pack_block(t, (uint8_t *)dst + ((size_t)p * (size_t)groups + (size_t)g) * sh_wtype_block(t), src, ld, n, k,
-                       p, g);
+            pack_block(kn, t, (uint8_t *)dst + ((size_t)p * (size_t)groups + (size_t)g) * sh_wtype_block(t), src, ld, n,
+                       k, p, g);
 }
 
 static int read_code(sh_wtype t, const uint8_t *codes, int o, int i) {

@@ -20,14 +20,9 @@
 float sh_half_to_float(uint16_t h);
 uint16_t sh_float_to_half(float f); /* to nearest even */
 
-/* Scale and codes (zero at SH_Q8_ZERO) of one group of n ≤ SH_Q8_GROUP weights. Infinities and NaN: scale NaN. */
-uint16_t sh_quant_q8(const float *w, int n, uint8_t *code);
-/* The same for n ≤ 32 weights and zero at SH_Q4_ZERO. Of the scales that put the largest weight on a code, the one with
- * the least squared error: weights that lie on a grid of 16 values already come back on it. */
-uint16_t sh_quant_q4(const float *w, int n, uint8_t *code);
-
 /* Packs a row-major bf16 matrix [n, k] with row stride ld (elements) into panels [p0, p1) of dst. */
-void sh_quant_pack(sh_wtype t, void *dst, const uint16_t *src, size_t ld, int n, int k, int p0, int p1);
+void sh_quant_pack(const sh_kernels *kn, sh_wtype t, void *dst, const uint16_t *src, size_t ld, int n, int k, int p0,
+                   int p1);
 /* Row i of a packed matrix as f32 [k]. */
 void sh_quant_row(const sh_wmat *w, int i, float *out);
 

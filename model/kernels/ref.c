@@ -5,7 +5,7 @@
  */
 #include "model/kernels/kernels.h"
 #include "model/kernels/poly.h"
-#include "model/kernels/quant.h"
+#include "model/kernels/quant_group.h"
 
 #include <math.h>
 #include <string.h>
@@ -409,6 +409,8 @@ void sh_kernels_fill_ref(sh_kernels *t) {
         .max_sum_exp = ref_max_sum_exp,
         .exp = ref_exp,
         .sincos = ref_sincos,
+        .quant_q8 = group_q8,
+        .quant_q4 = group_q4,
         .quantize = ref_quantize,
         .gemm_q = ref_gemm_q,
     };

@@ -120,19 +120,24 @@ static void case_gemm_wide(const sh_kernels *kn) { /* more panels than one block
     kn->gemm(&w, 0, sh_wmat_panels(n), x, (size_t)k, m, output(m * n), (size_t)n);
 }
 
+static const sh_kernels *ref_level(void) {
+    const sh_kernels *ref = NULL;
+    if (sh_kernels_get("ref", &ref) != SH_OK) abort();
+    return ref;
+}
+
 static sh_wmat random_quant(sh_wtype t, int n, int k) {
     uint16_t *src = guarded((size_t)n * (size_t)k * 2);
     for (size_t i = 0; i < (size_t)n * (size_t)k; i++) src[i] = (uint16_t)((rnd() & 0x80ff) | 0x3c00);
     uint32_t *d = guarded(sh_wmat_bytes(t, n, k));
-    sh_quant_pack(t, d, src, (size_t)k, n, k, 0, sh_wmat_panels(n));
+    sh_quant_pack(ref_level(), t, d, src, (size_t)k, n, k, 0, sh_wmat_panels(n));
     return (sh_wmat){.n = n, .k = k, .type = t, .data = d};
 }
 
 /* Rows of x quantised by plain C: levels are compared one entry at a time. */
 static sh_qrows quantized(sh_wtype t, const float *x, int k, int m) {
     sh_qrows q = sh_qrows_place(t, k, m, guarded(sh_qrows_bytes(t, k, m)));
-    const sh_kernels *ref = NULL;
-    if (sh_kernels_get("ref", &ref) != SH_OK) abort();
+    const sh_kernels *ref = ref_level();
     for (int r = 0; r < m; r++) {
         size_t i = (size_t)r;
         ref->quantize(x + i * (size_t)k, k, sh_wtype_group(t), q.code + i * q.ld, q.scale + i * q.groups,
@@ -149,6 +154,13 @@ static void case_gemm_q(const sh_kernels *kn) {
     int ldy = n + (int)(rnd() % 9);
     sh_qrows q = quantized(t, floats((r0 + m + 1) * k, 3), k, r0 + m + 1);
     kn->gemm_q(&w, p0, p1, &q, r0, m, output((m ? m - 1 : 0) * ldy + n), (size_t)ldy);
+}
+
+static void case_quant_group(const sh_kernels *kn) {
+    float *w = rnd() % 4 ? floats(SH_Q8_GROUP, ldexpf(1, -(int)(rnd() % 30))) : odd_floats(SH_Q8_GROUP);
+    float *y = output(2 + (SH_Q8_GROUP + SH_Q4_GROUP) / 4);
+    y[0] = kn->quant_q8(w, (uint8_t *)(y + 2));
+    y[1] = kn->quant_q4(w, (uint8_t *)(y + 2 + SH_Q8_GROUP / 4));
 }
 
 static void case_quantize(const sh_kernels *kn) {
@@ -293,6 +305,7 @@ static const struct {
     {"gemm, wide", case_gemm_wide},
     {"gemm_q", case_gemm_q},
     {"quantize", case_quantize},
+    {"quant_q8, quant_q4", case_quant_group},
     {"rmsnorm", case_rmsnorm},
     {"rope", case_rope},
     {"gelu_mul", case_gelu_mul},
@@ -453,16 +466,18 @@ static void test_gemm_q_meaning(void) {
 
 /* What a group of weights becomes: within half a step, and unchanged where it lies on the grid already. */
 static void test_quant_formats(void) {
+    const sh_kernels *kn;
     uint8_t code[SH_Q8_GROUP];
     float w[SH_Q8_GROUP];
+    CU_ASSERT_EQUAL_FATAL(sh_kernels_select(&kn), SH_OK);
     seed = 8;
     for (int round = 0; round < 500; round++) {
         float size = ldexpf(1, -(int)(rnd() % 12));
         for (int i = 0; i < SH_Q8_GROUP; i++) w[i] = value(size);
-        float d = sh_half_to_float(sh_quant_q8(w, SH_Q8_GROUP, code));
+        float d = sh_half_to_float(kn->quant_q8(w, code));
         for (int i = 0; i < SH_Q8_GROUP; i++)
             CU_ASSERT(code[i] >= 1 && fabsf(w[i] - d * (float)(code[i] - SH_Q8_ZERO)) <= 0.51f * fabsf(d));
-        d = sh_half_to_float(sh_quant_q4(w, SH_Q4_GROUP, code));
+        d = sh_half_to_float(kn->quant_q4(w, code));
         float worst = 0, big = 0;
         for (int i = 0; i < SH_Q4_GROUP; i++) {
             worst = fmaxf(worst, fabsf(w[i] - d * (float)(code[i] - SH_Q4_ZERO)));
@@ -478,15 +493,15 @@ static void test_quant_formats(void) {
             u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
             memcpy(w + i, &u, 4);
         }
-        d = sh_half_to_float(sh_quant_q4(w, SH_Q4_GROUP, code));
+        d = sh_half_to_float(kn->quant_q4(w, code));
         for (int i = 0; i < SH_Q4_GROUP; i++)
             CU_ASSERT(fabsf(w[i] - d * (float)(code[i] - SH_Q4_ZERO)) <= 0x1p-7f * fabsf(w[i]));
     }
-    const float zero[SH_Q4_GROUP] = {0}, odd[SH_Q4_GROUP] = {1, NAN, 3}, big[SH_Q4_GROUP] = {INFINITY};
-    CU_ASSERT(sh_half_to_float(sh_quant_q4(zero, SH_Q4_GROUP, code)) == 0 && code[5] == SH_Q4_ZERO);
-    CU_ASSERT(sh_half_to_float(sh_quant_q8(zero, SH_Q4_GROUP, code)) == 0 && code[5] == SH_Q8_ZERO);
-    CU_ASSERT(isnan(sh_half_to_float(sh_quant_q4(odd, SH_Q4_GROUP, code))));
-    CU_ASSERT(isnan(sh_half_to_float(sh_quant_q8(big, SH_Q4_GROUP, code))));
+    const float zero[SH_Q8_GROUP] = {0}, odd[SH_Q8_GROUP] = {1, NAN, 3}, big[SH_Q8_GROUP] = {INFINITY};
+    CU_ASSERT(sh_half_to_float(kn->quant_q4(zero, code)) == 0 && code[5] == SH_Q4_ZERO);
+    CU_ASSERT(sh_half_to_float(kn->quant_q8(zero, code)) == 0 && code[5] == SH_Q8_ZERO);
+    CU_ASSERT(isnan(sh_half_to_float(kn->quant_q4(odd, code))));
+    CU_ASSERT(isnan(sh_half_to_float(kn->quant_q8(big, code))));
 }
 
 /* Distance in units of the last place of f32. */
