@@ -259,7 +259,7 @@ int sh_options_begin(const char *command, const char *usage, const sh_option *t,
     return SH_EXIT_USAGE;
 }
 
-static const char *const mode_names[] = {"exact", "bf16", NULL};
+static const char *const mode_names[] = {"exact", "bf16", "q8", "q4", NULL};
 static const char *const kv_names[] = {"f32", "bf16", NULL};
 static const char *const reduce_names[] = {"gather", "sum", NULL};
 
@@ -269,7 +269,7 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {.kind = SH_OPTION_NOTE, .help = "Model and numbers:"},
         {"model", 'm', SH_OPTION_TEXT, &s->model, "MODEL",
          "Hugging Face checkpoint folder of a Gemma 4 model (default: the demo model)"},
-        {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE", "numeric mode: exact or bf16 (default bf16)",
+        {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE", "numeric mode: exact, bf16, q8 or q4 (default bf16)",
          .choices = mode_names},
         {"kv", 0, SH_OPTION_CHOICE, &s->kv_at, "TYPE",
          "type of the KV cache: f32 or bf16 (default f32 with exact, else bf16)", .choices = kv_names},
@@ -281,9 +281,11 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {"lenient", 0, SH_OPTION_FLAG, &s->lenient, NULL, "ignore unknown fields of requests instead of refusing them"},
         {.kind = SH_OPTION_NOTE, .help = "Ranks and memory:"},
         {"ranks", 'n', SH_OPTION_INT, &s->ranks, "N",
-         "ranks of a group (default: what the next options need, else the machine's NUMA nodes)", 1, SH_MAX_RANKS},
+         "ranks of a group (default: what the next options need; where none is given, planned)", 1, SH_MAX_RANKS},
         {"replicas", 0, SH_OPTION_INT, &s->replicas, "R",
-         "groups, each with the whole model; they share hosts, CPUs and memory evenly (default 1)", 1, SH_MAX_REPLICAS},
+         "groups, each with the whole model; they share hosts, CPUs and memory evenly (default 1, or planned with the "
+         "ranks)",
+         1, SH_MAX_REPLICAS},
         {"pp", 0, SH_OPTION_INT, &s->pp, "P", "pipeline stages (default: the ranks, divided by the next three)", 1,
          SH_MAX_RANKS},
         {"ep", 0, SH_OPTION_INT, &s->ep, "E", "ranks of a stage that divide sequences and experts", 1, SH_MAX_RANKS},
@@ -317,7 +319,7 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
 }
 
 sh_mode sh_options_mode(const sh_shared_options *s) {
-    return s->mode_at == 0 ? SH_MODE_EXACT : SH_MODE_BF16;
+    return (sh_mode)s->mode_at; /* the choices are in its order */
 }
 
 sh_kv_type sh_options_kv(const sh_shared_options *s) {

@@ -25,6 +25,7 @@ static sh_status check_options(const sh_shared_options *s, const Shoal__Plan *p)
     SH_TRY(left_to_plan("--tp", s->tp));
     SH_TRY(left_to_plan("--cp", s->cp));
     SH_TRY(left_to_plan("--tp-reduce", s->tp_reduce_at));
+    SH_TRY(left_to_plan("--prefill", s->prefill));
     SH_TRY(left_to_plan("--cuts", s->cuts));
     SH_TRY(left_to_plan("--routing", s->routing));
     SH_TRY(same_number("-n", s->ranks, (int)p->n_rank));
@@ -35,7 +36,7 @@ static sh_status check_options(const sh_shared_options *s, const Shoal__Plan *p)
     return SH_OK;
 }
 
-static void take(sh_shared_options *s, Shoal__Plan *p) {
+static void take(sh_shared_options *s, const sh_config *c, Shoal__Plan *p) {
     s->ranks = (int)p->n_rank;
     if (!s->replicas && p->has_replicas) s->replicas = p->replicas;
     s->mode_at = strcmp(p->mode, "exact") == 0 ? 0 : 1;
@@ -47,7 +48,8 @@ static void take(sh_shared_options *s, Shoal__Plan *p) {
     if (s->max_context) p->max_context = s->max_context;
     if (s->kv_memory) p->kv_memory = s->kv_memory;
     s->threads = p->threads;
-    s->max_context = p->max_context;
+    /* the usual one goes without saying: a job begun without this plan may go on with it */
+    if (p->max_context != sh_config_usual_context(c)) s->max_context = p->max_context;
 }
 
 sh_status sh_plan_use(sh_shared_options *s, const sh_config *c, Shoal__Plan **out) {
@@ -61,7 +63,7 @@ sh_status sh_plan_use(sh_shared_options *s, const sh_config *c, Shoal__Plan **ou
     free(text);
     if (st == SH_OK) st = check_options(s, p);
     if (st == SH_OK) {
-        take(s, p);
+        take(s, c, p);
         st = sh_plan_check(c, p);
     }
     if (st != SH_OK) {
@@ -69,5 +71,36 @@ sh_status sh_plan_use(sh_shared_options *s, const sh_config *c, Shoal__Plan **ou
         return st == SH_EIO || st == SH_EFORMAT ? sh_error_prefix(SH_EINPUT, "--plan") : sh_error_prefix(st, "--plan");
     }
     *out = p;
+    return SH_OK;
+}
+
+static bool is_free(const sh_shared_options *s) {
+    return !s->ranks && !s->replicas && !s->pp && !s->ep && !s->tp && !s->cp && !s->prefill && !s->tp_reduce_at &&
+           !s->cuts && !s->plan && !s->routing;
+}
+
+static void take_choice(sh_shared_options *s, const sh_choice *x) {
+    s->ranks = x->ranks;
+    s->replicas = x->replicas;
+    s->pp = x->shape.pp;
+    s->ep = x->shape.ep;
+    s->tp = x->shape.tp;
+    s->cp = x->shape.cp;
+    if (!s->max_seqs) s->max_seqs = x->plan->max_seqs;
+    if (!s->chunk) s->chunk = x->plan->chunk;
+}
+
+sh_status sh_plan_choose(sh_shared_options *s, const sh_config *c, const sh_cluster *k, double requests, bool *chosen) {
+    sh_workload w = sh_workload_default();
+    sh_search *found = NULL;
+    *chosen = false;
+    if (!is_free(s) || !(requests >= 1)) return SH_OK;
+    w.requests = w.bin[0].requests = requests;
+    sh_search_options o = {.config = c, .cluster = k, .workload = &w};
+    sh_options_plan(s, 0, &o.fixed);
+    SH_TRY(sh_search_run(&o, &found));
+    *chosen = found->n > 0 && found->best[0].replicas <= SH_MAX_REPLICAS;
+    if (*chosen) take_choice(s, &found->best[0]);
+    sh_search_free(&found);
     return SH_OK;
 }

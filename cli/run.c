@@ -20,6 +20,7 @@
 #include "cli/options.h"
 #include "cli/planuse.h"
 #include "cli/predict.h"
+#include "cli/probe.h"
 #include "cli/session.h"
 #include "common/clock.h"
 #include "common/file.h"
@@ -221,14 +222,34 @@ static sh_status take_allocation(run *r) {
     return SH_OK;
 }
 
-/* One rank for each NUMA node (of nodes like this one), less where groups share a node. */
-static sh_status choose_ranks(run *r, int numa) {
-    int part = 0, parts = r->replicas;
+/* One rank for each NUMA node, on each node of an allocation (taken to be like this one); less where groups share a
+ * node. */
+static sh_status choose_ranks(run *r, int numa, int most) {
+    int part = 0, parts = r->replicas, nodes = 1;
     sh_buf list;
     sh_buf_init(&list, 0);
     sh_status st = r->hosts ? sh_hosts_divide(r->hosts, 0, r->replicas, &list, &part, &parts) : SH_OK;
+    for (size_t i = 0; r->slurm_hosts.len && i < list.len; i++) nodes += list.data[i] == ',';
     sh_buf_release(&list);
     r->ranks = numa > parts ? numa / parts : 1;
+    r->ranks = r->ranks > most / nodes ? most : r->ranks * nodes;
+    return st;
+}
+
+/* Where nothing is said and there is a choice: what the planner takes, with what is known of this machine's speed. The
+ * nodes of an allocation are taken to be like this one. */
+static sh_status choose_plan(run *r, const sh_machine *machine) {
+    int nodes = 1;
+    bool chosen = false;
+    sh_cluster k;
+    Shoal__Machine *m = NULL;
+    if (r->launcher || (r->hosts && !r->slurm_hosts.len)) return SH_OK; /* somebody else's choice */
+    for (size_t i = 0; i < r->slurm_hosts.len; i++) nodes += r->slurm_hosts.data[i] == ',';
+    if (nodes * machine->n_numa < 2) return SH_OK;
+    SH_TRY(sh_probe_machine(SH_PROBE_CACHED, &m));
+    sh_status st = sh_cluster_of(m, nodes, &k);
+    shoal__machine__free_unpacked(m, NULL);
+    if (st == SH_OK) st = sh_plan_choose(&r->shared, r->config, &k, (double)r->scanned.lines, &chosen);
     return st;
 }
 
@@ -237,14 +258,15 @@ static sh_status check_ranks(run *r) {
     SH_TRY(sh_config_load(r->model, &config));
     r->config = &config;
     SH_TRY(sh_plan_use(&r->shared, &config, &r->planned));
-    r->ranks = sh_options_ranks(&r->shared);
     static sh_machine machine;
     SH_TRY(sh_machine_read(NULL, &machine));
     r->cpus = machine.n_cpus;
     r->memory = machine.memory;
-    r->replicas = r->shared.replicas ? r->shared.replicas : 1;
     SH_TRY(take_allocation(r));
-    if (!r->ranks) SH_TRY(choose_ranks(r, machine.n_numa < config.n_layers ? machine.n_numa : config.n_layers));
+    SH_TRY(choose_plan(r, &machine));
+    r->ranks = sh_options_ranks(&r->shared);
+    r->replicas = r->shared.replicas ? r->shared.replicas : 1;
+    if (!r->ranks) SH_TRY(choose_ranks(r, machine.n_numa, config.n_layers));
     SH_TRY(check_plan(r, &config));
     char copy[PATH_MAX];
     snprintf(copy, sizeof copy, "%s", r->model);

@@ -8,8 +8,6 @@
 #include "model/moe.h"
 #include "model/spread.h"
 
-#define SH_PART_ROWS 512 /* rows that pass a layer at a time: bounds its scratch, and is plenty for speed */
-
 /* A part of the step's rows on its way through a layer: its attention is done and its rows are with the experts, or
  * its feed-forward is done and results are on their way. */
 typedef struct sh_part {

@@ -82,53 +82,65 @@ static sh_status count(const char *name, int v, int min, int max) {
     return SH_OK;
 }
 
-/* One kind of node; where several are given, each number becomes the least. */
-static sh_status node_of(sh_cluster *c, const Shoal__MachineNode *n, bool first) {
-    sh_cluster one = {0};
-    one.packages = n->has_packages ? n->packages : 1;
-    one.numa = n->has_numa ? n->numa : one.packages;
-    one.cores = n->cores;
-    SH_TRY(count("node.count", n->count, 1, SH_CLUSTER_NODES));
-    SH_TRY(count("node.packages", one.packages, 1, 64));
-    SH_TRY(count("node.numa", one.numa, 1, 256));
-    if (!n->has_cores) SH_FAIL(SH_EINPUT, "machine: node.cores: is missing");
-    SH_TRY(count("node.cores", one.cores, 1, 65536));
-    if (!n->has_memory_gib) SH_FAIL(SH_EINPUT, "machine: node.memory_gib: is missing");
+static sh_status read_node(sh_cluster *c, const Shoal__MachineNode *n, sh_cluster *one) {
     double gib = 0, mib = 0, read = 0, fma = 0;
+    one->packages = n->has_packages ? n->packages : 1;
+    one->numa = n->has_numa ? n->numa : one->packages;
+    one->cores = n->cores;
+    one->nodes = n->count;
+    SH_TRY(count("node.count", n->count, 1, SH_CLUSTER_NODES));
+    SH_TRY(count("node.packages", one->packages, 1, 64));
+    SH_TRY(count("node.numa", one->numa, 1, 256));
+    if (!n->has_cores) SH_FAIL(SH_EINPUT, "machine: node.cores: is missing");
+    SH_TRY(count("node.cores", one->cores, 1, 65536));
+    if (!n->has_memory_gib) SH_FAIL(SH_EINPUT, "machine: node.memory_gib: is missing");
     SH_TRY(number("node.memory_gib", true, n->memory_gib, 0.001, 1e6, 0, &gib));
     SH_TRY(number("node.cache_mib", n->has_cache_mib, n->cache_mib, 0, 1e6, 0, &mib));
-    SH_TRY(number("node.read_gbs", n->has_read_gbs, n->read_gbs, 1e-3, 1e6, one.cores * CORE_READ_GBS, &read));
-    SH_TRY(number("node.fma_gflops", n->has_fma_gflops, n->fma_gflops, 1e-3, 1e9, one.cores * CORE_FMA_GFLOPS, &fma));
+    SH_TRY(number("node.read_gbs", n->has_read_gbs, n->read_gbs, 1e-3, 1e6, one->cores * CORE_READ_GBS, &read));
+    SH_TRY(number("node.fma_gflops", n->has_fma_gflops, n->fma_gflops, 1e-3, 1e9, one->cores * CORE_FMA_GFLOPS, &fma));
     if (!n->has_read_gbs) assume(c, "reading %g GB/s", read);
     if (!n->has_fma_gflops) assume(c, "multiply-adds %g GFLOP/s", fma);
-    SH_TRY(link_of(c, "within", n->within, WITHIN_GBIT, WITHIN_US, one.numa > 1, &one.within));
-    one.memory = gib * GIB;
-    one.cache = mib * 0x1p20;
-    one.read = read * 1e9;
-    one.fma = fma * 1e9;
-    if (first) {
-        snprintf(c->cpu, sizeof c->cpu, "%s", n->cpu ? n->cpu : "CPU");
-        c->packages = one.packages;
-        c->numa = one.numa;
-        c->cores = one.cores;
-        c->cache = one.cache;
-        c->memory = one.memory;
-        c->read = one.read;
-        c->fma = one.fma;
-        c->within = one.within;
-    } else {
-        c->mixed = true;
-        c->packages = one.packages < c->packages ? one.packages : c->packages;
-        c->numa = one.numa < c->numa ? one.numa : c->numa;
-        c->cores = one.cores < c->cores ? one.cores : c->cores;
-        c->cache = fmin(c->cache, one.cache);
-        c->memory = fmin(c->memory, one.memory);
-        c->read = fmin(c->read, one.read);
-        c->fma = fmin(c->fma, one.fma);
-        c->within.bandwidth = fmin(c->within.bandwidth, one.within.bandwidth);
-        c->within.latency = fmax(c->within.latency, one.within.latency);
+    snprintf(one->cpu, sizeof one->cpu, "%s", n->cpu ? n->cpu : "CPU");
+    one->memory = gib * GIB;
+    one->cache = mib * 0x1p20;
+    one->read = read * 1e9;
+    one->fma = fma * 1e9;
+    return link_of(c, "within", n->within, WITHIN_GBIT, WITHIN_US, one->numa > 1, &one->within);
+}
+
+static int least(int a, int b) {
+    return a < b ? a : b;
+}
+
+/* Nodes of several kinds: each number is that of the poorest. */
+static void join(sh_cluster *c, const sh_cluster *one) {
+    c->mixed = true;
+    c->nodes += one->nodes;
+    c->packages = least(c->packages, one->packages);
+    c->numa = least(c->numa, one->numa);
+    c->cores = least(c->cores, one->cores);
+    c->cache = fmin(c->cache, one->cache);
+    c->memory = fmin(c->memory, one->memory);
+    c->read = fmin(c->read, one->read);
+    c->fma = fmin(c->fma, one->fma);
+    c->within.bandwidth = fmin(c->within.bandwidth, one->within.bandwidth);
+    c->within.latency = fmax(c->within.latency, one->within.latency);
+}
+
+static sh_status nodes_of(sh_cluster *c, const Shoal__Machine *m) {
+    sh_cluster all = {0};
+    for (size_t i = 0; i < m->n_node; i++) {
+        sh_cluster one = {0};
+        SH_TRY(read_node(c, m->node[i], &one));
+        if (i == 0)
+            all = one;
+        else
+            join(&all, &one);
     }
-    c->nodes += n->count;
+    memcpy(all.name, c->name, sizeof all.name);
+    memcpy(all.measured, c->measured, sizeof all.measured);
+    memcpy(all.assumed, c->assumed, sizeof all.assumed);
+    *c = all;
     return SH_OK;
 }
 
@@ -137,7 +149,7 @@ sh_status sh_cluster_of(const Shoal__Machine *m, int nodes, sh_cluster *out) {
     snprintf(c.name, sizeof c.name, "%s", m->name ? m->name : "unnamed");
     snprintf(c.measured, sizeof c.measured, "%s", m->measured ? m->measured : "");
     if (m->n_node == 0) SH_FAIL(SH_EINPUT, "machine: node: is missing: at least one kind of node is needed");
-    for (size_t i = 0; i < m->n_node; i++) SH_TRY(node_of(&c, m->node[i], i == 0));
+    SH_TRY(nodes_of(&c, m));
     if (nodes > 0) c.nodes = nodes;
     SH_TRY(count("nodes", c.nodes, 1, SH_CLUSTER_NODES));
     SH_TRY(link_of(&c, "between", m->between, BETWEEN_GBIT, BETWEEN_US, c.nodes > 1, &c.between));

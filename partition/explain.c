@@ -213,6 +213,16 @@ static sh_status speed(const sh_search_options *o, const sh_choice *x, const sh_
                          show(f->tokens_in).s, o->workload->requests, whole);
 }
 
+/* What placing by counts brings, by the counts. */
+static sh_status placement(const sh_search_options *o, const sh_choice *x, const sh_forecast *f, sh_buf *out) {
+    sh_forecast even;
+    if (!o->routing || !o->fixed.routing || x->shape.ep == 1) return SH_OK;
+    SH_TRY(sh_search_unplaced(o, x, &even));
+    return sh_buf_printf(out, "  placement  by counts: a step every %s ms; with even shares in order %s (%+.0f %%)\n",
+                         show(f->cycle.period * 1e3).s, show(even.cycle.period * 1e3).s,
+                         100 * (even.cycle.period / f->cycle.period - 1));
+}
+
 sh_status sh_explain_plan(const sh_search_options *o, const sh_choice *x, sh_buf *out) {
     char limit[512];
     sh_forecast f;
@@ -226,6 +236,7 @@ sh_status sh_explain_plan(const sh_search_options *o, const sh_choice *x, sh_buf
     if (st == SH_OK) st = sh_buf_add_str(out, "\n");
     if (st == SH_OK) st = speed(o, x, &f, out);
     if (st == SH_OK) st = traffic(x, &f, rank, out);
+    if (st == SH_OK) st = placement(o, x, &f, out);
     if (st == SH_OK) limit_words(o, x, &f, slowest(x, &f, rank), limit, sizeof limit);
     if (st == SH_OK) st = sh_buf_printf(out, "  limit      %s\n", limit);
     free(rank);

@@ -218,6 +218,10 @@ static sh_status tell(const scene *x, const sh_workload *w, double replicas, sh_
 
 sh_status sh_cost_forecast(const sh_cost_model *m, const sh_workload *w, double seqs, double replicas, sh_forecast *out,
                            sh_forecast_rank *rank) {
+    if (m->plan->has_prefill && m->plan->prefill > 0)
+        SH_FAIL(SH_EUNSUPPORTED,
+                "plan: prefill %d: what ranks that only read prompts save is not forecast: allowed here is 0",
+                m->plan->prefill);
     scene x = {.m = m, .shape = sh_plan_shape_of(m->plan)};
     sh_forecast f = {.seqs = fmax(1, fmin(seqs, w->requests / replicas))};
     f.mix = sh_forecast_mix_of(m->plan, w, f.seqs);

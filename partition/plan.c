@@ -298,6 +298,7 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
     SH_TRY(in_range("--threads", p->threads, 0, 4096));
     SH_TRY(in_range("--max-seqs", p->max_seqs, 1, SH_MAX_SEQS));
     SH_TRY(in_range("--chunk", p->chunk, 1, SH_MAX_CHUNK));
+    SH_TRY(in_range("plan: split_rows", p->split_rows, 0, SH_MAX_CHUNK + SH_MAX_SEQS));
     return in_range("--max-context", p->max_context, 1, c->max_context);
 }
 
@@ -383,7 +384,7 @@ static sh_status add_experts(Shoal__PlanRank *r, int layer, const bool *held, in
  * stage, members, experts]. */
 static sh_status place_stage(const sh_config *c, const sh_plan_request *q, int ep, int first, int last, bool *held) {
     size_t layer = (size_t)ep * (size_t)c->experts;
-    if (q->routing) return sh_placement_stage(c, q->routing, first, last, ep, q->replicate, held);
+    if (q->routing) return sh_placement_stage(c, q->routing, q->mode, first, last, ep, q->replicate, held);
     for (int i = 0; i < last - first; i++)
         for (int m = 0; m < ep; m++)
             for (int e = (int)((long)c->experts * m / ep); e < (int)((long)c->experts * (m + 1) / ep); e++)

@@ -38,7 +38,7 @@ static void model_of(const sh_search_options *o, const sh_choice *x, sh_cost_rat
         .rates = rates,
         .alike = true,
         .net = {.within = o->cluster->within, .between = o->cluster->between, .ranks_per_node = x->ranks_per_node},
-        .routing = o->fixed.routing};
+        .routing = o->routing};
 }
 
 sh_status sh_search_forecast(const sh_search_options *o, const sh_choice *x, sh_forecast *out, sh_forecast_rank *rank) {
@@ -130,6 +130,10 @@ static sh_plan_request request_of(const sh_search_options *o, const sh_choice *x
     q.ep = x->shape.ep;
     q.tp = x->shape.tp;
     q.cp = x->shape.cp;
+    if (q.ep == 1) { /* nothing to place */
+        q.routing = NULL;
+        q.replicate = 0;
+    }
     return q;
 }
 
@@ -195,6 +199,25 @@ static sh_status choose_chunk(const sh_search_options *o, sh_choice *x) {
         if (moved) break;
     }
     return SH_OK;
+}
+
+sh_status sh_search_unplaced(const sh_search_options *o, const sh_choice *x, sh_forecast *out) {
+    sh_plan_request q = request_of(o, x);
+    sh_choice y = *x;
+    char cuts[8 * SH_MAX_LAYERS] = "";
+    for (int s = 1, n = 0; s < x->shape.pp; s++)
+        n += snprintf(cuts + n, sizeof cuts - (size_t)n, "%s%d", s > 1 ? "," : "",
+                      x->plan->rank[s * x->shape.width]->first);
+    q.cuts = cuts;
+    q.routing = NULL;
+    q.replicate = 0;
+    q.max_seqs = x->plan->max_seqs;
+    q.chunk = x->plan->chunk;
+    y.plan = NULL;
+    SH_TRY(sh_plan_make(o->config, &q, &y.plan));
+    sh_status st = sh_search_forecast(o, &y, out, NULL);
+    sh_choice_release(&y);
+    return st;
 }
 
 sh_status sh_search_try(const sh_search_options *o, sh_choice *x) {
@@ -359,6 +382,11 @@ static sh_status try_fixed(const sh_search_options *o, sh_search *s) {
 }
 
 sh_status sh_search_run(const sh_search_options *o, sh_search **out) {
+    if (o->fixed.prefill)
+        SH_FAIL(SH_EINPUT,
+                "--prefill: %d: the planner does not weigh ranks that only read prompts: allowed here is 0; give it "
+                "to run or serve",
+                o->fixed.prefill);
     sh_search *s = calloc(1, sizeof *s);
     if (!s) SH_FAIL(SH_EMEMORY, "planner: no memory");
     for (int i = 0; i < SH_WAYS; i++)

@@ -25,8 +25,9 @@ typedef struct sh_search_options {
     const sh_config *config; /* all borrowed */
     const sh_cluster *cluster;
     const sh_workload *workload;
-    sh_plan_request fixed; /* members that are 0 or NULL are free; ranks: of a group */
-    int replicas;          /* 0: free */
+    sh_plan_request fixed;     /* members that are 0 or NULL are free; ranks: of a group */
+    int replicas;              /* 0: free */
+    const sh_routing *routing; /* what routing will be like; NULL: all experts alike. fixed.routing places them */
 } sh_search_options;
 
 typedef struct sh_choice {
@@ -57,6 +58,8 @@ void sh_search_free(sh_search **s);
 
 /* What a choice costs with this machine instead: for "what if". */
 sh_status sh_search_forecast(const sh_search_options *o, const sh_choice *x, sh_forecast *out, sh_forecast_rank *rank);
+/* The same layout with experts in even shares, in order: what placing them by counts gains. */
+sh_status sh_search_unplaced(const sh_search_options *o, const sh_choice *x, sh_forecast *out);
 /* One choice, evaluated: shape, replicas and ranks_per_node are given. fits and why tell how it went. */
 sh_status sh_search_try(const sh_search_options *o, sh_choice *x);
 /* A plan that was made elsewhere, evaluated on the machine: memory, KV, forecast. x->plan is given and stays owned. */

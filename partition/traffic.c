@@ -47,7 +47,8 @@ double sh_cost_parts(const sh_cost_model *m, const sh_cost_place *p, double rows
     if (lanes == 1) return fmax(1, ceil(rows / BLOCK_ROWS));
     double most = ceil((double)m->plan->max_seqs / lanes) + ceil((double)m->plan->chunk / lanes);
     double part = fmin(most, fmax(64, fmin(BLOCK_ROWS, floor(1024.0 / lanes)))); /* sh_experts_part_rows */
-    return rows <= part && rows < SPLIT_ROWS ? 1 : 2 * fmax(1, ceil(rows / (2 * part)));
+    double split = m->plan->split_rows > 0 ? m->plan->split_rows : SPLIT_ROWS;
+    return rows <= part && rows < split ? 1 : 2 * fmax(1, ceil(rows / (2 * part)));
 }
 
 /* --- seconds on the wire -------------------------------------------------------------------------------------------
@@ -77,6 +78,12 @@ static void add(sh_cost_wire *to, sh_cost_wire w) {
 
 int sh_cost_expert_value_bytes(sh_mode mode) {
     return mode == SH_MODE_EXACT ? 4 : 2;
+}
+
+double sh_cost_expert_row_bytes(const sh_config *c, sh_mode mode) {
+    double group = mode == SH_MODE_Q8 ? SH_COST_Q8_GROUP : SH_COST_Q4_GROUP;
+    if (mode < SH_MODE_Q8) return (double)c->hidden * sh_cost_expert_value_bytes(mode);
+    return ceil(c->hidden / group) * (group + 8);
 }
 
 /* Lists are one per layer that has experts: where all layers have, the place is known. */
@@ -180,10 +187,10 @@ sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p,
 void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
                           sh_cost_layer *out) {
     if (p->shape.ep == 1) return;
-    double row = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode);
-    double parts = sh_cost_parts(m, p, rows);
+    double row = sh_cost_expert_row_bytes(m->config, p->mode), parts = sh_cost_parts(m, p, rows);
+    double result = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode);
     out->dispatch = to_members(m, p, rows * e->reach * row, parts);
-    out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * row, parts);
+    out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * result, parts);
 }
 
 /* --- heads and columns ---------------------------------------------------------------------------------------------

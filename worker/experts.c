@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "common/mem.h"
+#include "model/moe.h"
 #include "worker/backoff.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "messages are little-endian and used in place");
@@ -64,8 +65,8 @@ typedef struct slot {
 struct sh_experts {
     sh_experts_options o;
     sh_expert_peers peers;
-    int part_rows, held; /* most experts that this member holds in a layer */
-    size_t value, row;   /* bytes of a value and of a row that travels */
+    int part_rows, held;       /* most experts that this member holds in a layer */
+    size_t value, row, result; /* bytes of a value of a row, of a row, of a result as they travel */
     int *holder0; /* [layers · experts + 1]: members that hold an expert are holder[holder0[i] … holder0[i+1]−1] */
     uint16_t *holder;
     bool *mine; /* [layers · experts] */
@@ -148,9 +149,9 @@ static rooms measure(const sh_experts *e) {
     size_t B = (size_t)e->part_rows, k = (size_t)e->o.config->top_k, others = (size_t)e->o.members - 1;
     size_t theirs = B * (size_t)min_int((int)k, e->held), copies = others < k ? others : k;
     return (rooms){.rows_in = rows_offset((int)theirs) + B * e->row,
-                   .results = align64(results_offset() + theirs * e->row),
+                   .results = align64(results_offset() + theirs * e->result),
                    .out = others * (64 + 2 * 64) + 4 * B * k + B * copies * e->row,
-                   .answers = others * (results_offset() + 64) + B * k * e->row};
+                   .answers = others * (results_offset() + 64) + B * k * e->result};
 }
 
 /* Everything from the arena; with sum instead, only its size. */
@@ -221,8 +222,9 @@ sh_status sh_experts_create(const sh_experts_options *o, sh_experts **out) {
     e->o = *o;
     if (e->o.split_rows < 1) e->o.split_rows = SH_EXPERTS_SPLIT_ROWS;
     e->part_rows = sh_expert_part_rows(o->max_rows, o->members);
-    e->value = o->mode == SH_MODE_BF16 ? sizeof(uint16_t) : sizeof(float);
-    e->row = (size_t)o->config->hidden * e->value;
+    e->row = sh_moe_row_bytes(o->config, o->mode);
+    e->result = sh_moe_result_bytes(o->config, o->mode);
+    e->value = e->row / (size_t)o->config->hidden;
     sh_status st = list_holders(e);
     if (st == SH_OK) st = create_buffers(e);
     if (st != SH_OK) {
@@ -268,8 +270,8 @@ static sh_status test_incoming(sh_experts *e, slot *s, enum kind kind, incoming 
     return SH_OK;
 }
 
-static incoming *incoming_of(peer *l, enum kind kind) {
-    return kind == ROWS ? &l->rows_in : &l->results_in;
+static incoming *incoming_of(peer *p, enum kind kind) {
+    return kind == ROWS ? &p->rows_in : &p->results_in;
 }
 
 /* Starts receiving what has come on one channel. */
@@ -306,11 +308,11 @@ static sh_status progress(sh_experts *e) {
         for (int kind = ROWS; kind <= RESULTS; kind++)
             if (s->awaited[kind] > 0) SH_TRY(take_new(e, i, (enum kind)kind));
         for (int m = 0; m < e->o.members; m++) {
-            peer *l = &s->peer[m];
-            SH_TRY(test_outgoing(e, &l->rows));
-            SH_TRY(test_outgoing(e, &l->results));
-            SH_TRY(test_incoming(e, s, ROWS, &l->rows_in));
-            SH_TRY(test_incoming(e, s, RESULTS, &l->results_in));
+            peer *p = &s->peer[m];
+            SH_TRY(test_outgoing(e, &p->rows));
+            SH_TRY(test_outgoing(e, &p->results));
+            SH_TRY(test_incoming(e, s, ROWS, &p->rows_in));
+            SH_TRY(test_incoming(e, s, RESULTS, &p->results_in));
         }
     }
     return SH_OK;
@@ -385,10 +387,10 @@ static void assign(sh_experts *e, slot *s, const int32_t *ids, int n) {
         int m = choose_member(e, s->layer, ids[i]);
         e->to[i] = (int16_t)m;
         if (m < 0) continue;
-        peer *l = &s->peer[m];
+        peer *p = &s->peer[m];
         e->load[m]++;
-        l->n_choices++;
-        l->n_rows += e->last_row[m] != i / k;
+        p->n_choices++;
+        p->n_rows += e->last_row[m] != i / k;
         e->last_row[m] = i / k;
     }
 }
@@ -397,18 +399,18 @@ static void assign(sh_experts *e, slot *s, const int32_t *ids, int n) {
 static void place_messages(sh_experts *e, slot *s, int i) {
     size_t out = 0, answers = 0;
     for (int m = 0; m < e->o.members; m++) {
-        peer *l = &s->peer[m];
+        peer *p = &s->peer[m];
         if (m == e->o.member) continue;
-        l->rows.data = s->out + out;
-        l->rows.len = rows_offset(l->n_choices) + (size_t)l->n_rows * e->row;
-        out += align64(l->rows.len);
-        l->results_in.data = s->answers + answers;
-        l->results_in.len = results_offset() + (size_t)l->n_choices * e->row;
-        answers += align64(l->results_in.len);
-        head h = {MAGIC, ROWS, (uint16_t)e->value, s->turn, s->layer, i, l->n_rows, l->n_choices};
-        memset(l->rows.data, 0, rows_offset(l->n_choices));
-        memcpy(l->rows.data, &h, sizeof h);
-        l->n_rows = l->n_choices = 0; /* counted again by pack */
+        p->rows.data = s->out + out;
+        p->rows.len = rows_offset(p->n_choices) + (size_t)p->n_rows * e->row;
+        out += align64(p->rows.len);
+        p->results_in.data = s->answers + answers;
+        p->results_in.len = results_offset() + (size_t)p->n_choices * e->result;
+        answers += align64(p->results_in.len);
+        head h = {MAGIC, ROWS, (uint16_t)e->value, s->turn, s->layer, i, p->n_rows, p->n_choices};
+        memset(p->rows.data, 0, rows_offset(p->n_choices));
+        memcpy(p->rows.data, &h, sizeof h);
+        p->n_rows = p->n_choices = 0; /* counted again by pack */
         e->last_row[m] = -1;
     }
 }
@@ -419,15 +421,15 @@ static void pack(sh_experts *e, slot *s, const uint8_t *rows, const int32_t *ids
     for (int i = 0; i < n * k; i++) {
         int m = e->to[i], r = i / k;
         if (m < 0) continue;
-        peer *l = &s->peer[m];
-        const head *h = (const head *)(const void *)l->rows.data;
+        peer *p = &s->peer[m];
+        const head *h = (const head *)(const void *)p->rows.data;
         if (e->last_row[m] != r)
-            memcpy(l->rows.data + rows_offset(h->choices) + (size_t)l->n_rows++ * e->row, rows + (size_t)r * e->row,
+            memcpy(p->rows.data + rows_offset(h->choices) + (size_t)p->n_rows++ * e->row, rows + (size_t)r * e->row,
                    e->row);
         e->last_row[m] = r;
-        uint16_t choice[2] = {(uint16_t)(l->n_rows - 1), (uint16_t)ids[i]};
-        memcpy(l->rows.data + sizeof(head) + (size_t)l->n_choices * sizeof choice, choice, sizeof choice);
-        answer[i] = l->results_in.data + results_offset() + (size_t)l->n_choices++ * e->row;
+        uint16_t choice[2] = {(uint16_t)(p->n_rows - 1), (uint16_t)ids[i]};
+        memcpy(p->rows.data + sizeof(head) + (size_t)p->n_choices * sizeof choice, choice, sizeof choice);
+        answer[i] = p->results_in.data + results_offset() + (size_t)p->n_choices++ * e->result;
     }
 }
 
@@ -539,14 +541,14 @@ static sh_status experts_reply(void *ctx, int i) {
     slot *s = &e->slots[i];
     if (s->state != ASKED) SH_FAIL(SH_ESTATE, "experts: slot %d has nothing to answer", i);
     for (int m = 0, g = 0; m < e->o.members; m++) {
-        peer *l = &s->peer[m];
+        peer *p = &s->peer[m];
         if (m == e->o.member) continue;
         int choices = s->guests[g++].n_choices;
         head h = {MAGIC, RESULTS, (uint16_t)e->value, s->turn, s->layer, i, 0, choices};
-        memset(l->results.data, 0, results_offset());
-        memcpy(l->results.data, &h, sizeof h);
-        l->results.len = results_offset() + (size_t)choices * e->row;
-        l->rows_in.state = AWAITED; /* of the slot's next exchange: may come any time from now on */
+        memset(p->results.data, 0, results_offset());
+        memcpy(p->results.data, &h, sizeof h);
+        p->results.len = results_offset() + (size_t)choices * e->result;
+        p->rows_in.state = AWAITED; /* of the slot's next exchange: may come any time from now on */
     }
     s->awaited[ROWS] = e->o.members - 1;
     s->state = REPLIED;
@@ -601,8 +603,8 @@ const sh_expert_peers *sh_experts_peers(const sh_experts *e) {
 bool sh_experts_is_idle(const sh_experts *e) {
     for (int i = 0; i < SH_EXPERT_SLOTS; i++)
         for (int m = 0; m < e->o.members; m++) {
-            const peer *l = &e->slots[i].peer[m];
-            if (l->rows.req >= 0 || l->results.req >= 0 || l->rows_in.req >= 0 || l->results_in.req >= 0) return false;
+            const peer *p = &e->slots[i].peer[m];
+            if (p->rows.req >= 0 || p->results.req >= 0 || p->rows_in.req >= 0 || p->results_in.req >= 0) return false;
         }
     return true;
 }

@@ -102,6 +102,7 @@ static sh_status create_experts(sh_stage *s) {
                             .last = o->last,
                             .mode = o->mode,
                             .max_rows = sh_leader_max_rows(o->schedule),
+                            .split_rows = o->plan->split_rows,
                             .holds = member_holds,
                             .arg = s};
     SH_TRY(sh_experts_create(&e, &s->experts));
@@ -126,11 +127,12 @@ static sh_status create_context(sh_stage *s) {
 
 static sh_status create_peers(sh_stage *s) {
     const sh_stage_options *o = &s->o;
+    int rows = sh_leader_max_rows(o->schedule);
     sh_tensor_options t = {.link = o->link,
                            .first_rank = s->stage * o->width,
                            .share = o->share,
                            .config = o->config,
-                           .max_rows = sh_leader_max_rows(o->schedule)};
+                           .max_rows = rows < SH_PART_ROWS ? rows : SH_PART_ROWS};
     sh_config_share(o->config, o->share, &s->part);
     if (o->lanes && o->width > 1) return create_experts(s);
     if (o->share.parts > 1) return sh_tensor_link_create(&t, &s->tensor);

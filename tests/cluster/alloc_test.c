@@ -78,7 +78,7 @@ static void test_counter(void) {
     CHECK(atomic_load(&counted) > 0, "a malloc was not counted");
 }
 
-static void test_group(const char *name, int n, const int *cut, int threads, int cp) {
+static void test_group(const char *name, int n, const int *cut, int threads, int ep, int tp, int cp, int prefill) {
     char model[600];
     fake f;
     int32_t ids[300];
@@ -87,8 +87,10 @@ static void test_group(const char *name, int n, const int *cut, int threads, int
     f.plan.max_seqs = 6;
     f.plan.chunk = 32;
     f.plan.threads = threads;
-    fake_divide(&f, 1, 1, cp);
+    f.prefill = prefill;
+    fake_divide(&f, ep, tp, cp);
     n = f.n;
+    int last = n - 1 - prefill; /* that samples */
     for (int i = 0; i < 30; i++) {
         int len = 5 + 40 * (i % 5);
         for (int j = 0; j < len; j++) ids[j] = 20 + (i * 131 + j * 17) % 1900;
@@ -109,15 +111,15 @@ static void test_group(const char *name, int n, const int *cut, int threads, int
         for (int i = 0; i < f.n_work; i++) fake_send_work(&f, i);
         while (f.work[0].n < 2 && !f.fault[0]) fake_pump(&f, 2);
         sh_sleep(0.05);
-        uint64_t before = f.rank[n - 1].step;
+        uint64_t before = f.rank[last].step;
         atomic_store(&counted, 0);
         atomic_store(&armed, true);
         for (double end = sh_now() + 60; !fake_all_done(&f) && !f.fault[0] && sh_now() < end;) fake_pump(&f, 10);
         atomic_store(&armed, false);
-        for (double end = sh_now() + 2; f.rank[n - 1].step < before + 50 && sh_now() < end;) fake_pump(&f, 10);
+        for (double end = sh_now() + 2; f.rank[last].step < before + 50 && sh_now() < end;) fake_pump(&f, 10);
         CHECK(fake_all_done(&f), "%s: no answers: %s", name, f.fault);
-        CHECK(f.rank[n - 1].step > before + 50, "%s: only %llu steps were watched", name,
-              (unsigned long long)(f.rank[n - 1].step - before));
+        CHECK(f.rank[last].step > before + 50, "%s: only %llu steps were watched", name,
+              (unsigned long long)(f.rank[last].step - before));
         CHECK(atomic_load(&counted) == 0, "%s on %d ranks, %d threads: %d allocations in the step loop", name, n,
               threads, atomic_load(&counted));
     }
@@ -129,10 +131,13 @@ static void test_group(const char *name, int n, const int *cut, int threads, int
 int main(void) {
     test_thread = pthread_self();
     test_counter();
-    test_group("e2b-like", 1, (int[]){0, 15}, 1, 1);
-    test_group("e2b-like", 3, (int[]){0, 4, 9, 15}, 1, 1);
-    test_group("26b-a4b-like", 2, (int[]){0, 6, 12}, 2, 1);
-    test_group("31b-like", 1, (int[]){0, 12}, 1, 3);
+    test_group("e2b-like", 1, (int[]){0, 15}, 1, 1, 1, 1, 0);
+    test_group("e2b-like", 3, (int[]){0, 4, 9, 15}, 1, 1, 1, 1, 0);
+    test_group("26b-a4b-like", 2, (int[]){0, 6, 12}, 2, 1, 1, 1, 0);
+    test_group("26b-a4b-like", 1, (int[]){0, 12}, 1, 3, 1, 1, 0);
+    test_group("31b-like", 2, (int[]){0, 7, 12}, 1, 1, 2, 1, 0);
+    test_group("31b-like", 1, (int[]){0, 12}, 1, 1, 1, 3, 0);
+    test_group("e2b-like", 2, (int[]){0, 9, 15}, 1, 1, 1, 1, 2);
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
 }

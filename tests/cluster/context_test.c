@@ -10,7 +10,7 @@
 #include "model/spread.h"
 #include "worker/context.h"
 
-enum { N_SEQS = 5, DECODED = 5, MAX_MEMBERS = 4, MAX_CUTS = 1 };
+enum { N_SEQS = 5, DECODED = 5, MAX_MEMBERS = 4, MAX_CUTS = 1, GUARD = 64 };
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 enum { SLOW = 1, THREADS = 1 };
@@ -18,7 +18,7 @@ enum { SLOW = 1, THREADS = 1 };
 enum { SLOW = 0, THREADS = 2 };
 #endif
 
-static int lengths[N_SEQS] = {1, 7, 131, 300, 1100};
+static int lengths[N_SEQS] = {1, 7, 131, 300, SLOW ? 650 : 1100};
 
 /* How a run goes about the sequences. */
 typedef struct way {
@@ -99,7 +99,7 @@ static void open_member(group *g, int at) {
                               .peers = &m->peers[s]};
         MUST(sh_model_create(f->dir, &f->c, &o, &m->model[s]));
     }
-    m->block = must_alloc(sh_model_cut_bytes(&f->c, f->kv, g->first[1], rows, rows));
+    m->block = must_alloc(sh_model_cut_bytes(&f->c, f->kv, g->first[1], rows, rows) + GUARD);
     m->hidden = must_alloc((size_t)rows * (size_t)f->c.hidden * sizeof(float));
 }
 
@@ -157,7 +157,10 @@ static sh_status forward(member *m) {
     size_t bytes = sh_model_block_bytes(m->model[0], g->first[1], &g->batch);
     if (bytes != sh_model_block_bytes(m->model[1], g->first[1], &g->batch))
         SH_FAIL(SH_ESTATE, "the two ends of a cut disagree about its block");
+    memset(m->block + bytes, 0xa5, GUARD);
     SH_TRY(sh_model_forward(m->model[0], &g->batch, NULL, m->block));
+    for (int i = 0; i < GUARD; i++)
+        if (m->block[bytes + (size_t)i] != 0xa5) SH_FAIL(SH_ESTATE, "a block is longer than it says");
     return sh_model_forward(m->model[1], &g->batch, m->block, m->hidden);
 }
 
@@ -349,6 +352,22 @@ static void compare(const fixture *f, const way *w) {
     close_group(&g);
 }
 
+/* A level that makes more blocks than there is room for is refused before anything is sent. */
+static void refuse_level(const fixture *f) {
+    const way w = {.members = 2, .chunk = 2048, .threads = 1};
+    group g;
+    open_group(&g, f, &w);
+    g.level[4] = 0;
+    add_span(&g, 4, 600, 1);
+    for (int m = 0; m < 2; m++) {
+        sh_status st = forward(&g.member[m]);
+        CHECK(st == SH_EFORMAT && strstr(sh_error_text(), "level 0 makes 5 blocks of 600 positions: at most 4"),
+              "member %d: a level that is too fine: %d: %s", m, st, sh_error_text());
+        CHECK(g.link[0][m]->sent_bytes == 0, "member %d sent something all the same", m);
+    }
+    close_group(&g);
+}
+
 /* --- one model alone -----------------------------------------------------------------------------------------------
  */
 
@@ -386,14 +405,15 @@ static void check_fixture(const char *name, bool odd, sh_mode mode) {
     }
     run_alone(&f);
     int L = f.c.n_layers;
-    compare(&f, &(way){.members = 2, .chunk = 64, .threads = 1});
     compare(&f, &(way){.members = 4, .chunk = 2048, .threads = THREADS, .last_only = true});
-    if (!SLOW) {
+    if (!SLOW) compare(&f, &(way){.members = 2, .chunk = 64, .threads = 1});
+    if (!odd) refuse_level(&f);
+    if (!SLOW && mode == SH_MODE_BF16) { /* sharing out does not look at the mode */
         compare(&f, &(way){.members = 3, .chunk = 7, .threads = 1, .last_only = true});
         compare(&f, &(way){.members = 2, .chunk = 100, .threads = 1, .level = 1});
         if (L > 1) compare(&f, &(way){.members = 2, .chunk = 64, .threads = 1, .cut = L / 2, .last_only = true});
         if (L > 1) compare(&f, &(way){.members = 3, .chunk = 64, .threads = 1, .cut = L - 1});
-        bool one = !odd && mode == SH_MODE_BF16 && f.c.first_shared < L; /* a long run: for one model */
+        bool one = !odd && f.c.first_shared < L; /* a long run: for one model */
         if (one) compare(&f, &(way){.members = 4, .chunk = 1, .threads = 1, .last_only = true});
     }
     for (int i = 0; i < N_SEQS; i++) {

@@ -55,7 +55,27 @@ def on_this_machine(s, check):
     same("--ep 4 by counts", "--ep", 4, "--launcher", "local", "--routing", s.file("one.json"))
     same("--ep 3 by counts with copies, MPI", "--ep", 3, "--routing", s.file("one.json"), "--replicate", "2MiB")
     same("few rows, many ranks", "--ep", 8, "--launcher", "local", "--max-seqs", 1)
+    planned(s, check, same)
     refused(s, check, req)
+
+
+def planned(s, check, same):
+    """A plan that says from how many rows on steps are cut into parts that overlap."""
+    p = subprocess.run([st.shoal(), "plan", "-m", MODEL, "-n", "3", "--ep", "3", "-o", s.file("plan.json")], env=s.env(), capture_output=True, text=True)
+    if not check(p.returncode == 0, f"plan: exit {p.returncode}: {p.stderr[-300:]}"):
+        return
+    with open(s.file("plan.json")) as f:
+        plan = json.load(f)
+    for rows in (1, 12000):
+        plan["split_rows"] = rows
+        with open(s.file("plan.json"), "w") as f:
+            json.dump(plan, f)
+        same(f"steps of {rows} rows and more are cut", "--plan", s.file("plan.json"), "--launcher", "local")
+    plan["split_rows"] = -1
+    with open(s.file("plan.json"), "w") as f:
+        json.dump(plan, f)
+    p = subprocess.run([st.shoal(), "plan", "-m", MODEL, "--plan", s.file("plan.json")], env=s.env(), capture_output=True, text=True)
+    check(p.returncode != 0 and "split_rows: -1 is out of range" in p.stderr, f"split_rows -1: exit {p.returncode}: {p.stderr[-300:]}")
 
 
 def refused(s, check, req):

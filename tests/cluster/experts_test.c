@@ -530,18 +530,14 @@ static int32_t *golden_text(const char *name, bool odd, int *n) {
     return ids;
 }
 
-static void test_model(const char *name, bool odd, sh_mode mode) {
-    char dir[512];
-    int n;
+/* The model in dir; text [n] are ids to make sequences of. */
+static void test_folder(const char *dir, const char *name, sh_mode mode, const int32_t *text, int n) {
     stage s = {.dir = dir, .mode = mode};
-    snprintf(dir, sizeof dir, "%s/%s/%s", SH_TEST_DATA, odd ? "odd" : "text/models", name);
     MUST(sh_config_load(dir, &s.c));
-    int32_t *text = golden_text(name, odd, &n);
     for (int i = 0; i < N_SEQS; i++) {
         s.ids[i] = must_alloc((size_t)lengths[i] * 4);
         for (int t = 0; t < lengths[i]; t++) s.ids[i][t] = text[(t * (i + 1) + 3 * i) % n];
     }
-    free(text);
     run_alone(&s);
     static const layout layouts[] = {
         {"one part", 2, 1, 20, 100000, 1, false},    {"two parts", 2, 1, 20, 1, 1, false},
@@ -561,7 +557,29 @@ static void test_model(const char *name, bool odd, sh_mode mode) {
     }
 }
 
-int main(void) {
+static void test_model(const char *name, bool odd, sh_mode mode) {
+    char dir[512];
+    int n;
+    snprintf(dir, sizeof dir, "%s/%s/%s", SH_TEST_DATA, odd ? "odd" : "text/models", name);
+    int32_t *text = golden_text(name, odd, &n);
+    test_folder(dir, name, mode, text, n);
+    free(text);
+}
+
+/* A checkpoint of make_shape: random ids. */
+static void test_shape(const char *dir) {
+    static int32_t text[1000];
+    uint64_t seed = 5;
+    for (int i = 0; i < 1000; i++) text[i] = (int32_t)(rng(&seed) % 30000);
+    test_folder(dir, "real shape", SH_MODE_BF16, text, 1000);
+}
+
+/* With a folder: only that model. */
+int main(int argc, char **argv) {
+    if (argc > 1) {
+        test_shape(argv[1]);
+        return finish("experts");
+    }
     test_malformed();
     test_exchange();
     test_skew();

@@ -83,6 +83,7 @@ typedef struct fake {
     int64_t kv_total;
     int kv_tokens, running_most;
     char fault[1024];
+    int prefill;                 /* ranks that fake_divide adds to read prompts */
     void (*on_link)(sh_link *l); /* sees each local link before the ranks start; NULL: nobody */
 } fake;
 
@@ -112,16 +113,19 @@ static inline void fake_open(fake *f, const char *model, int n, const int *cut, 
     f->plan.max_context = 512;
 }
 
-/* Before the ranks start: each of the n stages is divided over ep · tp · cp ranks. */
+/* Before the ranks start: each of the n stages is divided over ep · tp · cp ranks, and f->prefill more read prompts. */
 static inline void fake_divide(fake *f, int ep, int tp, int cp) {
     static sh_config c;
     char cuts[256] = "";
     for (int i = 1, at = 0; i < f->n; i++)
         at += snprintf(cuts + at, sizeof cuts - (size_t)at, "%s%d", i > 1 ? "," : "", f->layer[i].first);
     MUST(sh_config_load(f->model, &c));
-    sh_plan_request r = {.cuts = cuts, .ep = ep, .tp = tp, .cp = cp, .max_seqs = f->plan.max_seqs};
+    sh_plan_request r = {
+        .cuts = cuts, .ep = ep, .tp = tp, .cp = cp, .max_seqs = f->plan.max_seqs, .prefill = f->prefill};
     MUST(sh_plan_make(&c, &r, &f->divided));
-    f->n *= ep * tp * cp;
+    f->n = f->n * ep * tp * cp + f->prefill;
+    f->plan.has_prefill = true;
+    f->plan.prefill = f->prefill;
     f->plan.n_rank = f->divided->n_rank;
     f->plan.rank = f->divided->rank;
     f->plan.ep = ep;

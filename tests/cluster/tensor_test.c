@@ -88,9 +88,9 @@ static void test_model(const char *model, const char *mode, const char *kv, cons
             setting t = s;
             t.stages = grid[i][0];
             t.tp = grid[i][1];
-            t.max_seqs = 5 + 4 * i;
-            t.chunk = i % 2 ? 13 : 64;
-            if (i == 1) t.kv_memory = 700 << 10; /* some sequences at a time */
+            t.max_seqs = i ? 5 + 4 * i : 40;
+            t.chunk = i == 0 ? 1100 : i % 2 ? 13 : 64; /* first: more rows than pass a layer at a time */
+            if (i == 1) t.kv_memory = 700 << 10;       /* some sequences at a time */
             compare(&t, &base);
         }
     fake_close(&base);

@@ -137,7 +137,7 @@ def main():
         for name, m, words in configs(s):
             refused(name, ["-m", m, "-n", "1"], words, (2, 3))
         refused("no-model", ["-m", s.file("nowhere")], [s.file("nowhere")], (3,))
-        refused("too-many-ranks", ["-m", MODEL, "-n", "16"], ["-n", "16", "15 layers"], (2,))
+        refused("too-many-ranks", ["-m", MODEL, "-n", "16"], ["16 ranks", "15 layers"], (2,))
         refused("cut-at-0", ["-m", MODEL, "-n", "2", "--cuts", "0"], ["--cuts", "0"], (2,))
         refused("cut-at-end", ["-m", MODEL, "-n", "2", "--cuts", "15"], ["--cuts", "15"], (2,))
         refused("cuts-descend", ["-m", MODEL, "-n", "3", "--cuts", "9,5"], ["--cuts", "9,5"], (2,))

@@ -63,6 +63,16 @@ def job(s, nodes, check):
     check("ranks 4/4" in err, f"the progress line: {err[:600]}")
     nodes.link("node3", True)
 
+    # a Slurm allocation, as the environment tells of it: its nodes are the hosts, and -n follows from them
+    out = s.file("slurm.jsonl")
+    cmd = [st.shoal(), "run", "-m", MODEL, "-i", inp, "-o", out, "--replicas", "2", "--mode", "exact", "--progress", "plain"]
+    env = s.env(**nodes.environment(), SLURM_JOB_NODELIST="node[0-3]", SLURM_JOB_NUM_NODES="4")
+    p = subprocess.run(nodes.command("head", cmd), env=env, capture_output=True, text=True, timeout=150)
+    d = st.difference(want, st.rows(out)) if os.path.exists(out) else "no output"
+    check(p.returncode == 0 and not d, f"allocation: exit {p.returncode}: {d} {p.stderr[-800:]}")
+    if not os.path.exists("/sys/devices/system/node/node1"):  # one rank for each NUMA node of two nodes
+        check("2 groups, each a pipeline of 2 stages" in p.stderr, f"allocation: {p.stderr[:400]}")
+
 
 def main():
     check = st.Checks()

@@ -17,6 +17,8 @@ for entry in e2b:2 26b-a4b:9 31b:15; do
     fi
     "$bin/make_shape" "$shape" "$dir/$shape"
     "$bin/realshape_long" "$dir/$shape"
+    "$bin/members_test" "$dir/$shape"
+    if [ "$shape" = 26b-a4b ]; then "$bin/experts_test" "$dir/$shape"; fi
     status=0
     rm -rf "${dir:?}/$shape"
 done

@@ -258,6 +258,25 @@ static void in_halves(const setup *s, int pos, int members, int level, int threa
     free(room);
 }
 
+/* The last rows at the widths of a global layer of 26B-A4B. */
+static void halves_at_real_width(void) {
+    static const shape real = {16, 2, 512, 0, true};
+    setup s;
+    open_setup(&s, &real);
+    const int pos = 1150;
+    size_t n = (size_t)(CONTEXT - pos) * 16 * 512;
+    float *base = malloc(n * sizeof *base), *out = malloc(n * sizeof *out);
+    if (!base || !out) exit(1);
+    attend(&s, pos, CONTEXT - pos, CONTEXT - pos, 2, base);
+    in_halves(&s, pos, 5, 0, 2, out);
+    CU_ASSERT(memcmp(out, base, n * sizeof *out) == 0);
+    in_halves(&s, pos, 4, 1, 1, out);
+    CU_ASSERT(memcmp(out, base, n * sizeof *out) == 0);
+    free(base);
+    free(out);
+    close_setup(&s);
+}
+
 static void halves_are_the_whole(void) {
     static const struct {
         int pos, members, level, threads;
@@ -306,6 +325,7 @@ int main(void) {
     CU_add_test(s, "is the tree of segments", is_the_tree);
     CU_add_test(s, "same bytes", same_bytes);
     CU_add_test(s, "in two halves", halves_are_the_whole);
+    CU_add_test(s, "in two halves, real widths", halves_at_real_width);
     CU_add_test(s, "large scores", large_scores);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures();

@@ -36,7 +36,7 @@ static float noise(void) {
 static matrix make(int n, int k) {
     matrix m = {.n = n, .k = k, .w = malloc((size_t)(n * k) * sizeof(float))};
     uint16_t *half = malloc((size_t)(n * k) * sizeof *half);
-    if (!m.w || !half || sh_mem_alloc(sh_wmat_bytes(n, k), "test", &m.packed) != SH_OK) exit(1);
+    if (!m.w || !half || sh_mem_alloc(sh_wmat_bytes(SH_W_BF16, n, k), "test", &m.packed) != SH_OK) exit(1);
     for (int i = 0; i < n * k; i++) m.w[i] = noise() * 0.5f;
     kn->to_bf16(half, m.w, n * k);
     kn->from_bf16(m.w, half, n * k);
@@ -47,7 +47,7 @@ static matrix make(int n, int k) {
 }
 
 static void drop(matrix *m) {
-    sh_mem_free(m->packed, sh_wmat_bytes(m->n, m->k));
+    sh_mem_free(m->packed, sh_wmat_bytes(SH_W_BF16, m->n, m->k));
     free(m->w);
 }
 
@@ -170,14 +170,17 @@ static void not_a_number(void) {
     CU_ASSERT(memcmp(alone, z + H, sizeof alone) == 0);
 }
 
-/* A member that holds the odd experts, and sends as many rows as it gets, for the even ones. */
+/* Members that hold the odd experts, and each send as many rows as they get, for the even ones: together more than go
+ * in one pass. */
+#define GUESTS 4
+
 typedef struct other {
     sh_mode mode;
     int calls;
-    uint8_t rows[ROWS * H * 4], results[ROWS * TOP * H * 4];   /* of the rows that came */
-    uint8_t theirs[ROWS * H * 4], answers[ROWS * TOP * H * 4]; /* of those that it sends */
+    uint8_t rows[ROWS * H * 4], results[ROWS * TOP * H * 4];           /* of the rows that came */
+    uint8_t theirs[ROWS * H * 4], answers[GUESTS][ROWS * TOP * H * 4]; /* of those that it sends */
     uint16_t choice[ROWS * TOP][2];
-    sh_expert_guest guest;
+    sh_expert_guest guest[GUESTS];
 } other;
 
 static size_t wire(const other *o) {
@@ -223,26 +226,33 @@ static sh_status other_guests(void *ctx, int slot, const sh_expert_guest **guest
     other *o = ctx;
     CU_ASSERT(slot == 1 && o->calls++ == 1);
     memcpy(o->theirs, o->rows, sizeof o->rows);
-    o->guest = (sh_expert_guest){.n_rows = ROWS, .choice = o->choice, .rows = o->theirs, .results = o->answers};
+    int count = 0;
     for (int r = 0; r < ROWS; r++)
-        for (int j = 0; j <= r % TOP; j++) {
-            o->choice[o->guest.n_choices][0] = (uint16_t)r;
-            o->choice[o->guest.n_choices++][1] = (uint16_t)(r % 5 == 4 ? 8 : 2 * j); /* one expert gets many */
+        for (int j = 0; j < TOP; j++) {
+            o->choice[count][0] = (uint16_t)r;
+            o->choice[count++][1] = (uint16_t)(r % 5 == 4 ? 8 : 2 * j); /* one expert gets many */
         }
-    *guests = &o->guest;
-    *n = 1;
+    for (int g = 0; g < GUESTS; g++)
+        o->guest[g] = (sh_expert_guest){.n_rows = ROWS,
+                                        .n_choices = g == 1 ? 0 : count - g,
+                                        .choice = o->choice,
+                                        .rows = o->theirs,
+                                        .results = o->answers[g]};
+    *guests = o->guest;
+    *n = GUESTS;
     return SH_OK;
 }
 
 static sh_status other_reply(void *ctx, int slot) {
     other *o = ctx;
     CU_ASSERT(slot == 1 && o->calls++ == 2);
-    for (int i = 0; i < o->guest.n_choices; i++) {
-        uint8_t want[H * 4];
-        size_t bytes = H * wire(o);
-        expert_row(o, o->choice[i][1], o->theirs + o->choice[i][0] * bytes, want);
-        CU_ASSERT(memcmp(want, o->answers + (size_t)i * bytes, bytes) == 0);
-    }
+    for (int g = 0; g < GUESTS; g++)
+        for (int i = 0; i < o->guest[g].n_choices; i++) {
+            uint8_t want[H * 4];
+            size_t bytes = H * wire(o);
+            expert_row(o, o->choice[i][1], o->theirs + o->choice[i][0] * bytes, want);
+            CU_ASSERT(memcmp(want, o->answers[g] + (size_t)i * bytes, bytes) == 0);
+        }
     return SH_OK;
 }
 
@@ -259,7 +269,7 @@ static void other_poll(void *ctx) {
 static void placement(void) {
     static other o;
     sh_expert_peers peers = {.ctx = &o,
-                             .members = 2,
+                             .members = 1 + GUESTS,
                              .part_rows = ROWS,
                              .split_rows = ROWS + 1,
                              .holds = other_holds,

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "cli/planuse.h"
 #include "common/file.h"
 #include "partition/explain.h"
 #include "partition/protojson.h"
@@ -199,7 +200,7 @@ static bool owned_once(const sh_config *c, const sh_choice *x) {
 static bool weights_add_up(const sh_config *c, const sh_choice *x) {
     uint64_t sum = 0, whole = 0;
     for (int i = 0; i < x->ranks; i++) sum += sh_plan_rank_memory(c, x->plan, i).weights;
-    whole = sh_weights_estimate(c, 0, c->n_layers);
+    whole = sh_weights_estimate(c, SH_MODE_BF16, 0, c->n_layers);
     if (x->shape.width > 1) return sum + sum / 1000 + 65536 >= whole;
     double slack = (c->ple ? 4.0 * c->ple : 0) * x->ranks + 64.0 * x->ranks; /* one vector for all layers */
     return fabs((double)sum - (double)whole) <= slack;
@@ -359,6 +360,63 @@ static void test_small_nodes(void) {
     sh_search_free(&s);
 }
 
+/* One expert takes half of the rows: placing by the counts, with a copy, makes a step shorter and says so. */
+static void test_placement(void) {
+    sh_cluster k;
+    machine("epyc-1", &k);
+    sh_workload w = sh_workload_default();
+    sh_routing *counts = NULL;
+    sh_search *s = NULL;
+    sh_forecast even;
+    sh_buf out;
+    must(sh_routing_create(&a4b, &counts));
+    for (int i = 0; i < 30 * 128; i++) counts->chosen[i] = i % 128 ? 7500 : 127 * 500;
+    sh_search_options o = {.config = &a4b,
+                           .cluster = &k,
+                           .workload = &w,
+                           .routing = counts,
+                           .fixed = {.mode = SH_MODE_BF16, .kv = SH_KV_BF16}};
+    o.fixed.ep = 8;
+    o.fixed.routing = counts;
+    o.fixed.replicate = (uint64_t)2 << 30;
+    must(sh_search_run(&o, &s));
+    CU_ASSERT_EQUAL_FATAL(s->n, 1);
+    must(sh_search_unplaced(&o, &s->best[0], &even));
+    CU_ASSERT_TRUE(even.cycle.period > 1.05 * s->best[0].forecast.cycle.period);
+    sh_buf_init(&out, 0);
+    must(sh_explain_plan(&o, &s->best[0], &out));
+    CU_ASSERT_PTR_NOT_NULL(strstr((const char *)out.data, "  placement  by counts: a step every "));
+    sh_buf_release(&out);
+    sh_search_free(&s);
+    sh_routing_destroy(&counts);
+}
+
+/* What a run takes when nothing is said. */
+static void test_choice(void) {
+    sh_cluster k;
+    bool chosen = false;
+    sh_option t[SH_OPTIONS_MAX];
+    sh_shared_options s;
+    sh_options_shared(&s, t);
+    machine("xeon-1", &k);
+    must(sh_plan_choose(&s, &a4b, &k, 1e6, &chosen));
+    CU_ASSERT_TRUE(chosen && s.ranks == 1 && s.replicas == 2 && s.pp == 1 && s.ep == 1); /* a socket each */
+    machine("box-24g", &k);
+    k.nodes = 4;
+    k.between = (sh_cost_link){20e-6, 25e9 / 8};
+    sh_options_shared(&s, t);
+    must(sh_plan_choose(&s, &a4b, &k, 1e6, &chosen));
+    CU_ASSERT_TRUE(chosen && s.ranks == 4 && s.replicas == 1 && s.ep == 4 && s.max_seqs > 0);
+    sh_options_shared(&s, t);
+    s.pp = 4;
+    must(sh_plan_choose(&s, &a4b, &k, 1e6, &chosen));
+    CU_ASSERT_TRUE(!chosen && s.ep == 0 && s.ranks == 0); /* something is said */
+    s.pp = 0;
+    k.nodes = 1;
+    must(sh_plan_choose(&s, &b31, &k, 1e6, &chosen));
+    CU_ASSERT_TRUE(!chosen && s.ranks == 0); /* nothing fits */
+}
+
 static void test_json_errors(void) {
     static const struct {
         const char *text, *message;
@@ -451,6 +509,8 @@ int main(void) {
     CU_add_test(s, "the best of all", test_exhaustive);
     CU_add_test(s, "more is not slower", test_monotone);
     CU_add_test(s, "small nodes", test_small_nodes);
+    CU_add_test(s, "placing by counts", test_placement);
+    CU_add_test(s, "the choice of a run", test_choice);
     CU_add_test(s, "errors of machine files", test_json_errors);
     CU_add_test(s, "edited plans", test_edited);
     CU_basic_run_tests();

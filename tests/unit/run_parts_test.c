@@ -314,6 +314,40 @@ static void test_closing(void) {
     sh_buf_release(&text);
 }
 
+/* Two stages of two ranks each: busiest 30 + 60 of (20 + 30) / 2 + (60 + 20) / 2. */
+static void test_closing_experts(void) {
+    static const int rows[] = {20, 30, 60, 20};
+    sh_outcomes o = {0};
+    uint8_t packed[4][128];
+    ProtobufCBinaryData b[4];
+    for (int i = 0; i < 4; i++) {
+        Shoal__StageTimes t = SHOAL__STAGE_TIMES__INIT;
+        t.rank = i, t.has_expert_rows = t.has_sent_experts = t.has_exposed_sliding = t.has_travel_global = 1;
+        t.expert_rows = (uint64_t)rows[i], t.sent_experts = 500000, t.exposed_sliding = 0.25, t.travel_global = 1;
+        b[i] = (ProtobufCBinaryData){shoal__stage_times__pack(&t, packed[i]), packed[i]};
+    }
+    Shoal__GroupState g = SHOAL__GROUP_STATE__INIT, *gp = &g;
+    Shoal__JobReply r = SHOAL__JOB_REPLY__INIT;
+    g.group = "g", g.state = "ready";
+    g.times = b, g.n_times = 4;
+    r.group = &gp, r.n_group = 1;
+    sh_closing c = {.output = "out", .outcomes = &o, .last = &r, .ep = 2};
+    sh_buf text;
+    sh_buf_init(&text, 0);
+    CU_ASSERT_EQUAL_FATAL(sh_closing_text(&c, false, &text), SH_OK);
+    CU_ASSERT_PTR_NOT_NULL(strstr((const char *)text.data,
+                                  "experts    busiest rank 1.38 of the mean; 2.0 MB between ranks; waited 1.0 s of the "
+                                  "4.0 s they took (sliding layers 1.0 of 0.0, global 0.0 of 4.0;"));
+    sh_buf_clear(&text);
+    CU_ASSERT_EQUAL_FATAL(sh_closing_text(&c, true, &text), SH_OK);
+    CU_ASSERT_PTR_NOT_NULL(strstr((const char *)text.data, "\"expert_rows\":60"));
+    c.ep = 1;
+    sh_buf_clear(&text);
+    CU_ASSERT_EQUAL_FATAL(sh_closing_text(&c, false, &text), SH_OK);
+    CU_ASSERT_PTR_NULL(strstr((const char *)text.data, "experts    busiest"));
+    sh_buf_release(&text);
+}
+
 int main(void) {
     const char *tmp = getenv("TMPDIR");
     snprintf(folder, sizeof folder, "%s/parts-XXXXXX", tmp ? tmp : "/tmp");
@@ -328,6 +362,7 @@ int main(void) {
     CU_add_test(s, "input", test_input);
     CU_add_test(s, "log", test_logtail);
     CU_add_test(s, "closing", test_closing);
+    CU_add_test(s, "closing with experts", test_closing_experts);
     CU_basic_set_mode(CU_BRM_VERBOSE);
     CU_basic_run_tests();
     unsigned bad = CU_get_number_of_failures() + CU_get_number_of_tests_failed();
