@@ -20,7 +20,6 @@ enum {
 };
 #define PAGE_TOKENS  32.0
 #define STEP_SECONDS 50e-6 /* as the forecast's */
-#define BF16         2.0
 
 static sh_status check(const sh_cost_model *m, sh_plan_shape s) {
     if (s.tp > 1 || s.cp > 1)
@@ -52,15 +51,15 @@ static sh_status put_exchange(const sh_cost_model *m, sh_plan_shape s, sh_buf *o
     sh_kv_limits lane;
     SH_TRY(sh_mode_parse(m->plan->mode, &mode));
     SH_TRY(sh_plan_kv_limits(m->plan, &lane));
-    double elements = 3.0 * c->expert_ff * c->hidden, row = (double)c->hidden * sh_cost_expert_value_bytes(mode);
+    double elements = 3.0 * c->expert_ff * c->hidden, result = (double)c->hidden * sh_cost_expert_value_bytes(mode);
     SH_TRY(sh_buf_printf(out, "experts %d %d\n", c->experts, c->top_k));
     SH_TRY(put_owned(m, s, out));
     SH_TRY(sh_buf_printf(out, "part_rows %d %d\n", sh_expert_part_rows(lane.max_seqs + lane.chunk, s.ep),
                          SH_SIMULATE_SPLIT_ROWS));
-    SH_TRY(sh_buf_printf(out, "expert %.6g %.6g\n", elements * BF16 / (r->read * r->weights_read),
-                         2 * elements / (r->fma * r->weights_fma)));
+    SH_TRY(sh_buf_printf(out, "expert %.6g %.6g\n", elements * sh_cost_weight_bytes(mode) / (r->read * r->weights_read),
+                         2 * elements / sh_cost_products_rate(r, mode)));
     SH_TRY(sh_buf_printf(out, "message %d %d\n", EXCHANGE, CHOICE));
-    return sh_buf_printf(out, "row %.0f %.0f\n", row, row);
+    return sh_buf_printf(out, "row %.0f %.0f\n", sh_cost_expert_row_bytes(c, mode), result);
 }
 
 /* Descriptor and answer of a lane: every span brings its pages, a prompt's last piece its tokens. */

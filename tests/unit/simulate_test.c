@@ -134,21 +134,21 @@ static void test_layers_and_cuts(void) {
 
 /* What one exchange costs is the cost model's experts, put together from rows and experts touched. */
 static void test_experts(void) {
-    scene s;
-    double expert[2], row[2];
-    sh_cost_layer l;
-    CU_ASSERT_EQUAL_FATAL(make(&s, &a4b, (sh_plan_request){.ep = 4, .mode = SH_MODE_BF16}), SH_OK);
-    CU_ASSERT_EQUAL(line(&s, "expert", 0, expert, 2), 2);
-    CU_ASSERT_EQUAL(line(&s, "row", 0, row, 2), 2);
-    CU_ASSERT_EQUAL(sh_cost_layer_of(&s.m, 0, 0, s.mix.span, s.mix.n_decode, &l), SH_OK);
-    near(l.experts.seconds, fmax(l.experts_touched * expert[0], s.mix.decode * 8 * expert[1]));
-    near(l.dispatch.bytes, l.dispatch.bytes / row[0] * 2816 * 2);
-    CU_ASSERT_EQUAL((int)row[1], 2816 * 2);
-    release(&s);
-    CU_ASSERT_EQUAL_FATAL(make(&s, &a4b, (sh_plan_request){.ep = 4, .mode = SH_MODE_EXACT}), SH_OK);
-    CU_ASSERT_EQUAL(line(&s, "row", 0, row, 2), 2);
-    CU_ASSERT_EQUAL((int)row[0], 2816 * 4);
-    release(&s);
+    static const sh_mode modes[] = {SH_MODE_EXACT, SH_MODE_BF16, SH_MODE_Q8, SH_MODE_Q4};
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
+        scene s;
+        double expert[2], row[2];
+        sh_cost_layer l;
+        CU_ASSERT_EQUAL_FATAL(make(&s, &a4b, (sh_plan_request){.ep = 4, .mode = modes[i]}), SH_OK);
+        CU_ASSERT_EQUAL(line(&s, "expert", 0, expert, 2), 2);
+        CU_ASSERT_EQUAL(line(&s, "row", 0, row, 2), 2);
+        CU_ASSERT_EQUAL(sh_cost_layer_of(&s.m, 0, 0, s.mix.span, s.mix.n_decode, &l), SH_OK);
+        near(l.experts.seconds, fmax(l.experts_touched * expert[0], s.mix.decode * 8 * expert[1]));
+        near(l.results.bytes, s.mix.decode * 8 * 3 / 4 * row[1]); /* a quarter of the choices fall on this member */
+        double reach = 3 * (1 - exp(lgamma(97) - lgamma(89) - lgamma(129) + lgamma(121)));
+        near(l.dispatch.bytes, s.mix.decode * reach * row[0]); /* C(96, 8) / C(128, 8) of the rows miss a member */
+        release(&s);
+    }
 }
 
 static void test_parts(void) {
