@@ -201,6 +201,29 @@ static double tell_ranks(const scene *x, const sh_cost_cycle *cycle, sh_forecast
     return sent;
 }
 
+/* Tokens by which the last sequences outlast full ranks. In a long job they are anywhere in their lives when the queue
+ * is empty, in one that runs all at once at the beginning. */
+static double tail_tokens(const sh_workload *w, double seqs) {
+    double sum = 0, squares = 0, longest = 0, at_once = fmin(1, seqs / w->requests);
+    for (int i = 0; i < w->n; i++) {
+        const sh_workload_bin *b = &w->bin[i];
+        sum += b->requests * b->output;
+        squares += b->requests * b->output * b->output;
+        longest = fmax(longest, b->output);
+    }
+    double left = at_once * sum / w->requests + (1 - at_once) * squares / (2 * sum);
+    return fmax(0, longest - left);
+}
+
+/* What a job takes beyond its rate: prompts of the first sequences come a chunk at a time, meanwhile half of them run,
+ * and the last ones run out alone. */
+static double start_and_end(const scene *x, const sh_workload *w, const sh_forecast *f, double replicas) {
+    double lane = f->mix.decode * f->mix.in_flight, chunk = ceil((double)x->m->plan->chunk / x->shape.ep);
+    double begin = lane * sh_workload_mean_prompt(w) / chunk * f->cycle.period / 2;
+    double plain = f->step_decode / ((1 - f->mix.mixed) * f->step_decode + f->mix.mixed * f->step_mixed);
+    return begin + tail_tokens(w, lane * x->shape.ep * replicas) * f->cycle.round_trip * plain;
+}
+
 static sh_status tell(const scene *x, const sh_workload *w, double replicas, sh_forecast *f, sh_forecast_rank *rank) {
     double output = sh_workload_mean_output(w);
     SH_TRY(sh_cost_ring(x->shape.pp, x->seconds, x->link, f->mix.mixed, f->mix.in_flight, &f->cycle));
@@ -208,10 +231,9 @@ static sh_status tell(const scene *x, const sh_workload *w, double replicas, sh_
     f->requests = per_group * replicas;
     f->tokens_out = f->requests * output;
     f->tokens_in = f->requests * sh_workload_mean_prompt(w);
-    /* the last sequences run out alone: half a life at the end */
-    f->seconds = w->requests / f->requests + output * f->cycle.round_trip / 2;
     f->step_decode = x->seconds[f->cycle.slowest];
     f->step_mixed = x->seconds[x->shape.pp + f->cycle.slowest];
+    f->seconds = w->requests / f->requests + start_and_end(x, w, f, replicas);
     f->sent = tell_ranks(x, &f->cycle, rank) / (f->mix.requests * x->shape.ep * output);
     return SH_OK;
 }

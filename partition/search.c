@@ -8,7 +8,7 @@
 
 #define PAGE_TOKENS 32    /* SH_PAGE_TOKENS */
 #define WORTH       1.02  /* more sequences at once must bring at least this */
-#define ALIKE       1.002 /* a simpler plan wins against one that is faster by less */
+#define ALIKE       1.005 /* a simpler plan wins against one that is faster by less */
 #define LEAST_CHUNK 64
 #define MOST_CHUNK  2048
 

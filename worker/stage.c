@@ -8,6 +8,7 @@
  */
 #include "worker/stage.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,6 +22,7 @@
 #include "worker/vocabulary.h"
 
 enum { SENDS = 2, LOGIT_ROWS = 16 };
+#define POLL_SECONDS 100e-6 /* between two looks at what is under way, while a step computes */
 
 typedef struct sending {
     sh_buf answer;  /* last stage */
@@ -59,7 +61,10 @@ struct sh_stage {
     sh_batch batch;   /* ranks above 0: the descriptor decoded */
     sh_token *tokens; /* rank 0: [max_rows] */
     uint64_t steps;
-    double exchange; /* seconds */
+    double exchange;  /* seconds */
+    double polled_at; /* by poll, below */
+    sh_status failed; /* of poll: told by the next progress */
+    char why[512];
     /* last stage */
     sh_tokenizer *tokenizer;
     sh_sampler *sampler;
@@ -140,6 +145,8 @@ static sh_status create_peers(sh_stage *s) {
     return o->spread ? create_context(s) : SH_OK;
 }
 
+static void poll(void *arg);
+
 static sh_status create_model(sh_stage *s) {
     const sh_stage_options *o = &s->o;
     sh_model_options m = {.mode = o->mode,
@@ -157,7 +164,9 @@ static sh_status create_model(sh_stage *s) {
                                    : s->experts || s->context || s->sender ? &s->peers
                                                                            : NULL};
     memcpy(m.pages, s->sender ? o->schedule->prefill_pages : o->schedule->pages, sizeof m.pages);
-    return sh_model_create(o->model_dir, o->config, &m, &s->model);
+    SH_TRY(sh_model_create(o->model_dir, o->config, &m, &s->model));
+    if (o->stages > 1) sh_team_set_poll(sh_model_team(s->model), poll, s);
+    return SH_OK;
 }
 
 static sh_status create_hidden(sh_stage *s) {
@@ -296,10 +305,28 @@ static sh_status test_send(sh_stage *s, int *req) {
     return SH_OK;
 }
 
-sh_status sh_stage_progress(sh_stage *s) {
+static sh_status test_sends(sh_stage *s) {
     for (int i = 0; i < s->n_sends; i++) SH_TRY(test_send(s, &s->sends[i].req));
     for (int i = 0; i < n_handouts(s); i++) SH_TRY(test_send(s, &s->handouts[i].req));
     for (int i = 0; i < SENDS; i++) SH_TRY(test_send(s, &s->prompts[i].req));
+    return SH_OK;
+}
+
+/* Between the matrix products of a step: a block of the step before leaves only while somebody calls the link, and the
+ * next stage may have nothing else to do. */
+static void poll(void *arg) {
+    sh_stage *s = arg;
+    double now = sh_now();
+    if (s->experts) s->peers.experts->poll(s->experts);
+    if (s->failed != SH_OK || now - s->polled_at < POLL_SECONDS) return;
+    s->polled_at = now;
+    s->failed = test_sends(s);
+    if (s->failed != SH_OK) snprintf(s->why, sizeof s->why, "%s", sh_error_text());
+}
+
+sh_status sh_stage_progress(sh_stage *s) {
+    if (s->failed != SH_OK) SH_FAIL(s->failed, "%s", s->why);
+    SH_TRY(test_sends(s));
     if (s->experts) s->peers.experts->poll(s->experts); /* a failure is told by the next exchange */
     if (s->sender) SH_TRY(sh_kv_sender_progress(s->sender));
     return s->context ? sh_context_progress(s->context) : SH_OK;

@@ -34,8 +34,9 @@ static struct {
 
 /* ---- time -------------------------------------------------------------------------------------------------------- */
 
-static _Thread_local double owed;            /* seconds to sleep; below 0: slept too long */
-static _Thread_local double reading, adding; /* attention: seconds of the segment at hand */
+static _Thread_local double owed; /* seconds to sleep; below 0: slept too long */
+/* Attention: seconds of the segment at hand, and when its keys were first read */
+static _Thread_local double reading, adding, begun;
 
 /* A kernel that began at `start` should take `seconds`. What it really took counts. */
 static void take(double start, double seconds) {
@@ -94,6 +95,7 @@ static void gemm(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, i
     }
     double read = (double)(p1 - p0) * (double)w->k * SH_PANEL * 2 / model.bytes;
     take(start, fmax(read, (double)m * (double)(to - from) * (double)w->k / model.fma));
+    reading = adding = 0; /* rows that were widened before a product were no keys */
 }
 
 static void scores(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys, int hd) {
@@ -110,7 +112,7 @@ static void softmax_part(float *s, int keys, float *m, float *l) {
 
 /* Every row takes the last value it sees. */
 static void weighted_sum(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys, int hd) {
-    double start = sh_now();
+    double start = reading > 0 ? begun : sh_now();
     (void)p, (void)lds;
     for (int r = 0; r < rows; r++)
         memcpy(o + (size_t)r * ldo, v + (size_t)(keys - 1) * (size_t)hd, (size_t)hd * sizeof *o);
@@ -121,6 +123,7 @@ static void weighted_sum(float *o, size_t ldo, const float *p, size_t lds, int r
 
 static void (*native_from_bf16)(float *y, const uint16_t *x, int n);
 static void from_bf16(float *y, const uint16_t *x, int n) {
+    if (reading <= 0) begun = sh_now();
     native_from_bf16(y, x, n);
     reading += 2.0 * n / model.bytes;
 }

@@ -1,133 +1,198 @@
 #!/usr/bin/env python3
-"""Predicted against measured: jobs on virtual nodes with shaped links, whose plans were costed beforehand.
+"""Predicted against measured: `shoal plan` costs layouts for a cluster of virtual nodes with shaped links, then each of them runs
+the job there. Needs root and iproute2.
 
-    tests/bench/predicted.py [--real] [--repeat 5] [--only WORD] [--folder DIR]
+    tests/bench/predicted.py [--layouts all|"ep8,pp2 ep4,…"] [--repeat N]      kernels that sleep (SHOAL_ISA=model:FMA,BYTES)
+    tests/bench/predicted.py --real [--shape small-dense] [--repeat 5]         real kernels, at most two compute threads in all
 
-Default: kernels that sleep for the modelled time (SHOAL_ISA=model:FMA,BYTES), so that many ranks have two cores; network,
-schedule and exchange are real. --real: real kernels, at most two compute threads in all. Needs root and iproute2. Prints one
-line per plan: medians of the repeats, predicted over measured. Layouts are run in turns, so that a busy hour hits all alike."""
+Without --real many ranks have two cores: network, schedule and exchange are real, products and attention take the modelled time.
+Layouts take turns, so that a busy moment of the machine hits them alike. One line per layout with the median of the repeats;
+then what the planner would have chosen beside what was fastest. Exit status 1: a layout is off by more than a quarter, or the
+planner's first choice is more than a tenth slower than the best."""
 import argparse
+import fcntl
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
-import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import netns
 import shoaltest as st
 
-GOODPUT = 0.95  # of a shaped link, without the frames' headers
-TESTS = os.path.join(os.path.dirname(st.shoal()), "tests")
+GOODPUT = 0.95  # of a shaped link: without the frames' headers
+LATENCY = 300   # microseconds between two ranks, each of which naps while it waits
+MAKE_SHAPE = os.path.join(os.path.dirname(st.shoal()), "tests", "make_shape")
 
 
 def checkpoint(folder, shape):
     """A small random checkpoint with the demo model's tokenizer."""
     to = os.path.join(folder, shape)
-    if not os.path.exists(os.path.join(to, "config.json")):
-        subprocess.run([os.path.join(TESTS, "make_shape"), shape, to], check=True)
+    if not os.path.exists(os.path.join(to, "tokenizer_config.json")):
+        subprocess.run([MAKE_SHAPE, shape, to], check=True)
         for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
             shutil.copy(os.path.join(st.DEMO, name), to)
     return to
 
 
 def workload(path, requests, prompt, output):
-    st.write_lines(path, [st.completion(f"r{k}", [200 + (7 * i + 13 * k) % 2800 for i in range(prompt)], max_tokens=output,
-                                        ignore_eos=True, temperature=0) for k in range(requests)])
+    """Outputs of half to one and a half times the mean length, so that sequences do not end together."""
+    st.write_lines(path, [st.completion(f"r{k}", [200 + (7 * i + 13 * k) % 2800 for i in range(prompt)],
+                                        max_tokens=output // 2 + k % 5 * output // 4, ignore_eos=True, temperature=0)
+                          for k in range(requests)])
+
+
+def modelled_machine(o):
+    fma, read = (float(x[:-1]) for x in o.isa.split(":")[1].split(","))  # both in G
+    return {"node": [{"count": o.nodes, "cpu": "modelled", "packages": 1, "numa": 1, "cores": 1, "memory_gib": 4, "read_gbs": read,
+                      "fma_gflops": 2 * fma}],
+            "kernels": {"weights_read": 1, "weights_fma": 1, "attention_read": 1, "attention_fma": 1, "layer_us": 0, "sample_ns": 2,
+                        "spanning": 1}}
+
+
+def real_machine(s, o, model):
+    """This machine as `shoal plan` measures it, cut into nodes of one core each."""
+    path = s.file("this.json")
+    plan(model, ["--probe", "--save-machine", path, "--brief"], s.file("unused.json"))
+    with open(path) as f:
+        m = json.load(f)
+    n = m["node"][0]
+    cores = n["cores"]
+    n.update(count=o.nodes, cores=1, numa=1, packages=1, memory_gib=4, read_gbs=n["read_gbs"] / cores, fma_gflops=n["fma_gflops"] / cores)
+    return {"node": [n], "kernels": m.get("kernels", {})}
+
+
+def plan(model, options, out):
+    p = subprocess.run([st.shoal(), "plan", "-m", model, "-o", out, *map(str, options)], capture_output=True, text=True)
+    if p.returncode:
+        raise RuntimeError(f"shoal plan {' '.join(map(str, options))}: {p.stderr}")
+    return p.stdout
+
+
+def members(kinds, nodes, experts):
+    """All layouts of one group on at most so many nodes: stages, and what the members of a stage divide."""
+    sizes = [n for n in (1, 2, 4, 8, 16) if n <= nodes]
+    found = [f"pp{p}" for p in sizes]
+    for kind, p, n in itertools.product(kinds, sizes, sizes[1:]):
+        if p * n <= nodes and (kind != "ep" or experts):
+            found.append(f"{kind}{n}" if p == 1 else f"pp{p} {kind}{n}")
+    return found
+
+
+def options_of(layout):
+    d = {k: int(v) for k, v in re.findall(r"(pp|ep|tp|cp)(\d+)", layout)}
+    ranks = 1
+    for v in d.values():
+        ranks *= v
+    return ranks, ["-n", ranks, *itertools.chain(*((f"--{k}", d.get(k, 1)) for k in ("pp", "ep", "tp", "cp")))]
 
 
 class Job:
-    def __init__(self, s, nodes, model, inp, isa):
+    def __init__(self, s, nodes, model, inp, isa, lock):
+        self.lock = lock or s.file("lock")
         self.s, self.nodes, self.model, self.inp = s, nodes, model, inp
-        self.env = s.env(**(nodes.environment() if nodes else {}), **({"SHOAL_ISA": isa} if isa else {}))
+        self.env = s.env(**nodes.environment(), **({"SHOAL_ISA": isa} if isa else {}))
 
-    def run(self, ranks, options):
-        """Seconds with the ranks at work, tokens out per second, and the closing table's text."""
+    def run(self, plan_file, ranks):
+        """Seconds with the ranks at work, and the closing table."""
         out = self.s.file("out.jsonl")
         shutil.rmtree(out + ".store", ignore_errors=True)
         if os.path.exists(out):
             os.remove(out)
-        cmd = [st.shoal(), "run", "-m", self.model, "-i", self.inp, "-o", out, "-n", str(ranks), "--threads", "1", "--progress", "plain",
-               *options]
-        if self.nodes:
-            cmd = self.nodes.command("head", cmd + ["--hosts", ",".join(self.nodes.names[1:ranks + 1])])
-        p = subprocess.run(cmd, env=self.env, capture_output=True, text=True, timeout=600)
+        cmd = [st.shoal(), "run", "-m", self.model, "-i", self.inp, "-o", out, "--plan", plan_file, "--threads", "1", "--progress", "plain",
+               "--hosts", ",".join(self.nodes.names[1:ranks + 1])]
+        with open(self.lock, "w") as lock:  # where others measure too
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            p = subprocess.run(self.nodes.command("head", cmd), env=self.env, capture_output=True, text=True, timeout=900)
         work = re.search(r"([0-9.]+) s of it with the ranks at work", p.stderr)
-        speed = re.search(r"([0-9.]+) tokens/s out", p.stderr[p.stderr.find("wall time"):])
-        if p.returncode or not work or not speed:
-            raise RuntimeError(f"{' '.join(options)}: exit {p.returncode}: {p.stderr[-800:]}")
-        return float(work[1]), float(speed[1]), p.stderr[p.stderr.find("  requests"):]
+        if p.returncode or not work:
+            raise RuntimeError(f"{plan_file}: exit {p.returncode}: {p.stderr[-800:]}")
+        return float(work[1]), p.stderr[p.stderr.find("  requests"):]
 
 
-def layout(text):
-    """{"ranks": 4, "pp": 2, "ep": 2} from "pp2 ep2"."""
-    d = {k: int(v) for k, v in re.findall(r"(pp|ep|tp|cp)(\d+)", text)}
-    ranks = 1
-    for v in d.values():
-        ranks *= v
-    return dict(d, ranks=ranks)
-
-
-def foretell(model, plan, o):
-    fma, read = (float(x[:-1]) * 1e9 for x in o.isa.split(":")[1].split(","))
-    keys = dict(plan, seqs=o.seqs, chunk=o.chunk, requests=o.requests, prompt=o.prompt, output=o.output, fma=fma, read=read,
-                latency=o.latency, bandwidth=o.mbit * 1e6 / 8 * GOODPUT, sample=2e-9)
-    p = subprocess.run([os.path.join(TESTS, "foretell"), model, *(f"{k}={v}" for k, v in keys.items())], capture_output=True, text=True)
-    if p.returncode:
-        raise RuntimeError(p.stderr)
-    return json.loads(p.stdout)
+def report(o, want, got, ranks, choice):
+    bad = []
+    print(f"{'layout':10s} {'ranks':>5s} {'predicted s':>11s} {'measured s':>10s} {'least':>6s} {'most':>6s} {'measured/predicted':>18s}")
+    median = {name: statistics.median(t) for name, t in got.items() if t}
+    for name in sorted(median, key=median.get):
+        ratio = median[name] / want[name]
+        print(f"{name:10s} {ranks[name]:5d} {want[name]:11.1f} {median[name]:10.1f} {min(got[name]):6.1f} {max(got[name]):6.1f} {ratio:18.2f}")
+        if not 0.75 <= ratio <= 1.25:
+            bad.append(f"{name}: {ratio:.2f} of what was predicted")
+    best = min(median, key=median.get)
+    if choice in median:
+        lost = median[choice] / median[best] - 1
+        print(f"the planner's first choice: {choice}, {median[choice]:.1f} s; the fastest: {best}, {median[best]:.1f} s: {100 * lost:.0f} % lost")
+        if lost > 0.1:
+            bad.append(f"the planner's choice {choice} loses {100 * lost:.0f} %")
+    for line in bad:
+        print("FAIL", line)
+    return 1 if bad else 0
 
 
 def main():
-    a = argparse.ArgumentParser()
+    a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument("--real", action="store_true")
-    a.add_argument("--repeat", type=int, default=5)
-    a.add_argument("--only", default="")
-    a.add_argument("--folder", default="/tmp/shoal-predicted")
-    a.add_argument("--mbit", type=float, default=200)
-    a.add_argument("--latency", type=float, default=3e-4)
-    a.add_argument("--isa", default="model:20G,1G")
+    a.add_argument("--layouts", default="all")
+    a.add_argument("--nodes", type=int, default=0)
+    a.add_argument("--repeat", type=int, default=3)
+    a.add_argument("--folder", default="/tmp/shoal-predicted", help="where checkpoints are kept")
     a.add_argument("--shape", default="small-moe")
-    a.add_argument("--requests", type=int, default=256)
+    a.add_argument("--isa", default="model:20G,1G")
+    a.add_argument("--mbit", type=float, default=400)
+    a.add_argument("--requests", type=int, default=192)
     a.add_argument("--prompt", type=int, default=16)
-    a.add_argument("--output", type=int, default=32)
+    a.add_argument("--output", type=int, default=16)
     a.add_argument("--seqs", type=int, default=64)
-    a.add_argument("--chunk", type=int, default=64)
-    a.add_argument("--plans", default="pp1,pp2,pp4,tp2,tp4,pp2 tp2,ep2,ep4,pp2 ep2")
+    a.add_argument("--chunk", type=int, default=128)
+    a.add_argument("--lock", default="", help="file to lock for each job")
     a.add_argument("--verbose", action="store_true")
     o = a.parse_args()
+    o.nodes = o.nodes or (2 if o.real else 4)
     os.makedirs(o.folder, exist_ok=True)
     model = checkpoint(o.folder, o.shape)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nodes go down
     with st.Scratch() as s:
-        plans = {p: layout(p) for p in o.plans.split(",") if o.only in p}
-        nodes = netns.Nodes(s.file("net"), max(p["ranks"] for p in plans.values()))
+        inp, machine = s.file("in.jsonl"), s.file("machine.json")
+        workload(inp, o.requests, o.prompt, o.output)
+        m = real_machine(s, o, model) if o.real else modelled_machine(o)
+        m.update(name="virtual nodes", between={"gbit": o.mbit * GOODPUT / 1000, "latency_us": LATENCY})
+        with open(machine, "w") as f:
+            json.dump(m, f)
+        common = ["--machine", machine, "--workload", inp, "--max-seqs", o.seqs, "--chunk", o.chunk, "--replicas", 1, "--brief"]
+        text = plan(model, common, s.file("best.json"))
+        print(text[text.find("the best of"):])
+        layouts = members(("ep", "tp", "cp"), o.nodes, "moe" in o.shape) if o.layouts == "all" else o.layouts.split(",")
+        want, got, ranks, file = {}, {}, {}, {}
+        with open(s.file("best.json")) as f:
+            first = json.load(f)
+        for k, name in enumerate(layouts):
+            file[name] = s.file(f"plan{k}.json")
+            ranks[name], options = options_of(name)
+            plan(model, common + options, file[name])
+            with open(file[name]) as f:
+                want[name], got[name] = json.load(f)["forecast"]["seconds"], []
+        choice = min(want, key=want.get)
+        if abs(first["forecast"]["seconds"] / want[choice] - 1) > 0.01:
+            print(f"the planner's first choice takes {first['forecast']['seconds']:.1f} s: it is none of these")
+            choice = None
+        nodes = netns.Nodes(s.file("net"), max(ranks.values()))
         try:
             nodes.shape(o.mbit)
-            workload(s.file("in.jsonl"), o.requests, o.prompt, o.output)
-            job = Job(s, nodes, model, s.file("in.jsonl"), None if o.real else o.isa)
-            got, want = {p: [] for p in plans}, {}
-            for name, p in plans.items():
-                want[name] = foretell(model, p, o)
-                p["options"] = ["--max-seqs", str(o.seqs), "--chunk", str(o.chunk)]
-                for k in ("pp", "ep", "tp", "cp"):
-                    p["options"] += [f"--{k}", str(p.get(k, 1))]
-            for k in range(o.repeat):
-                for name, p in plans.items():
-                    work, speed, text = job.run(p["ranks"], p["options"])
-                    got[name].append(work)
-                    if o.verbose:
-                        print(f"{name}: {work:.2f} s, predicted {want[name]['seconds']:.2f} s\n{text}", json.dumps(want[name]), flush=True)
-            print(f"{'plan':12s} {'ranks':>5s} {'predicted s':>11s} {'measured s':>11s} {'least':>7s} {'most':>7s}  measured/predicted")
-            for name, times in got.items():
-                m = statistics.median(times)
-                print(f"{name:12s} {plans[name]['ranks']:5d} {want[name]['seconds']:11.2f} {m:11.2f} {min(times):7.2f} {max(times):7.2f}"
-                      f"  {m / want[name]['seconds']:.2f}", flush=True)
+            job = Job(s, nodes, model, inp, None if o.real else o.isa, o.lock)
+            for name in layouts * o.repeat:
+                seconds, table = job.run(file[name], ranks[name])
+                got[name].append(seconds)
+                print(f"{name}: {seconds:.1f} s, predicted {want[name]:.1f} s" + ("\n" + table if o.verbose else ""), flush=True)
         finally:
             st.kill_all(s)
             nodes.down()
+        sys.exit(report(o, want, got, ranks, choice))
 
 
 if __name__ == "__main__":

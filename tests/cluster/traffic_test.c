@@ -10,7 +10,7 @@
 #include "model/batch.h"
 #include "partition/cost.h"
 
-enum { TAGS = 8, MAX_STEPS = 2048, HEADER = 64 };
+enum { TAGS = SH_LINK_TAGS, MAX_STEPS = 2048, HEADER = 64 };
 
 /* A micro-batch as the sender's message says. */
 typedef struct seen {
@@ -21,7 +21,9 @@ typedef struct seen {
 typedef struct counter { /* one per rank, written by its thread alone */
     sh_status (*send)(sh_link *l, int to, int tag, const void *p, size_t n, int *req);
     uint64_t bytes[TAGS], messages[TAGS], all, link_says;
-    uint64_t head, heads; /* of tensor parallelism: what is exchanged for the sampler, and its messages */
+    uint64_t head, heads;            /* of tensor parallelism: what is exchanged for the sampler, and its messages */
+    uint64_t rows, choices, results; /* of expert parallelism: what its messages say they hold */
+    uint64_t row_bytes, result_bytes;
     sh_batch batch;
     seen step[MAX_STEPS];
     int n_steps;
@@ -52,15 +54,36 @@ static void note_batch(counter *c, const void *p, size_t n) {
                                    .block = n - header};
 }
 
+static size_t align64(size_t n) {
+    return (n + 63) / 64 * 64;
+}
+
+/* docs/protocol.md: rows for experts, behind a head of 32 bytes and 4 per choice; or results, one per choice. */
+static void note_experts(counter *c, const uint8_t *p, size_t n) {
+    uint16_t kind;
+    int32_t held[2];
+    memcpy(&kind, p + 4, sizeof kind);
+    memcpy(held, p + 24, sizeof held);
+    if (kind == 0) {
+        c->rows += (uint64_t)held[0];
+        c->choices += (uint64_t)held[1];
+        c->row_bytes += n - align64(32 + 4 * (size_t)held[1]);
+    } else {
+        c->results += (uint64_t)held[1];
+        c->result_bytes += n - 64;
+    }
+}
+
 static sh_status count_send(sh_link *l, int to, int tag, const void *p, size_t n, int *req) {
     counter *c = &counters[l->rank];
     SH_TRY(c->send(l, to, tag, p, n, req));
-    c->bytes[tag] += n;
-    c->messages[tag]++;
+    c->bytes[tag % TAGS] += n;
+    c->messages[tag % TAGS]++;
     c->all += n;
     c->link_says = l->sent_bytes;
     if (tag == SH_TAG_BATCH) note_batch(c, p, n);
     if (tag == SH_TAG_TENSOR && ((const int32_t *)p)[1] < 0) c->head += n, c->heads++; /* of no layer */
+    if (tag % TAGS == SH_TAG_EXPERTS) note_experts(c, p, n);
     return SH_OK;
 }
 
@@ -270,6 +293,139 @@ static void test_tensor(const char *name, int stages, int tp, bool sum) {
     fake_close(&f);
 }
 
+/* ---- experts -------------------------------------------------------------------------------------------------------
+ */
+
+/* None of n experts is among the k that a row chooses of all, all being chosen alike. */
+static double missed(const sh_config *c, size_t n) {
+    double p = 1;
+    for (int i = 0; i < c->top_k; i++) p *= fmax(0, c->experts - (double)n - i) / (c->experts - i);
+    return p;
+}
+
+static const Shoal__PlanExperts *experts_of(const fake *f, int rank, int layer) {
+    for (size_t i = 0; i < f->plan.rank[rank]->n_experts; i++)
+        if (f->plan.rank[rank]->experts[i]->layer == layer) return f->plan.rank[rank]->experts[i];
+    return NULL;
+}
+
+static void within(const char *name, const layout *y, const char *what, double got, double want, double share) {
+    CHECK(fabs(got - want) <= share * want, "%s, %d stages, ep %d: %s: %.0f, the formula says %.0f", name, y->stages,
+          y->ep, what, got, want);
+}
+
+/* docs/planning.md: a row goes once to each other member that holds one of its experts, and comes back as one row per
+ * choice. Which are chosen is chance, here: the modelled kernels' router has no favourites. */
+static void check_experts(const char *name, const sh_config *c, const fake *f, const layout *y, int value, load l) {
+    double rows = 0, choices = 0;
+    for (int r = 0; r < f->n; r++)
+        for (int i = f->plan.rank[r]->first; i < f->plan.rank[r]->last; i++) {
+            const Shoal__PlanExperts *e = experts_of(f, r, i);
+            CHECK(e && e->n_expert > 0, "%s: rank %d has no experts of layer %d", name, r, i);
+            if (!e) continue;
+            double from_others = (double)l.rows * (y->ep - 1) / y->ep;
+            rows += from_others * (1 - missed(c, e->n_expert));
+            choices += from_others * c->top_k * (double)e->n_expert / c->experts;
+        }
+    counter sum = {0};
+    for (int r = 0; r < f->n; r++) {
+        const counter *t = &counters[r];
+        CHECK(t->row_bytes == t->rows * (uint64_t)(c->hidden * value), "%s: rank %d: %llu bytes of %llu rows", name, r,
+              (unsigned long long)t->row_bytes, (unsigned long long)t->rows);
+        CHECK(t->result_bytes == t->results * (uint64_t)(c->hidden * value), "%s: rank %d: %llu bytes of %llu results",
+              name, r, (unsigned long long)t->result_bytes, (unsigned long long)t->results);
+        sum.rows += t->rows;
+        sum.choices += t->choices;
+        sum.results += t->results;
+    }
+    CHECK(sum.choices == sum.results, "%s: %llu choices sent, %llu results", name, (unsigned long long)sum.choices,
+          (unsigned long long)sum.results);
+    within(name, y, "rows to experts", (double)sum.rows, rows, 0.03);
+    within(name, y, "results of experts", (double)sum.results, choices, 0.03);
+}
+
+/* The cost model's bytes of all ranks together; each lane has its share of the rows. */
+static void check_expert_cost(const char *name, const sh_config *c, const fake *f, const layout *y, load l) {
+    static const sh_cost_rates rates = {1e9, 1e9, 1, 1, 1, 1, 0, 0};
+    static const sh_cost_link link = {0, 1e9};
+    sh_cost_model m = {.config = c, .plan = &f->plan, .rates = &rates, .alike = true, .net = {link, link, 1}};
+    sh_cost_rank cost[FAKE_RANKS];
+    sh_cost_span lane = {.seqs = 1, .rows = (double)l.rows / y->ep, .kept = (double)l.kept / y->ep};
+    double want[2] = {0}, got[2] = {0};
+    MUST(sh_cost_step(&m, &lane, 1, cost));
+    for (int r = 0; r < f->n; r++) {
+        want[0] += cost[r].dispatch.bytes;
+        want[1] += cost[r].results.bytes;
+        got[0] += (double)counters[r].row_bytes;
+        got[1] += (double)counters[r].result_bytes;
+    }
+    within(name, y, "bytes of rows, by the cost model", got[0], want[0], 0.03);
+    within(name, y, "bytes of results, by the cost model", got[1], want[1], 0.03);
+}
+
+static void test_experts(const char *name, int stages, int ep, const char *mode, int value) {
+    static sh_config c;
+    char model[600];
+    snprintf(model, sizeof model, "%s/text/models/%s", SH_TEST_DATA, name);
+    MUST(sh_config_load(model, &c));
+    layout y = {.stages = stages, .ep = ep, .tp = 1, .cp = 1};
+    fake f;
+    load l;
+    setenv("SHOAL_ISA", "model:1T,1T", 1);
+    if (run_group(name, &c, &y, mode, value == 4 ? "f32" : "bf16", &f, &l)) {
+        check_blocks(name, &c, &f, &y, value, l);
+        check_experts(name, &c, &f, &y, value, l);
+        check_expert_cost(name, &c, &f, &y, l);
+    }
+    unsetenv("SHOAL_ISA");
+    fake_close(&f);
+}
+
+/* ---- positions -----------------------------------------------------------------------------------------------------
+ */
+
+/* docs/planning.md, all members together: sliding layers send every K/V row to all others. Row by row, and for global
+ * layers, tests/cluster/context_test.c counts; here the cost model's averages are compared with what was sent. */
+static void check_positions(const char *name, const sh_config *c, const fake *f, const layout *y, load l) {
+    static const sh_cost_rates rates = {1e9, 1e9, 1, 1, 1, 1, 0, 0};
+    static const sh_cost_link link = {0, 1e9};
+    sh_cost_model m = {.config = c, .plan = &f->plan, .rates = &rates, .alike = true, .net = {link, link, 1}};
+    sh_cost_rank cost[FAKE_RANKS];
+    sh_cost_span span[FAKE_WORK];
+    double got = 0, want = 0, sliding = 0, headers = 0;
+    for (int i = 0; i < f->n_work; i++)
+        span[i] =
+            (sh_cost_span){.seqs = 1, .rows = f->work[i].n_prompt + f->work[i].n - 1, .kept = (double)f->work[i].n};
+    MUST(sh_cost_step(&m, span, f->n_work, cost));
+    for (int r = 0; r < f->n; r++) {
+        want += cost[r].context.bytes;
+        got += (double)counters[r].bytes[SH_TAG_CONTEXT];
+        headers += 64 * (double)counters[r].messages[SH_TAG_CONTEXT];
+    }
+    for (int i = 0; i < c->n_layers; i++) {
+        const sh_layer *x = &c->layer[i];
+        if (x->window > 0 && x->has_kv)
+            sliding += (double)l.rows * (y->cp - 1) * (x->k_eq_v ? 1 : 2) * x->kv_heads * x->head_dim * 2;
+    }
+    CHECK(got > sliding, "%s, %d stages, cp %d: %.0f bytes, sliding layers alone are %.0f", name, y->stages, y->cp, got,
+          sliding);
+    CHECK(fabs(got - headers - want) <= 0.1 * want,
+          "%s, %d stages, cp %d: %.0f bytes, %.0f of headers: the cost model %.0f", name, y->stages, y->cp, got,
+          headers, want);
+}
+
+static void test_positions(const char *name, int stages, int cp) {
+    static sh_config c;
+    char model[600];
+    snprintf(model, sizeof model, "%s/text/models/%s", SH_TEST_DATA, name);
+    MUST(sh_config_load(model, &c));
+    layout y = {.stages = stages, .ep = 1, .tp = 1, .cp = cp};
+    fake f;
+    load l;
+    if (run_group(name, &c, &y, "bf16", "bf16", &f, &l)) check_positions(name, &c, &f, &y, l);
+    fake_close(&f);
+}
+
 int main(void) {
     test_pipeline("e2b-like", "exact", "f32", 4);
     test_pipeline("e2b-like", "bf16", "bf16", 2);
@@ -282,6 +438,13 @@ int main(void) {
     test_tensor("26b-a4b-like", 1, 2, false);
     test_tensor("31b-like", 1, 2, true);
     test_tensor("31b-like", 1, 4, true);
+    test_experts("26b-a4b-like", 1, 2, "bf16", 2);
+    test_experts("26b-a4b-like", 1, 3, "exact", 4);
+    test_experts("26b-a4b-like", 1, 5, "bf16", 2);
+    test_experts("26b-a4b-like", 2, 2, "bf16", 2);
+    test_positions("31b-like", 1, 2);
+    test_positions("31b-like", 1, 4);
+    test_positions("26b-a4b-like", 2, 2);
     for (int r = 0; r < FAKE_RANKS; r++) sh_batch_release(&counters[r].batch);
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
