@@ -75,7 +75,7 @@ typedef struct tile {
 } tile;
 
 SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows) {
-    const int shift = t == SH_W_Q8 ? 7 : 3; /* of the zero point */
+    const int zero = t == SH_W_Q8 ? SH_Q8_ZERO : SH_Q4_ZERO;
     __m512 acc[TILE_ROWS][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
@@ -90,7 +90,7 @@ SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows) {
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             int32_t sum = j->x->sum[(j->r0 + (size_t)r) * j->x->groups + g];
-            s[r][0] = s[r][1] = _mm512_set1_epi32(-(sum << shift));
+            s[r][0] = s[r][1] = _mm512_set1_epi32(-sum * zero);
         }
         block_sums(t, block + 2 * SH_PANEL, x, j->x->ld, rows, s);
         __m512 lo = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)block));
