@@ -35,7 +35,7 @@ static const char usage[] =
     "  time in %      by cause: matrix products with weights, attention, experts, other (norms, activations,\n"
     "                 embeddings, choice of the token)\n\n";
 
-static const char *const mode_names[] = {"exact", "bf16", NULL};
+static const char *const mode_names[] = {"exact", "bf16", "q8", "q4", NULL};
 static const char *const kv_names[] = {"f32", "bf16", NULL};
 
 typedef struct options {
@@ -112,7 +112,7 @@ static sh_status check(bench *b) {
 }
 
 static sh_mode mode_of(const bench *b) {
-    return b->o.mode == 0 ? SH_MODE_EXACT : SH_MODE_BF16;
+    return (sh_mode)b->o.mode; /* the choices are in its order */
 }
 
 static sh_kv_type kv_of(const bench *b) {
@@ -308,7 +308,7 @@ int sh_cmd_bench(int argc, char **argv) {
     sh_option t[] = {
         {"model", 'm', SH_OPTION_TEXT, &o.model, "MODEL",
          "Hugging Face checkpoint folder of a Gemma 4 model; tokenizer files are not needed (default: the demo model)"},
-        {"mode", 0, SH_OPTION_CHOICE, &o.mode, "MODE", "numeric mode: exact or bf16 (default bf16)",
+        {"mode", 0, SH_OPTION_CHOICE, &o.mode, "MODE", "numeric mode: exact, bf16, q8 or q4 (default bf16)",
          .choices = mode_names},
         {"kv", 0, SH_OPTION_CHOICE, &o.kv, "TYPE",
          "type of the KV cache: f32 or bf16 (default f32 with exact, else bf16)", .choices = kv_names},

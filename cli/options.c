@@ -259,7 +259,7 @@ int sh_options_begin(const char *command, const char *usage, const sh_option *t,
     return SH_EXIT_USAGE;
 }
 
-static const char *const mode_names[] = {"exact", "bf16", NULL};
+static const char *const mode_names[] = {"exact", "bf16", "q8", "q4", NULL};
 static const char *const kv_names[] = {"f32", "bf16", NULL};
 static const char *const reduce_names[] = {"gather", "sum", NULL};
 
@@ -269,7 +269,7 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {.kind = SH_OPTION_NOTE, .help = "Model and numbers:"},
         {"model", 'm', SH_OPTION_TEXT, &s->model, "MODEL",
          "Hugging Face checkpoint folder of a Gemma 4 model (default: the demo model)"},
-        {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE", "numeric mode: exact or bf16 (default bf16)",
+        {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE", "numeric mode: exact, bf16, q8 or q4 (default bf16)",
          .choices = mode_names},
         {"kv", 0, SH_OPTION_CHOICE, &s->kv_at, "TYPE",
          "type of the KV cache: f32 or bf16 (default f32 with exact, else bf16)", .choices = kv_names},
@@ -319,7 +319,7 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
 }
 
 sh_mode sh_options_mode(const sh_shared_options *s) {
-    return s->mode_at == 0 ? SH_MODE_EXACT : SH_MODE_BF16;
+    return (sh_mode)s->mode_at; /* the choices are in its order */
 }
 
 sh_kv_type sh_options_kv(const sh_shared_options *s) {

@@ -107,7 +107,9 @@ static sh_status load_workload(command *k, const subject *s) {
 static sh_search_options options_of(const command *k, const subject *s) {
     sh_search_options o = {
         .config = &s->config, .cluster = &k->cluster, .workload = &k->work, .replicas = k->shared.replicas};
-    sh_options_plan(&k->shared, k->shared.ranks, &o.fixed);
+    /* A layout that needs more ranks than there are NUMA nodes is asked for all the same: they share nodes. */
+    int asked = sh_options_ranks(&k->shared), there = k->cluster.nodes * k->cluster.numa;
+    sh_options_plan(&k->shared, k->shared.ranks || asked > there ? asked : 0, &o.fixed);
     o.routing = o.fixed.routing = k->routing;
     return o;
 }
@@ -183,13 +185,14 @@ static sh_status table_cell(const command *k, const subject *s, int nodes, sh_mo
 
 static sh_status table(const command *k, const subject *s, int n, sh_buf *out) {
     int most = k->cluster.nodes > TABLE_NODES ? k->cluster.nodes : TABLE_NODES;
-    SH_TRY(sh_buf_printf(out,
-                         "\ntokens/s out and time for %.0f requests, by nodes and mode:\n  %-24s nodes  %23s%23s\n",
-                         k->work.requests, "model", "bf16", "exact"));
+    SH_TRY(sh_buf_printf(
+        out, "\ntokens/s out and time for %.0f requests, by nodes and mode:\n  %-24s nodes  %23s%23s%23s%23s\n",
+        k->work.requests, "model", "bf16", "q8", "q4", "exact"));
     for (int i = 0; i < n; i++)
         for (int nodes = 1; nodes <= most; nodes = nodes < most && 2 * nodes > most ? most : 2 * nodes) {
             SH_TRY(sh_buf_printf(out, "  %-24s %5d  ", s[i].name, nodes));
-            SH_TRY(table_cell(k, &s[i], nodes, SH_MODE_BF16, out));
+            for (int mode = SH_MODE_BF16; mode < SH_MODES; mode++)
+                SH_TRY(table_cell(k, &s[i], nodes, (sh_mode)mode, out));
             SH_TRY(table_cell(k, &s[i], nodes, SH_MODE_EXACT, out));
             SH_TRY(sh_buf_add_str(out, "\n"));
         }

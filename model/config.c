@@ -485,7 +485,8 @@ sh_status sh_generation_load(const char *model_dir, const sh_config *c, sh_gener
  */
 
 const char *sh_mode_name(sh_mode m) {
-    return m == SH_MODE_EXACT ? "exact" : "bf16";
+    static const char *const names[SH_MODES] = {"exact", "bf16", "q8", "q4"};
+    return names[m];
 }
 
 const char *sh_kv_type_name(sh_kv_type t) {
@@ -493,12 +494,12 @@ const char *sh_kv_type_name(sh_kv_type t) {
 }
 
 sh_status sh_mode_parse(const char *s, sh_mode *out) {
-    for (int m = SH_MODE_EXACT; m <= SH_MODE_BF16; m++)
+    for (int m = SH_MODE_EXACT; m < SH_MODES; m++)
         if (strcmp(s, sh_mode_name((sh_mode)m)) == 0) {
             *out = (sh_mode)m;
             return SH_OK;
         }
-    SH_FAIL(SH_EINPUT, "mode: \"%s\" is not known: allowed are exact and bf16", s);
+    SH_FAIL(SH_EINPUT, "mode: \"%s\" is not known: allowed are exact, bf16, q8 and q4", s);
 }
 
 sh_status sh_kv_type_parse(const char *s, sh_kv_type *out) {

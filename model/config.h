@@ -14,7 +14,7 @@
 
 typedef enum sh_kv_kind { SH_KV_GLOBAL, SH_KV_SLIDING, SH_KV_KINDS } sh_kv_kind;
 typedef enum sh_kv_type { SH_KV_F32, SH_KV_BF16 } sh_kv_type;
-typedef enum sh_mode { SH_MODE_EXACT, SH_MODE_BF16 } sh_mode;
+typedef enum sh_mode { SH_MODE_EXACT, SH_MODE_BF16, SH_MODE_Q8, SH_MODE_Q4, SH_MODES } sh_mode;
 
 typedef struct sh_layer {
     sh_kv_kind kind;
@@ -110,14 +110,14 @@ sh_layer_count sh_config_layer_count(const sh_config *c, int layer);
 int64_t sh_layer_params(const sh_config *c, int layer);
 /* Bytes of anonymous memory that sh_weights_load (weights.h) holds for layers [first, last): for budgets, before
  * loading. */
-size_t sh_weights_estimate(const sh_config *c, int first, int last);
+size_t sh_weights_estimate(const sh_config *c, sh_mode mode, int first, int last);
 /* Of these, the bytes of one expert of one layer: a member that does not hold it has them less. */
-size_t sh_expert_bytes(const sh_config *c);
+size_t sh_expert_bytes(const sh_config *c, sh_mode mode);
 /* Where experts are spread over so many members: the most rows of a member that pass a layer at a time. All members'
  * together bound what the exchange and the experts' scratch take. */
 int sh_expert_part_rows(int max_rows, int members);
 /* The same for one of the members that divide a stage. */
-size_t sh_weights_estimate_share(const sh_config *c, sh_share s, int first, int last);
+size_t sh_weights_estimate_share(const sh_config *c, sh_mode mode, sh_share s, int first, int last);
 /* The configuration as one of these members sees it: every layer as sh_share_layer says, the rest unchanged. Its KV
  * pages, rows that cross cuts and scratch follow from it as from any other. */
 void sh_config_share(const sh_config *c, sh_share s, sh_config *out);

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/linear.h"
+
 /* --- making --------------------------------------------------------------------------------------------------------
  */
 
@@ -55,6 +57,17 @@ static widths measure(const sh_model *m) {
     return w;
 }
 
+/* Room for the rows of the widest product in 8 bits. */
+static sh_status reserve_quantized(sh_model *m, const widths *w) {
+    sh_wtype type = sh_mode_wtype(m->options.mode);
+    size_t widest = (size_t)m->config.hidden;
+    if (type == SH_W_BF16) return SH_OK;
+    if (w->all_q > widest) widest = w->all_q;
+    if (w->all_ff > widest) widest = w->all_ff;
+    if ((size_t)m->config.ple > widest) widest = (size_t)m->config.ple;
+    return sh_team_reserve(m->team, sh_qrows_bytes(type, (int)widest, m->part_rows));
+}
+
 static sh_status create_scratch(sh_model *m) {
     widths w = measure(m);
     size_t R = (size_t)sh_spread_rows(m->options.max_rows, m->members), H = (size_t)m->config.hidden;
@@ -85,6 +98,7 @@ static sh_status create_scratch(sh_model *m) {
     m->part_spans = sh_arena_take(a, spans * sizeof *m->part_spans);
     m->all = gathers ? sh_arena_take(a, all * f) : NULL;
     m->own = gathers ? sh_arena_take(a, own * f) : NULL;
+    SH_TRY(reserve_quantized(m, &w));
     if (!w.moe) return SH_OK;
     size_t counts = (size_t)(m->options.last - m->options.first) * (size_t)m->config.experts;
     m->chosen = calloc(counts, sizeof *m->chosen);
@@ -123,9 +137,9 @@ static sh_status create_members(sh_model *m, const char *model_dir) {
     SH_TRY(sh_team_create(m->kn->modelled ? 1 : o->threads, o->cpus, o->n_cpus, &m->team));
     const sh_expert_peers *e = m->experts;
     if (e) sh_team_set_poll(m->team, e->poll, e->ctx);
-    sh_held_experts held = {.holds = e ? e->holds : NULL, .ctx = e ? e->ctx : NULL};
-    SH_TRY(sh_weights_load_held(model_dir, &m->whole, o->share, &held, o->first, o->last, m->team, NULL, NULL,
-                                &m->weights));
+    sh_weights_options w = {.mode = o->mode, .share = o->share, .first = o->first, .last = o->last};
+    if (e) w.held = (sh_held_experts){.holds = e->holds, .ctx = e->ctx};
+    SH_TRY(sh_weights_load(model_dir, &m->whole, &w, m->team, NULL, NULL, &m->weights));
     SH_TRY(sh_kv_create(&m->config, o->kv_type, o->first, o->last, o->pages, &m->kv));
     SH_TRY(create_ropes(m));
     int rows = m->members > 1 ? o->max_rows : m->part_rows, spans = o->max_spans + m->members - 1;

@@ -131,9 +131,12 @@ static sh_status add_memory(const sh_config *c, sh_buf *out) {
     char a[24];
     SH_TRY(sh_buf_add_str(out, "\nweights\n"));
     SH_TRY(sh_buf_printf(out, "  %-34s %12s\n", "checkpoint in BF16", sh_inspect_bytes(2 * p.total, a)));
-    int64_t held = (int64_t)sh_weights_estimate(c, 0, c->n_layers);
-    SH_TRY(sh_buf_printf(out, "  %-34s %12s  bf16, repacked; the same in modes exact and bf16\n",
-                         "in memory, all ranks together", sh_inspect_bytes(held, a)));
+    for (sh_mode m = SH_MODE_BF16; m < SH_MODES; m++) {
+        int64_t held = (int64_t)sh_weights_estimate(c, m, 0, c->n_layers);
+        SH_TRY(sh_buf_printf(out, "  %-34s %12s  mode %s, repacked\n",
+                             m == SH_MODE_BF16 ? "in memory, all ranks together" : "", sh_inspect_bytes(held, a),
+                             m == SH_MODE_BF16 ? "exact or bf16" : sh_mode_name(m)));
+    }
     SH_TRY(sh_buf_printf(out, "  %-34s %12s  rows are read where they are needed\n", "mapped from disk: embedding",
                          sh_inspect_bytes(2 * (int64_t)c->vocab * c->hidden, a)));
     if (!c->ple) return SH_OK;

@@ -6,6 +6,7 @@
 typedef struct cursor {
     char *base;
     size_t used;
+    sh_wtype type; /* of matrices */
 } cursor;
 
 static void *take(cursor *at, size_t bytes) {
@@ -19,7 +20,7 @@ static const float *take_vector(cursor *at, int n) {
 }
 
 static sh_wmat take_matrix(cursor *at, int n, int k) {
-    return (sh_wmat){.n = n, .k = k, .data = take(at, sh_wmat_bytes(n, k))};
+    return (sh_wmat){.n = n, .k = k, .type = at->type, .data = take(at, sh_wmat_bytes(at->type, n, k))};
 }
 
 /* A matrix that mixes what the parts of a stage computed: n outputs of k inputs, of which this part has k_mine. */
@@ -56,7 +57,8 @@ static void layout_experts(const sh_weights *own, int layer, sh_layer_weights *w
     w->pre_ff_norm_2 = take_vector(at, c->hidden);
     w->router_scale = take_vector(at, c->hidden);
     w->expert_scale = take_vector(at, c->experts);
-    w->router = take_matrix(at, c->experts, c->hidden);
+    w->router =
+        (sh_wmat){.n = c->experts, .k = c->hidden, .data = take(at, sh_wmat_bytes(SH_W_BF16, c->experts, c->hidden))};
     w->expert_gate_up = expert;
     w->expert_down = expert ? expert + c->experts : NULL;
     for (int e = 0; e < c->experts; e++) {
@@ -96,7 +98,7 @@ static void layout_layer(const sh_weights *own, int layer, sh_layer_weights *w, 
 
 size_t sh_weights_layout(sh_weights *w, sh_wmat *expert, void *base) {
     const sh_config *c = w->config;
-    cursor at = {.base = base};
+    cursor at = {.base = base, .type = w->type};
     for (int i = w->first; i < w->last; i++) {
         sh_layer_weights scratch;
         size_t skip = (size_t)(i - w->first) * 2 * (size_t)c->experts;
@@ -116,8 +118,9 @@ size_t sh_weights_table_bytes(const sh_config *c, int first, int last) {
     return n * sizeof(sh_layer_weights) + n * 2 * (size_t)c->experts * sizeof(sh_wmat);
 }
 
-size_t sh_expert_bytes(const sh_config *c) {
-    return sh_wmat_bytes(2 * c->expert_ff, c->hidden) + sh_wmat_bytes(c->hidden, c->expert_ff);
+size_t sh_expert_bytes(const sh_config *c, sh_mode mode) {
+    sh_wtype t = sh_mode_wtype(mode);
+    return sh_wmat_bytes(t, 2 * c->expert_ff, c->hidden) + sh_wmat_bytes(t, c->hidden, c->expert_ff);
 }
 
 int sh_expert_part_rows(int max_rows, int members) {
@@ -127,11 +130,11 @@ int sh_expert_part_rows(int max_rows, int members) {
     return n < max_rows ? n : max_rows;
 }
 
-size_t sh_weights_estimate_share(const sh_config *c, sh_share s, int first, int last) {
-    sh_weights w = {.config = c, .share = s, .first = first, .last = last};
+size_t sh_weights_estimate_share(const sh_config *c, sh_mode mode, sh_share s, int first, int last) {
+    sh_weights w = {.config = c, .type = sh_mode_wtype(mode), .share = s, .first = first, .last = last};
     return sh_weights_layout(&w, NULL, NULL) + sh_weights_table_bytes(c, first, last);
 }
 
-size_t sh_weights_estimate(const sh_config *c, int first, int last) {
-    return sh_weights_estimate_share(c, (sh_share){0}, first, last);
+size_t sh_weights_estimate(const sh_config *c, sh_mode mode, int first, int last) {
+    return sh_weights_estimate_share(c, mode, (sh_share){0}, first, last);
 }

@@ -2,6 +2,7 @@
 #include "model/linear.h"
 
 #include <stdatomic.h>
+#include "model/row_loop.h"
 
 /*
  * Work is cut into pieces that members take as they come, so that one that is held up by other work on its CPU does not
@@ -23,7 +24,8 @@ typedef struct product {
     const sh_wmat *const *w;
     const float *x;
     size_t ldx;
-    float *const *y;
+    sh_qrows q; /* x in the codes of the matrices' type, when they are quantised */
+    float *y[SH_LINEAR_MOST];
     const size_t *ldy;
     int panels, rows, across, pieces; /* of a piece; pieces side by side along panels; all */
     atomic_int next;
@@ -35,7 +37,11 @@ static void run_part(const product *p, int lo, int hi, int r0, int r1) {
     for (int i = 0, first = 0; i < p->count; i++) {
         int n = sh_wmat_panels(p->w[i]->n);
         int a = lo > first ? lo - first : 0, b = hi - first < n ? hi - first : n;
-        if (a < b) p->kn->gemm(p->w[i], a, b, x, p->ldx, r1 - r0, p->y[i] + (size_t)r0 * p->ldy[i], p->ldy[i]);
+        float *y = p->y[i] + (size_t)r0 * p->ldy[i];
+        if (a < b && p->q.code)
+            p->kn->gemm_q(p->w[i], a, b, &p->q, r0, r1 - r0, y, p->ldy[i]);
+        else if (a < b)
+            p->kn->gemm(p->w[i], a, b, x, p->ldx, r1 - r0, y, p->ldy[i]);
         first += n;
     }
 }
@@ -82,17 +88,74 @@ static void cut_runs(product *p, int members) {
     if (p->panels > 0) p->across = p->pieces = parts(p->total, p->panels);
 }
 
+static void multiply(sh_team *t, product *p) {
+    int members = sh_team_size(t);
+    if (p->m <= STREAM_ROWS)
+        cut_runs(p, members);
+    else
+        cut_pieces(p, members);
+    sh_team_run(t, p->pieces > 0 && (members > 1 || sh_team_polls(t)) ? pieces_run : share_run, p);
+}
+
+/* ---- quantised matrices ------------------------------------------------------------------------------------------ */
+
+size_t sh_qrows_bytes(sh_wtype type, int k, int rows) {
+    size_t groups = (size_t)sh_wtype_groups(type, k), ld = groups * (size_t)sh_wtype_group(type);
+    return (size_t)rows * (ld + groups * (sizeof(float) + sizeof(int32_t)));
+}
+
+sh_qrows sh_qrows_place(sh_wtype type, int k, int rows, void *memory) {
+    size_t n = (size_t)rows, groups = (size_t)sh_wtype_groups(type, k), ld = groups * (size_t)sh_wtype_group(type);
+    int8_t *code = memory; /* rows of codes are multiples of 32 bytes, so what follows is aligned */
+    float *scale = (float *)(void *)(code + n * ld);
+    return (sh_qrows){
+        .code = code, .scale = scale, .sum = (int32_t *)(void *)(scale + n * groups), .ld = ld, .groups = groups};
+}
+
+typedef struct quantizing {
+    const product *p;
+    int k, group;
+} quantizing;
+
+static void quantize_rows(void *arg, int lo, int hi) {
+    const quantizing *j = arg;
+    const sh_qrows *q = &j->p->q;
+    for (int r = lo; r < hi; r++) {
+        size_t i = (size_t)r;
+        j->p->kn->quantize(j->p->x + i * j->p->ldx, j->k, j->group, q->code + i * q->ld, q->scale + i * q->groups,
+                           q->sum + i * q->groups);
+    }
+}
+
+/* Rows are quantised in the team's scratch, as many at a time as it holds. */
+static void multiply_quantized(sh_team *t, product *p, int m) {
+    size_t room = 0;
+    void *memory = sh_team_scratch(t, &room);
+    sh_wtype type = p->w[0]->type;
+    int k = p->w[0]->k, most = (int)(room / sh_qrows_bytes(type, k, 1));
+    for (int r = 0; r < m; r += p->m) {
+        p->m = m - r < most ? m - r : most;
+        p->q = sh_qrows_place(type, k, p->m, memory);
+        quantizing j = {.p = p, .k = k, .group = sh_wtype_group(type)};
+        sh_row_loop_run(t, p->m, (size_t)k, quantize_rows, &j);
+        multiply(t, p);
+        p->x += (size_t)p->m * p->ldx;
+        for (int i = 0; i < p->count; i++) p->y[i] += (size_t)p->m * p->ldy[i];
+    }
+}
+
 void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const float *x, size_t ldx,
                      int m, float *const *y, const size_t *ldy) {
-    product p = {.team = t, .kn = kn, .count = count, .m = m, .w = w, .x = x, .ldx = ldx, .y = y, .ldy = ldy};
-    for (int i = 0; i < count; i++) p.total += sh_wmat_panels(w[i]->n);
+    product p = {.team = t, .kn = kn, .count = count, .m = m, .w = w, .x = x, .ldx = ldx, .ldy = ldy};
+    for (int i = 0; i < count; i++) {
+        p.total += sh_wmat_panels(w[i]->n);
+        p.y[i] = y[i];
+    }
     if (m <= 0 || p.total == 0) return;
-    int members = sh_team_size(t);
-    if (m <= STREAM_ROWS)
-        cut_runs(&p, members);
+    if (w[0]->type == SH_W_BF16)
+        multiply(t, &p);
     else
-        cut_pieces(&p, members);
-    sh_team_run(t, p.pieces > 0 && (members > 1 || sh_team_polls(t)) ? pieces_run : share_run, &p);
+        multiply_quantized(t, &p, m);
 }
 
 void sh_linear(sh_team *t, const sh_kernels *kn, const sh_wmat *w, const float *x, size_t ldx, int m, float *y,

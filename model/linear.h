@@ -6,12 +6,19 @@
 #include "model/kernels/kernels.h"
 #include "model/team.h"
 
-/* y [m, w->n] = x [m, w->k] · Wᵀ; strides in floats. */
+#define SH_LINEAR_MOST 4 /* matrices of one call */
+
+/* y [m, w->n] = x [m, w->k] · Wᵀ; strides in floats. For quantised matrices x is quantised first, in the team's
+ * scratch, which must hold sh_qrows_bytes of a row; it is done in one go when it holds all m rows. */
 void sh_linear(sh_team *t, const sh_kernels *kn, const sh_wmat *w, const float *x, size_t ldx, int m, float *y,
                size_t ldy);
-/* Several matrices on the same rows in one parallel region: y[i] gets w[i]'s product (q, k, v; gate and up). count ≤ 4.
- */
+/* Several matrices on the same rows in one parallel region: y[i] gets w[i]'s product (q, k, v; gate and up). count ≤
+ * SH_LINEAR_MOST; all of one type and one k. */
 void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const float *x, size_t ldx,
                      int m, float *const *y, const size_t *ldy);
+
+/* Memory of `rows` rows quantised for a matrix of this type with k inputs, and the rows laid out in it. */
+size_t sh_qrows_bytes(sh_wtype type, int k, int rows);
+sh_qrows sh_qrows_place(sh_wtype type, int k, int rows, void *memory);
 
 #endif

@@ -27,9 +27,9 @@ typedef struct part {
     int n;
     int32_t *ids;          /* [n, top_k] */
     float *weights;        /* [n, top_k] */
-    uint8_t *rows;         /* [n, hidden] of the wire type: what the experts get */
+    uint8_t *rows;         /* [n] rows as they travel: what the experts get */
     uint16_t (*choice)[2]; /* [n·top_k]: row and expert of the choices computed here */
-    uint8_t *results;      /* [n·top_k, hidden] of the wire type: their results */
+    uint8_t *results;      /* [n·top_k] results as they travel */
     const void **answer;   /* [n, top_k]: where a choice's result is, here or with the peers */
 } part;
 
@@ -40,8 +40,9 @@ struct sh_moe {
     const sh_kernels *kn;
     const sh_expert_peers *peers;
     int n_slots, members;
-    int max_pairs, max_places; /* choices computed here at most; of those, at a time */
-    size_t wire;               /* bytes of a value that travels */
+    int max_pairs, max_places;      /* choices computed here at most; of those, at a time */
+    sh_wtype type;                  /* of the experts' matrices */
+    size_t row_bytes, result_bytes; /* as they travel */
     sh_arena arena;
     part slots[SH_EXPERT_SLOTS];
     float *norm, *logits;    /* [n, hidden]: the router's input, later rows for and from experts; [n, experts] */
@@ -49,6 +50,7 @@ struct sh_moe {
     pair *pairs;             /* by expert */
     int *first;              /* [experts + 1]: pairs of expert e are first[e] … first[e+1]−1 */
     float *rows;             /* [places, hidden]: rows of the pairs at hand; then their results */
+    uint8_t *codes;          /* rows in 8 bits, then activations: what a product with quantised experts takes */
     float *act;              /* [places, 2·expert_ff] */
     unit *units;
     uint64_t computed;
@@ -61,10 +63,51 @@ struct sh_moe {
     int place0, places; /* pairs [place0, place0 + places) are at hand */
     const sh_wmat *mats;
     const float *in;
+    sh_qrows q; /* in, where the matrices are quantised */
     float *out;
     size_t ld_in, ld_out;
     atomic_int next;
 };
+
+/* --- what travels --------------------------------------------------------------------------------------------------
+ */
+
+size_t sh_moe_row_bytes(const sh_config *c, sh_mode mode) {
+    sh_wtype type = sh_mode_wtype(mode);
+    if (type != SH_W_BF16) return sh_qrows_bytes(type, c->hidden, 1);
+    return sh_moe_result_bytes(c, mode);
+}
+
+size_t sh_moe_result_bytes(const sh_config *c, sh_mode mode) {
+    return (size_t)c->hidden * (mode == SH_MODE_EXACT ? sizeof(float) : sizeof(uint16_t));
+}
+
+/* The row's values as an expert's kernel takes them. */
+static void pack_row(const sh_moe *m, void *to, const float *x) {
+    int h = m->config->hidden;
+    if (m->type != SH_W_BF16) {
+        sh_qrows q = sh_qrows_place(m->type, h, 1, to);
+        m->kn->quantize(x, h, sh_wtype_group(m->type), q.code, q.scale, q.sum);
+    } else if (m->mode == SH_MODE_BF16) {
+        m->kn->to_bf16(to, x, h);
+    } else {
+        memcpy(to, x, (size_t)h * sizeof(float));
+    }
+}
+
+static void pack_result(const sh_moe *m, void *to, const float *x) {
+    if (m->mode == SH_MODE_EXACT)
+        memcpy(to, x, m->result_bytes);
+    else
+        m->kn->to_bf16(to, x, m->config->hidden);
+}
+
+static void unpack_result(const sh_moe *m, float *x, const void *from) {
+    if (m->mode == SH_MODE_EXACT)
+        memcpy(x, from, m->result_bytes);
+    else
+        m->kn->from_bf16(x, from, m->config->hidden);
+}
 
 /* --- making --------------------------------------------------------------------------------------------------------
  */
@@ -73,6 +116,12 @@ static int units_of(const sh_config *c) {
     int widest = sh_wmat_panels(2 * c->expert_ff), other = sh_wmat_panels(c->hidden);
     if (other > widest) widest = other;
     return c->experts * (widest / UNIT_PANELS + 1);
+}
+
+/* Rows in 8 bits: of the wider of the two products. */
+static size_t codes_bytes(const sh_moe *m) {
+    int h = m->config->hidden, ff = m->config->expert_ff;
+    return m->type == SH_W_BF16 ? 0 : sh_qrows_bytes(m->type, h > ff ? h : ff, m->max_places);
 }
 
 /* Everything from the arena, which has scratch_bytes. */
@@ -84,9 +133,9 @@ static void lay_out(sh_moe *m, size_t n, sh_arena *a) {
         part *s = &m->slots[i];
         s->ids = sh_arena_take(a, n * k * sizeof *s->ids);
         s->weights = sh_arena_take(a, n * k * f);
-        s->rows = sh_arena_take(a, n * h * m->wire);
+        s->rows = sh_arena_take(a, n * m->row_bytes);
         s->choice = sh_arena_take(a, n * k * sizeof *s->choice);
-        s->results = sh_arena_take(a, n * k * h * m->wire);
+        s->results = sh_arena_take(a, n * k * m->result_bytes);
         s->answer = sh_arena_take(a, n * k * sizeof *s->answer);
     }
     m->norm = sh_arena_take(a, n * h * f);
@@ -95,6 +144,7 @@ static void lay_out(sh_moe *m, size_t n, sh_arena *a) {
     m->pairs = sh_arena_take(a, (size_t)m->max_pairs * sizeof *m->pairs);
     m->first = sh_arena_take(a, (e + 1) * sizeof *m->first);
     m->rows = sh_arena_take(a, places * h * f);
+    m->codes = sh_arena_take(a, codes_bytes(m));
     m->act = sh_arena_take(a, places * 2 * (size_t)c->expert_ff * f);
     m->units = sh_arena_take(a, (size_t)units_of(c) * sizeof *m->units);
 }
@@ -103,10 +153,10 @@ static size_t scratch_bytes(const sh_moe *m, size_t n) {
     const sh_config *c = m->config;
     size_t h = (size_t)c->hidden, e = (size_t)c->experts, k = (size_t)c->top_k, f = sizeof(float);
     size_t places = (size_t)m->max_places, slots = (size_t)m->n_slots;
-    size_t of_slot = n * k * (sizeof(int32_t) + f + 4 + h * m->wire + sizeof(void *)) + n * h * m->wire + 6 * 64;
+    size_t of_slot = n * k * (sizeof(int32_t) + f + 4 + m->result_bytes + sizeof(void *)) + n * m->row_bytes + 6 * 64;
     size_t common = n * (h + e) * f + (size_t)m->members * sizeof *m->guests + (size_t)m->max_pairs * sizeof *m->pairs +
-                    (e + 1) * sizeof *m->first + places * (h + 2 * (size_t)c->expert_ff) * f +
-                    (size_t)units_of(c) * sizeof *m->units + 8 * 64;
+                    (e + 1) * sizeof *m->first + places * (h + 2 * (size_t)c->expert_ff) * f + codes_bytes(m) +
+                    (size_t)units_of(c) * sizeof *m->units + 9 * 64;
     return slots * of_slot + common;
 }
 
@@ -115,7 +165,9 @@ sh_status sh_moe_create(const sh_config *c, sh_mode mode, int max_rows, sh_team 
     sh_moe *m = calloc(1, sizeof *m);
     if (!m) SH_FAIL(SH_EMEMORY, "experts: no memory");
     *m = (sh_moe){.config = c, .mode = mode, .team = team, .kn = kn, .peers = peers};
-    m->wire = mode == SH_MODE_BF16 ? sizeof(uint16_t) : sizeof(float);
+    m->type = sh_mode_wtype(mode);
+    m->row_bytes = sh_moe_row_bytes(c, mode);
+    m->result_bytes = sh_moe_result_bytes(c, mode);
     m->members = peers ? peers->members : 1;
     m->n_slots = peers ? SH_EXPERT_SLOTS : 1;
     /* Everybody's rows may choose experts of this member. The usual share is one member's; twice that goes in one
@@ -150,27 +202,6 @@ const int32_t *sh_moe_ids(const sh_moe *m, int slot) {
 
 const float *sh_moe_weights(const sh_moe *m, int slot) {
     return m->slots[slot].weights;
-}
-
-/* --- what travels --------------------------------------------------------------------------------------------------
- */
-
-static void *at(const sh_moe *m, const void *base, int row) {
-    return (uint8_t *)(uintptr_t)base + (size_t)row * (size_t)m->config->hidden * m->wire;
-}
-
-static void pack_row(const sh_moe *m, void *to, const float *x) {
-    if (m->mode == SH_MODE_BF16)
-        m->kn->to_bf16(to, x, m->config->hidden);
-    else
-        memcpy(to, x, (size_t)m->config->hidden * sizeof(float));
-}
-
-static void unpack_row(const sh_moe *m, float *x, const void *from) {
-    if (m->mode == SH_MODE_BF16)
-        m->kn->from_bf16(x, from, m->config->hidden);
-    else
-        memcpy(x, from, (size_t)m->config->hidden * sizeof(float));
 }
 
 /* --- router --------------------------------------------------------------------------------------------------------
@@ -220,7 +251,7 @@ static void route(void *arg, int lo, int hi) {
         for (int i = 0; i < k; i++) w[i] = p[ids[i]] / chosen * m->w->expert_scale[ids[i]];
         float *y = m->norm + (size_t)r * (size_t)h;
         m->kn->rmsnorm(y, m->x + (size_t)r * (size_t)h, m->w->pre_ff_norm_2, h, m->config->eps);
-        pack_row(m, at(m, m->s->rows, r), y);
+        pack_row(m, m->s->rows + (size_t)r * m->row_bytes, y);
     }
 }
 
@@ -229,7 +260,7 @@ static void keep_own(sh_moe *m, part *s) {
     int k = m->config->top_k, n = 0;
     for (int i = 0; i < s->n * k; i++) {
         if (s->answer[i]) continue;
-        s->answer[i] = at(m, s->results, n);
+        s->answer[i] = s->results + (size_t)n * m->result_bytes;
         s->choice[n][0] = (uint16_t)(i / k);
         s->choice[n++][1] = (uint16_t)s->ids[i];
     }
@@ -267,12 +298,26 @@ static void group_pairs(sh_moe *m) {
     m->first[0] = 0;
 }
 
+/* A row as it travels → place i of the input of a product. */
+static void place_row(sh_moe *m, int i, const void *from) {
+    size_t h = (size_t)m->config->hidden, at = (size_t)i;
+    if (m->type == SH_W_BF16) {
+        float *x = m->rows + at * h;
+        unpack_result(m, x, from); /* rows and results travel alike */
+        return;
+    }
+    sh_qrows r = sh_qrows_place(m->type, m->config->hidden, 1, (void *)(uintptr_t)from);
+    memcpy(m->q.code + at * m->q.ld, r.code, m->q.ld);
+    memcpy(m->q.scale + at * m->q.groups, r.scale, m->q.groups * sizeof *r.scale);
+    memcpy(m->q.sum + at * m->q.groups, r.sum, m->q.groups * sizeof *r.sum);
+}
+
 static void gather(void *arg, int lo, int hi) {
     sh_moe *m = arg;
     for (int i = lo; i < hi; i++) {
         const pair *p = &m->pairs[m->place0 + i];
         const sh_expert_guest *g = &m->guests[p->guest];
-        unpack_row(m, m->rows + (size_t)i * (size_t)m->config->hidden, at(m, g->rows, g->choice[p->choice][0]));
+        place_row(m, i, (const uint8_t *)g->rows + (size_t)g->choice[p->choice][0] * m->row_bytes);
     }
 }
 
@@ -291,8 +336,12 @@ static void run_units(void *arg, int member, int size) {
         int r, end, n;
         for (places_of(m, u->expert, &r, &end); r < end; r += n) {
             n = end - r < UNIT_ROWS ? end - r : UNIT_ROWS;
-            m->kn->gemm(&m->mats[u->expert], u->p0, u->p1, m->in + (size_t)r * m->ld_in, m->ld_in, n,
-                        m->out + (size_t)r * m->ld_out, m->ld_out);
+            const sh_wmat *w = &m->mats[u->expert];
+            float *y = m->out + (size_t)r * m->ld_out;
+            if (m->type == SH_W_BF16)
+                m->kn->gemm(w, u->p0, u->p1, m->in + (size_t)r * m->ld_in, m->ld_in, n, y, m->ld_out);
+            else
+                m->kn->gemm_q(w, u->p0, u->p1, &m->q, r, n, y, m->ld_out);
             sh_team_poll(m->team, member);
         }
     }
@@ -317,13 +366,17 @@ static void by_expert(sh_moe *m, const sh_wmat *mats, const float *in, size_t ld
     sh_team_run(m->team, run_units, m);
 }
 
-/* gelu(gate) ⊙ up, in place of gate */
+/* gelu(gate) ⊙ up, in place of gate; in 8 bits for quantised experts */
 static void activate(void *arg, int lo, int hi) {
     sh_moe *m = arg;
     int ff = m->config->expert_ff;
     for (int i = lo; i < hi; i++) {
-        float *a = m->act + (size_t)i * 2 * (size_t)ff;
+        size_t row = (size_t)i;
+        float *a = m->act + row * 2 * (size_t)ff;
         m->kn->gelu_mul(a, a, a + ff, ff);
+        if (m->type != SH_W_BF16)
+            m->kn->quantize(a, ff, sh_wtype_group(m->type), m->q.code + row * m->q.ld, m->q.scale + row * m->q.groups,
+                            m->q.sum + row * m->q.groups);
     }
 }
 
@@ -331,7 +384,8 @@ static void scatter(void *arg, int lo, int hi) {
     sh_moe *m = arg;
     for (int i = lo; i < hi; i++) {
         const pair *p = &m->pairs[m->place0 + i];
-        pack_row(m, at(m, m->guests[p->guest].results, p->choice), m->rows + (size_t)i * (size_t)m->config->hidden);
+        uint8_t *to = (uint8_t *)m->guests[p->guest].results + (size_t)p->choice * m->result_bytes;
+        pack_result(m, to, m->rows + (size_t)i * (size_t)m->config->hidden);
     }
 }
 
@@ -349,8 +403,10 @@ sh_status sh_moe_compute(sh_moe *m, int slot, const sh_layer_weights *w) {
     m->computed += (uint64_t)total;
     for (m->place0 = 0; m->place0 < total; m->place0 += m->places) {
         m->places = total - m->place0 < m->max_places ? total - m->place0 : m->max_places;
+        if (m->type != SH_W_BF16) m->q = sh_qrows_place(m->type, m->config->hidden, m->places, m->codes);
         sh_row_loop_run(m->team, m->places, h, gather, m);
         by_expert(m, w->expert_gate_up, m->rows, h, m->act, 2 * ff);
+        if (m->type != SH_W_BF16) m->q = sh_qrows_place(m->type, m->config->expert_ff, m->places, m->codes);
         sh_row_loop_run(m->team, m->places, 2 * ff, activate, m);
         by_expert(m, w->expert_down, m->act, 2 * ff, m->rows, h);
         sh_row_loop_run(m->team, m->places, h, scatter, m);
@@ -370,7 +426,7 @@ static void combine(void *arg, int lo, int hi) {
         float *z = m->z + (size_t)r * h, *result = m->norm + (size_t)r * h;
         memset(z, 0, h * sizeof(float));
         for (int j = 0; j < k; j++) {
-            unpack_row(m, result, s->answer[r * k + j]);
+            unpack_result(m, result, s->answer[r * k + j]);
             m->kn->axpy(z, s->weights[r * k + j], result, (int)h);
         }
     }

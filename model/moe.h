@@ -1,9 +1,9 @@
 /*
  * Mixture of experts, beside the dense feed-forward: the router chooses top_k experts per row; each chosen expert gives
  * one result row; the rows' results are summed in the order of the router's choice. The row given to experts and each
- * result are what would travel (f32 in exact mode, else bf16), also when the expert is here: so placement cannot change
- * bytes. Begin, compute and end are apart, and there are two slots, so that rows and results of one part of a step can
- * be on their way while another part computes. Source: gemma4-text §4.7; reference moe().
+ * result are what would travel, also when the expert is here: so placement cannot change bytes. Begin, compute and end
+ * are apart, and there are two slots, so that rows and results of one part of a step can be on their way while another
+ * part computes. Source: gemma4-text §4.7; reference moe().
  */
 #ifndef SH_MODEL_MOE_H
 #define SH_MODEL_MOE_H
@@ -13,6 +13,11 @@
 #include "model/weights.h"
 
 typedef struct sh_moe sh_moe;
+
+/* Bytes of a row on its way to an expert, as the expert's kernel takes it: f32 in exact mode, bf16 in bf16 mode, in q8
+ * and q4 the codes, scales and sums of sh_qrows. Bytes of a result: f32 in exact mode, else bf16. */
+size_t sh_moe_row_bytes(const sh_config *c, sh_mode mode);
+size_t sh_moe_result_bytes(const sh_config *c, sh_mode mode);
 
 /* Scratch for parts of at most max_rows rows, in one slot, or two with peers. Borrowed: c, team, kn, peers (NULL: every
  * expert is here). */

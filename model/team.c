@@ -11,12 +11,15 @@
 #include <string.h>
 #include <unistd.h>
 #include "common/limits.h"
+#include "common/mem.h"
 
 #define SPIN "4000" /* rounds: some 50 µs, longer than the serial parts between the products of a layer */
 
 struct sh_team {
     uint64_t id; /* unique within the process: tells a thread whether it is bound for this team */
     int threads, n_cpus;
+    void *scratch;
+    size_t scratch_bytes;
     void (*poll)(void *arg);
     void *poll_arg;
     int cpus[];
@@ -38,6 +41,8 @@ sh_status sh_team_create(int threads, const int *cpus, int n_cpus, sh_team **out
     t->id = atomic_fetch_add(&last_id, 1) + 1;
     t->threads = threads;
     t->n_cpus = n_cpus;
+    t->scratch = NULL;
+    t->scratch_bytes = 0;
     t->poll = NULL;
     if (n_cpus > 0) memcpy(t->cpus, cpus, (size_t)n_cpus * sizeof(int));
     *out = t;
@@ -54,8 +59,24 @@ void sh_team_prepare(char **argv) {
 }
 
 void sh_team_destroy(sh_team **t) {
+    if (*t) sh_mem_free((*t)->scratch, (*t)->scratch_bytes);
     free(*t);
     *t = NULL;
+}
+
+sh_status sh_team_reserve(sh_team *t, size_t bytes) {
+    void *p = NULL;
+    if (bytes <= t->scratch_bytes) return SH_OK;
+    SH_TRY(sh_mem_alloc(bytes, "scratch of a team", &p));
+    sh_mem_free(t->scratch, t->scratch_bytes);
+    t->scratch = p;
+    t->scratch_bytes = bytes;
+    return SH_OK;
+}
+
+void *sh_team_scratch(const sh_team *t, size_t *bytes) {
+    *bytes = t->scratch_bytes;
+    return t->scratch;
 }
 
 int sh_team_size(const sh_team *t) {

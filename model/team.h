@@ -21,6 +21,9 @@ void sh_team_destroy(sh_team **t);
  * that fails. */
 void sh_team_prepare(char **argv);
 int sh_team_size(const sh_team *t);
+/* Memory that whoever runs work on the team may use until somebody else does: at least `bytes` from now on. */
+sh_status sh_team_reserve(sh_team *t, size_t bytes);
+void *sh_team_scratch(const sh_team *t, size_t *bytes); /* 64-byte aligned; NULL and 0 when nothing was reserved */
 /* Runs fn(arg, i, size) for every member and waits for all; members must not wait for each other within fn, for those
  * that share a CPU take turns on one thread. Where that is all of them, fn is called directly, without OpenMP. */
 void sh_team_run(sh_team *t, void (*fn)(void *arg, int member, int size), void *arg);

@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 
 #include "common/mem.h"
+#include "model/kernels/quant.h"
 #include "model/layout.h"
 #include "model/safetensors.h"
 
@@ -47,6 +48,7 @@ typedef struct loader {
     const char *dir, *prefix;
     const sh_config *c;
     sh_weights *w;
+    const sh_kernels *kn;
     sh_tensors *tensors;
     bool *used; /* per tensor of the set */
     job *jobs;
@@ -460,6 +462,7 @@ static int read_bf16(const sh_tensor *t, int64_t from, int n, uint16_t *to) {
  */
 
 typedef struct packing {
+    const sh_kernels *kn;
     const job *j;
     _Atomic int64_t inexact; /* lowest item of the matrix that bf16 cannot hold; INT64_MAX: none */
     _Atomic bool no_memory;
@@ -491,6 +494,15 @@ static void note_inexact(packing *p, int64_t item) {
     }
 }
 
+/* Panels [p0, p1) of n rows of src, whose first panel is at `to`. */
+static void pack_panels(const sh_kernels *kn, const sh_wmat *m, uint8_t *to, const uint16_t *src, size_t ld, int n,
+                        int p0, int p1) {
+    if (m->type == SH_W_BF16)
+        sh_pack_bf16((uint32_t *)(void *)to, src, ld, n, m->k, p0, p1);
+    else
+        sh_quant_pack(kn, m->type, to, src, ld, n, m->k, p0, p1);
+}
+
 static void pack_panel(packing *p, int panel, uint16_t *rows) {
     const job *j = p->j;
     const sh_wmat *m = j->mat;
@@ -504,8 +516,8 @@ static void pack_panel(packing *p, int panel, uint16_t *rows) {
             return;
         }
     }
-    uint32_t *to = (uint32_t *)(uintptr_t)m->data + (size_t)panel * (size_t)m->k * 16;
-    sh_pack_bf16(to, rows, (size_t)m->k, n, m->k, 0, 1);
+    uint8_t *to = (uint8_t *)(uintptr_t)m->data + (size_t)panel * sh_wmat_bytes(m->type, SH_PANEL, m->k);
+    pack_panels(p->kn, m, to, rows, (size_t)m->k, n, 0, 1);
 }
 
 static void pack_member(void *arg, int member, int size) {
@@ -518,7 +530,7 @@ static void pack_member(void *arg, int member, int size) {
         size_t ld = (size_t)row_items(p->j);
         const uint16_t *src = (const uint16_t *)(const void *)p->j->t[0]->data;
         src += (size_t)p->j->row[0] * ld + (size_t)p->j->col;
-        sh_pack_bf16((uint32_t *)(uintptr_t)m->data, src, ld, m->n, m->k, lo, hi);
+        pack_panels(p->kn, m, (uint8_t *)(uintptr_t)m->data, src, ld, m->n, lo, hi);
         return;
     }
     uint16_t *rows = malloc(SH_PANEL * (size_t)m->k * sizeof *rows);
@@ -535,7 +547,7 @@ static sh_status run_job(const loader *l, const job *j, sh_team *team) {
         read_floats(j->t[0], 0, j->k, j->to);
         return SH_OK;
     }
-    packing p = {.j = j, .inexact = INT64_MAX};
+    packing p = {.kn = l->kn, .j = j, .inexact = INT64_MAX};
     if (team)
         sh_team_run(team, pack_member, &p);
     else
@@ -568,7 +580,7 @@ static sh_status pack_all(loader *l, sh_team *team, void (*progress)(void *, siz
             size_t row = (size_t)row_items(j) * item_bytes(j->t[s]->dtype);
             advise(j->t[s]->data + (size_t)j->row[s] * row, (size_t)j->n[s] * row, MADV_DONTNEED);
         }
-        done += j->to ? (size_t)j->k * 4 : sh_wmat_bytes(j->mat->n, j->mat->k);
+        done += j->to ? (size_t)j->k * 4 : sh_wmat_bytes(j->mat->type, j->mat->n, j->mat->k);
         if (progress) progress(arg, done < total ? done : total, total);
     }
     if (progress) progress(arg, total, total);
@@ -617,6 +629,7 @@ sh_status sh_weights_check(const char *model_dir, const sh_config *c, sh_tensors
 }
 
 static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
+    SH_TRY(sh_kernels_select(&l->kn));
     SH_TRY(allocate(l->w));
     impl *m = l->w->impl;
     SH_TRY(sh_tensors_open(l->dir, &m->tensors));
@@ -629,20 +642,18 @@ static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t,
     return SH_OK;
 }
 
-sh_status sh_weights_load(const char *model_dir, const sh_config *c, sh_share share, int first, int last, sh_team *team,
+sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_weights_options *o, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out) {
-    return sh_weights_load_held(model_dir, c, share, NULL, first, last, team, progress, arg, out);
-}
-
-sh_status sh_weights_load_held(const char *model_dir, const sh_config *c, sh_share share, const sh_held_experts *held,
-                               int first, int last, sh_team *team,
-                               void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out) {
-    if (first < 0 || first >= last || last > c->n_layers)
-        SH_FAIL(SH_EINPUT, "layers %d to %d: the model has %d layers", first, last, c->n_layers);
+    if (o->first < 0 || o->first >= o->last || o->last > c->n_layers)
+        SH_FAIL(SH_EINPUT, "layers %d to %d: the model has %d layers", o->first, o->last, c->n_layers);
     sh_weights *w = calloc(1, sizeof *w);
     if (!w) SH_FAIL(SH_EMEMORY, "weights: no memory");
-    *w = (sh_weights){.config = c, .share = share, .first = first, .last = last};
-    if (held) w->held = *held;
+    *w = (sh_weights){.config = c,
+                      .type = sh_mode_wtype(o->mode),
+                      .share = o->share,
+                      .held = o->held,
+                      .first = o->first,
+                      .last = o->last};
     loader l = {.dir = model_dir, .c = c, .w = w};
     sh_status st = load(&l, team, progress, arg);
     free(l.used);

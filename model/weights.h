@@ -37,8 +37,14 @@ typedef struct sh_held_experts {
     const void *ctx;
 } sh_held_experts;
 
+/* How matrices are kept in a mode. The router's stays bf16 in all: its choices should not move. */
+static inline sh_wtype sh_mode_wtype(sh_mode m) {
+    return m == SH_MODE_Q8 ? SH_W_Q8 : m == SH_MODE_Q4 ? SH_W_Q4 : SH_W_BF16;
+}
+
 typedef struct sh_weights {
     const sh_config *config; /* borrowed; of the whole model */
+    sh_wtype type;           /* of matrices, the router's apart */
     sh_share share;          /* what of each layer is here */
     sh_held_experts held;
     int first, last;         /* layers [first, last) */
@@ -50,18 +56,21 @@ typedef struct sh_weights {
     void *impl;
 } sh_weights;
 
+typedef struct sh_weights_options {
+    sh_mode mode;
+    sh_share share;
+    sh_held_experts held; /* only these are read */
+    int first, last;      /* layers [first, last) */
+} sh_weights_options;
+
 /* Loads a share of layers [first, last) of MODEL; the embedding when first is 0, final norm and head when last is the
  * layer count (not where config.kv_end says that only K/V are made: then neither these nor more than K/V of layer
  * kv_end − 1). Of the matrices that are shared only this part's bytes are read; experts, router and per-layer embedding
  * are whole on every part.
  * Missing, wrongly shaped or typed tensors fail by name; unexpected ones too, except those the model description allows
  * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */
-sh_status sh_weights_load(const char *model_dir, const sh_config *c, sh_share share, int first, int last, sh_team *team,
+sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_weights_options *o, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
-/* The same, but of the experts only those that are held are read. held NULL: all. */
-sh_status sh_weights_load_held(const char *model_dir, const sh_config *c, sh_share share, const sh_held_experts *held,
-                               int first, int last, sh_team *team,
-                               void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
 /* Resolves and checks every tensor of an open checkpoint against config.json, from headers alone: what sh_weights_load
  * does first. model_dir is for messages. */
 struct sh_tensors;

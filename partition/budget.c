@@ -2,7 +2,6 @@
 #include "partition/plan.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 #include "model/owner.h"
 
@@ -228,6 +227,12 @@ static uint64_t exchange_bytes(const sh_config *c, sh_share s, int first, int la
     return 2 * parts * message + 4 * rows * (widest + (uint64_t)c->hidden / parts + SH_SHARE_COLUMNS);
 }
 
+static sh_mode mode_of(const Shoal__Plan *p) {
+    sh_mode m = SH_MODE_BF16;
+    SH_IGNORE(sh_mode_parse(p->mode, &m)); /* sh_plan_check has seen it */
+    return m;
+}
+
 /* K/V rows of prompts on their way: a layer's rows of a chunk, in each of the buffers of who sends or takes them. */
 static uint64_t stream_bytes(const sh_config *c, const Shoal__Plan *p) {
     uint64_t widest = 0;
@@ -252,7 +257,7 @@ static uint64_t absent_bytes(const sh_config *c, const Shoal__Plan *p, int rank,
         absent -= held < absent ? held : absent;
         if (held > *most) *most = held;
     }
-    return absent * sh_expert_bytes(c);
+    return absent * sh_expert_bytes(c, mode_of(p));
 }
 
 /* What the members of a stage that divides experts send each other (worker/experts.c), and the experts' scratch
@@ -260,7 +265,7 @@ static uint64_t absent_bytes(const sh_config *c, const Shoal__Plan *p, int rank,
 static uint64_t expert_exchange_bytes(const sh_config *c, const Shoal__Plan *p, uint64_t rows, uint64_t held) {
     if (p->ep <= 1) return 0;
     uint64_t part = (uint64_t)sh_expert_part_rows((int)rows, p->ep), k = (uint64_t)c->top_k, h = (uint64_t)c->hidden;
-    uint64_t others = (uint64_t)p->ep - 1, row = h * (strcmp(p->mode, "exact") == 0 ? 4 : 2);
+    uint64_t others = (uint64_t)p->ep - 1, row = h * (mode_of(p) == SH_MODE_EXACT ? 4 : 2);
     uint64_t theirs = part * (k < held ? k : held), copies = others < k ? others : k;
     uint64_t of_slot = others * (part * row + theirs * (row + 4)) + part * copies * row + 2 * part * k * (row + 16);
     uint64_t scratch = 2 * part * k * (h + 2 * (uint64_t)c->expert_ff) * 4 + part * k * (others + 1) * 8;
@@ -290,10 +295,12 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *config, const Shoal__Plan *p
     int first = p->rank[rank]->first, last = p->rank[rank]->last;
     uint64_t seqs = (uint64_t)p->max_seqs, rows = seqs + (uint64_t)p->chunk, context = (uint64_t)p->max_context;
     uint64_t threads = p->threads ? (uint64_t)p->threads : 16, vocab = (uint64_t)c->vocab;
+    sh_mode mode = mode_of(p);
     uint64_t held, absent = absent_bytes(all, p, rank, &held);
     uint64_t members = p->cp > 1 ? (uint64_t)p->cp : 1, own = (rows + members - 1) / members;
-    sh_plan_memory m = {.weights = sh_weights_estimate_share(all, share, first, last) - absent};
+    sh_plan_memory m = {.weights = sh_weights_estimate_share(all, mode, share, first, last) - absent};
     m.scratch = own * 4 * row_floats(c, first, last) + rope_bytes(c, context);
+    if (mode >= SH_MODE_Q8) m.scratch += own * 2 * row_floats(c, first, last); /* rows in 8 bits, with their scales */
     m.scratch += threads * 8192 * widest_head(c); /* attention: blocks of rows, keys and partial sums */
     m.scratch += 4 * (MIB + seqs * 1024 + rows * 8 + context * 4); /* descriptors of micro-batches */
     m.scratch += stream_bytes(c, p);

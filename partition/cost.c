@@ -11,8 +11,7 @@
 #define SEGMENT       128.0 /* keys that context parallelism never parts: SH_SEGMENT_TOKENS */
 #define GELU_FLOPS    120.0 /* multiply-adds' worth of one gelu(x)·y: docs/performance.md */
 #define NORM_FLOPS    10.0  /* the same for one value that a norm, a rotation or a sum passes */
-#define BF16          2.0
-#define SAME_AS_LAYER 8 /* shapes of layers that a step remembers */
+#define SAME_AS_LAYER 8     /* shapes of layers that a step remembers */
 
 /* --- rows ----------------------------------------------------------------------------------------------------------
  */
@@ -55,11 +54,21 @@ static sh_cost_part part(double bytes, double flops, double read, double fma) {
     return (sh_cost_part){.bytes = bytes, .flops = flops, .seconds = fmax(bytes / read, flops / fma)};
 }
 
+double sh_cost_weight_bytes(sh_mode mode) {
+    return mode == SH_MODE_Q8 ? 1 + 2.0 / SH_COST_Q8_GROUP : mode == SH_MODE_Q4 ? 0.5 + 2.0 / SH_COST_Q4_GROUP : 2;
+}
+
+/* Integer products do more at a time than those of f32. */
+double sh_cost_products_rate(const sh_cost_rates *r, sh_mode mode) {
+    return r->fma * r->weights_fma * (mode >= SH_MODE_Q8 ? SH_COST_INT8 : 1);
+}
+
 /* Weights are read once for each part of the rows. */
-static sh_cost_part product(const sh_cost_rates *r, double elements, double rows, double parts) {
-    return rows > 0
-               ? part(elements * BF16 * parts, 2 * elements * rows, r->read * r->weights_read, r->fma * r->weights_fma)
-               : (sh_cost_part){0};
+static sh_cost_part product(const sh_cost_place *p, double elements, double rows, double parts) {
+    const sh_cost_rates *r = p->rates;
+    double bytes = elements * parts * sh_cost_weight_bytes(p->mode);
+    if (!(rows > 0)) return (sh_cost_part){0};
+    return part(bytes, 2 * elements * rows, r->read * r->weights_read, sh_cost_products_rate(r, p->mode));
 }
 
 /* Of n columns or outputs, those of this member. */
@@ -125,10 +134,10 @@ static void experts(const sh_cost_model *m, const sh_cost_place *p, int layer, d
     sh_cost_routes e = sh_cost_routes_of(m, p, layer, rows * p->shape.ep / parts);
     double elements = 3.0 * c->expert_ff * c->hidden; /* whole ones, also where heads and columns are divided */
     e.rows *= parts;
-    out->experts = part(e.touched * parts * elements * BF16, 2 * e.rows * elements, r->read * r->weights_read,
-                        r->fma * r->weights_fma);
+    out->experts = part(e.touched * parts * elements * sh_cost_weight_bytes(p->mode), 2 * e.rows * elements,
+                        r->read * r->weights_read, sh_cost_products_rate(r, p->mode));
     out->experts_touched = e.touched;
-    out->router = product(r, (double)c->hidden * c->experts, rows, parts);
+    out->router = product(p, (double)c->hidden * c->experts, rows, parts);
     sh_cost_wire_experts(m, p, rows, &e, out);
 }
 
@@ -151,16 +160,15 @@ static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, 
                      sh_cost_layer *out) {
     const sh_config *c = m->config;
     const sh_layer *l = &c->layer[layer];
-    const sh_cost_rates *r = p->rates;
     sh_cost_load d = sh_cost_load_of(span, n_spans, layer >= c->first_shared, l->window);
     double rows = own_rows(p, d.rows), parts = sh_cost_parts(m, p, rows);
     *out = (sh_cost_layer){0};
     if (!(d.rows > 0)) return;
-    out->project = product(r, project_elements(c, l, p), rows, parts);
+    out->project = product(p, project_elements(c, l, p), rows, parts);
     out->attention = attention(m, p, layer, &d);
     if (l->moe) experts(m, p, layer, rows, out);
-    out->dense = product(r, dense_elements(c, l, p), rows, parts);
-    if (c->ple) out->ple = product(r, 3.0 * c->ple * c->hidden, rows, parts);
+    out->dense = product(p, dense_elements(c, l, p), rows, parts);
+    if (c->ple) out->ple = product(p, 3.0 * c->ple * c->hidden, rows, parts);
     out->rest = rest(c, l, p, rows);
     if (p->shape.tp > 1) sh_cost_wire_tensor(m, p, layer, d.rows, out);
     if (p->shape.cp > 1) sh_cost_wire_context(m, p, layer, &d, out);
@@ -257,7 +265,7 @@ static double add_head(const sh_cost_model *m, const sh_cost_place *p, double ke
     out->exposed += out->head.seconds;
     if (p->shape.cp > 1 && p->member > 0) return out->head.seconds;
     double vocab = sh_cost_share(c->vocab, SH_COST_VOCAB, p->member, p->shape.tp), passes = ceil(kept / LOGIT_ROWS);
-    sh_cost_part head = product(p->rates, vocab * c->hidden, kept, passes);
+    sh_cost_part head = product(p, vocab * c->hidden, kept, passes);
     sh_cost_part sample = {.seconds = kept * vocab * p->rates->sample};
     add_part(p->rates, out, SH_CAUSE_WEIGHTS, &head);
     add_part(p->rates, out, SH_CAUSE_OTHER, &sample);

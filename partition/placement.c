@@ -161,14 +161,15 @@ static sh_status place_stage(const sh_config *c, const sh_routing *r, int first,
     return SH_OK;
 }
 
-sh_status sh_placement_stage(const sh_config *c, const sh_routing *r, int first, int last, int members, uint64_t bytes,
-                             bool *held) {
+sh_status sh_placement_stage(const sh_config *c, const sh_routing *r, sh_mode mode, int first, int last, int members,
+                             uint64_t bytes, bool *held) {
     int *extra = calloc((size_t)(last - first), sizeof *extra);
     double *balance = calloc((size_t)(last - first), sizeof *balance);
     sh_status st = extra && balance ? SH_OK
                                     : sh_error_set(SH_EMEMORY, __FILE__, __LINE__, "placement: no memory for %d layers",
                                                    last - first);
-    if (st == SH_OK) st = place_stage(c, r, first, last, members, bytes / sh_expert_bytes(c), extra, balance, held);
+    if (st == SH_OK)
+        st = place_stage(c, r, first, last, members, bytes / sh_expert_bytes(c, mode), extra, balance, held);
     free(extra);
     free(balance);
     return st;

@@ -21,8 +21,8 @@ sh_status sh_placement_make(const uint64_t *counts, int experts, int members, in
 double sh_placement_balance(const uint64_t *counts, int experts, int members, const bool *held);
 /* The same for all layers of a stage, in held [layers, members, experts] (zeroed): copies go first to the layers that
  * are furthest from balance, within `bytes` of weights per member beyond even shares. */
-sh_status sh_placement_stage(const sh_config *c, const sh_routing *r, int first, int last, int members, uint64_t bytes,
-                             bool *held);
+sh_status sh_placement_stage(const sh_config *c, const sh_routing *r, sh_mode mode, int first, int last, int members,
+                             uint64_t bytes, bool *held);
 /* "; experts by counts, 12 copies: busiest rank 1.04 of the mean, 1.61 with even shares" for a plan with ep > 1. */
 sh_status sh_placement_print(const sh_config *c, const sh_routing *r, const Shoal__Plan *p, sh_buf *out);
 

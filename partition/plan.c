@@ -384,7 +384,7 @@ static sh_status add_experts(Shoal__PlanRank *r, int layer, const bool *held, in
  * stage, members, experts]. */
 static sh_status place_stage(const sh_config *c, const sh_plan_request *q, int ep, int first, int last, bool *held) {
     size_t layer = (size_t)ep * (size_t)c->experts;
-    if (q->routing) return sh_placement_stage(c, q->routing, first, last, ep, q->replicate, held);
+    if (q->routing) return sh_placement_stage(c, q->routing, q->mode, first, last, ep, q->replicate, held);
     for (int i = 0; i < last - first; i++)
         for (int m = 0; m < ep; m++)
             for (int e = (int)((long)c->experts * m / ep); e < (int)((long)c->experts * (m + 1) / ep); e++)

@@ -80,6 +80,12 @@ int sh_cost_expert_value_bytes(sh_mode mode) {
     return mode == SH_MODE_EXACT ? 4 : 2;
 }
 
+double sh_cost_expert_row_bytes(const sh_config *c, sh_mode mode) {
+    double group = mode == SH_MODE_Q8 ? SH_COST_Q8_GROUP : SH_COST_Q4_GROUP;
+    if (mode < SH_MODE_Q8) return (double)c->hidden * sh_cost_expert_value_bytes(mode);
+    return ceil(c->hidden / group) * (group + 8);
+}
+
 /* Lists are one per layer that has experts: where all layers have, the place is known. */
 static const Shoal__PlanExperts *experts_of(const Shoal__Plan *plan, int rank, int layer) {
     const Shoal__PlanRank *r = plan->rank[rank];
@@ -181,10 +187,10 @@ sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p,
 void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
                           sh_cost_layer *out) {
     if (p->shape.ep == 1) return;
-    double row = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode);
-    double parts = sh_cost_parts(m, p, rows);
+    double row = sh_cost_expert_row_bytes(m->config, p->mode), parts = sh_cost_parts(m, p, rows);
+    double result = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode);
     out->dispatch = to_members(m, p, rows * e->reach * row, parts);
-    out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * row, parts);
+    out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * result, parts);
 }
 
 /* --- heads and columns ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "common/mem.h"
+#include "model/moe.h"
 #include "worker/backoff.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "messages are little-endian and used in place");
@@ -64,8 +65,8 @@ typedef struct slot {
 struct sh_experts {
     sh_experts_options o;
     sh_expert_peers peers;
-    int part_rows, held; /* most experts that this member holds in a layer */
-    size_t value, row;   /* bytes of a value and of a row that travels */
+    int part_rows, held;       /* most experts that this member holds in a layer */
+    size_t value, row, result; /* bytes of a value of a row, of a row, of a result as they travel */
     int *holder0; /* [layers · experts + 1]: members that hold an expert are holder[holder0[i] … holder0[i+1]−1] */
     uint16_t *holder;
     bool *mine; /* [layers · experts] */
@@ -148,9 +149,9 @@ static rooms measure(const sh_experts *e) {
     size_t B = (size_t)e->part_rows, k = (size_t)e->o.config->top_k, others = (size_t)e->o.members - 1;
     size_t theirs = B * (size_t)min_int((int)k, e->held), copies = others < k ? others : k;
     return (rooms){.rows_in = rows_offset((int)theirs) + B * e->row,
-                   .results = align64(results_offset() + theirs * e->row),
+                   .results = align64(results_offset() + theirs * e->result),
                    .out = others * (64 + 2 * 64) + 4 * B * k + B * copies * e->row,
-                   .answers = others * (results_offset() + 64) + B * k * e->row};
+                   .answers = others * (results_offset() + 64) + B * k * e->result};
 }
 
 /* Everything from the arena; with sum instead, only its size. */
@@ -221,8 +222,9 @@ sh_status sh_experts_create(const sh_experts_options *o, sh_experts **out) {
     e->o = *o;
     if (e->o.split_rows < 1) e->o.split_rows = SH_EXPERTS_SPLIT_ROWS;
     e->part_rows = sh_expert_part_rows(o->max_rows, o->members);
-    e->value = o->mode == SH_MODE_BF16 ? sizeof(uint16_t) : sizeof(float);
-    e->row = (size_t)o->config->hidden * e->value;
+    e->row = sh_moe_row_bytes(o->config, o->mode);
+    e->result = sh_moe_result_bytes(o->config, o->mode);
+    e->value = e->row / (size_t)o->config->hidden;
     sh_status st = list_holders(e);
     if (st == SH_OK) st = create_buffers(e);
     if (st != SH_OK) {
@@ -403,7 +405,7 @@ static void place_messages(sh_experts *e, slot *s, int i) {
         p->rows.len = rows_offset(p->n_choices) + (size_t)p->n_rows * e->row;
         out += align64(p->rows.len);
         p->results_in.data = s->answers + answers;
-        p->results_in.len = results_offset() + (size_t)p->n_choices * e->row;
+        p->results_in.len = results_offset() + (size_t)p->n_choices * e->result;
         answers += align64(p->results_in.len);
         head h = {MAGIC, ROWS, (uint16_t)e->value, s->turn, s->layer, i, p->n_rows, p->n_choices};
         memset(p->rows.data, 0, rows_offset(p->n_choices));
@@ -427,7 +429,7 @@ static void pack(sh_experts *e, slot *s, const uint8_t *rows, const int32_t *ids
         e->last_row[m] = r;
         uint16_t choice[2] = {(uint16_t)(p->n_rows - 1), (uint16_t)ids[i]};
         memcpy(p->rows.data + sizeof(head) + (size_t)p->n_choices * sizeof choice, choice, sizeof choice);
-        answer[i] = p->results_in.data + results_offset() + (size_t)p->n_choices++ * e->row;
+        answer[i] = p->results_in.data + results_offset() + (size_t)p->n_choices++ * e->result;
     }
 }
 
@@ -545,7 +547,7 @@ static sh_status experts_reply(void *ctx, int i) {
         head h = {MAGIC, RESULTS, (uint16_t)e->value, s->turn, s->layer, i, 0, choices};
         memset(p->results.data, 0, results_offset());
         memcpy(p->results.data, &h, sizeof h);
-        p->results.len = results_offset() + (size_t)choices * e->row;
+        p->results.len = results_offset() + (size_t)choices * e->result;
         p->rows_in.state = AWAITED; /* of the slot's next exchange: may come any time from now on */
     }
     s->awaited[ROWS] = e->o.members - 1;

@@ -22,29 +22,72 @@
 #define SH_LANES 16
 #define SH_PANEL 32 /* outputs per weight panel */
 
+/* How the weights of a matrix are stored. */
+typedef enum sh_wtype { SH_W_BF16, SH_W_Q8, SH_W_Q4, SH_W_TYPES } sh_wtype;
+
+#define SH_Q8_GROUP 64 /* inputs that share a scale; docs/decisions/0027 has the measurements */
+#define SH_Q4_GROUP 32
+
 /*
- * A weight matrix [n outputs, k inputs] in bf16, packed in panels of 32 outputs: panel p holds outputs 32p … 32p+31;
- * for each input kk there are 16 words of 32 bits; word j has output 32p+j in its low half and output 32p+16+j in its
- * high half. The last panel is padded with zeros. The layout is the same for every instruction set.
+ * A weight matrix [n outputs, k inputs], packed in panels of 32 outputs: panel p holds outputs 32p … 32p+31, the last
+ * one padded with zeros. The layout is the same for every instruction set.
+ *   bf16    for each input kk there are 16 words of 32 bits; word j has output 32p+j in its low half and output
+ * 32p+16+j in its high half. q8, q4  quant.h
  */
 typedef struct sh_wmat {
     int32_t n, k;
-    const uint32_t *data; /* sh_wmat_panels(n) * k * 16 words, 64-byte aligned; borrowed */
+    sh_wtype type;
+    const uint32_t *data; /* sh_wmat_bytes, 64-byte aligned; borrowed */
 } sh_wmat;
 static inline int sh_wmat_panels(int n) {
     return (n + SH_PANEL - 1) / SH_PANEL;
 }
-static inline size_t sh_wmat_bytes(int n, int k) {
-    return (size_t)sh_wmat_panels(n) * (size_t)k * 64;
+static inline int sh_wtype_group(sh_wtype t) {
+    return t == SH_W_Q8 ? SH_Q8_GROUP : t == SH_W_Q4 ? SH_Q4_GROUP : 1;
+}
+/* Groups along k of a quantised matrix; the last one may be short, and is then padded with zeros. */
+static inline int sh_wtype_groups(sh_wtype t, int k) {
+    return (k + sh_wtype_group(t) - 1) / sh_wtype_group(t);
+}
+/* Bytes of one group of one panel: 32 scales of two bytes, then the codes. */
+static inline size_t sh_wtype_block(sh_wtype t) {
+    return 2 * SH_PANEL + (size_t)SH_PANEL * (t == SH_W_Q8 ? SH_Q8_GROUP : SH_Q4_GROUP / 2);
+}
+static inline size_t sh_wmat_bytes(sh_wtype t, int n, int k) {
+    size_t panels = (size_t)sh_wmat_panels(n);
+    return t == SH_W_BF16 ? panels * (size_t)k * 64 : panels * (size_t)sh_wtype_groups(t, k) * sh_wtype_block(t);
 }
 
+/* Rows of 8-bit activations, quantised in the groups of the matrix that they meet: x ≈ scale · code. Borrowed. */
+typedef struct sh_qrows {
+    int8_t *code; /* [rows, ld] */
+    float *scale; /* [rows, groups] */
+    int32_t *sum; /* [rows, groups]: of the codes of a group */
+    size_t ld;    /* bytes of a row of codes: groups · group */
+    size_t groups;
+} sh_qrows;
+
 typedef struct sh_kernels {
-    const char *isa; /* "ref", "avx2", "avx512", "blas", "model" */
+    const char *isa; /* "ref", "avx2", "avx512", "avx512vnni", "blas", "model" */
     bool modelled;   /* "model": takes the time of a rank with given rates; its one thread stands for all of them */
 
     /* y[r, i] = Σ_k fma(x[r, k], W[i, k]) for rows r < m and outputs i of panels [p0, p1) that are < w->n. Strides in
      * floats. y must not overlap x. Any m ≥ 0. */
     void (*gemm)(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, int m, float *y, size_t ldy);
+
+    /* One group of weights: scale (bits of a half) and codes; quant.h. q8 [SH_Q8_GROUP]: zero at 128. q4 [SH_Q4_GROUP]:
+     * zero at 8; of the scales that put the largest weight on a code, the first with the least squared error, so
+     * weights that lie on a grid of 16 values already come back on it. Infinities and NaN: scale NaN. */
+    uint16_t (*quant_q8)(const float *w, uint8_t *code);
+    uint16_t (*quant_q4)(const float *w, uint8_t *code);
+    /* One row x [k] of activations in groups of `group`: code = x · (127 / a) rounded to nearest even, scale = a · (1 /
+     * 127), a the largest absolute value of the group. A group with an infinity or a NaN gets scale NaN and codes 0,
+     * one with a < 2^−100 scale 0 and codes 0. The last group is padded with codes 0. */
+    void (*quantize)(const float *x, int k, int group, int8_t *code, float *scale, int32_t *sum);
+    /* The same product for a quantised matrix and rows [r0, r0+m) of x, quantised in the matrix's groups; y has m rows.
+     * Per group g: s = Σ_k code_w[i, k] · code_x[r, k], exact; then, in ascending g and starting from 0,
+     * y = fma(s, scale_w[i, g] · scale_x[r, g], y). */
+    void (*gemm_q)(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, float *y, size_t ldy);
 
     /* y[i] = (x[i] · s) · w[i] with s = 1 / sqrtf(Σx²/n + eps), the sum by 16 virtual lanes with fma; w NULL: x[i] · s.
      * y may be x. */
@@ -79,8 +122,9 @@ typedef struct sh_kernels {
     void (*sincos)(float *sn, float *cs, const float *angle, int n);
 } sh_kernels;
 
-/* The best table for this CPU, or the one SHOAL_ISA (ref|avx2|avx512|blas|model:FMA,BYTES) lowers it to. A level that
- * this CPU lacks or an unknown name is an error naming what is allowed. The table is static; nobody frees it. */
+/* The best table for this CPU, or the one SHOAL_ISA (ref|avx2|avx512|avx512vnni|blas|model:FMA,BYTES) lowers it to. A
+ * level that this CPU lacks or an unknown name is an error naming what is allowed. The table is static; nobody frees
+ * it. */
 sh_status sh_kernels_select(const sh_kernels **out);
 /* A level by name; SH_EUNSUPPORTED when the CPU or the build lacks it. For tests and `doctor`. A process has one pair
  * of rates: another model:… than the first is SH_EINPUT. */
@@ -91,7 +135,9 @@ extern const char *const sh_kernels_levels[];
 /* Fill-in functions of the levels, called bottom up by select.c. */
 void sh_kernels_fill_ref(sh_kernels *t);
 void sh_kernels_fill_avx2(sh_kernels *t);
+void sh_kernels_fill_avx2_quant(sh_kernels *t);
 void sh_kernels_fill_avx512(sh_kernels *t);
+void sh_kernels_fill_avx512vnni(sh_kernels *t);
 void sh_kernels_fill_blas(sh_kernels *t);                         /* after sh_blas_load */
 sh_status sh_kernels_fill_model(sh_kernels *t, const char *spec); /* spec: "FMA,BYTES"; SH_EINPUT says how */
 

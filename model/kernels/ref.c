@@ -5,6 +5,7 @@
  */
 #include "model/kernels/kernels.h"
 #include "model/kernels/poly.h"
+#include "model/kernels/quant_group.h"
 
 #include <math.h>
 #include <string.h>
@@ -331,6 +332,63 @@ static void ref_sincos(float *sn, float *cs, const float *angle, int n) {
     for (int i = 0; i < n; i++) sincos_one(angle[i], sn + i, cs + i);
 }
 
+/* ---- quantised products ------------------------------------------------------------------------------------------ */
+
+static void ref_quantize_group(const float *x, int n, int group, int8_t *code, float *scale, int32_t *sum) {
+    uint32_t top = 0; /* bits of absolute values order like the values; NaN comes out on top */
+    for (int i = 0; i < n; i++) {
+        uint32_t u = as_bits(x[i]) & 0x7fffffffu;
+        top = u > top ? u : top;
+    }
+    float a = as_float(top);
+    memset(code, 0, (size_t)group);
+    *sum = 0;
+    *scale = top >= 0x7f800000u ? NAN : a * (1.0f / 127.0f);
+    if (a < 0x1p-100f) *scale = 0;
+    if (top >= 0x7f800000u || a < 0x1p-100f) return;
+    float inv = 127.0f / a;
+    for (int i = 0; i < n; i++) {
+        code[i] = (int8_t)rintf(x[i] * inv);
+        *sum += code[i];
+    }
+}
+
+static void ref_quantize(const float *x, int k, int group, int8_t *code, float *scale, int32_t *sum) {
+    for (int g = 0, i = 0; i < k; g++, i += group)
+        ref_quantize_group(x + i, k - i < group ? k - i : group, group, code + i, scale + g, sum + g);
+}
+
+/* Σ code · code of output o (0 … 31) of a block with one group of a row. */
+static int32_t ref_dot(sh_wtype t, const uint8_t *codes, int o, const int8_t *x) {
+    const uint8_t *half = codes + (o / 16) * 64 + (o % 16) * 4;
+    int32_t s = 0;
+    for (int i = 0; i < SH_Q8_GROUP && t == SH_W_Q8; i++) s += (half[i / 4 * 128 + i % 4] - SH_Q8_ZERO) * x[i];
+    for (int i = 0; i < SH_Q4_GROUP && t == SH_W_Q4; i++) {
+        int b = half[i / 8 * 128 + i % 4];
+        s += ((i % 8 < 4 ? b & 15 : b >> 4) - SH_Q4_ZERO) * x[i];
+    }
+    return s;
+}
+
+static void ref_gemm_q(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, float *y, size_t ldy) {
+    size_t groups = (size_t)sh_wtype_groups(w->type, w->k), size = (size_t)sh_wtype_group(w->type);
+    for (int i = p0 * SH_PANEL; i < p1 * SH_PANEL && i < w->n; i++) {
+        size_t p = (size_t)(i / SH_PANEL);
+        for (int r = 0; r < m; r++) {
+            size_t row = (size_t)(r0 + r);
+            float acc = 0;
+            for (size_t g = 0; g < groups; g++) {
+                const uint8_t *block = (const uint8_t *)w->data + (p * groups + g) * sh_wtype_block(w->type);
+                uint16_t half;
+                memcpy(&half, block + 2 * (i % SH_PANEL), sizeof half);
+                int32_t s = ref_dot(w->type, block + 2 * SH_PANEL, i % SH_PANEL, x->code + row * x->ld + g * size);
+                acc = fmaf((float)s, sh_half_to_float(half) * x->scale[row * x->groups + g], acc);
+            }
+            y[(size_t)r * ldy + (size_t)i] = acc;
+        }
+    }
+}
+
 void sh_kernels_fill_ref(sh_kernels *t) {
     *t = (sh_kernels){
         .isa = "ref",
@@ -351,5 +409,9 @@ void sh_kernels_fill_ref(sh_kernels *t) {
         .max_sum_exp = ref_max_sum_exp,
         .exp = ref_exp,
         .sincos = ref_sincos,
+        .quant_q8 = group_q8,
+        .quant_q4 = group_q4,
+        .quantize = ref_quantize,
+        .gemm_q = ref_gemm_q,
     };
 }

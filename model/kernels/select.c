@@ -7,9 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { REF, AVX2, AVX512, BLAS, LEVELS, MODEL = LEVELS, TABLES };
+enum { REF, AVX2, AVX512, AVX512VNNI, BLAS, LEVELS, MODEL = LEVELS, TABLES };
 
-const char *const sh_kernels_levels[] = {"ref", "avx2", "avx512", "blas", NULL};
+const char *const sh_kernels_levels[] = {"ref", "avx2", "avx512", "avx512vnni", "blas", NULL};
 
 static sh_kernels tables[TABLES];
 static bool present[LEVELS];
@@ -19,29 +19,39 @@ static pthread_mutex_t model_lock = PTHREAD_MUTEX_INITIALIZER;
 /* Fills `t` with the best native kernels up to `level` and says whether the CPU has that level. */
 static bool fill_native(sh_kernels *t, int level) {
     sh_kernels_fill_ref(t);
-    bool has = level == REF;
+    bool has[LEVELS] = {[REF] = true};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    has[AVX2] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    has[AVX512] = has[AVX2] && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (level >= AVX2 && avx2) sh_kernels_fill_avx2(t);
-    if (level >= AVX512 && avx512) sh_kernels_fill_avx512(t);
-    if (level == AVX2) has = avx2;
-    if (level == AVX512) has = avx512;
+    has[AVX512VNNI] = has[AVX512] && __builtin_cpu_supports("avx512vnni");
+    if (level >= AVX2 && has[AVX2]) {
+        sh_kernels_fill_avx2(t);
+        sh_kernels_fill_avx2_quant(t);
+    }
+    if (level >= AVX512 && has[AVX512]) sh_kernels_fill_avx512(t);
+    if (level >= AVX512VNNI && has[AVX512VNNI]) sh_kernels_fill_avx512vnni(t);
 #endif
-    return has;
+    return has[level];
+}
+
+static int best_level(void) {
+    int best = REF;
+    for (int i = REF; i < BLAS; i++)
+        if (present[i]) best = i;
+    return best;
 }
 
 static void build(void) {
-    for (int i = REF; i <= AVX512; i++) {
+    for (int i = REF; i < BLAS; i++) {
         present[i] = fill_native(&tables[i], i);
         tables[i].isa = sh_kernels_levels[i];
     }
 }
 
 static void build_blas(void) {
-    (void)fill_native(&tables[BLAS], AVX512);
+    (void)fill_native(&tables[BLAS], AVX512VNNI);
     sh_kernels_fill_blas(&tables[BLAS]);
     tables[BLAS].isa = sh_kernels_levels[BLAS];
 }
@@ -71,12 +81,14 @@ sh_status sh_kernels_get(const char *isa, const sh_kernels **out) {
         }
         if (!present[i]) {
             SH_FAIL(SH_EUNSUPPORTED, "instruction set '%s': this CPU lacks it: the best here is %s", isa,
-                    present[AVX2] ? "avx2" : "ref");
+                    sh_kernels_levels[best_level()]);
         }
         *out = &tables[i];
         return SH_OK;
     }
-    SH_FAIL(SH_EINPUT, "instruction set '%.40s' is unknown: allowed are ref, avx2, avx512, blas, model:FMA,BYTES", isa);
+    SH_FAIL(SH_EINPUT,
+            "instruction set '%.40s' is unknown: allowed are ref, avx2, avx512, avx512vnni, blas, model:FMA,BYTES",
+            isa);
 }
 
 sh_status sh_kernels_select(const sh_kernels **out) {
@@ -86,6 +98,6 @@ sh_status sh_kernels_select(const sh_kernels **out) {
         sh_status st = sh_kernels_get(isa, out);
         return st == SH_OK ? st : sh_error_prefix(st, "SHOAL_ISA");
     }
-    *out = &tables[present[AVX512] ? AVX512 : present[AVX2] ? AVX2 : REF];
+    *out = &tables[best_level()];
     return SH_OK;
 }

@@ -3,7 +3,7 @@
  * prints each as a share of what the cores can do (model/ceiling.h). Random weights; times are the best of several
  * passes, because other work on the machine only ever adds to them. Not a test: nothing here can fail but memory.
  *
- *   kernels_bench [--threads N] [--isa NAME] [--passes N] [--rows M,M,…]
+ *   kernels_bench [--threads N] [--isa NAME] [--passes N] [--rows M,M,…] [--type bf16|q8|q4]
  */
 #include <getopt.h>
 #include <stdio.h>
@@ -27,8 +27,9 @@ typedef struct bench {
     sh_ceiling lim;
     int passes;
     layer layers[LAYERS]; /* 420 MB: no cache holds them */
-    double weights;       /* elements, padding included */
-    float *x, *a, *b, *c; /* [MAX_ROWS, WIDEST] */
+    sh_wtype type;
+    double weights, bytes; /* elements, padding included; bytes of them */
+    float *x, *a, *b, *c;  /* [MAX_ROWS, WIDEST] */
 } bench;
 
 /* CPU time used, per thread: what the wall clock would show on a machine with nothing else to do, as long as no member
@@ -41,14 +42,19 @@ static double used(const bench *b) {
 
 static sh_status make_wmat(bench *b, int n, int k, sh_wmat *out) {
     void *p;
-    SH_TRY(sh_mem_alloc(sh_wmat_bytes(n, k), "weights", &p));
+    size_t bytes = sh_wmat_bytes(b->type, n, k);
+    SH_TRY(sh_mem_alloc(bytes, "weights", &p));
     uint32_t *w = p, s = 1;
-    for (size_t i = 0; i < sh_wmat_bytes(n, k) / 4; i++) {
+    for (size_t i = 0; i < bytes / 4; i++) {
         s = s * 1664525u + 1013904223u;
-        w[i] = (s & 0x807f807fu) | 0x3c003c00u; /* about ±0.01 */
+        w[i] = b->type == SH_W_BF16 ? (s & 0x807f807fu) | 0x3c003c00u : s; /* about ±0.01 */
     }
-    b->weights += (double)sh_wmat_bytes(n, k) / 2;
-    *out = (sh_wmat){.n = n, .k = k, .data = w};
+    uint8_t *block = p;
+    for (size_t i = 0; b->type != SH_W_BF16 && i < bytes; i += sh_wtype_block(b->type))
+        for (int o = 0; o < SH_PANEL; o++) memcpy(block + i + 2 * o, (const uint16_t[]){0x1400}, 2); /* 0.001 */
+    b->weights += (double)sh_wmat_panels(n) * SH_PANEL * k;
+    b->bytes += (double)bytes;
+    *out = (sh_wmat){.n = n, .k = k, .type = b->type, .data = w};
     return SH_OK;
 }
 
@@ -110,7 +116,7 @@ static void bench_rows(const bench *b, int m) {
         wall_sum += wall[p];
         cpu_sum += cpu[p];
     }
-    double gbs = b->weights * 2 / wall_sum * 1e-9, gf = b->weights * 2 * m / wall_sum * 1e-9;
+    double gbs = b->bytes / wall_sum * 1e-9, gf = b->weights * 2 * m / wall_sum * 1e-9;
     printf("layers, %3d rows  %8.2f ms  %6.1f GB/s %5.1f %%  %7.1f GFLOP/s %5.1f %%", m, wall_sum * 1e3, gbs,
            100 * gbs / b->lim.read_gbs, gf, 100 * gf / b->lim.fma_gflops);
     if (m > 64) printf(", by CPU time %.1f %%", 100 * gf / b->lim.fma_gflops * wall_sum / cpu_sum);
@@ -167,6 +173,7 @@ static sh_status run(bench *b, int threads, const char *isa, const char *rows) {
     } else {
         SH_TRY(sh_kernels_select(&b->kn));
     }
+    SH_TRY(sh_team_reserve(b->team, sh_qrows_bytes(SH_W_Q4, WIDEST, MAX_ROWS)));
     SH_TRY(sh_ceiling_measure(b->team, (size_t)512 << 20, &b->lim));
     printf("%d threads, %s; limits: read %.1f GB/s, f32 multiply-add %.0f GFLOP/s\n", threads, b->kn->isa,
            b->lim.read_gbs, b->lim.fma_gflops);
@@ -194,11 +201,10 @@ static sh_status run(bench *b, int threads, const char *isa, const char *rows) {
 int main(int argc, char **argv) {
     sh_team_prepare(argv);
     static bench b = {.passes = 12};
-    static const struct option options[] = {{"threads", required_argument, NULL, 't'},
-                                            {"isa", required_argument, NULL, 'i'},
-                                            {"passes", required_argument, NULL, 'p'},
-                                            {"rows", required_argument, NULL, 'r'},
-                                            {0}};
+    static const struct option options[] = {
+        {"threads", required_argument, NULL, 't'}, {"isa", required_argument, NULL, 'i'},
+        {"passes", required_argument, NULL, 'p'},  {"rows", required_argument, NULL, 'r'},
+        {"type", required_argument, NULL, 'w'},    {0}};
     int c, threads = 1;
     const char *isa = NULL, *rows = "1,2,4,6,8,12,16,32,64,512";
     while ((c = getopt_long(argc, argv, "", options, NULL)) != -1) {
@@ -208,6 +214,8 @@ int main(int argc, char **argv) {
             isa = optarg;
         else if (c == 'p')
             b.passes = atoi(optarg);
+        else if (c == 'w')
+            b.type = strcmp(optarg, "q8") == 0 ? SH_W_Q8 : strcmp(optarg, "q4") == 0 ? SH_W_Q4 : SH_W_BF16;
         else if (c == 'r')
             rows = optarg;
         else

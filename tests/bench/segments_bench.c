@@ -31,8 +31,8 @@ static void *take(size_t bytes) {
 }
 
 static sh_wmat make(int n, int k) {
-    uint32_t *w = take(sh_wmat_bytes(n, k)), s = 1;
-    for (size_t i = 0; i < sh_wmat_bytes(n, k) / 4; i++) {
+    uint32_t *w = take(sh_wmat_bytes(SH_W_BF16, n, k)), s = 1;
+    for (size_t i = 0; i < sh_wmat_bytes(SH_W_BF16, n, k) / 4; i++) {
         s = s * 1664525u + 1013904223u;
         w[i] = (s & 0x807f807fu) | 0x3c003c00u;
     }
@@ -122,9 +122,9 @@ int main(int argc, char **argv) {
             printf("%-20s %6d %12.3f %12.3f %+7.1f%%\n", mats[i].name, b.m, 1e3 * a, 1e3 * e, 100 * (e / a - 1));
             fflush(stdout);
         }
-        sh_mem_free((void *)(uintptr_t)b.whole.data, sh_wmat_bytes(HIDDEN, b.k));
+        sh_mem_free((void *)(uintptr_t)b.whole.data, sh_wmat_bytes(SH_W_BF16, HIDDEN, b.k));
         for (int s = 0; s < SEGMENTS; s++)
-            sh_mem_free((void *)(uintptr_t)b.part[s].data, sh_wmat_bytes(HIDDEN, b.k / SEGMENTS));
+            sh_mem_free((void *)(uintptr_t)b.part[s].data, sh_wmat_bytes(SH_W_BF16, HIDDEN, b.k / SEGMENTS));
     }
     return 0;
 }

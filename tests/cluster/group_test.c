@@ -118,12 +118,47 @@ static void test_model(const char *name, int layers, bool every_cut) {
     json_decref(g);
 }
 
+/* Modes whose weights are quantised: other products, other rows to experts. */
+static void test_mode(const char *name, int layers, const char *mode) {
+    json_t *g = mixed_golden(name);
+    fake base;
+    setting one = even(layers, 1);
+    one.max_seqs = 1;
+    one.chunk = 512;
+    one.mode = mode;
+    one.kv = "bf16";
+    if (run_setting(name, g, &one, &base)) {
+        setting s = even(layers, 3);
+        s.mode = mode;
+        s.kv = "bf16";
+        s.chunk = 7;
+        compare(name, g, &s, &base);
+        s = one;
+        s.max_seqs = 12;
+        s.chunk = 64;
+        s.tp = 2;
+        compare(name, g, &s, &base);
+        s.tp = 1;
+        s.cp = 3;
+        compare(name, g, &s, &base);
+        s.cp = 1;
+        s.ep = 3;
+        if (strstr(name, "26b")) compare(name, g, &s, &base);
+    }
+    fake_close(&base);
+    json_decref(g);
+}
+
 int main(void) {
     static const struct {
         const char *name;
         int layers;
     } models[] = {{"e2b-like", 15}, {"26b-a4b-like", 12}, {"31b-like", 12}, {"e4b-like", 12}};
     for (int i = 0; i < MODELS; i++) test_model(models[i].name, models[i].layers, i == 0);
+    for (int i = 0; i < 2 && STRIDE < 7; i++) {
+        test_mode("26b-a4b-like", 12, i ? "q4" : "q8");
+        if (STRIDE == 1) test_mode("e2b-like", 15, i ? "q4" : "q8");
+    }
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
 }

@@ -62,7 +62,7 @@ def check_cp(same, members, first):
 
 def isa_levels():
     text = subprocess.run([st.shoal(), "--version"], capture_output=True, text=True).stdout
-    return [i for i in ("ref", "avx2", "avx512") if i in text]
+    return [i for i in ("ref", "avx2", "avx512", "avx512vnni") if i in text]
 
 
 def layers(name):

@@ -42,7 +42,7 @@ def main():
         run("--resume", message=f"--resume: there is no {out}.store to go on from")
         run("-n", "99", message="99 ranks: the model has 15 layers: at most 15 ranks")
         run("--cuts", "1,2", "-n", "2", message="--cuts 1,2: 3 stages, but there are 2 ranks: give 1 cuts, or -n 3")
-        run("--mode", "q4", message="--mode: 'q4' is not provided: allowed are exact, bf16")
+        run("--mode", "q3", message="--mode: 'q3' is not provided: allowed are exact, bf16, q8, q4")
         run("--tp", "3", message="--tp: 3 does not divide the 4 query heads of the model: allowed are 1, 2, 4")
         run("--ep", "2", message="--ep: 2: the model has no experts: allowed is 1")
         run("--tp", "2", "--cp", "2", message="--ep 1, --tp 2, --cp 2: a stage is divided one way at a time: allowed is one of them "

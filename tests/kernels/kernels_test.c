@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include "model/kernels/kernels.h"
+#include "model/kernels/quant.h"
 #include "model/ceiling.h"
 #include "model/linear.h"
 
@@ -94,7 +95,7 @@ static float *output(int n) {
 }
 
 static sh_wmat random_wmat(int n, int k) {
-    size_t words = sh_wmat_bytes(n, k) / 4;
+    size_t words = sh_wmat_bytes(SH_W_BF16, n, k) / 4;
     uint16_t *src = guarded((size_t)n * (size_t)k * 2);
     for (size_t i = 0; i < (size_t)n * (size_t)k; i++) src[i] = (uint16_t)((rnd() & 0x80ff) | 0x3e00);
     uint32_t *d = guarded(words * 4);
@@ -117,6 +118,56 @@ static void case_gemm_wide(const sh_kernels *kn) { /* more panels than one block
     sh_wmat w = random_wmat(n, k);
     const float *x = floats(m * k, 3);
     kn->gemm(&w, 0, sh_wmat_panels(n), x, (size_t)k, m, output(m * n), (size_t)n);
+}
+
+static const sh_kernels *ref_level(void) {
+    const sh_kernels *ref = NULL;
+    if (sh_kernels_get("ref", &ref) != SH_OK) abort();
+    return ref;
+}
+
+static sh_wmat random_quant(sh_wtype t, int n, int k) {
+    uint16_t *src = guarded((size_t)n * (size_t)k * 2);
+    for (size_t i = 0; i < (size_t)n * (size_t)k; i++) src[i] = (uint16_t)((rnd() & 0x80ff) | 0x3c00);
+    uint32_t *d = guarded(sh_wmat_bytes(t, n, k));
+    sh_quant_pack(ref_level(), t, d, src, (size_t)k, n, k, 0, sh_wmat_panels(n));
+    return (sh_wmat){.n = n, .k = k, .type = t, .data = d};
+}
+
+/* Rows of x quantised by plain C: levels are compared one entry at a time. */
+static sh_qrows quantized(sh_wtype t, const float *x, int k, int m) {
+    sh_qrows q = sh_qrows_place(t, k, m, guarded(sh_qrows_bytes(t, k, m)));
+    const sh_kernels *ref = ref_level();
+    for (int r = 0; r < m; r++) {
+        size_t i = (size_t)r;
+        ref->quantize(x + i * (size_t)k, k, sh_wtype_group(t), q.code + i * q.ld, q.scale + i * q.groups,
+                      q.sum + i * q.groups);
+    }
+    return q;
+}
+
+static void case_gemm_q(const sh_kernels *kn) {
+    sh_wtype t = rnd() % 2 ? SH_W_Q8 : SH_W_Q4;
+    int n = upto(150), k = rnd() % 3 ? upto(300) : upto(2500), m = (int)(rnd() % 20), r0 = (int)(rnd() % 3);
+    sh_wmat w = random_quant(t, n, k);
+    int panels = sh_wmat_panels(n), p0 = (int)(rnd() % (uint32_t)panels), p1 = p0 + upto(panels - p0);
+    int ldy = n + (int)(rnd() % 9);
+    sh_qrows q = quantized(t, floats((r0 + m + 1) * k, 3), k, r0 + m + 1);
+    kn->gemm_q(&w, p0, p1, &q, r0, m, output((m ? m - 1 : 0) * ldy + n), (size_t)ldy);
+}
+
+static void case_quant_group(const sh_kernels *kn) {
+    float *w = rnd() % 4 ? floats(SH_Q8_GROUP, ldexpf(1, -(int)(rnd() % 30))) : odd_floats(SH_Q8_GROUP);
+    float *y = output(2 + (SH_Q8_GROUP + SH_Q4_GROUP) / 4);
+    y[0] = kn->quant_q8(w, (uint8_t *)(y + 2));
+    y[1] = kn->quant_q4(w, (uint8_t *)(y + 2 + SH_Q8_GROUP / 4));
+}
+
+static void case_quantize(const sh_kernels *kn) {
+    int group = rnd() % 2 ? SH_Q8_GROUP : SH_Q4_GROUP, k = upto(500), groups = (k + group - 1) / group;
+    const float *x = rnd() % 2 ? odd_floats(k) : floats(k, rnd() % 8 ? 4 : 1e-38f);
+    float *y = output(groups * (2 + group / 4));
+    kn->quantize(x, k, group, (int8_t *)(y + 2 * groups), y, (int32_t *)(void *)(y + groups));
 }
 
 static void case_rmsnorm(const sh_kernels *kn) {
@@ -252,6 +303,9 @@ static const struct {
 } cases[] = {
     {"gemm", case_gemm},
     {"gemm, wide", case_gemm_wide},
+    {"gemm_q", case_gemm_q},
+    {"quantize", case_quantize},
+    {"quant_q8, quant_q4", case_quant_group},
     {"rmsnorm", case_rmsnorm},
     {"rope", case_rope},
     {"gelu_mul", case_gelu_mul},
@@ -360,7 +414,7 @@ static void test_gemm_is_the_plain_sum(void) {
     seed = 77;
     for (int i = 0; i < N * LD; i++) src[i] = (uint16_t)((rnd() & 0x80ff) | 0x3e00);
     for (int i = 0; i < M * K; i++) x[i] = value(2);
-    uint32_t *d = guarded(sh_wmat_bytes(N, K));
+    uint32_t *d = guarded(sh_wmat_bytes(SH_W_BF16, N, K));
     sh_pack_bf16(d, src, LD, N, K, 1, 3);
     sh_pack_bf16(d, src, LD, N, K, 0, 1);
     sh_wmat w = {.n = N, .k = K, .data = d};
@@ -378,6 +432,76 @@ static void test_gemm_is_the_plain_sum(void) {
         CU_ASSERT(is);
     }
     release_all();
+}
+
+/* A product of quantised rows and weights is the product of what their codes stand for. */
+static void test_gemm_q_meaning(void) {
+    enum { N = 70, K = 150, M = 3 };
+    const sh_kernels *kn;
+    CU_ASSERT_EQUAL_FATAL(sh_kernels_select(&kn), SH_OK);
+    seed = 31;
+    for (sh_wtype t = SH_W_Q8; t <= SH_W_Q4; t++) {
+        float w_row[K], *x = floats(M * K, 2), y[M * N];
+        sh_wmat w = random_quant(t, N, K);
+        sh_qrows q = quantized(t, x, K, M);
+        kn->gemm_q(&w, 0, sh_wmat_panels(N), &q, 0, M, y, N);
+        for (int i = 0; i < N; i++) {
+            sh_quant_row(&w, i, w_row);
+            for (int r = 0; r < M; r++) {
+                double want = 0, true_sum = 0, size = 0;
+                for (int j = 0; j < K; j++) {
+                    size_t g = (size_t)(j / sh_wtype_group(t));
+                    double a = (double)q.scale[(size_t)r * q.groups + g] * q.code[(size_t)r * q.ld + (size_t)j];
+                    want += a * (double)w_row[j];
+                    true_sum += (double)x[r * K + j] * (double)w_row[j];
+                    size += fabs((double)x[r * K + j] * (double)w_row[j]);
+                }
+                CU_ASSERT(fabs((double)y[r * N + i] - want) < 1e-5 * size);
+                CU_ASSERT(fabs(want - true_sum) < 0.005 * size); /* activations lose little */
+            }
+        }
+        release_all();
+    }
+}
+
+/* What a group of weights becomes: within half a step, and unchanged where it lies on the grid already. */
+static void test_quant_formats(void) {
+    const sh_kernels *kn;
+    uint8_t code[SH_Q8_GROUP];
+    float w[SH_Q8_GROUP];
+    CU_ASSERT_EQUAL_FATAL(sh_kernels_select(&kn), SH_OK);
+    seed = 8;
+    for (int round = 0; round < 500; round++) {
+        float size = ldexpf(1, -(int)(rnd() % 12));
+        for (int i = 0; i < SH_Q8_GROUP; i++) w[i] = value(size);
+        float d = sh_half_to_float(kn->quant_q8(w, code));
+        for (int i = 0; i < SH_Q8_GROUP; i++)
+            CU_ASSERT(code[i] >= 1 && fabsf(w[i] - d * (float)(code[i] - SH_Q8_ZERO)) <= 0.51f * fabsf(d));
+        d = sh_half_to_float(kn->quant_q4(w, code));
+        float worst = 0, big = 0;
+        for (int i = 0; i < SH_Q4_GROUP; i++) {
+            worst = fmaxf(worst, fabsf(w[i] - d * (float)(code[i] - SH_Q4_ZERO)));
+            big = fmaxf(big, fabsf(w[i]));
+        }
+        CU_ASSERT(worst <= big / 7);
+        /* on a grid: any scale, any codes, as bf16 keeps them */
+        float step = sh_half_to_float(sh_float_to_half(value(size)));
+        for (int i = 0; i < SH_Q4_GROUP; i++) {
+            float exact = step * (float)((int)(rnd() % 16) - 8);
+            uint32_t u;
+            memcpy(&u, &exact, 4);
+            u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
+            memcpy(w + i, &u, 4);
+        }
+        d = sh_half_to_float(kn->quant_q4(w, code));
+        for (int i = 0; i < SH_Q4_GROUP; i++)
+            CU_ASSERT(fabsf(w[i] - d * (float)(code[i] - SH_Q4_ZERO)) <= 0x1p-7f * fabsf(w[i]));
+    }
+    const float zero[SH_Q8_GROUP] = {0}, odd[SH_Q8_GROUP] = {1, NAN, 3}, big[SH_Q8_GROUP] = {INFINITY};
+    CU_ASSERT(sh_half_to_float(kn->quant_q4(zero, code)) == 0 && code[5] == SH_Q4_ZERO);
+    CU_ASSERT(sh_half_to_float(kn->quant_q8(zero, code)) == 0 && code[5] == SH_Q8_ZERO);
+    CU_ASSERT(isnan(sh_half_to_float(kn->quant_q4(odd, code))));
+    CU_ASSERT(isnan(sh_half_to_float(kn->quant_q8(big, code))));
 }
 
 /* Distance in units of the last place of f32. */
@@ -492,6 +616,36 @@ static void test_linear_invariance(void) {
     release_all();
 }
 
+/* The same for quantised matrices, and for any amount of scratch. */
+static void test_linear_quantized(void) {
+    enum { N = 150, N2 = 70, K = 333, M = 60 };
+    const sh_kernels *kn;
+    CU_ASSERT_EQUAL_FATAL(sh_kernels_select(&kn), SH_OK);
+    seed = 17;
+    for (sh_wtype t = SH_W_Q8; t <= SH_W_Q4; t++) {
+        sh_wmat w = random_quant(t, N, K), w2 = random_quant(t, N2, K);
+        float *x = floats(M * K, 2);
+        float *want = guarded(M * N * 4), *want2 = guarded(M * N2 * 4), *y = guarded(M * N * 4);
+        float *y2 = guarded(M * N2 * 4);
+        sh_qrows q = quantized(t, x, K, M);
+        level("ref")->gemm_q(&w, 0, sh_wmat_panels(N), &q, 0, M, want, N);
+        level("ref")->gemm_q(&w2, 0, sh_wmat_panels(N2), &q, 0, M, want2, N2);
+        for (int threads = 1; threads <= 3; threads += 2)
+            for (int room = 1; room <= M; room += room < 9 ? 4 : 51) {
+                sh_team *team;
+                CU_ASSERT_EQUAL_FATAL(sh_team_create(threads, NULL, 0, &team), SH_OK);
+                CU_ASSERT_EQUAL_FATAL(sh_team_reserve(team, sh_qrows_bytes(t, K, room)), SH_OK);
+                memset(y, 0, M * N * 4);
+                memset(y2, 0, M * N2 * 4);
+                sh_linear_multi(team, kn, 2, (const sh_wmat *const[]){&w, &w2}, x, K, M, (float *const[]){y, y2},
+                                (const size_t[]){N, N2});
+                CU_ASSERT(memcmp(y, want, M * N * 4) == 0 && memcmp(y2, want2, M * N2 * 4) == 0);
+                sh_team_destroy(&team);
+            }
+        release_all();
+    }
+}
+
 static void note_member(void *arg, int member, int size) {
     int *seen = arg;
     seen[member] += size;
@@ -574,8 +728,9 @@ static void test_limits(void) {
 static void test_select(void) {
     const sh_kernels *kn = NULL;
     CU_ASSERT_EQUAL(sh_kernels_get("mmx", &kn), SH_EINPUT);
-    CU_ASSERT_STRING_EQUAL(sh_error_text(),
-                           "instruction set 'mmx' is unknown: allowed are ref, avx2, avx512, blas, model:FMA,BYTES");
+    CU_ASSERT_STRING_EQUAL(
+        sh_error_text(),
+        "instruction set 'mmx' is unknown: allowed are ref, avx2, avx512, avx512vnni, blas, model:FMA,BYTES");
     setenv("SHOAL_ISA", "ref", 1);
     CU_ASSERT_EQUAL(sh_kernels_select(&kn), SH_OK);
     CU_ASSERT_STRING_EQUAL(kn->isa, "ref");
@@ -596,6 +751,9 @@ int main(void) {
     CU_add_test(s, "levels equal plain C", test_levels_equal_ref);
     CU_add_test(s, "the comparison can fail", test_comparison_can_fail);
     CU_add_test(s, "gemm is the plain sum", test_gemm_is_the_plain_sum);
+    CU_add_test(s, "gemm_q means the codes' product", test_gemm_q_meaning);
+    CU_add_test(s, "quantised formats", test_quant_formats);
+    CU_add_test(s, "sh_linear, quantised", test_linear_quantized);
     CU_add_test(s, "elementary functions", test_elementary_functions);
     CU_add_test(s, "attention entries", test_attention_meaning);
     CU_add_test(s, "sh_linear invariance", test_linear_invariance);

@@ -157,12 +157,19 @@ class Nodes:
         """Pulls or plugs the cable: nobody is told, no FIN, no RST."""
         self._in("head", f"ip link set p-{host} {'up' if up else 'down'}")
 
-    def shape(self, mbit):
-        """Every node's cable carries so many Mbit/s each way."""
+    def shape(self, mbit, burst=0):
+        """Every node's cable carries so many Mbit/s each way; a message of up to `burst` bytes after a silence passes at once."""
+        burst = burst or max(65536, int(mbit * 1e6 / 8 / 250))
         for h in self.names[1:]:
-            qdisc = f"root tbf rate {mbit}mbit burst {max(65536, int(mbit * 1e6 / 8 / 250))} latency 400ms"
+            qdisc = f"root tbf rate {mbit}mbit burst {burst} latency 400ms"
             self._in("head", f"tc qdisc replace dev p-{h} {qdisc}")
             _sh(f"nsenter -t {self.pid(h)} -n tc qdisc replace dev eth0 {qdisc}")
+
+    def jumbo(self, mtu):
+        """Larger frames on every cable."""
+        for h in self.names[1:]:
+            self._in("head", f"ip link set p-{h} mtu {mtu}")
+            self._in(h, f"ip link set eth0 mtu {mtu}")
 
     def environment(self):
         """What makes mpirun start its daemons here."""

@@ -317,8 +317,8 @@ static void test_names(void) {
     sh_kv_type t;
     CU_ASSERT_TRUE(sh_mode_parse("exact", &m) == SH_OK && m == SH_MODE_EXACT);
     CU_ASSERT_TRUE(sh_mode_parse("bf16", &m) == SH_OK && m == SH_MODE_BF16);
-    CU_ASSERT_EQUAL(sh_mode_parse("q8", &m), SH_EINPUT);
-    CU_ASSERT_STRING_EQUAL(sh_error_text(), "mode: \"q8\" is not known: allowed are exact and bf16");
+    CU_ASSERT_EQUAL(sh_mode_parse("q7", &m), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "mode: \"q7\" is not known: allowed are exact, bf16, q8 and q4");
     CU_ASSERT_TRUE(sh_kv_type_parse("f32", &t) == SH_OK && t == SH_KV_F32);
     CU_ASSERT_TRUE(sh_kv_type_parse("bf16", &t) == SH_OK && t == SH_KV_BF16);
     CU_ASSERT_EQUAL(sh_kv_type_parse("", &t), SH_EINPUT);

@@ -66,7 +66,7 @@ static void test_memory(void) {
         sh_param_count p = sh_config_count(&config[i]);
         CHECK((double)p.total * 2 / 0x1p30, all[i], 2);
         CHECK((double)(p.total - p.ple_table) * 2 / 0x1p30, without[i], 2);
-        double held = (double)sh_weights_estimate(&config[i], 0, config[i].n_layers) / 0x1p30;
+        double held = (double)sh_weights_estimate(&config[i], SH_MODE_BF16, 0, config[i].n_layers) / 0x1p30;
         CU_ASSERT_TRUE(held > without[i] * 0.999 && held < without[i] * 1.002);
     }
 }

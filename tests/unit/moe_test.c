@@ -36,7 +36,7 @@ static float noise(void) {
 static matrix make(int n, int k) {
     matrix m = {.n = n, .k = k, .w = malloc((size_t)(n * k) * sizeof(float))};
     uint16_t *half = malloc((size_t)(n * k) * sizeof *half);
-    if (!m.w || !half || sh_mem_alloc(sh_wmat_bytes(n, k), "test", &m.packed) != SH_OK) exit(1);
+    if (!m.w || !half || sh_mem_alloc(sh_wmat_bytes(SH_W_BF16, n, k), "test", &m.packed) != SH_OK) exit(1);
     for (int i = 0; i < n * k; i++) m.w[i] = noise() * 0.5f;
     kn->to_bf16(half, m.w, n * k);
     kn->from_bf16(m.w, half, n * k);
@@ -47,7 +47,7 @@ static matrix make(int n, int k) {
 }
 
 static void drop(matrix *m) {
-    sh_mem_free(m->packed, sh_wmat_bytes(m->n, m->k));
+    sh_mem_free(m->packed, sh_wmat_bytes(SH_W_BF16, m->n, m->k));
     free(m->w);
 }
 

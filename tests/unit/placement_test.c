@@ -154,15 +154,19 @@ static void test_plan(void) {
     for (int i = 0; i < c.n_layers * c.experts; i++) r->chosen[i] = i % c.experts == 5 ? 50000 : 1000;
     for (int copies = 0; copies <= 24; copies += 6) {
         Shoal__Plan *p = NULL;
-        sh_plan_request q = {.pp = 2, .ep = 5, .routing = r, .replicate = (uint64_t)copies * sh_expert_bytes(&c)};
+        sh_plan_request q = {.pp = 2,
+                             .ep = 5,
+                             .mode = SH_MODE_BF16,
+                             .routing = r,
+                             .replicate = (uint64_t)copies * sh_expert_bytes(&c, SH_MODE_BF16)};
         CU_ASSERT_EQUAL_FATAL(sh_plan_make(&c, &q, &p), SH_OK);
         for (int rank = 0; rank < 10; rank++) {
             uint64_t weights = sh_plan_rank_memory(&c, p, rank).weights, n = 0;
             for (size_t i = 0; i < p->rank[rank]->n_experts; i++) n += p->rank[rank]->experts[i]->n_expert;
             uint64_t layers = (uint64_t)(p->rank[rank]->last - p->rank[rank]->first);
             CU_ASSERT(n <= layers * 4 + (uint64_t)copies); /* ⌈16/5⌉ each, and the copies */
-            CU_ASSERT_EQUAL(sh_weights_estimate(&c, p->rank[rank]->first, p->rank[rank]->last) - weights,
-                            (layers * (uint64_t)c.experts - n) * sh_expert_bytes(&c));
+            CU_ASSERT_EQUAL(sh_weights_estimate(&c, SH_MODE_BF16, p->rank[rank]->first, p->rank[rank]->last) - weights,
+                            (layers * (uint64_t)c.experts - n) * sh_expert_bytes(&c, SH_MODE_BF16));
         }
         sh_buf_clear(&text);
         CU_ASSERT_EQUAL(sh_placement_print(&c, r, p, &text), SH_OK);

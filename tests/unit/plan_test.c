@@ -348,7 +348,7 @@ static void test_rank_budget(void) {
         CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, i, 40960 * MIB, &left), SH_OK);
         CU_ASSERT_EQUAL(left, 40960 * MIB - m.weights - m.scratch - m.reserve);
     }
-    CU_ASSERT_EQUAL(total, sh_weights_estimate(&b31, 0, 60));
+    CU_ASSERT_EQUAL(total, sh_weights_estimate(&b31, SH_MODE_BF16, 0, 60));
     left = 7;
     CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, 1, 8192 * MIB, &left), SH_EMEMORY);
     CU_ASSERT_EQUAL(left, 7);
@@ -405,7 +405,7 @@ static void test_prefill(void) {
     CU_ASSERT_PTR_NOT_NULL(strstr((const char *)text.data, " + head; prompts on 2 more: layers 0-"));
     sh_buf_release(&text);
     uint64_t made = sh_plan_rank_memory(&e2b, p, 3).weights + sh_plan_rank_memory(&e2b, p, 4).weights;
-    uint64_t as_stage = sh_weights_estimate(&e2b, 0, 15);
+    uint64_t as_stage = sh_weights_estimate(&e2b, SH_MODE_BF16, 0, 15);
     CU_ASSERT_TRUE(made < as_stage && made > as_stage - as_stage / 10); /* less the last one's feed-forward */
     CU_ASSERT_EQUAL(p->max_seqs, 96);
     sh_kv_limits l;

@@ -200,7 +200,7 @@ static bool owned_once(const sh_config *c, const sh_choice *x) {
 static bool weights_add_up(const sh_config *c, const sh_choice *x) {
     uint64_t sum = 0, whole = 0;
     for (int i = 0; i < x->ranks; i++) sum += sh_plan_rank_memory(c, x->plan, i).weights;
-    whole = sh_weights_estimate(c, 0, c->n_layers);
+    whole = sh_weights_estimate(c, SH_MODE_BF16, 0, c->n_layers);
     if (x->shape.width > 1) return sum + sum / 1000 + 65536 >= whole;
     double slack = (c->ple ? 4.0 * c->ple : 0) * x->ranks + 64.0 * x->ranks; /* one vector for all layers */
     return fabs((double)sum - (double)whole) <= slack;

@@ -56,13 +56,13 @@ static void memory(void) {
     char dir[512];
     snprintf(dir, sizeof dir, "%s/configs/31b", SH_TEST_DATA);
     CU_ASSERT_EQUAL_FATAL(sh_config_load(dir, &c), SH_OK);
-    size_t whole = sh_weights_estimate(&c, 0, c.n_layers);
+    size_t whole = sh_weights_estimate(&c, SH_MODE_BF16, 0, c.n_layers);
     for (int parts = 2; parts <= 16; parts *= 2)
         for (int sum = 0; sum < 2; sum++) {
             size_t all = 0;
             for (int p = 0; p < parts; p++) {
                 sh_share s = {.parts = parts, .part = p, .sum = sum};
-                size_t one = sh_weights_estimate_share(&c, s, 0, c.n_layers);
+                size_t one = sh_weights_estimate_share(&c, SH_MODE_BF16, s, 0, c.n_layers);
                 CU_ASSERT(one < whole / (size_t)parts + whole / 50);
                 all += one;
             }

@@ -81,11 +81,13 @@ static void test_fixtures(void) {
         size_t p[2] = {0};
         CU_ASSERT_EQUAL_FATAL(sh_config_load(model[i], &c), SH_OK);
         CU_ASSERT_EQUAL_FATAL(sh_tensors_open(model[i], &t), SH_OK);
-        sh_status st = sh_weights_load(model[i], &c, (sh_share){0}, 0, c.n_layers, NULL, progressed, p, &w);
+        sh_status st =
+            sh_weights_load(model[i], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers},
+                            NULL, progressed, p, &w);
         if (st != SH_OK) printf("%s\n", sh_error_text());
         CU_ASSERT_EQUAL_FATAL(st, SH_OK);
         CU_ASSERT_EQUAL(p[0], p[1]);
-        CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, 0, c.n_layers));
+        CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, SH_MODE_BF16, 0, c.n_layers));
         for (int y = 0; y < c.n_layers; y++) check_layer(&c, t, y, &w->layer[y]);
         CU_ASSERT_EQUAL(differing(t, "model.language_model.embed_tokens.weight", 0, &w->head), 0);
         sh_weights_destroy(&w);
@@ -110,7 +112,10 @@ static void test_vectors(void) {
         sh_tensors *t = NULL;
         CU_ASSERT_EQUAL_FATAL(sh_config_load(model[i], &c), SH_OK);
         CU_ASSERT_EQUAL_FATAL(sh_tensors_open(model[i], &t), SH_OK);
-        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &c, (sh_share){0}, 0, c.n_layers, NULL, NULL, NULL, &w), SH_OK);
+        CU_ASSERT_EQUAL_FATAL(
+            sh_weights_load(model[i], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers},
+                            NULL, NULL, NULL, &w),
+            SH_OK);
         const sh_tensor *norm = sh_tensors_find(t, "model.language_model.norm.weight");
         const sh_tensor *scalar = sh_tensors_find(t, "model.language_model.layers.2.layer_scalar");
         const sh_tensor *post = sh_tensors_find(t, "model.language_model.layers.1.post_feedforward_layernorm.weight");
@@ -152,9 +157,11 @@ static void test_stages(void) {
         for (int first = 0, last; first < c.n_layers; first = last) {
             last = first + 2 < c.n_layers ? first + 2 : c.n_layers;
             sh_weights *w = NULL;
-            CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &c, (sh_share){0}, first, last, team, NULL, NULL, &w),
-                                  SH_OK);
-            CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, first, last));
+            CU_ASSERT_EQUAL_FATAL(
+                sh_weights_load(model[i], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = first, .last = last},
+                                team, NULL, NULL, &w),
+                SH_OK);
+            CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, SH_MODE_BF16, first, last));
             for (int y = first; y < last; y++) check_layer(&c, t, y, &w->layer[y - first]);
             CU_ASSERT_EQUAL(w->head.data != NULL, last == c.n_layers);
             CU_ASSERT_EQUAL(w->final_norm != NULL, last == c.n_layers);
@@ -168,9 +175,13 @@ static void test_stages(void) {
     sh_config c;
     sh_weights *w = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model[0], &c), SH_OK);
-    CU_ASSERT_EQUAL(sh_weights_load(model[0], &c, (sh_share){0}, 3, 3, NULL, NULL, NULL, &w), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_weights_load(model[0], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 3, .last = 3},
+                                    NULL, NULL, NULL, &w),
+                    SH_EINPUT);
     CU_ASSERT_STRING_EQUAL(sh_error_text(), "layers 3 to 3: the model has 12 layers");
-    CU_ASSERT_EQUAL(sh_weights_load(model[0], &c, (sh_share){0}, 3, 13, NULL, NULL, NULL, &w), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_weights_load(model[0], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 3, .last = 13},
+                                    NULL, NULL, NULL, &w),
+                    SH_EINPUT);
 }
 
 /* Ranks that only make K/V: no head, of the last layer what makes K/V, and nothing of the layers that share K/V. */
@@ -183,15 +194,21 @@ static void test_only_kv(void) {
         sh_config_prefill(&c);
         int last = c.kv_end - 1;
         CU_ASSERT_EQUAL(last + 1, all.first_shared);
-        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &c, (sh_share){0}, 0, last + 1, NULL, NULL, NULL, &w), SH_OK);
-        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &all, (sh_share){0}, 0, all.n_layers, NULL, NULL, NULL, &whole),
+        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &c,
+                                              &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = last + 1},
+                                              NULL, NULL, NULL, &w),
                               SH_OK);
+        CU_ASSERT_EQUAL_FATAL(
+            sh_weights_load(model[i], &all,
+                            &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = all.n_layers}, NULL, NULL,
+                            NULL, &whole),
+            SH_OK);
         const sh_layer_weights *a = &w->layer[last], *b = &whole->layer[last];
-        CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, 0, last + 1));
+        CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, SH_MODE_BF16, 0, last + 1));
         CU_ASSERT_TRUE(w->bytes < whole->bytes);
         CU_ASSERT_TRUE(!w->head.data && !w->final_norm && !a->q.data && !a->o.data && !a->gate.data && !a->down.data);
         CU_ASSERT_TRUE(!a->q_norm && !a->pre_ff_norm && !a->expert_gate_up && !a->ple_gate.data);
-        CU_ASSERT_EQUAL(memcmp(a->k.data, b->k.data, sh_wmat_bytes(b->k.n, b->k.k)), 0);
+        CU_ASSERT_EQUAL(memcmp(a->k.data, b->k.data, sh_wmat_bytes(SH_W_BF16, b->k.n, b->k.k)), 0);
         CU_ASSERT_EQUAL(memcmp(a->input_norm, b->input_norm, sizeof(float) * (size_t)c.hidden), 0);
         if (last > 0) CU_ASSERT_EQUAL(memcmp(w->layer[0].down.data, whole->layer[0].down.data, 64), 0);
         sh_weights_destroy(&w);
@@ -313,7 +330,8 @@ static void check_spelling(const char *from, const edit *e, bool tied) {
     CU_ASSERT_EQUAL_FATAL(sh_config_load(from, &c), SH_OK);
     c.tied = tied;
     CU_ASSERT_EQUAL_FATAL(sh_tensors_open(from, &t), SH_OK);
-    sh_status st = sh_weights_load(dir, &c, (sh_share){0}, 0, c.n_layers, NULL, NULL, NULL, &w);
+    sh_status st = sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers},
+                                   NULL, NULL, NULL, &w);
     if (st != SH_OK) printf("\n%s\n", sh_error_text());
     CU_ASSERT_EQUAL_FATAL(st, SH_OK);
     for (int y = 0; y < c.n_layers; y++) check_layer(&c, t, y, &w->layer[y]);
@@ -356,7 +374,9 @@ static void test_half(void) {
     sh_weights *w = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model[2], &c), SH_OK);
     rewrite(model[2], &(edit){.type = "F16"});
-    CU_ASSERT_EQUAL(sh_weights_load(dir, &c, (sh_share){0}, 0, c.n_layers, NULL, NULL, NULL, &w),
+    CU_ASSERT_EQUAL(sh_weights_load(dir, &c,
+                                    &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers}, NULL,
+                                    NULL, NULL, &w),
                     SH_OK); /* 8 bits of mantissa fit */
     sh_tensors *t = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_tensors_open(model[2], &t), SH_OK);
@@ -381,7 +401,10 @@ static void refused(int from, const edit *e, bool tied, sh_status code, const ch
     rewrite(model[from], e);
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model[from], &c), SH_OK);
     c.tied = tied;
-    CU_ASSERT_EQUAL(sh_weights_load(dir, &c, (sh_share){0}, 0, c.n_layers, NULL, NULL, NULL, &w), code);
+    CU_ASSERT_EQUAL(sh_weights_load(dir, &c,
+                                    &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers}, NULL,
+                                    NULL, NULL, &w),
+                    code);
     CU_ASSERT_PTR_NULL(w);
     sh_weights_destroy(&w);
     snprintf(want, sizeof want, "%s%s", dir, message);
@@ -451,13 +474,20 @@ static void test_held(void) {
         sh_config c;
         sh_weights *all = NULL, *w = NULL;
         CU_ASSERT_EQUAL_FATAL(sh_config_load(model[1], &c), SH_OK);
-        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[1], &c, (sh_share){0}, 1, 3, NULL, NULL, NULL, &all), SH_OK);
+        CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[1], &c,
+                                              &(sh_weights_options){.mode = SH_MODE_BF16, .first = 1, .last = 3}, NULL,
+                                              NULL, NULL, &all),
+                              SH_OK);
         rewrite(model[1], unfused ? &(edit){.unfuse = true}
                                   : &(edit){.type = "F32", .spoil = OLD "layers.2.experts.gate_up_proj"});
-        CU_ASSERT_EQUAL(sh_weights_load(dir, &c, (sh_share){0}, 1, 3, NULL, NULL, NULL, &w),
+        CU_ASSERT_EQUAL(sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 1, .last = 3},
+                                        NULL, NULL, NULL, &w),
                         unfused ? SH_OK : SH_EUNSUPPORTED);
         sh_weights_destroy(&w);
-        CU_ASSERT_EQUAL_FATAL(sh_weights_load_held(dir, &c, (sh_share){0}, &odd, 1, 3, NULL, NULL, NULL, &w), SH_OK);
+        CU_ASSERT_EQUAL_FATAL(
+            sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .held = odd, .first = 1, .last = 3},
+                            NULL, NULL, NULL, &w),
+            SH_OK);
         int absent = 0;
         for (int y = 0; y < 2; y++)
             for (int e = 0; e < c.experts; e++) {
@@ -466,10 +496,11 @@ static void test_held(void) {
                 absent += e % 2 == 0;
                 for (int i = 0; i < 2; i++) {
                     CU_ASSERT_EQUAL_FATAL(b[i]->data != NULL, e % 2 == 1);
-                    if (b[i]->data) CU_ASSERT(memcmp(a[i]->data, b[i]->data, sh_wmat_bytes(a[i]->n, a[i]->k)) == 0);
+                    if (b[i]->data)
+                        CU_ASSERT(memcmp(a[i]->data, b[i]->data, sh_wmat_bytes(SH_W_BF16, a[i]->n, a[i]->k)) == 0);
                 }
             }
-        CU_ASSERT_EQUAL(w->bytes, all->bytes - (size_t)absent * sh_expert_bytes(&c));
+        CU_ASSERT_EQUAL(w->bytes, all->bytes - (size_t)absent * sh_expert_bytes(&c, SH_MODE_BF16));
         sh_weights_destroy(&w);
         sh_weights_destroy(&all);
     }

@@ -1,0 +1,79 @@
+/* Formats of quantised weights: scales, codes, packing. Plain C; runs at load. See quant.h. */
+#include "model/kernels/quant.h"
+
+#include <string.h>
+
+float sh_half_to_float(uint16_t h) {
+    _Float16 v;
+    memcpy(&v, &h, sizeof v);
+    return (float)v;
+}
+
+uint16_t sh_float_to_half(float f) {
+    _Float16 v = (_Float16)f;
+    uint16_t h;
+    memcpy(&h, &v, sizeof h);
+    return h;
+}
+
+static float from_bf16(uint16_t b) {
+    uint32_t u = (uint32_t)b << 16;
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+/* Puts the codes of output o (0 … 31) of a block in place. */
+static void place_codes(sh_wtype t, uint8_t *codes, int o, const uint8_t *code) {
+    uint8_t *half = codes + (o / 16) * 64 + (o % 16) * 4;
+    if (t == SH_W_Q8) {
+        for (int i = 0; i < SH_Q8_GROUP; i++) half[i / 4 * 128 + i % 4] = code[i];
+        return;
+    }
+    for (int i = 0; i < SH_Q4_GROUP; i++) {
+        uint8_t *at = &half[i / 8 * 128 + i % 4];
+        *at = i % 8 < 4 ? code[i] : (uint8_t)(*at | code[i] << 4);
+    }
+}
+
+/* The block of group g of panel p. */
+static void pack_block(const sh_kernels *kn, sh_wtype t, uint8_t *block, const uint16_t *src, size_t ld, int n, int k,
+                       int p, int g) {
+    int size = sh_wtype_group(t), from = g * size, count = k - from < size ? k - from : size;
+    for (int o = 0; o < SH_PANEL; o++) {
+        int i = p * SH_PANEL + o;
+        float w[SH_Q8_GROUP > SH_Q4_GROUP ? SH_Q8_GROUP : SH_Q4_GROUP] = {0};
+        uint8_t code[sizeof w / sizeof *w];
+        for (int j = 0; i < n && j < count; j++) w[j] = from_bf16(src[(size_t)i * ld + (size_t)(from + j)]);
+        uint16_t scale = t == SH_W_Q8 ? kn->quant_q8(w, code) : kn->quant_q4(w, code);
+        memcpy(block + 2 * o, &scale, sizeof scale);
+        place_codes(t, block + 2 * SH_PANEL, o, code);
+    }
+}
+
+void sh_quant_pack(const sh_kernels *kn, sh_wtype t, void *dst, const uint16_t *src, size_t ld, int n, int k, int p0,
+                   int p1) {
+    int groups = sh_wtype_groups(t, k);
+    for (int p = p0; p < p1; p++)
+        for (int g = 0; g < groups; g++)
+            pack_block(kn, t, (uint8_t *)dst + ((size_t)p * (size_t)groups + (size_t)g) * sh_wtype_block(t), src, ld, n,
+                       k, p, g);
+}
+
+static int read_code(sh_wtype t, const uint8_t *codes, int o, int i) {
+    const uint8_t *half = codes + (o / 16) * 64 + (o % 16) * 4;
+    if (t == SH_W_Q8) return half[i / 4 * 128 + i % 4] - SH_Q8_ZERO;
+    int b = half[i / 8 * 128 + i % 4];
+    return (i % 8 < 4 ? b & 15 : b >> 4) - SH_Q4_ZERO;
+}
+
+void sh_quant_row(const sh_wmat *w, int i, float *out) {
+    int p = i / SH_PANEL, o = i % SH_PANEL, size = sh_wtype_group(w->type), groups = sh_wtype_groups(w->type, w->k);
+    for (int k = 0; k < w->k; k++) {
+        size_t at = (size_t)p * (size_t)groups + (size_t)(k / size);
+        const uint8_t *block = (const uint8_t *)w->data + at * sh_wtype_block(w->type);
+        uint16_t scale;
+        memcpy(&scale, block + 2 * o, sizeof scale);
+        out[k] = sh_half_to_float(scale) * (float)read_code(w->type, block + 2 * SH_PANEL, o, k % size);
+    }
+}
