@@ -123,10 +123,14 @@ static uint8_t *received(const sh_vocabulary *v, int member) {
     return v->recv + (v->n_recv > 1 ? (size_t)member * v->message_bytes : 0);
 }
 
-static sh_status start_send(sh_vocabulary *v, int member, kind what, int n, size_t bytes) {
+/* Before the first send: what is under way must stay as it is. */
+static void write_head(sh_vocabulary *v, kind what, int n, size_t bytes) {
     head h = {.magic = MAGIC, .kind = what, .n = n, .serial = v->serial, .bytes = bytes};
     memcpy(v->send, &h, sizeof h);
-    return v->o.link->ops->send(v->o.link, v->o.first_rank + member, SH_TAG_TENSOR, v->send, sizeof h + bytes,
+}
+
+static sh_status start_send(sh_vocabulary *v, int member, size_t bytes) {
+    return v->o.link->ops->send(v->o.link, v->o.first_rank + member, SH_TAG_TENSOR, v->send, sizeof(head) + bytes,
                                 &v->req[member]);
 }
 
@@ -220,14 +224,16 @@ static sh_status send_rest(sh_vocabulary *v, int n, const float *logits) {
     }
     size_t all = (size_t)(to - body(v->send));
     if (all == 0) return SH_OK;
-    SH_TRY(start_send(v, 0, REST, n, all));
+    write_head(v, REST, n, all);
+    SH_TRY(start_send(v, 0, all));
     return finish_send(v, 0);
 }
 
 static sh_status tell(sh_vocabulary *v, const sh_vocabulary_row *rows, int n, float *logits) {
     size_t bytes = 0;
     SH_TRY(make_digests(v, rows, n, logits, body(v->send), &bytes));
-    SH_TRY(start_send(v, 0, DIGESTS, n, bytes));
+    write_head(v, DIGESTS, n, bytes);
+    SH_TRY(start_send(v, 0, bytes));
     SH_TRY(finish_send(v, 0));
     for (;;) {
         SH_TRY(receive(v, 0, ASKS, n, &bytes));
@@ -259,7 +265,8 @@ static sh_status ask_all(sh_vocabulary *v, const sh_vocabulary_row *rows, int n)
     size_t bytes = (size_t)n * sizeof *v->ask;
     for (int i = 0; i < n; i++) SH_TRY(sh_sampler_ask(v->o.sampler, rows[i].seq, rows[i].pos, v->row[i], &v->ask[i]));
     memcpy(body(v->send), v->ask, bytes);
-    for (int m = 1; m < v->o.share.parts; m++) SH_TRY(start_send(v, m, ASKS, n, bytes));
+    write_head(v, ASKS, n, bytes);
+    for (int m = 1; m < v->o.share.parts; m++) SH_TRY(start_send(v, m, bytes));
     for (int m = 1; m < v->o.share.parts; m++) SH_TRY(finish_send(v, m));
     return SH_OK;
 }

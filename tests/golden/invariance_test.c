@@ -11,6 +11,13 @@
 #define N_SEQS  5
 #define CONTEXT 640
 
+/* A sanitizer is ten times slower: it sees some of the cuts, and plain C beside the best kernels. */
+#ifdef __SANITIZE_ADDRESS__
+enum { STRIDE = 4 };
+#else
+enum { STRIDE = 1 };
+#endif
+
 static const int lengths[N_SEQS] = {1, 7, 40, 131, 300};
 
 /* How one run goes about the same sequences. */
@@ -182,13 +189,13 @@ static void compare(const fixture *f, const way *w) {
 /* Every single cut, and one layer per stage: chunked prompts, all together, then decoding. */
 static void check_cuts(const fixture *f) {
     int every[SH_MAX_LAYERS];
-    for (int cut = 1; cut < f->c.n_layers; cut++) {
+    for (int i = 0; i < f->c.n_layers - 1; i++) every[i] = i + 1;
+    for (int cut = 1; cut < f->c.n_layers; cut += STRIDE) {
         char what[64];
         snprintf(what, sizeof what, "cut before layer %d", cut);
         bool last_only = cut & 1;
         compare(f, &(way){what, .chunk = 64, .together = true, .last_only = last_only, .threads = 1, .cuts = &cut,
                           .n_cuts = 1});
-        every[cut - 1] = cut;
     }
     for (int last_only = 0; f->c.n_layers > 1 && last_only < 2; last_only++)
         compare(f, &(way){"one layer per stage", .chunk = 64, .together = true, .last_only = last_only, .threads = 1,
@@ -199,6 +206,7 @@ static void check_isas(const fixture *f) {
     for (const char *const *isa = sh_kernels_levels; *isa; isa++) {
         const sh_kernels *kn;
         if (strcmp(*isa, "blas") == 0) continue; /* gives the promise up, and says so */
+        if (STRIDE > 1 && strncmp(*isa, "avx", 3) == 0) continue;
         if (sh_kernels_get(*isa, &kn) != SH_OK) {
             printf("%s: instruction set %s is not here\n", f->name, *isa);
             continue;

@@ -12,6 +12,12 @@
 
 #define MOST ((size_t)1 << 22)
 
+#ifdef __SANITIZE_ADDRESS__
+enum { MACHINES = 500 };
+#else
+enum { MACHINES = 10000 };
+#endif
+
 static sh_config e2b, e4b, b31, a4b;
 
 static int load(void) {
@@ -240,7 +246,7 @@ static void check_choice(const sh_config *c, const sh_search_options *o, sh_choi
 static void test_properties(void) {
     static sh_config c;
     int bad = 0, fitting = 0, refused = 0, searched = 0;
-    for (int i = 0; i < 10000; i++) {
+    for (int i = 0; i < MACHINES; i++) {
         random_config(&c);
         sh_cluster k = random_cluster();
         sh_workload w = {.bin = {{.prompt = 1 + upto(900), .output = 1 + upto(400), .requests = 1 + upto(1000)}},
