@@ -5,6 +5,7 @@
 #include <string.h>
 #include "common/clock.h"
 #include "common/mem.h"
+#include "partition/cost.h"
 
 struct sh_drive {
     sh_drive_options o;
@@ -40,10 +41,10 @@ static double head_params(const sh_config *c, int last) {
     return last == c->n_layers ? (double)c->vocab * c->hidden : 0;
 }
 
-double sh_drive_dense_bytes(const sh_config *c, int first, int last) {
+double sh_drive_dense_bytes(const sh_config *c, sh_mode mode, int first, int last) {
     double params = head_params(c, last);
     for (int i = first; i < last; i++) params += dense_params(c, i);
-    return 2 * params;
+    return sh_cost_weight_bytes(mode) * params;
 }
 
 /* Keys that a query at `pos` sees. */
@@ -83,7 +84,7 @@ static double touched_bytes(sh_drive *d) {
     double count = 0;
     for (size_t i = 0; i < n; i++) count += d->touched[i];
     memset(d->touched, 0, n);
-    return count * 2 * expert_params(d->o.config);
+    return count * sh_cost_weight_bytes(d->o.mode) * expert_params(d->o.config);
 }
 
 /* --- memory --------------------------------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ sh_status sh_drive_decode(sh_drive *d, int batch, sh_drive_count *out) {
         sh_batch b = {.n_rows = batch, .n_kept = batch, .n_spans = batch, .ids = d->next, .spans = d->spans};
         st = step(d, &b, &d->step_seconds[n.steps]);
         n.flops += batch * sh_drive_flops(o->config, o->first, o->last, pos, 1, 1);
-        n.weight_bytes += sh_drive_dense_bytes(o->config, o->first, o->last) + touched_bytes(d);
+        n.weight_bytes += sh_drive_dense_bytes(o->config, o->mode, o->first, o->last) + touched_bytes(d);
         n.kv_bytes += batch * sh_drive_kv_bytes(o->config, o->kv, o->first, o->last, pos);
     }
     sh_model_set_probe(d->model, NULL);

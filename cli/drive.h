@@ -49,7 +49,7 @@ sh_status sh_drive_prefill(sh_drive *d, sh_drive_count *out);
 sh_status sh_drive_decode(sh_drive *d, int batch, sh_drive_count *out);
 
 /* Weight bytes that one step of few rows reads, experts not counted. */
-double sh_drive_dense_bytes(const sh_config *c, int first, int last);
+double sh_drive_dense_bytes(const sh_config *c, sh_mode mode, int first, int last);
 /* Operations of `rows` rows from position `pos` of which `kept` go through every layer and to the head. */
 double sh_drive_flops(const sh_config *c, int first, int last, int pos, int rows, int kept);
 /* Bytes of keys and values that a row at position `pos` attends to. */
