@@ -89,7 +89,7 @@ int sh_facts_libraries(sh_library_fact *f, int max) {
 }
 
 void sh_facts_isa(char *to, size_t size) {
-    static const char *const levels[] = {"ref", "avx2", "avx512", "blas"};
+    const char *const *levels = sh_kernels_levels;
     const sh_kernels *k = NULL;
     if (sh_kernels_select(&k) != SH_OK) {
         snprintf(to, size, "none: %s", sh_error_text());
@@ -97,7 +97,7 @@ void sh_facts_isa(char *to, size_t size) {
     }
     size_t n = (size_t)snprintf(to, size, "%s (this CPU:", k->isa);
     const char *comma = " ";
-    for (size_t i = 0; i < sizeof levels / sizeof *levels && n < size; i++)
+    for (size_t i = 0; levels[i] && n < size; i++)
         if (sh_kernels_get(levels[i], &k) == SH_OK) {
             n += (size_t)snprintf(to + n, size - n, "%s%s", comma, levels[i]);
             comma = ", ";
