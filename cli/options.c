@@ -264,15 +264,15 @@ static const char *const kv_names[] = {"f32", "bf16", NULL};
 static const char *const reduce_names[] = {"gather", "sum", NULL};
 
 int sh_options_shared(sh_shared_options *s, sh_option *t) {
-    *s = (sh_shared_options){.mode_at = 1, .kv_at = -1};
+    *s = (sh_shared_options){.mode_at = -1, .kv_at = -1};
     const sh_option all[] = {
         {.kind = SH_OPTION_NOTE, .help = "Model and numbers:"},
         {"model", 'm', SH_OPTION_TEXT, &s->model, "MODEL",
          "Hugging Face checkpoint folder of a Gemma 4 model (default: the demo model)"},
-        {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE", "numeric mode: exact, bf16, q8 or q4 (default bf16)",
-         .choices = mode_names},
+        {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE",
+         "numeric mode: exact, bf16, q8 or q4 (default bf16, or the plan's)", .choices = mode_names},
         {"kv", 0, SH_OPTION_CHOICE, &s->kv_at, "TYPE",
-         "type of the KV cache: f32 or bf16 (default f32 with exact, else bf16)", .choices = kv_names},
+         "type of the KV cache: f32 or bf16 (default f32 with exact, else bf16; or the plan's)", .choices = kv_names},
         {"max-context", 0, SH_OPTION_INT, &s->max_context, "N",
          "longest prompt and output together, in tokens (default: the model's, at most 131072)", 1, INT_MAX},
         {"seed", 0, SH_OPTION_U64, &s->seed, "N", "for requests without a seed (default 0)"},
@@ -319,7 +319,7 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
 }
 
 sh_mode sh_options_mode(const sh_shared_options *s) {
-    return (sh_mode)s->mode_at; /* the choices are in its order */
+    return s->mode_at >= 0 ? (sh_mode)s->mode_at : SH_MODE_BF16; /* the choices are in its order */
 }
 
 sh_kv_type sh_options_kv(const sh_shared_options *s) {

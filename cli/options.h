@@ -71,7 +71,7 @@ typedef struct sh_shared_options {
     int tp_reduce_at;   /* place in the choices: 0 gather, 1 sum */
     const char *cuts;   /* NULL: not given */
     const char *plan;   /* file, see planuse.h; NULL: not given */
-    int mode_at, kv_at; /* place in the choices; kv_at −1: not given */
+    int mode_at, kv_at; /* place in the choices; −1: not given */
     uint64_t kv_memory;
     const char *routing; /* NULL: not given */
     uint64_t replicate;

@@ -29,17 +29,20 @@ static sh_status check_options(const sh_shared_options *s, const Shoal__Plan *p)
     SH_TRY(left_to_plan("--cuts", s->cuts));
     SH_TRY(left_to_plan("--routing", s->routing));
     SH_TRY(same_number("-n", s->ranks, (int)p->n_rank));
-    if (s->mode_at == 0 && strcmp(p->mode, "exact") != 0)
-        SH_FAIL(SH_EINPUT, "--mode: exact, but the plan says %s: edit the plan", p->mode);
+    if (s->mode_at >= 0 && strcmp(sh_mode_name(sh_options_mode(s)), p->mode) != 0)
+        SH_FAIL(SH_EINPUT, "--mode: %s, but the plan says %s: edit the plan", sh_mode_name(sh_options_mode(s)),
+                p->mode);
     if (s->kv_at >= 0 && strcmp(sh_kv_type_name(sh_options_kv(s)), p->kv) != 0)
         SH_FAIL(SH_EINPUT, "--kv: %s, but the plan says %s: edit the plan", sh_kv_type_name(sh_options_kv(s)), p->kv);
     return SH_OK;
 }
 
-static void take(sh_shared_options *s, const sh_config *c, Shoal__Plan *p) {
+static sh_status take(sh_shared_options *s, const sh_config *c, Shoal__Plan *p) {
+    sh_mode mode;
+    SH_TRY(sh_mode_parse(p->mode, &mode));
+    s->mode_at = (int)mode;
     s->ranks = (int)p->n_rank;
     if (!s->replicas && p->has_replicas) s->replicas = p->replicas;
-    s->mode_at = strcmp(p->mode, "exact") == 0 ? 0 : 1;
     s->kv_at = strcmp(p->kv, "f32") == 0 ? 0 : 1;
     /* what is given beside the plan counts; the plan is changed to it */
     if (s->threads) p->threads = s->threads;
@@ -50,6 +53,7 @@ static void take(sh_shared_options *s, const sh_config *c, Shoal__Plan *p) {
     s->threads = p->threads;
     /* the usual one goes without saying: a job begun without this plan may go on with it */
     if (p->max_context != sh_config_usual_context(c)) s->max_context = p->max_context;
+    return SH_OK;
 }
 
 sh_status sh_plan_use(sh_shared_options *s, const sh_config *c, Shoal__Plan **out) {
@@ -62,10 +66,8 @@ sh_status sh_plan_use(sh_shared_options *s, const sh_config *c, Shoal__Plan **ou
     sh_status st = sh_plan_read(s->plan, text, len, c, &p);
     free(text);
     if (st == SH_OK) st = check_options(s, p);
-    if (st == SH_OK) {
-        take(s, c, p);
-        st = sh_plan_check(c, p);
-    }
+    if (st == SH_OK) st = take(s, c, p);
+    if (st == SH_OK) st = sh_plan_check(c, p);
     if (st != SH_OK) {
         sh_plan_free(&p);
         return st == SH_EIO || st == SH_EFORMAT ? sh_error_prefix(SH_EINPUT, "--plan") : sh_error_prefix(st, "--plan");

@@ -112,6 +112,24 @@ def edited(c, s):
         c.check(option[0], rc == 2 and said in err, (rc, err))
 
 
+def quantized(c, s):
+    """The mode is the plan's, in the run's words and in what its store says the rows were made with."""
+    path, requests = s.file("q8.json"), [st.completion(f"r{i}", list(range(5, 25)), max_tokens=4, temperature=0) for i in range(2)]
+    box = ("--machine", os.path.join(MACHINES, "box-24g.json"), "--brief")
+    rc, _, err = plan(s, "-m", st.DEMO, *box, "--mode", "q8", "--pp", 2, "--replicas", 1, "-o", path)
+    c.check("q8 plan written", rc == 0 and json.load(open(path))["mode"] == "q8", (rc, err))
+    run = ("--plan", path, "--launcher", "local", "--progress", "plain")
+    rc, rows, err = st.run(s, st.DEMO, requests, *run, "--keep-store", name="q8")
+    c.check("q8 plan runs as q8", rc == 0 and len(rows) == 2 and "mode q8" in err, (rc, err))
+    job = json.load(open(s.file("q8.out.jsonl.store/job.json")))
+    c.check("the store says q8", job["--mode"] == "q8", job)
+    rc, _, err = st.run(s, st.DEMO, requests, *run, "--mode", "q8")
+    c.check("the same mode beside it", rc == 0, (rc, err))
+    for mode in ("bf16", "q4"):
+        rc, _, err = st.run(s, st.DEMO, requests, *run, "--mode", mode)
+        c.check(f"q8 plan, --mode {mode}", rc == 2 and f"--mode: {mode}, but the plan says q8" in err, (rc, err))
+
+
 def beside_measured(c, s):
     requests = [st.completion(f"r{i}", list(range(5, 25)), max_tokens=8, temperature=0) for i in range(6)]
     st.write_lines(s.file("p.jsonl"), requests)
@@ -131,6 +149,7 @@ def main():
         from_files(c, s)
         workloads(c, s)
         edited(c, s)
+        quantized(c, s)
         beside_measured(c, s)
         measured_once(c, s)
         c.check("nothing left behind", not st.left_behind(s), st.left_behind(s, 0))
