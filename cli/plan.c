@@ -63,19 +63,11 @@ static sh_status load_subject(const char *model, subject *s) {
 }
 
 static sh_status save_machine(const command *k, const Shoal__Machine *m) {
-    sh_buf text;
-    sh_file_writer *w = NULL;
-    if (!k->save_machine) return SH_OK;
+    SH_CLEANUP(sh_buf_release) sh_buf text;
     sh_buf_init(&text, 0);
-    sh_status st = sh_protojson_write(&m->base, &text);
-    if (st == SH_OK) st = sh_file_writer_open(k->save_machine, &w);
-    if (st == SH_OK) st = sh_file_writer_add(w, text.data, text.len);
-    if (st == SH_OK)
-        st = sh_file_writer_commit(&w);
-    else
-        sh_file_writer_destroy(&w);
-    sh_buf_release(&text);
-    return st;
+    if (!k->save_machine) return SH_OK;
+    SH_TRY(sh_protojson_write(&m->base, &text));
+    return sh_file_write(k->save_machine, text.data, text.len);
 }
 
 static sh_status load_machine(command *k) {
@@ -131,27 +123,16 @@ static sh_status head(const command *k, const subject *s, const char *mode, cons
 }
 
 static sh_status write_plan(const command *k, const sh_search_options *o, sh_choice *x) {
-    sh_buf text;
-    sh_file_writer *w = NULL;
+    SH_CLEANUP(sh_buf_release) sh_buf text;
     char note[700];
+    sh_buf_init(&text, 0);
     snprintf(note, sizeof note, "%.0f requests of %.0f prompt and %.0f output tokens (%s)", k->work.requests,
              sh_workload_mean_prompt(&k->work), sh_workload_mean_output(&k->work), k->work_note);
     SH_TRY(sh_explain_annotate(o, note, x));
-    sh_buf_init(&text, 0);
-    sh_status st = sh_protojson_write(&x->plan->base, &text);
-    if (st == SH_OK && strcmp(k->output, "-") == 0) {
-        fwrite(text.data, 1, text.len, stdout);
-        sh_buf_release(&text);
-        return SH_OK;
-    }
-    if (st == SH_OK) st = sh_file_writer_open(k->output, &w);
-    if (st == SH_OK) st = sh_file_writer_add(w, text.data, text.len);
-    if (st == SH_OK)
-        st = sh_file_writer_commit(&w);
-    else
-        sh_file_writer_destroy(&w);
-    sh_buf_release(&text);
-    return st;
+    SH_TRY(sh_protojson_write(&x->plan->base, &text));
+    if (strcmp(k->output, "-") != 0) return sh_file_write(k->output, text.data, text.len);
+    fwrite(text.data, 1, text.len, stdout);
+    return SH_OK;
 }
 
 static void flush(sh_buf *b, bool to_stderr) {

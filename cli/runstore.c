@@ -18,11 +18,7 @@
 static sh_status write_json(const char *path, const json_t *j) {
     char *text = json_dumps(j, JSON_INDENT(1) | JSON_PRESERVE_ORDER);
     if (!text) SH_FAIL(SH_EMEMORY, "%s: no memory to write it", path);
-    sh_file_writer *w = NULL;
-    sh_status st = sh_file_writer_open(path, &w);
-    if (st == SH_OK) st = sh_file_writer_add(w, text, strlen(text));
-    if (st == SH_OK) st = sh_file_writer_commit(&w);
-    sh_file_writer_destroy(&w);
+    sh_status st = sh_file_write(path, text, strlen(text));
     free(text);
     return st;
 }

@@ -594,16 +594,13 @@ static void await_times(sh_session *s) {
 static sh_status write_routing(const sh_session *s, const Shoal__Routing *m, const char *path) {
     static sh_config c;
     SH_CLEANUP(sh_routing_destroy) sh_routing *r = NULL;
-    SH_CLEANUP(sh_file_writer_destroy) sh_file_writer *w = NULL;
     SH_CLEANUP(sh_buf_release) sh_buf text;
     sh_buf_init(&text, 0);
     SH_TRY(sh_config_load(s->o.model, &c));
     SH_TRY(sh_routing_create(&c, &r));
     SH_TRY(sh_routing_add(r, m));
     SH_TRY(sh_routing_print(r, &text));
-    SH_TRY(sh_file_writer_open(path, &w));
-    SH_TRY(sh_file_writer_add(w, text.data, text.len));
-    return sh_file_writer_commit(&w);
+    return sh_file_write(path, text.data, text.len);
 }
 
 /* Ranks tell their counts with the heartbeat: the last ones are there after a little more than its time. */

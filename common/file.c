@@ -174,6 +174,13 @@ sh_status sh_file_writer_commit(sh_file_writer **wp) {
     return SH_OK;
 }
 
+sh_status sh_file_write(const char *path, const void *p, size_t n) {
+    SH_CLEANUP(sh_file_writer_destroy) sh_file_writer *w = NULL;
+    SH_TRY(sh_file_writer_open(path, &w));
+    SH_TRY(sh_file_writer_add(w, p, n));
+    return sh_file_writer_commit(&w);
+}
+
 /* The pid of "NAME.tmp.PID"; 0: something else. */
 static pid_t writer_of(const char *entry, const char *name) {
     size_t n = strlen(name);

@@ -44,5 +44,7 @@ sh_status sh_file_writer_sweep(const char *path);
 /* Syncs and renames; on failure the temporary file is removed and PATH is as it was. Always frees. */
 sh_status sh_file_writer_commit(sh_file_writer **w);
 void sh_file_writer_destroy(sh_file_writer **w); /* gives up: PATH is as it was */
+/* A whole file at once. */
+sh_status sh_file_write(const char *path, const void *p, size_t n);
 
 #endif
