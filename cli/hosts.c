@@ -33,6 +33,13 @@ static bool is_first(const char *list, const char *entry) {
     return true;
 }
 
+int sh_hosts_count(const char *list) {
+    int n = 0;
+    if (!list || !*list) return 1;
+    for (const char *s = list; s; s = next_entry(s)) n += is_first(list, s);
+    return n;
+}
+
 static sh_status add_host(const char *list, const char *host, sh_buf *out) {
     for (const char *s = list; s; s = next_entry(s)) {
         if (!same_host(s, host)) continue;
@@ -43,11 +50,9 @@ static sh_status add_host(const char *list, const char *host, sh_buf *out) {
 }
 
 sh_status sh_hosts_divide(const char *list, int k, int groups, sh_buf *out, int *part, int *parts) {
-    long hosts = 0, at = 0;
-    for (const char *s = list; s; s = next_entry(s)) {
+    long hosts = sh_hosts_count(list), at = 0;
+    for (const char *s = list; s; s = next_entry(s))
         if (name_len(s) == 0) SH_FAIL(SH_EINPUT, "--hosts: '%s' has an entry without a name", list);
-        hosts += is_first(list, s);
-    }
     long first = hosts * k / groups, last = hosts * (k + 1) / groups;
     *part = 0;
     *parts = 1;

@@ -5,9 +5,10 @@
 
 #include "common/buf.h"
 
+/* How many hosts a list names: entries with the same name are one; 1 for this machine alone (NULL or ""). */
+int sh_hosts_count(const char *list);
 /* What the k-th of `groups` groups gets, as a text appended to `out`. With as many hosts as groups or more, hosts of
- * its own; else one host, on which it is group *part of *parts. Entries with the same name are one host. SH_EINPUT: an
- * entry without a name. */
+ * its own; else one host, on which it is group *part of *parts. SH_EINPUT: an entry without a name. */
 sh_status sh_hosts_divide(const char *list, int k, int groups, sh_buf *out, int *part, int *parts);
 /* Appends the hosts of Slurm's notation, "a[01-03,7],b" → "a01,a02,a03,a7,b". SH_EINPUT: not that notation. */
 sh_status sh_hosts_expand(const char *nodelist, sh_buf *out);

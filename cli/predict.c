@@ -11,14 +11,6 @@ void sh_prediction_release(sh_prediction *p) {
     *p = (sh_prediction){0};
 }
 
-static sh_status load_cluster(int nodes, sh_cluster *out) {
-    Shoal__Machine *m = NULL;
-    SH_TRY(sh_probe_machine(SH_PROBE_CACHED, &m));
-    sh_status st = sh_cluster_of(m, nodes, out);
-    shoal__machine__free_unpacked(m, NULL);
-    return st;
-}
-
 /* Fewer threads than the rank's share of the cores do less. */
 static sh_cost_rates rates_of(const sh_cluster *c, const Shoal__Plan *p, int per_node) {
     sh_cost_rates r = sh_cluster_rates(c, per_node);
@@ -40,7 +32,7 @@ sh_status sh_predict_run(const sh_predict_options *o, sh_prediction *out) {
     sh_cluster c;
     sh_forecast f;
     if (!(o->requests >= 1)) SH_FAIL(SH_EINPUT, "no requests were answered");
-    SH_TRY(load_cluster(o->nodes, &c));
+    SH_TRY(sh_probe_cluster(o->nodes, &c));
     sh_workload w = {.bin = {{.prompt = fmax(1, o->tokens_in / o->requests),
                               .output = fmax(1, o->tokens_out / o->requests),
                               .requests = o->requests}},

@@ -50,19 +50,11 @@ static bool read_cache(const char *path, Shoal__Machine **out) {
 }
 
 static sh_status write_cache(const char *folder, const char *path, const Shoal__Machine *m) {
-    sh_buf text;
-    sh_file_writer *w = NULL;
+    SH_CLEANUP(sh_buf_release) sh_buf text;
     sh_buf_init(&text, 0);
-    sh_status st = sh_protojson_write(&m->base, &text);
-    if (st == SH_OK) st = sh_dir_make(folder);
-    if (st == SH_OK) st = sh_file_writer_open(path, &w);
-    if (st == SH_OK) st = sh_file_writer_add(w, text.data, text.len);
-    if (st == SH_OK)
-        st = sh_file_writer_commit(&w);
-    else
-        sh_file_writer_destroy(&w);
-    sh_buf_release(&text);
-    return st;
+    SH_TRY(sh_protojson_write(&m->base, &text));
+    SH_TRY(sh_dir_make(folder));
+    return sh_file_write(path, text.data, text.len);
 }
 
 /* --- the message ---------------------------------------------------------------------------------------------------
@@ -189,4 +181,12 @@ sh_status sh_probe_machine(sh_probe_how how, Shoal__Machine **out) {
     }
     *out = x;
     return SH_OK;
+}
+
+sh_status sh_probe_cluster(int nodes, sh_cluster *out) {
+    Shoal__Machine *m = NULL;
+    SH_TRY(sh_probe_machine(SH_PROBE_CACHED, &m));
+    sh_status st = sh_cluster_of(m, nodes, out);
+    shoal__machine__free_unpacked(m, NULL);
+    return st;
 }

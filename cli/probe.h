@@ -17,5 +17,7 @@ typedef enum sh_probe_how {
 
 /* The description as a message (shoal__machine__free_unpacked). A cache that cannot be written is no failure. */
 sh_status sh_probe_machine(sh_probe_how how, Shoal__Machine **out);
+/* So many nodes like this one, with what is known of its speed: measures nothing. */
+sh_status sh_probe_cluster(int nodes, sh_cluster *out);
 
 #endif

@@ -225,11 +225,11 @@ static sh_status take_allocation(run *r) {
 /* One rank for each NUMA node, on each node of an allocation (taken to be like this one); less where groups share a
  * node. */
 static sh_status choose_ranks(run *r, int numa, int most) {
-    int part = 0, parts = r->replicas, nodes = 1;
+    int part = 0, parts = r->replicas;
     sh_buf list;
     sh_buf_init(&list, 0);
     sh_status st = r->hosts ? sh_hosts_divide(r->hosts, 0, r->replicas, &list, &part, &parts) : SH_OK;
-    for (size_t i = 0; r->slurm_hosts.len && i < list.len; i++) nodes += list.data[i] == ',';
+    int nodes = r->slurm_hosts.len ? sh_hosts_count((const char *)list.data) : 1;
     sh_buf_release(&list);
     r->ranks = numa > parts ? numa / parts : 1;
     r->ranks = r->ranks > most / nodes ? most : r->ranks * nodes;
@@ -239,18 +239,13 @@ static sh_status choose_ranks(run *r, int numa, int most) {
 /* Where nothing is said and there is a choice: what the planner takes, with what is known of this machine's speed. The
  * nodes of an allocation are taken to be like this one. */
 static sh_status choose_plan(run *r, const sh_machine *machine) {
-    int nodes = 1;
     bool chosen = false;
     sh_cluster k;
-    Shoal__Machine *m = NULL;
     if (r->launcher || (r->hosts && !r->slurm_hosts.len)) return SH_OK; /* somebody else's choice */
-    for (size_t i = 0; i < r->slurm_hosts.len; i++) nodes += r->slurm_hosts.data[i] == ',';
+    int nodes = sh_hosts_count(r->hosts);
     if (nodes * machine->n_numa < 2) return SH_OK;
-    SH_TRY(sh_probe_machine(SH_PROBE_CACHED, &m));
-    sh_status st = sh_cluster_of(m, nodes, &k);
-    shoal__machine__free_unpacked(m, NULL);
-    if (st == SH_OK) st = sh_plan_choose(&r->shared, r->config, &k, (double)r->scanned.lines, &chosen);
-    return st;
+    SH_TRY(sh_probe_cluster(nodes, &k));
+    return sh_plan_choose(&r->shared, r->config, &k, (double)r->scanned.lines, &chosen);
 }
 
 static sh_status check_ranks(run *r) {
@@ -320,9 +315,7 @@ static int answer_nothing(run *r) {
     sh_progress_warn(&r->progress, "-i: %s: is empty: nothing to answer", r->input);
     drop_stream(r);
     if (strcmp(r->output, "-") == 0) return SH_EXIT_OK;
-    sh_file_writer *w = NULL;
-    sh_status st = sh_file_writer_open(r->output, &w);
-    if (st == SH_OK) st = sh_file_writer_commit(&w);
+    sh_status st = sh_file_write(r->output, "", 0);
     return st == SH_OK ? SH_EXIT_OK : complain(r, st);
 }
 
@@ -338,13 +331,11 @@ static int say_interrupted(run *r, sh_session *s) {
 
 /* What the planner would have said of these tokens; nothing where it cannot say. */
 static void predict(const run *r, sh_closing *c, sh_prediction *p) {
-    int nodes = 1;
-    for (const char *h = r->hosts; h && *h; h++) nodes += *h == ',';
     double share = c->tokens_out > 0 ? (double)c->tokens_out_now / (double)c->tokens_out : 1; /* of this run */
     sh_predict_options o = {.config = r->config,
                             .plan = r->planned,
                             .replicas = r->replicas,
-                            .nodes = nodes,
+                            .nodes = sh_hosts_count(r->hosts),
                             .tokens_in = (double)c->tokens_in_now,
                             .tokens_out = (double)c->tokens_out_now};
     for (int i = 0; i < c->outcomes->n; i++)

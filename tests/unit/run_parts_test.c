@@ -148,6 +148,10 @@ static void test_hosts(void) {
     sh_buf b;
     int part, parts;
     sh_buf_init(&b, 0);
+    CU_ASSERT_EQUAL(sh_hosts_count("a,b:2,c"), 3);
+    CU_ASSERT_EQUAL(sh_hosts_count("a:4,b,a:2"), 2);
+    CU_ASSERT_EQUAL(sh_hosts_count(""), 1);
+    CU_ASSERT_EQUAL(sh_hosts_count(NULL), 1);
     CU_ASSERT_EQUAL(sh_hosts_divide("a,,b", 0, 2, &b, &part, &parts), SH_EINPUT);
     CU_ASSERT_STRING_EQUAL(sh_error_text(), "--hosts: 'a,,b' has an entry without a name");
     sh_buf_release(&b);
