@@ -79,6 +79,7 @@ void sh_dispatch_destroy(sh_dispatch **dp) {
     free(d->group);
     free(d->waiting);
     sh_buf_release(&d->out);
+    sh_routing_destroy(&d->routing);
     free(d);
     *dp = NULL;
 }

@@ -19,6 +19,7 @@
 #include "common/hash.h"
 #include "common/json.h"
 #include "coordinator/coordinator.h"
+#include "partition/routing.h"
 #include "proto/client.h"
 #include "proto/group.pb-c.h"
 
@@ -42,7 +43,7 @@ typedef struct server {
 } server;
 
 typedef struct server_options {
-    const char *store, *socket, *cuts;
+    const char *store, *socket, *cuts, *routing;
     bool run;
     sh_mode mode;
     uint64_t seed;
@@ -59,7 +60,8 @@ static int server_main(char **arg) {
                               .seed = (uint64_t)atoi(arg[6]),
                               .file_limit = (rlim_t)atoi(arg[7]),
                               .load_ms = atoi(arg[8]),
-                              .groups = atoi(arg[9])};
+                              .groups = atoi(arg[9]),
+                              .routing = arg[10][0] ? arg[10] : NULL};
     if (o.file_limit) {
         signal(SIGXFSZ, SIG_IGN);
         setrlimit(RLIMIT_FSIZE, &(struct rlimit){o.file_limit, o.file_limit});
@@ -71,6 +73,7 @@ static int server_main(char **arg) {
                                 .mode = o.mode,
                                 .kv = SH_KV_F32,
                                 .cuts = o.cuts,
+                                .routing = o.routing,
                                 .max_seqs = 4,
                                 .chunk = 64,
                                 .heartbeat_ms = 300,
@@ -91,7 +94,8 @@ static void server_exec(const server_options *o, const char *endpoint, int fd) {
     for (int i = 0; i < 7; i++) snprintf(number[i], sizeof number[i], "%lld", value[i]);
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that gives up leaves nothing behind */
     execl("/proc/self/exe", "coordinator_test", "--server", endpoint, o->store, number[0], number[1],
-          o->cuts ? o->cuts : "", number[2], number[3], number[4], number[5], number[6], (char *)NULL);
+          o->cuts ? o->cuts : "", number[2], number[3], number[4], number[5], number[6], o->routing ? o->routing : "",
+          (char *)NULL);
     _exit(99);
 }
 
@@ -1089,8 +1093,34 @@ static void test_slow_loading(void) {
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
 }
 
+/* Counts of experts for a group that has no ranks to divide experts among: it hears so. What was read is freed: the
+ * leak check decides the exit status. */
+static void test_routing(void) {
+    server s;
+    char path[200];
+    static sh_config c; /* a large table */
+    sh_buf text;
+    sh_routing *r = NULL;
+    snprintf(path, sizeof path, "%s/routing.json", dir);
+    sh_buf_init(&text, 0);
+    CU_ASSERT_EQUAL_FATAL(sh_config_load(model, &c), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_routing_create(&c, &r), SH_OK);
+    for (int i = 0; i < r->layers * r->experts; i++) r->chosen[i] = (uint64_t)(1 + i % 7);
+    CU_ASSERT_EQUAL_FATAL(sh_routing_print(r, &text), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_file_write(path, text.data, text.len), SH_OK);
+    sh_buf_release(&text);
+    sh_routing_destroy(&r);
+    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("routing"), .routing = path}, NULL));
+    fake f;
+    fake_open(&f, s.endpoint, "g");
+    for (double end = sh_now() + 60; !f.left && sh_now() < end;) fake_turn(&f);
+    CU_ASSERT_STRING_EQUAL(f.reason, "--routing: places experts on the ranks of a stage: give --ep too");
+    sh_wire_close(&f.wire);
+    CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
+}
+
 int main(int argc, char **argv) {
-    if (argc == 12 && strcmp(argv[1], "--server") == 0) return server_main(argv + 2);
+    if (argc == 13 && strcmp(argv[1], "--server") == 0) return server_main(argv + 2);
     snprintf(dir, sizeof dir, "/tmp/shoal-coord-XXXXXX");
     if (!mkdtemp(dir) || CU_initialize_registry() != CUE_SUCCESS) return 1;
     CU_pSuite s = CU_add_suite("coordinator", NULL, NULL);
@@ -1110,6 +1140,7 @@ int main(int argc, char **argv) {
     CU_add_test(s, "a request that ends groups", test_poison);
     CU_add_test(s, "groups that end by themselves", test_bad_groups);
     CU_add_test(s, "groups that do not load", test_slow_loading);
+    CU_add_test(s, "counts of experts", test_routing);
     CU_basic_set_mode(CU_BRM_VERBOSE);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures() + CU_get_number_of_tests_failed();
