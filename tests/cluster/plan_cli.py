@@ -113,14 +113,14 @@ def edited(c, s):
 
 
 def quantized(c, s):
-    """The mode is the plan's, in the run's words and in what its store says the rows were made with."""
+    """The mode is the plan's, also in what the store says the rows were made with."""
     path, requests = s.file("q8.json"), [st.completion(f"r{i}", list(range(5, 25)), max_tokens=4, temperature=0) for i in range(2)]
     box = ("--machine", os.path.join(MACHINES, "box-24g.json"), "--brief")
     rc, _, err = plan(s, "-m", st.DEMO, *box, "--mode", "q8", "--pp", 2, "--replicas", 1, "-o", path)
     c.check("q8 plan written", rc == 0 and json.load(open(path))["mode"] == "q8", (rc, err))
-    run = ("--plan", path, "--launcher", "local", "--progress", "plain")
+    run = ("--plan", path, "--launcher", "local")
     rc, rows, err = st.run(s, st.DEMO, requests, *run, "--keep-store", name="q8")
-    c.check("q8 plan runs as q8", rc == 0 and len(rows) == 2 and "mode q8" in err, (rc, err))
+    c.check("q8 plan runs as q8", rc == 0 and len(rows) == 2, (rc, err))
     job = json.load(open(s.file("q8.out.jsonl.store/job.json")))
     c.check("the store says q8", job["--mode"] == "q8", job)
     rc, _, err = st.run(s, st.DEMO, requests, *run, "--mode", "q8")
