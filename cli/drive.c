@@ -44,7 +44,7 @@ static double head_params(const sh_config *c, int last) {
 double sh_drive_dense_bytes(const sh_config *c, sh_mode mode, int first, int last) {
     double params = head_params(c, last);
     for (int i = first; i < last; i++) params += dense_params(c, i);
-    return sh_cost_weight_bytes(mode) * params;
+    return sh_mode_weight_bytes(mode) * params;
 }
 
 /* Keys that a query at `pos` sees. */
@@ -84,7 +84,7 @@ static double touched_bytes(sh_drive *d) {
     double count = 0;
     for (size_t i = 0; i < n; i++) count += d->touched[i];
     memset(d->touched, 0, n);
-    return count * sh_cost_weight_bytes(d->o.mode) * expert_params(d->o.config);
+    return count * sh_mode_weight_bytes(d->o.mode) * expert_params(d->o.config);
 }
 
 /* --- memory --------------------------------------------------------------------------------------------------------

@@ -113,6 +113,13 @@ int64_t sh_layer_params(const sh_config *c, int layer);
 size_t sh_weights_estimate(const sh_config *c, sh_mode mode, int first, int last);
 /* Of these, the bytes of one expert of one layer: a member that does not hold it has them less. */
 size_t sh_expert_bytes(const sh_config *c, sh_mode mode);
+/* Bytes of one weight of a large matrix, its part of the scales included. */
+double sh_mode_weight_bytes(sh_mode mode);
+/* Bytes of a row on its way to an expert, as the expert's kernel takes it: f32 in exact mode, bf16 in bf16 mode, in q8
+ * and q4 the codes, scales and sums of sh_qrows. Bytes of a result: f32 in exact mode, else bf16. */
+size_t sh_expert_row_bytes(const sh_config *c, sh_mode mode);
+size_t sh_expert_result_bytes(const sh_config *c, sh_mode mode);
+#define SH_PART_ROWS 512 /* rows that pass a layer at a time: bounds its scratch, and is plenty for speed */
 /* Where experts are spread over so many members: the most rows of a member that pass a layer at a time. All members'
  * together bound what the exchange and the experts' scratch take. */
 int sh_expert_part_rows(int max_rows, int members);

@@ -9,8 +9,6 @@
 #include "model/peers.h"
 #include "model/weights.h"
 
-#define SH_PART_ROWS 512 /* rows that pass a layer at a time: bounds its scratch, and is plenty for speed */
-
 typedef struct sh_model sh_model;
 
 typedef struct sh_model_options {

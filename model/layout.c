@@ -2,6 +2,7 @@
 #include "model/layout.h"
 
 #include <stdlib.h>
+#include "model/linear.h"
 
 typedef struct cursor {
     char *base;
@@ -123,10 +124,25 @@ size_t sh_expert_bytes(const sh_config *c, sh_mode mode) {
     return sh_wmat_bytes(t, 2 * c->expert_ff, c->hidden) + sh_wmat_bytes(t, c->hidden, c->expert_ff);
 }
 
+double sh_mode_weight_bytes(sh_mode mode) {
+    sh_wtype t = sh_mode_wtype(mode);
+    return t == SH_W_BF16 ? 2 : (double)sh_wtype_block(t) / (SH_PANEL * sh_wtype_group(t));
+}
+
+size_t sh_expert_row_bytes(const sh_config *c, sh_mode mode) {
+    sh_wtype type = sh_mode_wtype(mode);
+    if (type != SH_W_BF16) return sh_qrows_bytes(type, c->hidden, 1);
+    return sh_expert_result_bytes(c, mode);
+}
+
+size_t sh_expert_result_bytes(const sh_config *c, sh_mode mode) {
+    return (size_t)c->hidden * (mode == SH_MODE_EXACT ? sizeof(float) : sizeof(uint16_t));
+}
+
 int sh_expert_part_rows(int max_rows, int members) {
-    enum { TOGETHER = 1024, LEAST = 64, MOST = 512 };
+    enum { TOGETHER = 1024, LEAST = 64 };
     int n = TOGETHER / members;
-    n = n < LEAST ? LEAST : n > MOST ? MOST : n;
+    n = n < LEAST ? LEAST : n > SH_PART_ROWS ? SH_PART_ROWS : n;
     return n < max_rows ? n : max_rows;
 }
 

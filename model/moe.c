@@ -72,16 +72,6 @@ struct sh_moe {
 /* --- what travels --------------------------------------------------------------------------------------------------
  */
 
-size_t sh_moe_row_bytes(const sh_config *c, sh_mode mode) {
-    sh_wtype type = sh_mode_wtype(mode);
-    if (type != SH_W_BF16) return sh_qrows_bytes(type, c->hidden, 1);
-    return sh_moe_result_bytes(c, mode);
-}
-
-size_t sh_moe_result_bytes(const sh_config *c, sh_mode mode) {
-    return (size_t)c->hidden * (mode == SH_MODE_EXACT ? sizeof(float) : sizeof(uint16_t));
-}
-
 /* The row's values as an expert's kernel takes them. */
 static void pack_row(const sh_moe *m, void *to, const float *x) {
     int h = m->config->hidden;
@@ -166,8 +156,8 @@ sh_status sh_moe_create(const sh_config *c, sh_mode mode, int max_rows, sh_team 
     if (!m) SH_FAIL(SH_EMEMORY, "experts: no memory");
     *m = (sh_moe){.config = c, .mode = mode, .team = team, .kn = kn, .peers = peers};
     m->type = sh_mode_wtype(mode);
-    m->row_bytes = sh_moe_row_bytes(c, mode);
-    m->result_bytes = sh_moe_result_bytes(c, mode);
+    m->row_bytes = sh_expert_row_bytes(c, mode);
+    m->result_bytes = sh_expert_result_bytes(c, mode);
     m->members = peers ? peers->members : 1;
     m->n_slots = peers ? SH_EXPERT_SLOTS : 1;
     /* Everybody's rows may choose experts of this member. The usual share is one member's; twice that goes in one

@@ -14,11 +14,6 @@
 
 typedef struct sh_moe sh_moe;
 
-/* Bytes of a row on its way to an expert, as the expert's kernel takes it: f32 in exact mode, bf16 in bf16 mode, in q8
- * and q4 the codes, scales and sums of sh_qrows. Bytes of a result: f32 in exact mode, else bf16. */
-size_t sh_moe_row_bytes(const sh_config *c, sh_mode mode);
-size_t sh_moe_result_bytes(const sh_config *c, sh_mode mode);
-
 /* Scratch for parts of at most max_rows rows, in one slot, or two with peers. Borrowed: c, team, kn, peers (NULL: every
  * expert is here). */
 sh_status sh_moe_create(const sh_config *c, sh_mode mode, int max_rows, sh_team *team, const sh_kernels *kn,

@@ -5,7 +5,6 @@
 
 #include "model/owner.h"
 
-#define PART_ROWS    512  /* rows that pass a layer at a time: SH_PART_ROWS of model/gemma4.h */
 #define USUAL_TOKENS 2048 /* what a sequence is expected to hold when pages are divided between the kinds */
 #define MIB          ((uint64_t)1 << 20)
 
@@ -217,7 +216,7 @@ static uint64_t widest_head(const sh_config *c) {
 static uint64_t exchange_bytes(const sh_config *c, sh_share s, int first, int last, uint64_t rows) {
     uint64_t widest = 0, parts = (uint64_t)s.parts;
     if (s.parts <= 1) return 0;
-    if (rows > PART_ROWS) rows = PART_ROWS;
+    if (rows > SH_PART_ROWS) rows = SH_PART_ROWS;
     for (int i = first; i < last; i++) {
         const sh_layer *l = &c->layer[i];
         uint64_t q = (uint64_t)l->heads * (uint64_t)l->head_dim, n = q > (uint64_t)l->ff ? q : (uint64_t)l->ff;
@@ -265,7 +264,7 @@ static uint64_t absent_bytes(const sh_config *c, const Shoal__Plan *p, int rank,
 static uint64_t expert_exchange_bytes(const sh_config *c, const Shoal__Plan *p, uint64_t rows, uint64_t held) {
     if (p->ep <= 1) return 0;
     uint64_t part = (uint64_t)sh_expert_part_rows((int)rows, p->ep), k = (uint64_t)c->top_k, h = (uint64_t)c->hidden;
-    uint64_t others = (uint64_t)p->ep - 1, row = h * (mode_of(p) == SH_MODE_EXACT ? 4 : 2);
+    uint64_t others = (uint64_t)p->ep - 1, row = sh_expert_result_bytes(c, mode_of(p));
     uint64_t theirs = part * (k < held ? k : held), copies = others < k ? others : k;
     uint64_t of_slot = others * (part * row + theirs * (row + 4)) + part * copies * row + 2 * part * k * (row + 16);
     uint64_t scratch = 2 * part * k * (h + 2 * (uint64_t)c->expert_ff) * 4 + part * k * (others + 1) * 8;

@@ -4,11 +4,11 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include "model/owner.h"
 #include "partition/cost_int.h"
 
 #define POSITIONS     8     /* samples of a span's first position */
 #define LOGIT_ROWS    16    /* rows of one product with the head: worker/stage.c */
-#define SEGMENT       128.0 /* keys that context parallelism never parts: SH_SEGMENT_TOKENS */
 #define GELU_FLOPS    120.0 /* multiply-adds' worth of one gelu(x)·y: docs/performance.md */
 #define NORM_FLOPS    10.0  /* the same for one value that a norm, a rotation or a sum passes */
 #define SAME_AS_LAYER 8     /* shapes of layers that a step remembers */
@@ -54,10 +54,6 @@ static sh_cost_part part(double bytes, double flops, double read, double fma) {
     return (sh_cost_part){.bytes = bytes, .flops = flops, .seconds = fmax(bytes / read, flops / fma)};
 }
 
-double sh_cost_weight_bytes(sh_mode mode) {
-    return mode == SH_MODE_Q8 ? 1 + 2.0 / SH_COST_Q8_GROUP : mode == SH_MODE_Q4 ? 0.5 + 2.0 / SH_COST_Q4_GROUP : 2;
-}
-
 /* Integer products do more at a time than those of f32. */
 double sh_cost_products_rate(const sh_cost_rates *r, sh_mode mode) {
     return r->fma * r->weights_fma * (mode >= SH_MODE_Q8 ? SH_COST_INT8 : 1);
@@ -66,14 +62,14 @@ double sh_cost_products_rate(const sh_cost_rates *r, sh_mode mode) {
 /* Weights are read once for each part of the rows. */
 static sh_cost_part product(const sh_cost_place *p, double elements, double rows, double parts) {
     const sh_cost_rates *r = p->rates;
-    double bytes = elements * parts * sh_cost_weight_bytes(p->mode);
+    double bytes = elements * parts * sh_mode_weight_bytes(p->mode);
     if (!(rows > 0)) return (sh_cost_part){0};
     return part(bytes, 2 * elements * rows, r->read * r->weights_read, sh_cost_products_rate(r, p->mode));
 }
 
 /* Of n columns or outputs, those of this member. */
 static double slice(int n, const sh_cost_place *p) {
-    return sh_cost_share(n, SH_COST_COLUMNS, p->member, p->shape.tp);
+    return sh_cost_share(n, SH_SHARE_COLUMNS, p->member, p->shape.tp);
 }
 
 static double kv_heads_of(const sh_layer *l, const sh_cost_place *p) {
@@ -85,7 +81,7 @@ static double context_share(const sh_cost_place *p, const sh_layer *l, const sh_
     double longest = d->rows > 0 ? d->pairs / d->rows : 0;
     if (p->shape.cp == 1) return 1;
     if (l->kind == SH_KV_SLIDING || longest <= 0) return 1.0 / p->shape.cp; /* its own rows */
-    return fmin(1, fmax(1.0 / p->shape.cp, SEGMENT / longest));
+    return fmin(1, fmax(1.0 / p->shape.cp, SH_SEGMENT_TOKENS / longest));
 }
 
 static sh_cost_part attention(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_load *d) {
@@ -134,7 +130,7 @@ static void experts(const sh_cost_model *m, const sh_cost_place *p, int layer, d
     sh_cost_routes e = sh_cost_routes_of(m, p, layer, rows * p->shape.ep / parts);
     double elements = 3.0 * c->expert_ff * c->hidden; /* whole ones, also where heads and columns are divided */
     e.rows *= parts;
-    out->experts = part(e.touched * parts * elements * sh_cost_weight_bytes(p->mode), 2 * e.rows * elements,
+    out->experts = part(e.touched * parts * elements * sh_mode_weight_bytes(p->mode), 2 * e.rows * elements,
                         r->read * r->weights_read, sh_cost_products_rate(r, p->mode));
     out->experts_touched = e.touched;
     out->router = product(p, (double)c->hidden * c->experts, rows, parts);
@@ -264,7 +260,7 @@ static double add_head(const sh_cost_model *m, const sh_cost_place *p, double ke
     sh_cost_wire_head(m, p, kept, &out->head);
     out->exposed += out->head.seconds;
     if (p->shape.cp > 1 && p->member > 0) return out->head.seconds;
-    double vocab = sh_cost_share(c->vocab, SH_COST_VOCAB, p->member, p->shape.tp), passes = ceil(kept / LOGIT_ROWS);
+    double vocab = sh_cost_share(c->vocab, SH_SHARE_VOCAB, p->member, p->shape.tp), passes = ceil(kept / LOGIT_ROWS);
     sh_cost_part head = product(p, vocab * c->hidden, kept, passes);
     sh_cost_part sample = {.seconds = kept * vocab * p->rates->sample};
     add_part(p->rates, out, SH_CAUSE_WEIGHTS, &head);

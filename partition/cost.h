@@ -126,20 +126,9 @@ sh_status sh_cost_head(const sh_cost_model *m, int rank, const sh_cost_span *spa
 
 /* The block that crosses the cut before layer `cut`: what sh_model_cut_bytes says. */
 double sh_cost_cut_bytes(const sh_config *c, sh_kv_type kv, int cut, double rows, double kept);
-/* Bytes of one value on the way to and from experts. */
-int sh_cost_expert_value_bytes(sh_mode mode);
-/* The same of a row on its way to an expert: codes, scales and sums where they are quantised. */
-double sh_cost_expert_row_bytes(const sh_config *c, sh_mode mode);
-/* Bytes of one weight, its share of the scales included. */
-double sh_cost_weight_bytes(sh_mode mode);
-#define SH_COST_Q8_GROUP                                                                                               \
-    64 /* SH_Q8_GROUP and SH_Q4_GROUP of model/kernels/kernels.h, which this folder does not see                       \
-        */
-#define SH_COST_Q4_GROUP 32
-#define SH_COST_INT8     2.8 /* rate of 8-bit products over that of f32: docs/performance.md */
-/* Columns, outputs or ids of n that member m of w has (tp): shares of whole units, as even as that allows. */
-#define SH_COST_COLUMNS 32
-#define SH_COST_VOCAB   1024
+#define SH_COST_INT8       2.8 /* rate of 8-bit products over that of f32: docs/performance.md */
+#define SH_COST_SPLIT_ROWS 128 /* SH_EXPERTS_SPLIT_ROWS of worker/experts.h; a test compares */
+/* Columns, outputs or ids of n that member m of w has (tp), in whole units: sh_share_range. */
 int sh_cost_share(int n, int unit, int m, int w);
 
 #endif

@@ -124,13 +124,12 @@ static sh_status memory_row(const sh_search_options *o, const sh_choice *x, int 
     const Shoal__PlanRank *r = x->plan->rank[rank];
     sh_plan_memory m = sh_plan_rank_memory(c, x->plan, rank);
     int member = rank % x->shape.width, tp = x->shape.tp, heads = c->layer[r->first].heads / tp;
-    int ff = sh_cost_share(c->layer[r->first].ff, SH_COST_COLUMNS, member, tp), lo = 0;
+    int ff = sh_cost_share(c->layer[r->first].ff, SH_SHARE_COLUMNS, member, tp);
+    sh_range ids = sh_share_range_of((sh_share){.parts = tp}, member, c->vocab, SH_SHARE_VOCAB);
     char vocab[32] = "-", experts[16] = "-";
     if (c->experts) snprintf(experts, sizeof experts, "%d", experts_of(c, x, r));
-    for (int i = 0; i < member; i++) lo += sh_cost_share(c->vocab, SH_COST_VOCAB, i, tp);
     if (r->last == c->n_layers && (x->shape.cp == 1 || member == 0))
-        snprintf(vocab, sizeof vocab, "%d-%d", tp > 1 ? lo : 0,
-                 (tp > 1 ? lo + sh_cost_share(c->vocab, SH_COST_VOCAB, member, tp) : c->vocab) - 1);
+        snprintf(vocab, sizeof vocab, "%d-%d", ids.lo, ids.hi - 1);
     double kv = x->plan->kv_memory ? (double)x->plan->kv_memory
                                    : (double)sh_cluster_memory(o->cluster, x->ranks_per_node) -
                                          (double)(m.weights + m.scratch + m.reserve);

@@ -5,9 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define STEP_SECONDS 50e-6 /* of a micro-batch whatever it holds: schedule, descriptor, answer */
-#define LAPS         16    /* of the ring that are played */
-#define LEAST_BEATS  256
+#define LAPS        16 /* of the ring that are played */
+#define LEAST_BEATS 256
 
 const char *const sh_forecast_wires[5] = {"rows to experts", "results of experts", "gathers", "positions", "cuts"};
 
@@ -166,7 +165,7 @@ static sh_status set_scene(scene *x) {
         SH_TRY(sh_cost_step(x->m, x->mix->span, kind ? x->mix->n_spans : x->mix->n_decode, x->cost[kind]));
         for (int s = 0; s < x->shape.pp; s++) {
             size_t at = (size_t)kind * stages + (size_t)s;
-            x->seconds[at] = x->cost[kind][s * x->shape.width].seconds + STEP_SECONDS;
+            x->seconds[at] = x->cost[kind][s * x->shape.width].seconds + SH_STEP_SECONDS;
             x->link[at] = way(x, kind, s);
         }
     }
@@ -191,7 +190,7 @@ static double tell_ranks(const scene *x, const sh_cost_cycle *cycle, sh_forecast
         sh_forecast_rank r = {0};
         add_rank(&x->cost[0][i], 1 - x->mix->mixed, &r);
         add_rank(&x->cost[1][i], x->mix->mixed, &r);
-        r.seconds[SH_CAUSE_OTHER] += STEP_SECONDS;
+        r.seconds[SH_CAUSE_OTHER] += SH_STEP_SECONDS;
         double busy = r.exchange;
         for (int k = 0; k < SH_CAUSES; k++) busy += r.seconds[k];
         r.idle = fmax(0, cycle->period - busy);

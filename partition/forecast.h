@@ -12,6 +12,7 @@
 
 #include "partition/cost.h"
 
+#define SH_STEP_SECONDS   50e-6 /* of a micro-batch whatever it holds: schedule, descriptor, answer */
 #define SH_FORECAST_SPANS (2 * SH_WORKLOAD_BINS)
 
 /* What an average micro-batch of a lane holds. */

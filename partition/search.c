@@ -5,8 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "model/owner.h"
 
-#define PAGE_TOKENS 32    /* SH_PAGE_TOKENS */
 #define WORTH       1.02  /* more sequences at once must bring at least this */
 #define ALIKE       1.005 /* a simpler plan wins against one that is faster by less */
 #define LEAST_CHUNK 64
@@ -61,15 +61,15 @@ static double usual_tokens(const sh_workload *w) {
 
 /* Sequences of this workload that the pages hold at once, in a group. */
 static double sequences_that_fit(const sh_search_options *o, const sh_choice *x, const sh_kv_limits *l) {
-    double pages = ceil(usual_tokens(o->workload) / PAGE_TOKENS), n = l->max_seqs;
+    double pages = ceil(usual_tokens(o->workload) / SH_PAGE_TOKENS), n = l->max_seqs;
     int window = 0;
     for (int i = 0; i < o->config->n_layers; i++)
         if (o->config->layer[i].window > window) window = o->config->layer[i].window;
     if (sh_config_kv_bytes(o->config, l->type, SH_KV_GLOBAL, 0, o->config->n_layers))
         n = fmin(n, x->kv.pages[SH_KV_GLOBAL] * (double)x->shape.cp / pages);
     if (window > 0 && sh_config_kv_bytes(o->config, l->type, SH_KV_SLIDING, 0, o->config->n_layers)) {
-        double under_way = ceil((double)l->chunk / PAGE_TOKENS) + 1;
-        double held = fmin(pages + 1, (window - 1) / PAGE_TOKENS + 2);
+        double under_way = ceil((double)l->chunk / SH_PAGE_TOKENS) + 1;
+        double held = fmin(pages + 1, (window - 1) / SH_PAGE_TOKENS + 2);
         n = fmin(n, fmax(1, (x->kv.pages[SH_KV_SLIDING] - under_way) / held));
     }
     return floor(fmax(n, 1)) * x->shape.ep;

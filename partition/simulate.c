@@ -2,6 +2,7 @@
 #include "partition/simulate.h"
 
 #include <math.h>
+#include "model/owner.h"
 #include "partition/cost_int.h"
 
 /* Bytes of messages, from docs/protocol.md: the descriptor's head, a row, a span beside its pages, a sequence that
@@ -18,8 +19,7 @@ enum {
     EXCHANGE = 64,
     CHOICE = 4
 };
-#define PAGE_TOKENS  32.0
-#define STEP_SECONDS 50e-6 /* as the forecast's */
+#define PAGE_TOKENS ((double)SH_PAGE_TOKENS)
 
 static sh_status check(const sh_cost_model *m, sh_plan_shape s) {
     if (s.tp > 1 || s.cp > 1)
@@ -51,15 +51,15 @@ static sh_status put_exchange(const sh_cost_model *m, sh_plan_shape s, sh_buf *o
     sh_kv_limits lane;
     SH_TRY(sh_mode_parse(m->plan->mode, &mode));
     SH_TRY(sh_plan_kv_limits(m->plan, &lane));
-    double elements = 3.0 * c->expert_ff * c->hidden, result = (double)c->hidden * sh_cost_expert_value_bytes(mode);
+    double elements = 3.0 * c->expert_ff * c->hidden, row = (double)sh_expert_row_bytes(c, mode);
     SH_TRY(sh_buf_printf(out, "experts %d %d\n", c->experts, c->top_k));
     SH_TRY(put_owned(m, s, out));
     SH_TRY(sh_buf_printf(out, "part_rows %d %d\n", sh_expert_part_rows(lane.max_seqs + lane.chunk, s.ep),
-                         SH_SIMULATE_SPLIT_ROWS));
-    SH_TRY(sh_buf_printf(out, "expert %.6g %.6g\n", elements * sh_cost_weight_bytes(mode) / (r->read * r->weights_read),
+                         SH_COST_SPLIT_ROWS));
+    SH_TRY(sh_buf_printf(out, "expert %.6g %.6g\n", elements * sh_mode_weight_bytes(mode) / (r->read * r->weights_read),
                          2 * elements / sh_cost_products_rate(r, mode)));
     SH_TRY(sh_buf_printf(out, "message %d %d\n", EXCHANGE, CHOICE));
-    return sh_buf_printf(out, "row %.0f %.0f\n", sh_cost_expert_row_bytes(c, mode), result);
+    return sh_buf_printf(out, "row %.0f %.0f\n", row, (double)sh_expert_result_bytes(c, mode));
 }
 
 /* Descriptor and answer of a lane: every span brings its pages, a prompt's last piece its tokens. */
@@ -91,7 +91,7 @@ static sh_status put_edge(const sh_cost_model *m, sh_plan_shape s, int kind, int
         cut = sh_cost_cut_bytes(m->config, kv, r->last, d.rows, d.kept);
     else
         SH_TRY(sh_cost_head(m, stage * s.width, span, n, n, 0, &head));
-    return sh_buf_printf(out, "edge %d %d %.0f %.6g %.6g\n", kind, stage, cut, STEP_SECONDS, head);
+    return sh_buf_printf(out, "edge %d %d %.0f %.6g %.6g\n", kind, stage, cut, SH_STEP_SECONDS, head);
 }
 
 static sh_status put_layers(const sh_cost_model *m, sh_plan_shape s, int kind, int stage, const sh_cost_span *span,

@@ -30,8 +30,6 @@
 
 #include "partition/forecast.h"
 
-#define SH_SIMULATE_SPLIT_ROWS 128 /* SH_EXPERTS_SPLIT_ROWS of worker/experts.h; a test compares */
-
 /* The timetable of a plan for the rows of `mix`. tokens: of one lane and micro-batch. SH_EUNSUPPORTED where a stage is
  * divided otherwise than by experts, or its members are not alike. */
 sh_status sh_simulate_timetable(const sh_cost_model *m, const sh_forecast_mix *mix, double tokens, int groups,

@@ -1,11 +1,8 @@
 /* Bytes on links, and which experts are reached: the formulas of docs/planning.md, headers aside. See cost.h. */
 #include <math.h>
 #include "partition/cost.h"
+#include "model/owner.h"
 #include "partition/cost_int.h"
-
-#define BLOCK_ROWS 512   /* rows of a part of a layer: SH_FF_ROWS */
-#define SPLIT_ROWS 128   /* from which two parts overlap: SH_EXPERTS_SPLIT_ROWS */
-#define SEGMENT    128.0 /* keys of a segment: SH_SEGMENT_TOKENS */
 
 /* Which other members are on the rank's node, and how many ranks of the group are there. */
 static void neighbours(const sh_cost_model *m, int rank, sh_cost_place *p) {
@@ -33,21 +30,20 @@ sh_status sh_cost_place_of(const sh_cost_model *m, int rank, sh_cost_place *out)
 }
 
 int sh_cost_share(int n, int unit, int m, int w) {
-    int64_t units = ((int64_t)n + unit - 1) / unit, lo = units * m / w * unit, hi = units * (m + 1) / w * unit;
-    if (w <= 1) return n;
-    return (int)((hi < n ? hi : n) - (lo < n ? lo : n));
+    sh_range r = sh_share_range_of((sh_share){.parts = w}, m, n, unit);
+    return r.hi - r.lo;
 }
 
 static int share(int n, const sh_cost_place *p, int member) {
-    return sh_cost_share(n, SH_COST_COLUMNS, member, p->shape.tp);
+    return sh_cost_share(n, SH_SHARE_COLUMNS, member, p->shape.tp);
 }
 
 double sh_cost_parts(const sh_cost_model *m, const sh_cost_place *p, double rows) {
     int lanes = p->shape.ep;
-    if (lanes == 1) return fmax(1, ceil(rows / BLOCK_ROWS));
-    double most = ceil((double)m->plan->max_seqs / lanes) + ceil((double)m->plan->chunk / lanes);
-    double part = fmin(most, fmax(64, fmin(BLOCK_ROWS, floor(1024.0 / lanes)))); /* sh_experts_part_rows */
-    double split = m->plan->split_rows > 0 ? m->plan->split_rows : SPLIT_ROWS;
+    if (lanes == 1) return fmax(1, ceil(rows / SH_PART_ROWS));
+    int most = (m->plan->max_seqs + lanes - 1) / lanes + (m->plan->chunk + lanes - 1) / lanes;
+    double part = sh_expert_part_rows(most, lanes);
+    double split = m->plan->split_rows > 0 ? m->plan->split_rows : SH_COST_SPLIT_ROWS;
     return rows <= part && rows < split ? 1 : 2 * fmax(1, ceil(rows / (2 * part)));
 }
 
@@ -75,16 +71,6 @@ static void add(sh_cost_wire *to, sh_cost_wire w) {
 
 /* --- experts -------------------------------------------------------------------------------------------------------
  */
-
-int sh_cost_expert_value_bytes(sh_mode mode) {
-    return mode == SH_MODE_EXACT ? 4 : 2;
-}
-
-double sh_cost_expert_row_bytes(const sh_config *c, sh_mode mode) {
-    double group = mode == SH_MODE_Q8 ? SH_COST_Q8_GROUP : SH_COST_Q4_GROUP;
-    if (mode < SH_MODE_Q8) return (double)c->hidden * sh_cost_expert_value_bytes(mode);
-    return ceil(c->hidden / group) * (group + 8);
-}
 
 /* Lists are one per layer that has experts: where all layers have, the place is known. */
 static const Shoal__PlanExperts *experts_of(const Shoal__Plan *plan, int rank, int layer) {
@@ -187,8 +173,8 @@ sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p,
 void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
                           sh_cost_layer *out) {
     if (p->shape.ep == 1) return;
-    double row = sh_cost_expert_row_bytes(m->config, p->mode), parts = sh_cost_parts(m, p, rows);
-    double result = (double)m->config->hidden * sh_cost_expert_value_bytes(p->mode);
+    double row = (double)sh_expert_row_bytes(m->config, p->mode), parts = sh_cost_parts(m, p, rows);
+    double result = (double)sh_expert_result_bytes(m->config, p->mode);
     out->dispatch = to_members(m, p, rows * e->reach * row, parts);
     out->results = to_members(m, p, rows * (p->shape.ep - 1) * m->config->top_k * e->owned * result, parts);
 }
@@ -215,8 +201,8 @@ void sh_cost_wire_tensor(const sh_cost_model *m, const sh_cost_place *p, int lay
 /* To member 0, for the sampler. tp: of each kept row id and value of the best 64, and (max, sum) of each segment of
  * 1,024 entries; a row that asks for more sends more. cp: the final hidden states of own kept rows. */
 void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_wire *out) {
-    double vocab = sh_cost_share(m->config->vocab, SH_COST_VOCAB, p->member, p->shape.tp);
-    double bytes = p->shape.tp > 1 ? kept * (64 * 8 + ceil(vocab / SH_COST_VOCAB) * 8)
+    double vocab = sh_cost_share(m->config->vocab, SH_SHARE_VOCAB, p->member, p->shape.tp);
+    double bytes = p->shape.tp > 1 ? kept * (64 * 8 + ceil(vocab / SH_SHARE_VOCAB) * 8)
                                    : kept / p->shape.cp * m->config->hidden * (double)sizeof(float);
     if (p->member == 0 || p->shape.width == 1 || p->shape.ep > 1) return;
     const sh_cost_link *way = p->far ? &m->net.between : &m->net.within;
@@ -227,17 +213,10 @@ void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double ke
 /* --- positions -----------------------------------------------------------------------------------------------------
  */
 
-/* Blocks of segments of a sequence of n tokens at most: the fewest segments to a block that give no more than two
- * blocks per member. */
-static double block_tokens(double n, int members) {
-    double block = SEGMENT;
-    while (ceil(n / SEGMENT) * SEGMENT / block > 2.0 * members) block *= 2;
-    return block;
-}
-
 /* Blocks that a row sees, on average, and how many members store them. */
 static void blocks_seen(const sh_cost_load *d, int members, double *blocks, double *owners) {
-    double size = block_tokens(d->end, members), seen = d->rows > 0 ? d->pairs / d->rows : 1;
+    double size = SH_SEGMENT_TOKENS << sh_owner_level((int)ceil(d->end), members),
+           seen = d->rows > 0 ? d->pairs / d->rows : 1;
     *blocks = ceil(seen / size);
     *owners = fmin(*blocks, members);
 }
@@ -306,7 +285,7 @@ static bool same_shares(const sh_config *c, const sh_cost_place *p, int other) {
     int w = p->shape.tp;
     bool same =
         share(c->hidden, p, p->member) == share(c->hidden, p, other) &&
-        sh_cost_share(c->vocab, SH_COST_VOCAB, p->member, w) == sh_cost_share(c->vocab, SH_COST_VOCAB, other, w);
+        sh_cost_share(c->vocab, SH_SHARE_VOCAB, p->member, w) == sh_cost_share(c->vocab, SH_SHARE_VOCAB, other, w);
     for (int i = 0; i < c->n_layers && same; i++)
         same = share(c->layer[i].ff, p, p->member) == share(c->layer[i].ff, p, other);
     return same;

@@ -222,8 +222,8 @@ sh_status sh_experts_create(const sh_experts_options *o, sh_experts **out) {
     e->o = *o;
     if (e->o.split_rows < 1) e->o.split_rows = SH_EXPERTS_SPLIT_ROWS;
     e->part_rows = sh_expert_part_rows(o->max_rows, o->members);
-    e->row = sh_moe_row_bytes(o->config, o->mode);
-    e->result = sh_moe_result_bytes(o->config, o->mode);
+    e->row = sh_expert_row_bytes(o->config, o->mode);
+    e->result = sh_expert_result_bytes(o->config, o->mode);
     e->value = e->row / (size_t)o->config->hidden;
     sh_status st = list_holders(e);
     if (st == SH_OK) st = create_buffers(e);

@@ -181,9 +181,9 @@ static bool owned_once(const sh_config *c, const sh_choice *x) {
         for (int layer = r->first; layer < r->last; layer++) {
             int ff = 0, hidden = 0, vocab = 0;
             for (int m = 0; m < x->shape.tp; m++) {
-                ff += sh_cost_share(c->layer[layer].ff, SH_COST_COLUMNS, m, x->shape.tp);
-                hidden += sh_cost_share(c->hidden, SH_COST_COLUMNS, m, x->shape.tp);
-                vocab += sh_cost_share(c->vocab, SH_COST_VOCAB, m, x->shape.tp);
+                ff += sh_cost_share(c->layer[layer].ff, SH_SHARE_COLUMNS, m, x->shape.tp);
+                hidden += sh_cost_share(c->hidden, SH_SHARE_COLUMNS, m, x->shape.tp);
+                vocab += sh_cost_share(c->vocab, SH_SHARE_VOCAB, m, x->shape.tp);
             }
             if (ff != c->layer[layer].ff || hidden != c->hidden || vocab != c->vocab) return false;
             for (int e = 0; x->shape.ep > 1 && c->layer[layer].moe && e < c->experts; e++) {

@@ -154,7 +154,7 @@ static void test_experts(void) {
 static void test_parts(void) {
     scene s;
     double v[2];
-    CU_ASSERT_EQUAL(SH_SIMULATE_SPLIT_ROWS, SH_EXPERTS_SPLIT_ROWS);
+    CU_ASSERT_EQUAL(SH_COST_SPLIT_ROWS, SH_EXPERTS_SPLIT_ROWS);
     CU_ASSERT_EQUAL_FATAL(make(&s, &a4b, (sh_plan_request){.ep = 4, .max_seqs = 40, .chunk = 80, .mode = SH_MODE_BF16}),
                           SH_OK);
     CU_ASSERT_EQUAL(line(&s, "part_rows", 0, v, 2), 2);
