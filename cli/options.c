@@ -329,12 +329,15 @@ sh_kv_type sh_options_kv(const sh_shared_options *s) {
 
 int sh_options_ranks(const sh_shared_options *s) {
     if (s->ranks) return s->ranks;
-    int stages = s->pp, width = (s->ep ? s->ep : 1) * (s->tp ? s->tp : 1) * (s->cp ? s->cp : 1);
+    int stages = s->pp;
+    int64_t width = (int64_t)(s->ep ? s->ep : 1) * (s->tp ? s->tp : 1) * (s->cp ? s->cp : 1);
     if (s->cuts) {
         stages = 2;
         for (const char *p = s->cuts; *p; p++) stages += *p == ',';
     }
-    return stages || width > 1 || s->prefill ? (stages ? stages : 1) * width + s->prefill : 0;
+    if (!stages && width == 1 && !s->prefill) return 0;
+    int64_t ranks = (stages ? stages : 1) * width + s->prefill;
+    return ranks < INT_MAX ? (int)ranks : INT_MAX; /* the plan will refuse it */
 }
 
 void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out) {

@@ -98,10 +98,31 @@ static sh_status read_cuts(const sh_config *c, const char *text, int *cut, int *
     return SH_OK;
 }
 
+static sh_status in_range(const char *name, int64_t v, int64_t min, int64_t max) {
+    if (v >= min && v <= max) return SH_OK;
+    SH_FAIL(SH_EINPUT, "%s: %lld is out of range: allowed are %lld to %lld", name, (long long)v, (long long)min,
+            (long long)max);
+}
+
+/* How a stage is divided: one way at a time, so that its width is one of these numbers. To be asked before they are
+ * multiplied. */
+static sh_status check_division(int ep, int tp, int cp) {
+    SH_TRY(in_range("--ep", ep, 1, SH_MAX_RANKS));
+    SH_TRY(in_range("--tp", tp, 1, SH_MAX_RANKS));
+    SH_TRY(in_range("--cp", cp, 1, SH_MAX_RANKS));
+    if ((ep > 1) + (tp > 1) + (cp > 1) > 1)
+        SH_FAIL(SH_EINPUT,
+                "--ep %d, --tp %d, --cp %d: a stage is divided one way at a time: allowed is one of them above 1, with "
+                "any --pp and --replicas",
+                ep, tp, cp);
+    return SH_OK;
+}
+
 /* Stages and width from what was asked for; every number that contradicts another is named. */
 static sh_status choose_shape(const sh_plan_request *r, int n_cuts, sh_plan_shape *out) {
     sh_plan_shape s = {
         .pp = r->pp, .ep = r->ep > 0 ? r->ep : 1, .tp = r->tp > 0 ? r->tp : 1, .cp = r->cp > 0 ? r->cp : 1};
+    SH_TRY(check_division(s.ep, s.tp, s.cp));
     s.width = s.ep * s.tp * s.cp;
     s.prefill = r->prefill;
     int ranks = r->ranks > 0 ? r->ranks - r->prefill : 0; /* that decode */
@@ -142,12 +163,6 @@ static sh_status choose_cuts(const sh_config *c, const sh_plan_request *r, int c
 /* --- rules -----------------------------------------------------------------------------------------------------------
  */
 
-static sh_status in_range(const char *name, int64_t v, int64_t min, int64_t max) {
-    if (v >= min && v <= max) return SH_OK;
-    SH_FAIL(SH_EINPUT, "%s: %lld is out of range: allowed are %lld to %lld", name, (long long)v, (long long)min,
-            (long long)max);
-}
-
 /* The possible values of tp: what divides the query heads of every layer. */
 static sh_status check_tp(const sh_config *c, int tp) {
     char allowed[256] = "";
@@ -166,15 +181,7 @@ static sh_status check_tp(const sh_config *c, int tp) {
 
 /* The rules of a layout, each by its name. */
 static sh_status check_shape(const sh_config *c, const sh_plan_shape *s, int ranks) {
-    SH_TRY(in_range("--ep", s->ep, 1, SH_MAX_RANKS));
-    SH_TRY(in_range("--tp", s->tp, 1, SH_MAX_RANKS));
-    SH_TRY(in_range("--cp", s->cp, 1, SH_MAX_RANKS));
     SH_TRY(in_range("ranks of a group", ranks, 1, SH_MAX_RANKS));
-    if ((s->ep > 1) + (s->tp > 1) + (s->cp > 1) > 1)
-        SH_FAIL(SH_EINPUT,
-                "--ep %d, --tp %d, --cp %d: a stage is divided one way at a time: allowed is one of them above 1, with "
-                "any --pp and --replicas",
-                s->ep, s->tp, s->cp);
     if (s->pp < 1 || s->pp > c->n_layers)
         SH_FAIL(SH_EINPUT, "%d stages: the model has %d layers: allowed are 1 to %d stages", s->pp, c->n_layers,
                 c->n_layers);
@@ -286,6 +293,8 @@ static sh_status check_layers(const sh_config *c, const sh_plan_shape *s, const 
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
     sh_mode mode;
     sh_kv_type kv;
+    SH_TRY(check_division(p->ep, p->tp, p->cp));
+    SH_TRY(in_range("--prefill", p->has_prefill ? p->prefill : 0, 0, SH_MAX_RANKS));
     sh_plan_shape s = sh_plan_shape_of(p);
     SH_TRY(check_shape(c, &s, (int)p->n_rank));
     if ((int)p->n_rank != s.decode + s.prefill)
@@ -344,7 +353,7 @@ static sh_status allocate(int ranks, const char *mode, const char *kv, Shoal__Pl
 
 sh_plan_shape sh_plan_shape_of(const Shoal__Plan *p) {
     sh_plan_shape s = {.ep = p->ep, .tp = p->tp, .cp = p->cp};
-    s.width = s.ep > 0 && s.tp > 0 && s.cp > 0 ? s.ep * s.tp * s.cp : 1;
+    s.width = s.ep * s.tp * s.cp;
     s.prefill = p->has_prefill ? p->prefill : 0;
     s.pp = ((int)p->n_rank - s.prefill) / s.width;
     s.decode = s.pp * s.width;

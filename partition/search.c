@@ -376,6 +376,8 @@ static sh_status try_all(const sh_search_options *o, sh_search *s, int per_node)
 /* -n was given: that many ranks to a group, on as many ranks per node as it takes. */
 static sh_status try_fixed(const sh_search_options *o, sh_search *s) {
     int ranks = o->fixed.ranks, nodes = o->cluster->nodes, numa = o->cluster->numa, replicas = o->replicas;
+    if (ranks > SH_MAX_RANKS)
+        SH_FAIL(SH_EINPUT, "%d ranks of a group: out of range: allowed are 1 to %d", ranks, SH_MAX_RANKS);
     if (!replicas) replicas = nodes * numa > ranks ? nodes * numa / ranks : 1;
     int per_node = (ranks * replicas + nodes - 1) / nodes;
     return try_group(o, s, ranks, replicas, per_node > 1 ? per_node : 1);

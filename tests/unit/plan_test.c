@@ -164,6 +164,27 @@ static void test_shape(void) {
     CU_ASSERT_STRING_EQUAL(sh_error_text(), "--ep: 2: the model has no experts: allowed is 1");
 }
 
+/* Numbers whose products are more than an int, as a file or a command line may have them: refused, not multiplied. */
+static void test_far_too_many(void) {
+    static const int far[][4] = {{65536, 65536, 1, 0},
+                                 {1 << 30, 4, 1, 0},
+                                 {4096, 4096, 4096, 0},
+                                 {0, 0, 0, 0},
+                                 {INT32_MAX, INT32_MAX, INT32_MAX, 5},
+                                 {1, 1, 1, INT32_MIN},
+                                 {1, 1, 1, INT32_MAX}};
+    Shoal__Plan *p = plan_of(&minnow, (sh_plan_request){.ranks = 2}), *none = NULL;
+    p->has_prefill = 1;
+    for (size_t i = 0; i < sizeof far / sizeof *far; i++) {
+        p->ep = far[i][0], p->tp = far[i][1], p->cp = far[i][2], p->prefill = far[i][3];
+        CU_ASSERT_EQUAL(sh_plan_check(&minnow, p), SH_EINPUT);
+    }
+    sh_plan_free(&p);
+    const sh_plan_request r = {.ranks = 2, .ep = SH_MAX_RANKS, .tp = SH_MAX_RANKS, .cp = SH_MAX_RANKS};
+    CU_ASSERT_EQUAL(sh_plan_make(&minnow, &r, &none), SH_EINPUT);
+    CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "one way at a time"));
+}
+
 static void test_check(void) {
     const sh_plan_request r = {.ranks = 3, .cuts = "2,4", .mode = SH_MODE_BF16, .kv = SH_KV_BF16};
     Shoal__Plan *p = NULL;
@@ -454,6 +475,7 @@ int main(void) {
     CU_add_test(s, "shape", test_shape);
     CU_add_test(s, "ranks that make K/V", test_prefill);
     CU_add_test(s, "check", test_check);
+    CU_add_test(s, "far too many", test_far_too_many);
     CU_add_test(s, "page", test_page);
     CU_add_test(s, "kv", test_kv);
     CU_add_test(s, "kv example", test_kv_example);
