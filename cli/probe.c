@@ -11,9 +11,11 @@
 #include "common/clock.h"
 #include "common/file.h"
 #include "model/ceiling.h"
+#include "model/product_rates.h"
 #include "partition/protojson.h"
 
 #define LARGE_BLOCK  ((size_t)512 << 20) /* many times the last cache */
+#define WEIGHTS      ((size_t)256 << 20)
 #define MOST_TEXT    ((size_t)1 << 20)
 #define LAYER_STARTS 14 /* team runs of a layer */
 #define STARTS       20
@@ -23,7 +25,7 @@
  */
 
 static bool cache_path(const sh_machine *m, char *folder, char *path, size_t size) {
-    const char *base = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    const char *base = getenv("XDG_CACHE_HOME"), *home = getenv("HOME"), *isa = getenv("SHOAL_ISA");
     char host[256] = "host";
     if (gethostname(host, sizeof host - 1) != 0) snprintf(host, sizeof host, "host");
     if (base && *base)
@@ -32,8 +34,8 @@ static bool cache_path(const sh_machine *m, char *folder, char *path, size_t siz
         snprintf(folder, size, "%s/.cache/shoal", home);
     else
         return false;
-    int n = snprintf(path, size, "%.3000s/machine-%s-%s-%dof%d.json", folder, host, sh_facts_version(), m->n_cpus,
-                     m->machine_cpus);
+    int n = snprintf(path, size, "%.3000s/machine-%s-%s-%dof%d%s%.40s.json", folder, host, sh_facts_version(),
+                     m->n_cpus, m->machine_cpus, isa ? "-" : "", isa ? isa : "");
     return n > 0 && (size_t)n < size;
 }
 
@@ -110,6 +112,29 @@ static void nothing(void *arg, int member, int size) {
     (void)arg, (void)member, (void)size;
 }
 
+static double within(double v, double most) {
+    return v < 0.001 ? 0.001 : v > most ? most : v;
+}
+
+/* What the kernels reach of the limits. Those that only take the time of a rate are left to what is assumed. */
+static sh_status measure_products(sh_team *t, const sh_machine *m, const sh_ceiling *c, Shoal__MachineKernels *k) {
+    const sh_kernels *kn;
+    sh_product_rates p;
+    SH_TRY(sh_kernels_select(&kn));
+    if (kn->modelled || m->memory / 4 < WEIGHTS) return SH_OK;
+    SH_TRY(sh_product_rates_measure(t, kn, WEIGHTS, &p));
+    double read = c->read_gbs * 1e9, fma = c->fma_gflops * 1e9;
+    k->has_weights_read = k->has_q8_read = k->has_q4_read = 1;
+    k->weights_read = within(p.read[SH_W_BF16] / read, 1);
+    k->q8_read = within(p.read[SH_W_Q8] / read, 1);
+    k->q4_read = within(p.read[SH_W_Q4] / read, 1);
+    k->has_weights_fma = k->has_q8_fma = k->has_q4_fma = 1;
+    k->weights_fma = within(p.flops[SH_W_BF16] / fma, 1);
+    k->q8_fma = within(p.flops[SH_W_Q8] / fma, 64);
+    k->q4_fma = within(p.flops[SH_W_Q4] / fma, 64);
+    return SH_OK;
+}
+
 static sh_status measure_with(sh_team *t, const sh_machine *m, Shoal__Machine *x) {
     size_t block = LARGE_BLOCK;
     sh_ceiling c;
@@ -131,7 +156,7 @@ static sh_status measure_with(sh_team *t, const sh_machine *m, Shoal__Machine *x
     shoal__machine_kernels__init(x->kernels);
     x->kernels->has_layer_us = 1;
     x->kernels->layer_us = LAYER_STARTS * start * 1e6;
-    return SH_OK;
+    return measure_products(t, m, &c, x->kernels);
 }
 
 static sh_status measure(const sh_machine *m, Shoal__Machine *x) {

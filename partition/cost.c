@@ -56,7 +56,13 @@ static sh_cost_part part(double bytes, double flops, double read, double fma) {
 
 /* Integer products do more at a time than those of f32. */
 double sh_cost_products_rate(const sh_cost_rates *r, sh_mode mode) {
-    return r->fma * r->weights_fma * (mode >= SH_MODE_Q8 ? SH_COST_INT8 : 1);
+    double share = mode == SH_MODE_Q8 ? r->q8_fma : mode == SH_MODE_Q4 ? r->q4_fma : r->weights_fma;
+    return r->fma * (share > 0 ? share : r->weights_fma * SH_COST_INT8);
+}
+
+double sh_cost_weights_read(const sh_cost_rates *r, sh_mode mode) {
+    double share = mode == SH_MODE_Q8 ? r->q8_read : mode == SH_MODE_Q4 ? r->q4_read : 0;
+    return r->read * (share > 0 ? share : r->weights_read);
 }
 
 /* Weights are read once for each part of the rows. */
@@ -64,7 +70,7 @@ static sh_cost_part product(const sh_cost_place *p, double elements, double rows
     const sh_cost_rates *r = p->rates;
     double bytes = elements * parts * sh_mode_weight_bytes(p->mode);
     if (!(rows > 0)) return (sh_cost_part){0};
-    return part(bytes, 2 * elements * rows, r->read * r->weights_read, sh_cost_products_rate(r, p->mode));
+    return part(bytes, 2 * elements * rows, sh_cost_weights_read(r, p->mode), sh_cost_products_rate(r, p->mode));
 }
 
 /* Of n columns or outputs, those of this member. */
@@ -131,7 +137,7 @@ static void experts(const sh_cost_model *m, const sh_cost_place *p, int layer, d
     double elements = 3.0 * c->expert_ff * c->hidden; /* whole ones, also where heads and columns are divided */
     e.rows *= parts;
     out->experts = part(e.touched * parts * elements * sh_mode_weight_bytes(p->mode), 2 * e.rows * elements,
-                        r->read * r->weights_read, sh_cost_products_rate(r, p->mode));
+                        sh_cost_weights_read(r, p->mode), sh_cost_products_rate(r, p->mode));
     out->experts_touched = e.touched;
     out->router = product(p, (double)c->hidden * c->experts, rows, parts);
     sh_cost_wire_experts(m, p, rows, &e, out);

@@ -56,7 +56,8 @@ static sh_status put_exchange(const sh_cost_model *m, sh_plan_shape s, sh_buf *o
     SH_TRY(put_owned(m, s, out));
     SH_TRY(sh_buf_printf(out, "part_rows %d %d\n", sh_expert_part_rows(lane.max_seqs + lane.chunk, s.ep),
                          SH_COST_SPLIT_ROWS));
-    SH_TRY(sh_buf_printf(out, "expert %.6g %.6g\n", elements * sh_mode_weight_bytes(mode) / (r->read * r->weights_read),
+    SH_TRY(sh_buf_printf(out, "expert %.6g %.6g\n",
+                         elements * sh_mode_weight_bytes(mode) / sh_cost_weights_read(r, mode),
                          2 * elements / sh_cost_products_rate(r, mode)));
     SH_TRY(sh_buf_printf(out, "message %d %d\n", EXCHANGE, CHOICE));
     return sh_buf_printf(out, "row %.0f %.0f\n", row, (double)sh_expert_result_bytes(c, mode));

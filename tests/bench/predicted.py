@@ -26,7 +26,8 @@ import netns
 import shoaltest as st
 
 GOODPUT = 0.95  # of a shaped link: without the frames' headers
-LATENCY = 300   # microseconds between two ranks, each of which naps while it waits
+LATENCY = 300   # microseconds between two ranks that share a CPU with others: each naps while it waits
+BURST = 65536   # bytes that a shaped link passes at once after a silence: little beside a message
 MAKE_SHAPE = os.path.join(os.path.dirname(st.shoal()), "tests", "make_shape")
 
 
@@ -58,13 +59,46 @@ def modelled_machine(o):
 def real_machine(s, o, model):
     """This machine as `shoal plan` measures it, cut into nodes of one core each."""
     path = s.file("this.json")
-    plan(model, ["--probe", "--save-machine", path, "--brief"], s.file("unused.json"))
+    with open(o.lock or s.file("lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        plan(model, ["--probe", "--save-machine", path, "--brief"], s.file("unused.json"))
     with open(path) as f:
         m = json.load(f)
     n = m["node"][0]
     cores = n["cores"]
     n.update(count=o.nodes, cores=1, numa=1, packages=1, memory_gib=4, read_gbs=n["read_gbs"] / cores, fma_gflops=n["fma_gflops"] / cores)
     return {"node": [n], "kernels": m.get("kernels", {})}
+
+
+LINK = """import socket, sys, time
+N, BYTES = 2000, 40_000_000
+if sys.argv[1] == "answer":
+    s = socket.create_server(("", 5999)); print("up", flush=True); c = s.accept()[0]
+    c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for _ in range(N): c.recv(1); c.send(b"x")
+    got = 0
+    while got < BYTES: got += len(c.recv(1 << 20))
+    c.send(b"x")
+else:
+    c = socket.create_connection((sys.argv[1], 5999)); c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    t = []
+    for _ in range(N):
+        a = time.perf_counter(); c.send(b"x"); c.recv(1); t.append(time.perf_counter() - a)
+    a = time.perf_counter(); c.sendall(bytes(BYTES)); c.recv(1)
+    print(sorted(t)[N // 2] / 2 * 1e6, BYTES * 8e-9 / (time.perf_counter() - a))"""
+
+
+def link_of(nodes):
+    """The link between two nodes that have a CPU each, as TCP has it: microseconds one way, Gbit/s of a stream."""
+    cpus = sorted(os.sched_getaffinity(0))
+    on = lambda k: ["taskset", "-c", str(cpus[k % len(cpus)]), sys.executable, "-c", LINK]
+    answers = subprocess.Popen(nodes.command("node1", on(1) + ["answer"]), stdout=subprocess.PIPE, text=True)
+    answers.stdout.readline()
+    p = subprocess.run(nodes.command("node0", on(0) + ["node1"]), capture_output=True, text=True, check=True)
+    answers.wait()
+    us, gbit = map(float, p.stdout.split())
+    print(f"link: {us:.0f} µs, {gbit:.3f} Gbit/s")
+    return {"gbit": gbit, "latency_us": us}
 
 
 def plan(model, options, out):
@@ -98,20 +132,20 @@ class Job:
         self.s, self.nodes, self.model, self.inp = s, nodes, model, inp
         self.env = s.env(**nodes.environment(), **({"SHOAL_ISA": isa} if isa else {}))
 
-    def run(self, plan_file, ranks):
+    def run(self, options, ranks):
         """Seconds with the ranks at work, and the closing table."""
         out = self.s.file("out.jsonl")
         shutil.rmtree(out + ".store", ignore_errors=True)
         if os.path.exists(out):
             os.remove(out)
-        cmd = [st.shoal(), "run", "-m", self.model, "-i", self.inp, "-o", out, "--plan", plan_file, "--threads", "1", "--progress", "plain",
+        cmd = [st.shoal(), "run", "-m", self.model, "-i", self.inp, "-o", out, *options, "--threads", "1", "--progress", "plain",
                "--hosts", ",".join(self.nodes.names[1:ranks + 1])]
         with open(self.lock, "w") as lock:  # where others measure too
             fcntl.flock(lock, fcntl.LOCK_EX)
             p = subprocess.run(self.nodes.command("head", cmd), env=self.env, capture_output=True, text=True, timeout=900)
         work = re.search(r"([0-9.]+) s of it with the ranks at work", p.stderr)
         if p.returncode or not work:
-            raise RuntimeError(f"{plan_file}: exit {p.returncode}: {p.stderr[-800:]}")
+            raise RuntimeError(f"{' '.join(options)}: exit {p.returncode}: {p.stderr[-800:]}")
         return float(work[1]), p.stderr[p.stderr.find("  requests"):]
 
 
@@ -160,33 +194,34 @@ def main():
     with st.Scratch() as s:
         inp, machine = s.file("in.jsonl"), s.file("machine.json")
         workload(inp, o.requests, o.prompt, o.output)
-        m = real_machine(s, o, model) if o.real else modelled_machine(o)
-        m.update(name="virtual nodes", between={"gbit": o.mbit * GOODPUT / 1000, "latency_us": LATENCY})
-        with open(machine, "w") as f:
-            json.dump(m, f)
-        common = ["--machine", machine, "--workload", inp, "--max-seqs", o.seqs, "--chunk", o.chunk, "--replicas", 1, "--brief"]
-        text = plan(model, common, s.file("best.json"))
-        print(text[text.find("the best of"):])
-        layouts = members(("ep", "tp", "cp"), o.nodes, "moe" in o.shape) if o.layouts == "all" else o.layouts.split(",")
-        want, got, ranks, file = {}, {}, {}, {}
-        with open(s.file("best.json")) as f:
-            first = json.load(f)
-        for k, name in enumerate(layouts):
-            file[name] = s.file(f"plan{k}.json")
-            ranks[name], options = options_of(name)
-            plan(model, common + options, file[name])
-            with open(file[name]) as f:
-                want[name], got[name] = json.load(f)["forecast"]["seconds"], []
-        choice = min(want, key=want.get)
-        if abs(first["forecast"]["seconds"] / want[choice] - 1) > 0.01:
-            print(f"the planner's first choice takes {first['forecast']['seconds']:.1f} s: it is none of these")
-            choice = None
-        nodes = netns.Nodes(s.file("net"), max(ranks.values()))
+        nodes = netns.Nodes(s.file("net"), o.nodes, one_cpu=o.real)
         try:
-            nodes.shape(o.mbit)
+            nodes.shape(o.mbit, BURST if o.real else 0)
+            m = real_machine(s, o, model) if o.real else modelled_machine(o)
+            between = link_of(nodes) if o.real else {"gbit": o.mbit * GOODPUT / 1000, "latency_us": LATENCY}
+            m.update(name="virtual nodes", between=between)
+            with open(machine, "w") as f:
+                json.dump(m, f)
+            common = ["--machine", machine, "--workload", inp, "--max-seqs", o.seqs, "--chunk", o.chunk, "--replicas", 1, "--brief"]
+            text = plan(model, common, s.file("best.json"))
+            print(text[text.find("the best of"):])
+            layouts = members(("ep", "tp", "cp"), o.nodes, "moe" in o.shape) if o.layouts == "all" else o.layouts.split(",")
+            want, got, ranks, file = {}, {}, {}, {}
+            with open(s.file("best.json")) as f:
+                first = json.load(f)
+            for k, name in enumerate(layouts):
+                file[name] = s.file(f"plan{k}.json")
+                ranks[name], options = options_of(name)
+                plan(model, common + options, file[name])
+                with open(file[name]) as f:
+                    want[name], got[name] = json.load(f)["forecast"]["seconds"], []
+            choice = min(want, key=want.get)
+            if abs(first["forecast"]["seconds"] / want[choice] - 1) > 0.01:
+                print(f"the planner's first choice takes {first['forecast']['seconds']:.1f} s: it is none of these")
+                choice = None
             job = Job(s, nodes, model, inp, None if o.real else o.isa, o.lock)
             for name in layouts * o.repeat:
-                seconds, table = job.run(file[name], ranks[name])
+                seconds, table = job.run(["--plan", file[name]], ranks[name])
                 got[name].append(seconds)
                 print(f"{name}: {seconds:.1f} s, predicted {want[name]:.1f} s" + ("\n" + table if o.verbose else ""), flush=True)
         finally:

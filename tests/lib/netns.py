@@ -86,8 +86,9 @@ class Switch:
 class Nodes:
     """head (no process namespace of its own: it starts the others' processes) and node0, node1, …; files go to `folder`."""
 
-    def __init__(self, folder, n, delay=0):
-        """delay: seconds that every frame takes from one node to another."""
+    def __init__(self, folder, n, delay=0, one_cpu=False):
+        """delay: seconds that every frame takes from one node to another. one_cpu: what is started in node K has this machine's
+        K-th CPU and no other; else every node has them all, and ranks of one thread all choose the same."""
         if os.geteuid() != 0:
             raise Unavailable("needs root")
         self.folder, self.names, self.holders, self.switch = folder, ["head"] + [f"node{k}" for k in range(n)], {}, None
@@ -95,7 +96,8 @@ class Nodes:
         with open(self._file("hosts"), "w") as f:
             f.write("127.0.0.1 localhost\n" + "".join(f"{self._address(h)} {h}\n" for h in self.names))
         with open(self._file("agent"), "w") as f:  # in place of ssh: HOST WORD…, the words are a shell command
-            f.write(f"#!/bin/sh\nhost=$1; shift\nexec nsenter -t $(cat {folder}/$host.pid) -n -u -m -p sh -c \"$*\"\n")
+            f.write(f"#!/bin/sh\nhost=$1; shift\n{self._pin() if one_cpu else ''}"
+                    f"exec nsenter -t $(cat {folder}/$host.pid) -n -u -m -p sh -c \"$*\"\n")
         os.chmod(self._file("agent"), 0o755)
         try:
             for h in self.names:
@@ -104,6 +106,14 @@ class Nodes:
         except Exception:
             self.down()
             raise
+
+    @staticmethod
+    def _pin():
+        """A line of the agent: the shell, and so all that it starts, on the CPU of its host."""
+        cpus = sorted(os.sched_getaffinity(0))
+        choice = " ".join(map(str, cpus))
+        return f"cpus='{choice}'; k=$((${{host#node}} % {len(cpus)} + 1)); cpu=$(echo $cpus | cut -d' ' -f$k)\n" \
+               "taskset -cp $cpu $$ > /dev/null\n"
 
     def _file(self, name):
         return os.path.join(self.folder, name)
@@ -159,7 +169,7 @@ class Nodes:
 
     def shape(self, mbit, burst=0):
         """Every node's cable carries so many Mbit/s each way; a message of up to `burst` bytes after a silence passes at once."""
-        burst = burst or max(65536, int(mbit * 1e6 / 8 / 250))
+        burst = int(burst) or max(65536, int(mbit * 1e6 / 8 / 250))
         for h in self.names[1:]:
             qdisc = f"root tbf rate {mbit}mbit burst {burst} latency 400ms"
             self._in("head", f"tc qdisc replace dev p-{h} {qdisc}")

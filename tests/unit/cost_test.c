@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include "model/gemma4.h"
 #include "partition/cost.h"
+#include "partition/cost_int.h"
 #include "partition/forecast.h"
 
 static sh_config e2b, e4b, b31, a4b;
@@ -281,6 +282,21 @@ static void test_context_traffic(void) {
     sh_plan_free(&p);
 }
 
+/* Products of 8 and 4 bits have rates of their own where these were measured. */
+static void test_quantised_rates(void) {
+    sh_cost_rates r = {.read = 100e9, .fma = 1e12, .weights_read = 0.9, .weights_fma = 0.8};
+    near(sh_cost_products_rate(&r, SH_MODE_BF16), 0.8e12, 1, "bf16");
+    near(sh_cost_products_rate(&r, SH_MODE_Q8), 0.8e12 * SH_COST_INT8, 1, "q8, not measured");
+    near(sh_cost_weights_read(&r, SH_MODE_Q4), 90e9, 1, "reading q4, not measured");
+    r.q8_read = 0.5, r.q8_fma = 1.2, r.q4_read = 0.4, r.q4_fma = 1.1;
+    near(sh_cost_products_rate(&r, SH_MODE_EXACT), 0.8e12, 1, "exact");
+    near(sh_cost_products_rate(&r, SH_MODE_Q8), 1.2e12, 1, "q8");
+    near(sh_cost_products_rate(&r, SH_MODE_Q4), 1.1e12, 1, "q4");
+    near(sh_cost_weights_read(&r, SH_MODE_BF16), 90e9, 1, "reading bf16");
+    near(sh_cost_weights_read(&r, SH_MODE_Q8), 50e9, 1, "reading q8");
+    near(sh_cost_weights_read(&r, SH_MODE_Q4), 40e9, 1, "reading q4");
+}
+
 /* Seconds: the roofline, links with latency, nodes that share one. */
 static void test_seconds(void) {
     sh_cost_rates r = {.read = 100e9,
@@ -422,6 +438,7 @@ int main(void) {
     CU_add_test(s, "measured routing", test_routing);
     CU_add_test(s, "traffic of heads and columns", test_tensor_traffic);
     CU_add_test(s, "traffic of positions", test_context_traffic);
+    CU_add_test(s, "rates of quantised products", test_quantised_rates);
     CU_add_test(s, "seconds", test_seconds);
     CU_add_test(s, "ring", test_ring);
     CU_add_test(s, "rows of a micro-batch", test_mix);

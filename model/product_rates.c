@@ -1,0 +1,86 @@
+/* Times sh_linear_multi on made-up weights. See product_rates.h. */
+#include "model/product_rates.h"
+
+#include <stdint.h>
+#include "common/clock.h"
+#include "common/mem.h"
+#include "model/linear.h"
+
+#define OUTPUTS 6144 /* of a feed-forward of E2B, four at a time so that many threads have panels enough */
+#define INPUTS  1536
+#define FILL    0x1400 /* a small normal number as bf16 and as a half: weights, codes and scales alike */
+#define TRIES   3
+#define SECONDS 0.3 /* after so much time no further try begins */
+
+typedef struct bench {
+    sh_team *team;
+    const sh_kernels *kn;
+    uint16_t *weights;
+    size_t bytes;
+    float *x, *y; /* [SH_PRODUCT_ROWS, INPUTS], SH_LINEAR_MOST × [SH_PRODUCT_ROWS, OUTPUTS] */
+} bench;
+
+/* Each member touches its part first, so that the pages lie on its own memory node. */
+static void fill(void *arg, int member, int size) {
+    bench *b = arg;
+    size_t n = b->bytes / 2, lo = n * (size_t)member / (size_t)size, hi = n * ((size_t)member + 1) / (size_t)size;
+    for (size_t i = lo; i < hi; i++) b->weights[i] = FILL;
+}
+
+/* SH_LINEAR_MOST matrices that begin at the k-th place. */
+static double seconds_of(const bench *b, sh_wtype type, int k, int rows) {
+    size_t one = sh_wmat_bytes(type, OUTPUTS, INPUTS), at = (size_t)k * SH_LINEAR_MOST * one;
+    sh_wmat w[SH_LINEAR_MOST];
+    const sh_wmat *list[SH_LINEAR_MOST];
+    float *y[SH_LINEAR_MOST];
+    size_t ldy[SH_LINEAR_MOST];
+    for (int i = 0; i < SH_LINEAR_MOST; i++, at += one) {
+        w[i] = (sh_wmat){.n = OUTPUTS, .k = INPUTS, .type = type, .data = (const uint32_t *)(b->weights + at / 2)};
+        list[i] = &w[i];
+        y[i] = b->y + (size_t)i * SH_PRODUCT_ROWS * OUTPUTS;
+        ldy[i] = OUTPUTS;
+    }
+    double t0 = sh_now();
+    sh_linear_multi(b->team, b->kn, SH_LINEAR_MOST, list, b->x, INPUTS, rows, y, ldy);
+    return sh_now() - t0;
+}
+
+/* Seconds of `places` in turn, so that no cache keeps weights from pass to pass. */
+static double best_of(const bench *b, sh_wtype type, int places, int rows) {
+    double best[64], sum = 0, begin = sh_now();
+    for (int i = 0; i < TRIES * places && (i < places || sh_now() - begin < SECONDS); i++) {
+        double d = seconds_of(b, type, i % places, rows);
+        if (i < places || d < best[i % places]) best[i % places] = d;
+    }
+    for (int i = 0; i < places; i++) sum += best[i];
+    return sum;
+}
+
+static void measure_type(const bench *b, sh_wtype type, sh_product_rates *out) {
+    size_t group = SH_LINEAR_MOST * sh_wmat_bytes(type, OUTPUTS, INPUTS);
+    int places = (int)(b->bytes / group);
+    if (places > 64) places = 64;
+    out->read[type] = (double)places * (double)group / best_of(b, type, places, 1);
+    double operations = 2.0 * SH_LINEAR_MOST * OUTPUTS * INPUTS * SH_PRODUCT_ROWS;
+    out->flops[type] = operations / best_of(b, type, 1, SH_PRODUCT_ROWS);
+}
+
+sh_status sh_product_rates_measure(sh_team *t, const sh_kernels *kn, size_t bytes, sh_product_rates *out) {
+    size_t least = SH_LINEAR_MOST * sh_wmat_bytes(SH_W_BF16, OUTPUTS, INPUTS);
+    size_t nx = (size_t)SH_PRODUCT_ROWS * INPUTS, ny = (size_t)SH_LINEAR_MOST * SH_PRODUCT_ROWS * OUTPUTS;
+    void *weights = NULL, *rows = NULL;
+    if (bytes < least) SH_FAIL(SH_EINPUT, "product rates: %zu bytes of weights: at least %zu are needed", bytes, least);
+    for (sh_wtype type = SH_W_Q8; type < SH_W_TYPES; type++)
+        SH_TRY(sh_team_reserve(t, sh_qrows_bytes(type, INPUTS, SH_PRODUCT_ROWS)));
+    SH_TRY(sh_mem_alloc(bytes, "product rates", &weights));
+    sh_status st = sh_mem_alloc((nx + ny) * sizeof(float), "product rates", &rows);
+    if (st == SH_OK) {
+        bench b = {.team = t, .kn = kn, .weights = weights, .bytes = bytes, .x = rows, .y = (float *)rows + nx};
+        for (size_t i = 0; i < nx; i++) b.x[i] = (float)(i % 251) * 0.008f - 1;
+        sh_team_run(t, fill, &b);
+        for (sh_wtype type = SH_W_BF16; type < SH_W_TYPES; type++) measure_type(&b, type, out);
+        sh_mem_free(rows, (nx + ny) * sizeof(float));
+    }
+    sh_mem_free(weights, bytes);
+    return st;
+}

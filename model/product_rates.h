@@ -1,0 +1,24 @@
+/*
+ * How fast products with weights run on a team, for the planner: each storage type with the shapes of a decode step
+ * (one row: weights are what takes the time) and of a prompt (many rows: arithmetic is).
+ */
+#ifndef SH_MODEL_PRODUCT_RATES_H
+#define SH_MODEL_PRODUCT_RATES_H
+
+#include "common/status.h"
+#include "model/kernels/kernels.h"
+#include "model/team.h"
+
+typedef struct sh_product_rates {
+    double read[SH_W_TYPES];  /* bytes/s of weights with one row */
+    double flops[SH_W_TYPES]; /* operations/s with SH_PRODUCT_ROWS rows, a multiplication and an addition counting as
+                                 two */
+} sh_product_rates;
+
+#define SH_PRODUCT_ROWS 64
+
+/* Made-up weights of `bytes` (many times the last cache: 256 MiB), held only during the call; each matrix counts with
+ * the best of several tries. Takes about a second. Leaves the team's scratch large enough for what it ran. */
+sh_status sh_product_rates_measure(sh_team *t, const sh_kernels *kn, size_t bytes, sh_product_rates *out);
+
+#endif
