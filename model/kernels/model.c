@@ -1,12 +1,13 @@
 /*
- * SHOAL_ISA=model:FMA,BYTES: kernels that take the time of a machine that is not here. Products and attention compute
- * next to nothing and sleep for what they would take with FMA multiply-adds and BYTES of memory reads per second, so
- * that many ranks share two cores while links, schedule and exchange between them are real. For comparing layouts: the
- * results are made up, though the same for the same call and never special (no NaN, no end of text).
+ * SHOAL_ISA=model:FMA,BYTES[,LEAN]: kernels that take the time of a machine that is not here. Products and attention
+ * compute next to nothing and sleep for what they would take with FMA multiply-adds and BYTES of memory reads per
+ * second, so that many ranks share two cores while links, schedule and exchange between them are real. For comparing
+ * layouts: the results are made up, though the same for the same call and never special (no NaN, no end of text).
  *
  * What costs time: a product takes the larger of reading its panels and its multiply-adds; a segment of attention the
  * larger of reading its K and V from bf16 pages and its multiply-adds. The rest (norms, activations, sampling) is done
- * for real or left out and costs what it costs here. The rates are those of a rank: it has one compute thread here
+ * for real or left out and costs what it costs here. With LEAN the first output of small matrices, so a router's first
+ * expert, is the largest in that share of the rows. The rates are those of a rank: it has one compute thread here
  * whatever --threads says (sh_kernels.modelled).
  */
 #include "model/kernels/kernels.h"
@@ -28,7 +29,7 @@
 static struct {
     pthread_mutex_t lock;
     char spec[64]; /* "" until the first */
-    double fma, bytes;
+    double fma, bytes, lean;
     float fill[2 * FILL]; /* in (0, 1), the second half as the first */
 } model = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
@@ -90,7 +91,9 @@ static void gemm(const sh_wmat *w, int p0, int p1, const float *x, size_t ldx, i
     if (m <= 0 || from >= to) return;
     for (int r = 0; r < m; r++) {
         float *row = y + (size_t)r * ldy;
-        made_up(row, place_of(x + (size_t)r * ldx, w->k, w->n), from, to);
+        size_t place = place_of(x + (size_t)r * ldx, w->k, w->n);
+        made_up(row, place, from, to);
+        if (from == 0 && w->n <= FEW_OUTPUTS && (double)place < model.lean * FILL) row[0] = 1;
         for (int i = from; w->n > FEW_OUTPUTS && i < to && i < SPECIAL; i++) row[i] *= 0.5f;
     }
     double read = (double)(p1 - p0) * (double)w->k * SH_PANEL * 2 / model.bytes;
@@ -157,17 +160,21 @@ static double rate(const char *s, char **end) {
 
 sh_status sh_kernels_fill_model(sh_kernels *t, const char *spec) {
     char *end = NULL;
-    double fma = rate(spec, &end), bytes = fma > 0 && *end == ',' ? rate(end + 1, &end) : 0;
-    if (!(bytes > 0) || *end || strlen(spec) >= sizeof model.spec)
-        SH_FAIL(SH_EINPUT,
-                "'model:%.60s': what is wanted is model:FMA,BYTES, the multiply-adds and the bytes of memory that a "
-                "rank does per second, each from 1M: for example model:50G,20G",
-                spec);
+    double fma = rate(spec, &end), bytes = fma > 0 && *end == ',' ? rate(end + 1, &end) : 0, lean = 0;
+    if (bytes > 0 && end[0] == ',' && end[1] >= '0' && end[1] <= '9') lean = strtod(end + 1, &end);
+    if (!(bytes > 0) || !(lean <= 1) || *end || strlen(spec) >= sizeof model.spec)
+        SH_FAIL(
+            SH_EINPUT,
+            "'model:%.60s': what is wanted is model:FMA,BYTES, the multiply-adds and the bytes of memory that a "
+            "rank does per second, each from 1M, for example model:50G,20G, and where experts are to be hot the share "
+            "of rows, 0 to 1, that choose the first: model:50G,20G,0.5",
+            spec);
     pthread_mutex_lock(&model.lock);
     bool first = !model.spec[0], same = first || strcmp(model.spec, spec) == 0;
     if (first) {
         model.fma = fma;
         model.bytes = bytes;
+        model.lean = lean;
         make_numbers();
         native_from_bf16 = t->from_bf16;
         memcpy(model.spec, spec, strlen(spec) + 1); /* it fits */

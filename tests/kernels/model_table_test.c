@@ -94,6 +94,9 @@ static void test_rates(void) {
     refused("model:-5G,20G", "model:FMA,BYTES");
     refused("model:nan,20G", "model:FMA,BYTES");
     refused("model:0,20G", "model:FMA,BYTES");
+    refused("model:50G,20G,", "model:FMA,BYTES");
+    refused("model:50G,20G,1.5", "model:FMA,BYTES");
+    refused("model:50G,20G,0.5x", "model:FMA,BYTES");
     refused("model", "allowed are");
     refused("model:3G,2G", "this process has model:2G,2G");
     CU_ASSERT_EQUAL(sh_kernels_get("model:2G,2G", &t), SH_OK);
