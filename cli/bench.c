@@ -36,7 +36,7 @@ static const char usage[] =
     "                 embeddings, choice of the token)\n\n";
 
 static const char *const mode_names[] = {"exact", "bf16", "q8", "q4", NULL};
-static const char *const kv_names[] = {"f32", "bf16", NULL};
+static const char *const kv_names[] = {"f32", "bf16", "q8", NULL};
 
 typedef struct options {
     const char *model, *batches, *layers;
@@ -116,8 +116,7 @@ static sh_mode mode_of(const bench *b) {
 }
 
 static sh_kv_type kv_of(const bench *b) {
-    int kv = b->o.kv < 0 ? b->o.mode : b->o.kv;
-    return kv == 0 ? SH_KV_F32 : SH_KV_BF16;
+    return b->o.kv < 0 ? sh_kv_type_of_mode(mode_of(b)) : (sh_kv_type)b->o.kv;
 }
 
 static sh_status load(bench *b) {
@@ -311,7 +310,7 @@ int sh_cmd_bench(int argc, char **argv) {
         {"mode", 0, SH_OPTION_CHOICE, &o.mode, "MODE", "numeric mode: exact, bf16, q8 or q4 (default bf16)",
          .choices = mode_names},
         {"kv", 0, SH_OPTION_CHOICE, &o.kv, "TYPE",
-         "type of the KV cache: f32 or bf16 (default f32 with exact, else bf16)", .choices = kv_names},
+         "type of the KV cache: f32, bf16 or q8 (default f32 with exact, else bf16)", .choices = kv_names},
         {"threads", 0, SH_OPTION_INT, &o.threads, "N", "compute threads (default: the cores of the CPU set)", 1, 1024},
         {"prompt", 0, SH_OPTION_INT, &o.prompt, "N", "tokens of the prompt (default 512)", 1, 1 << 20},
         {"generate", 0, SH_OPTION_INT, &o.generate, "N", "decode steps per round and batch size (default 128)", 1,

@@ -260,7 +260,7 @@ int sh_options_begin(const char *command, const char *usage, const sh_option *t,
 }
 
 static const char *const mode_names[] = {"exact", "bf16", "q8", "q4", NULL};
-static const char *const kv_names[] = {"f32", "bf16", NULL};
+static const char *const kv_names[] = {"f32", "bf16", "q8", NULL};
 static const char *const reduce_names[] = {"gather", "sum", NULL};
 
 int sh_options_shared(sh_shared_options *s, sh_option *t) {
@@ -272,7 +272,8 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
         {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE",
          "numeric mode: exact, bf16, q8 or q4 (default bf16, or the plan's)", .choices = mode_names},
         {"kv", 0, SH_OPTION_CHOICE, &s->kv_at, "TYPE",
-         "type of the KV cache: f32 or bf16 (default f32 with exact, else bf16; or the plan's)", .choices = kv_names},
+         "type of the KV cache: f32, bf16 or q8 (default f32 with exact, else bf16; or the plan's)",
+         .choices = kv_names},
         {"max-context", 0, SH_OPTION_INT, &s->max_context, "N",
          "longest prompt and output together, in tokens (default: the model's, at most 131072)", 1, INT_MAX},
         {"seed", 0, SH_OPTION_U64, &s->seed, "N", "for requests without a seed (default 0)"},
@@ -323,8 +324,7 @@ sh_mode sh_options_mode(const sh_shared_options *s) {
 }
 
 sh_kv_type sh_options_kv(const sh_shared_options *s) {
-    if (s->kv_at >= 0) return s->kv_at == 0 ? SH_KV_F32 : SH_KV_BF16;
-    return sh_options_mode(s) == SH_MODE_EXACT ? SH_KV_F32 : SH_KV_BF16;
+    return s->kv_at >= 0 ? (sh_kv_type)s->kv_at : sh_kv_type_of_mode(sh_options_mode(s)); /* choices in its order */
 }
 
 int sh_options_ranks(const sh_shared_options *s) {

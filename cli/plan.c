@@ -150,7 +150,7 @@ static sh_status table_cell(const command *k, const subject *s, int nodes, sh_mo
     c.nodes = nodes;
     o.cluster = &c;
     o.fixed.mode = mode;
-    if (k->shared.kv_at < 0) o.fixed.kv = mode == SH_MODE_EXACT ? SH_KV_F32 : SH_KV_BF16;
+    if (k->shared.kv_at < 0) o.fixed.kv = sh_kv_type_of_mode(mode);
     SH_TRY(sh_search_run(&o, &found));
     sh_status st;
     if (found->n == 0) {

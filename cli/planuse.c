@@ -39,11 +39,13 @@ static sh_status check_options(const sh_shared_options *s, const Shoal__Plan *p)
 
 static sh_status take(sh_shared_options *s, const sh_config *c, Shoal__Plan *p) {
     sh_mode mode;
+    sh_kv_type kv;
     SH_TRY(sh_mode_parse(p->mode, &mode));
+    SH_TRY(sh_kv_type_parse(p->kv, &kv));
     s->mode_at = (int)mode;
     s->ranks = (int)p->n_rank;
     if (!s->replicas && p->has_replicas) s->replicas = p->replicas;
-    s->kv_at = strcmp(p->kv, "f32") == 0 ? 0 : 1;
+    s->kv_at = (int)kv;
     /* what is given beside the plan counts; the plan is changed to it */
     if (s->threads) p->threads = s->threads;
     if (s->max_seqs) p->max_seqs = s->max_seqs;

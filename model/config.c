@@ -490,7 +490,12 @@ const char *sh_mode_name(sh_mode m) {
 }
 
 const char *sh_kv_type_name(sh_kv_type t) {
-    return t == SH_KV_F32 ? "f32" : "bf16";
+    static const char *const names[SH_KV_TYPES] = {"f32", "bf16", "q8"};
+    return names[t];
+}
+
+sh_kv_type sh_kv_type_of_mode(sh_mode m) {
+    return m == SH_MODE_EXACT ? SH_KV_F32 : SH_KV_BF16;
 }
 
 sh_status sh_mode_parse(const char *s, sh_mode *out) {
@@ -503,10 +508,10 @@ sh_status sh_mode_parse(const char *s, sh_mode *out) {
 }
 
 sh_status sh_kv_type_parse(const char *s, sh_kv_type *out) {
-    for (int t = SH_KV_F32; t <= SH_KV_BF16; t++)
+    for (int t = SH_KV_F32; t < SH_KV_TYPES; t++)
         if (strcmp(s, sh_kv_type_name((sh_kv_type)t)) == 0) {
             *out = (sh_kv_type)t;
             return SH_OK;
         }
-    SH_FAIL(SH_EINPUT, "kv: \"%s\" is not known: allowed are f32 and bf16", s);
+    SH_FAIL(SH_EINPUT, "kv: \"%s\" is not known: allowed are f32, bf16 and q8", s);
 }

@@ -13,7 +13,7 @@
 #include "model/share.h"
 
 typedef enum sh_kv_kind { SH_KV_GLOBAL, SH_KV_SLIDING, SH_KV_KINDS } sh_kv_kind;
-typedef enum sh_kv_type { SH_KV_F32, SH_KV_BF16 } sh_kv_type;
+typedef enum sh_kv_type { SH_KV_F32, SH_KV_BF16, SH_KV_Q8, SH_KV_TYPES } sh_kv_type;
 typedef enum sh_mode { SH_MODE_EXACT, SH_MODE_BF16, SH_MODE_Q8, SH_MODE_Q4, SH_MODES } sh_mode;
 
 typedef struct sh_layer {
@@ -80,17 +80,21 @@ sh_status sh_generation_load(const char *model_dir, const sh_config *c, sh_gener
 
 /* Values (not bytes) that one position of a producing layer stores: kv_heads·head_dim, twice unless k_eq_v. */
 int sh_layer_kv_values(const sh_layer *l);
+/* Bytes of one vector, the key or the value of one position and KV head, in a KV type: as it lies in a page and
+ * travels, scales of q8 included. */
+size_t sh_kv_vec_bytes(sh_kv_type t, int head_dim);
+/* Bytes of these values: what one position of the layer stores. */
+size_t sh_layer_kv_bytes(const sh_layer *l, sh_kv_type t);
 /* The same for a whole stage [first, last): bytes per token of one KV kind over the layers it must hold (its producers
  * and mirrors of earlier producers that its consumers read). */
 size_t sh_config_kv_bytes(const sh_config *c, sh_kv_type type, sh_kv_kind kind, int first, int last);
 /* Whether K/V of producer `layer` must cross a cut before layer `cut` (layer < cut and some consumer ≥ cut, below
  * kv_end if that is set). */
 bool sh_config_kv_crosses(const sh_config *c, int layer, int cut);
-static inline size_t sh_kv_type_bytes(sh_kv_type t) {
-    return t == SH_KV_F32 ? 4 : 2;
-}
 const char *sh_mode_name(sh_mode m);
 const char *sh_kv_type_name(sh_kv_type t);
+/* The type where none is asked for. */
+sh_kv_type sh_kv_type_of_mode(sh_mode m);
 sh_status sh_mode_parse(const char *s, sh_mode *out);
 sh_status sh_kv_type_parse(const char *s, sh_kv_type *out);
 

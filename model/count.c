@@ -1,6 +1,7 @@
 /* Counts that follow from the layer table alone: parameters and KV bytes. Declared in config.h; nothing is read here.
  */
 #include "model/config.h"
+#include "model/kernels/kernels.h"
 
 sh_layer_count sh_config_layer_count(const sh_config *c, int layer) {
     const sh_layer *l = &c->layer[layer];
@@ -52,17 +53,26 @@ int sh_layer_kv_values(const sh_layer *l) {
     return (l->k_eq_v ? 1 : 2) * l->kv_heads * l->head_dim;
 }
 
+size_t sh_kv_vec_bytes(sh_kv_type t, int head_dim) {
+    if (t == SH_KV_Q8) return sh_kv8_bytes(head_dim);
+    return (size_t)head_dim * (t == SH_KV_F32 ? sizeof(float) : sizeof(uint16_t));
+}
+
+size_t sh_layer_kv_bytes(const sh_layer *l, sh_kv_type t) {
+    return (l->k_eq_v ? 1 : 2) * (size_t)l->kv_heads * sh_kv_vec_bytes(t, l->head_dim);
+}
+
 size_t sh_config_kv_bytes(const sh_config *c, sh_kv_type type, sh_kv_kind kind, int first, int last) {
-    size_t values = 0;
+    size_t bytes = 0;
     bool mirrored[SH_MAX_LAYERS] = {false};
     for (int i = first; i < last; i++) {
         const sh_layer *l = &c->layer[i];
         if (l->kind != kind) continue;
         bool mirror = l->kv_from < first && !mirrored[l->kv_from];
         if (mirror) mirrored[l->kv_from] = true;
-        if (l->has_kv || mirror) values += (size_t)sh_layer_kv_values(&c->layer[l->kv_from]);
+        if (l->has_kv || mirror) bytes += sh_layer_kv_bytes(&c->layer[l->kv_from], type);
     }
-    return values * sh_kv_type_bytes(type);
+    return bytes;
 }
 
 bool sh_config_kv_crosses(const sh_config *c, int layer, int cut) {

@@ -147,42 +147,57 @@ static sh_status add_memory(const sh_config *c, sh_buf *out) {
 /* --- KV ------------------------------------------------------------------------------------------------------------
  */
 
+static const sh_kv_type shown[SH_KV_TYPES] = {SH_KV_Q8, SH_KV_BF16, SH_KV_F32};
+
 static sh_status add_kv_kind(const sh_config *c, sh_kv_kind kind, sh_buf *out) {
     static const char *const name[SH_KV_KINDS] = {"full", "sliding"};
-    int count = 0, values = 0;
+    int count = 0;
+    size_t one[SH_KV_TYPES] = {0};
     bool k_eq_v = false;
     for (int i = 0; i < c->n_layers; i++) {
         const sh_layer *l = &c->layer[i];
         if (l->kind != kind || !l->has_kv) continue;
-        if (count++ == 0) values = sh_layer_kv_values(l);
-        if (values != sh_layer_kv_values(l)) values = -1; /* layers of one kind may differ */
+        for (int t = 0; t < SH_KV_TYPES; t++) {
+            size_t bytes = sh_layer_kv_bytes(l, (sh_kv_type)t);
+            one[t] = count == 0 || one[t] == bytes ? bytes : 0; /* layers of one kind may differ */
+        }
+        count++;
         k_eq_v = l->k_eq_v;
     }
     if (count == 0) return SH_OK;
-    char one[2][24];
-    for (int t = 0; t < 2; t++) {
-        snprintf(one[t], sizeof one[t], "differs");
-        if (values >= 0) snprintf(one[t], sizeof one[t], "%zu", (size_t)values * sh_kv_type_bytes((sh_kv_type)t));
+    SH_TRY(sh_buf_printf(out, "  %-8s %6d", name[kind], count));
+    for (int t = 0; t < SH_KV_TYPES; t++) {
+        char text[24] = "differs";
+        if (one[shown[t]] > 0) snprintf(text, sizeof text, "%zu", one[shown[t]]);
+        SH_TRY(sh_buf_printf(out, " %12s", text));
     }
-    return sh_buf_printf(out, "  %-8s %6d %12s %12s %12zu %12zu%s\n", name[kind], count, one[SH_KV_BF16],
-                         one[SH_KV_F32], sh_config_kv_bytes(c, SH_KV_BF16, kind, 0, c->n_layers),
-                         sh_config_kv_bytes(c, SH_KV_F32, kind, 0, c->n_layers), k_eq_v ? "  K = V: one tensor" : "");
+    for (int t = 0; t < SH_KV_TYPES; t++)
+        SH_TRY(sh_buf_printf(out, " %12zu", sh_config_kv_bytes(c, shown[t], kind, 0, c->n_layers)));
+    return sh_buf_printf(out, "%s\n", k_eq_v ? "  K = V: one tensor" : "");
 }
 
 static sh_status add_kv_length(const sh_config *c, int tokens, const char *note, sh_buf *out) {
-    char a[24], b[24], n[24];
+    char bytes[24], n[24];
     snprintf(n, sizeof n, tokens % 1024 ? "%d" : "%dk", tokens % 1024 ? tokens : tokens / 1024);
-    return sh_buf_printf(out, "  %-8s %12s %12s%s\n", n,
-                         sh_inspect_bytes(sh_inspect_kv_sequence(c, SH_KV_BF16, 0, c->n_layers, tokens), a),
-                         sh_inspect_bytes(sh_inspect_kv_sequence(c, SH_KV_F32, 0, c->n_layers, tokens), b), note);
+    SH_TRY(sh_buf_printf(out, "  %-8s", n));
+    for (int t = 0; t < SH_KV_TYPES; t++) {
+        int64_t size = sh_inspect_kv_sequence(c, shown[t], 0, c->n_layers, tokens);
+        SH_TRY(sh_buf_printf(out, " %12s", sh_inspect_bytes(size, bytes)));
+    }
+    return sh_buf_printf(out, "%s\n", note);
 }
 
 static sh_status add_kv(const sh_config *c, sh_buf *out) {
-    SH_TRY(sh_buf_printf(out, "\nKV bytes per token\n  %-8s %6s %12s %12s %12s %12s\n", "layer", "stored", "one, bf16",
-                         "one, f32", "all, bf16", "all, f32"));
+    SH_TRY(sh_buf_printf(out, "\nKV bytes per token\n  %-8s %6s", "layer", "stored"));
+    for (int t = 0; t < 2 * SH_KV_TYPES; t++)
+        SH_TRY(
+            sh_buf_printf(out, " %6s, %4s", t < SH_KV_TYPES ? "one" : "all", sh_kv_type_name(shown[t % SH_KV_TYPES])));
+    SH_TRY(sh_buf_printf(out, "\n"));
     SH_TRY(add_kv_kind(c, SH_KV_SLIDING, out));
     SH_TRY(add_kv_kind(c, SH_KV_GLOBAL, out));
-    SH_TRY(sh_buf_printf(out, "\nKV of one sequence\n  %-8s %12s %12s\n", "tokens", "bf16", "f32"));
+    SH_TRY(sh_buf_printf(out, "\nKV of one sequence\n  %-8s", "tokens"));
+    for (int t = 0; t < SH_KV_TYPES; t++) SH_TRY(sh_buf_printf(out, " %12s", sh_kv_type_name(shown[t])));
+    SH_TRY(sh_buf_printf(out, "\n"));
     static const int length[] = {8192, 32768, 131072};
     for (int i = 0; i < 3; i++)
         if (length[i] < c->max_context) SH_TRY(add_kv_length(c, length[i], "", out));

@@ -1,7 +1,7 @@
 /*
  * Pages of keys and values. Each layer has its own block of pages; inside a page the tokens of one KV head lie
  * together: page: [kv_heads][K tokens, then V tokens][SH_PAGE_TOKENS][head_dim]      (V alone with k_eq_v) so that
- * attention reads one head's keys as one run. See kv.h.
+ * attention reads one head's keys as one run; with q8 the scales follow the codes of their vector. See kv.h.
  */
 #include "model/kv.h"
 
@@ -9,7 +9,7 @@
 #include <string.h>
 #include "model/rope.h"
 
-#define STEP_BYTES  512  /* widened at a time */
+#define STEP_BYTES  512  /* widened at a time, or one vector */
 #define AHEAD_BYTES 8192 /* asked for in advance: measured, 28 GB/s from memory on one core instead of 7 */
 
 typedef struct layer_pages {
@@ -31,7 +31,7 @@ struct sh_kv_pool {
 };
 
 size_t sh_kv_row_bytes(const sh_config *c, sh_kv_type type, int layer) {
-    return (size_t)sh_layer_kv_values(&c->layer[layer]) * sh_kv_type_bytes(type);
+    return sh_layer_kv_bytes(&c->layer[layer], type);
 }
 
 static sh_status reserve_layer(sh_kv_pool *p, const sh_config *c, int layer) {
@@ -42,7 +42,7 @@ static sh_status reserve_layer(sh_kv_pool *p, const sh_config *c, int layer) {
     lp->head_dim = l->head_dim;
     lp->kind = l->kind;
     lp->k_eq_v = l->k_eq_v;
-    lp->vec = (size_t)l->head_dim * sh_kv_type_bytes(p->type);
+    lp->vec = sh_kv_vec_bytes(p->type, l->head_dim);
     lp->part = lp->vec * SH_PAGE_TOKENS;
     lp->page = lp->part * (l->k_eq_v ? 1 : 2) * (size_t)l->kv_heads;
     size_t bytes = lp->page * (size_t)p->pages[l->kind];
@@ -95,18 +95,24 @@ static uint8_t *slot(const layer_pages *lp, const sh_span *s, int pos, int head,
     return lp->data + (size_t)page * lp->page + part * lp->part + (size_t)(pos % SH_PAGE_TOKENS) * lp->vec;
 }
 
+/* One vector of n values into its bytes in the KV type. */
 static void narrow(const sh_kv_pool *p, const sh_kernels *kn, uint8_t *to, const float *from, int n) {
-    if (p->type == SH_KV_BF16)
+    if (p->type == SH_KV_Q8)
+        kn->to_kv8(to, from, n);
+    else if (p->type == SH_KV_BF16)
         kn->to_bf16((uint16_t *)(void *)to, from, n);
     else
         memcpy(to, from, (size_t)n * sizeof(float));
 }
 
-static void widen(const sh_kv_pool *p, const sh_kernels *kn, float *to, const uint8_t *from, int n) {
-    if (p->type == SH_KV_BF16)
-        kn->from_bf16(to, (const uint16_t *)(const void *)from, n);
+/* `rows` vectors of n values, one behind the other, out of theirs. */
+static void widen(const sh_kv_pool *p, const sh_kernels *kn, float *to, const uint8_t *from, int n, int rows) {
+    if (p->type == SH_KV_Q8)
+        kn->from_kv8(to, from, n, rows);
+    else if (p->type == SH_KV_BF16)
+        kn->from_bf16(to, (const uint16_t *)(const void *)from, n * rows);
     else
-        memcpy(to, from, (size_t)n * sizeof(float));
+        memcpy(to, from, (size_t)n * (size_t)rows * sizeof(float));
 }
 
 void sh_kv_write(sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int row, const float *k,
@@ -123,9 +129,10 @@ void sh_kv_write(sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *
 void sh_kv_pack(const sh_kv_pool *p, const sh_kernels *kn, int layer, const float *k, const float *v, void *to) {
     const layer_pages *lp = &p->layer[layer];
     uint8_t *at = to;
-    int n = lp->kv_heads * lp->head_dim;
-    if (!lp->k_eq_v) narrow(p, kn, at, k, n);
-    narrow(p, kn, lp->k_eq_v ? at : at + (size_t)lp->kv_heads * lp->vec, v, n);
+    int n = lp->head_dim;
+    for (int h = 0; h < lp->kv_heads && !lp->k_eq_v; h++, at += lp->vec)
+        narrow(p, kn, at, k + (size_t)h * (size_t)n, n);
+    for (int h = 0; h < lp->kv_heads; h++, at += lp->vec) narrow(p, kn, at, v + (size_t)h * (size_t)n, n);
 }
 
 /* Copies the vectors of one row between its pages and its packed form: all heads' K, then all heads' V. */
@@ -155,15 +162,16 @@ void sh_kv_import(sh_kv_pool *p, int layer, const sh_span *s, int row, int n, co
 
 /* One stream of loads from memory is several times slower than memory: ask ahead, in the run and then in the next one.
  */
-static void widen_run(const sh_kv_pool *p, const sh_kernels *kn, const uint8_t *from, int n, const uint8_t *next,
-                      float *to) {
-    size_t item = sh_kv_type_bytes(p->type), bytes = (size_t)n * item;
-    for (size_t at = 0; at < bytes; at += STEP_BYTES) {
-        size_t ahead = at + AHEAD_BYTES;
+static void widen_run(const sh_kv_pool *p, const sh_kernels *kn, const layer_pages *lp, const uint8_t *from, int rows,
+                      const uint8_t *next, float *to) {
+    size_t bytes = (size_t)rows * lp->vec;
+    int most = lp->vec < STEP_BYTES ? (int)(STEP_BYTES / lp->vec) : 1;
+    for (int r = 0; r < rows; r += most) {
+        size_t at = (size_t)r * lp->vec, ahead = at + AHEAD_BYTES;
+        int n = rows - r < most ? rows - r : most;
         const uint8_t *want = ahead < bytes || !next ? from + ahead : next + (ahead - bytes);
-        for (size_t i = 0; i < STEP_BYTES; i += 64) __builtin_prefetch(want + i);
-        size_t step = bytes - at < STEP_BYTES ? bytes - at : STEP_BYTES;
-        widen(p, kn, to + at / item, from + at, (int)(step / item));
+        for (size_t i = 0; i < (size_t)n * lp->vec; i += 64) __builtin_prefetch(want + i);
+        widen(p, kn, to + (size_t)r * (size_t)lp->head_dim, from + at, lp->head_dim, n);
     }
 }
 
@@ -174,7 +182,7 @@ static void read_part(const sh_kv_pool *p, const sh_kernels *kn, const layer_pag
         int run = SH_PAGE_TOKENS - pos % SH_PAGE_TOKENS;
         if (run > n) run = n;
         const uint8_t *next = n > run ? slot(lp, s, pos + run, head, value) : NULL;
-        widen_run(p, kn, slot(lp, s, pos, head, value), run * lp->head_dim, next, to);
+        widen_run(p, kn, lp, slot(lp, s, pos, head, value), run, next, to);
         to += (size_t)run * (size_t)lp->head_dim;
         pos += run;
         n -= run;

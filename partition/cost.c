@@ -94,7 +94,7 @@ static sh_cost_part attention(const sh_cost_model *m, const sh_cost_place *p, in
     const sh_config *c = m->config;
     const sh_layer *l = &c->layer[layer];
     const sh_cost_rates *r = p->rates;
-    double share = context_share(p, l, d), row = sh_layer_kv_values(&c->layer[l->kv_from]) * (double)p->kv_bytes;
+    double share = context_share(p, l, d), row = (double)sh_layer_kv_bytes(&c->layer[l->kv_from], p->kv);
     double bytes = d->keys * row * kv_heads_of(l, p) / l->kv_heads * share;
     double flops = 4.0 * l->heads / p->shape.tp * l->head_dim * d->pairs * share;
     return part(bytes, flops, r->read * r->attention_read, r->fma * r->attention_fma);

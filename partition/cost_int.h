@@ -10,7 +10,7 @@ typedef struct sh_cost_place {
     int rank, member;
     sh_plan_shape shape;
     sh_mode mode;
-    int kv_bytes;  /* of one value */
+    sh_kv_type kv;
     bool sums;     /* tp by partial sums */
     bool once;     /* no expert of the stage is on two ranks */
     int near, far; /* other members on its node, on others */

@@ -18,11 +18,9 @@ static void neighbours(const sh_cost_model *m, int rank, sh_cost_place *p) {
 
 sh_status sh_cost_place_of(const sh_cost_model *m, int rank, sh_cost_place *out) {
     sh_cost_place p = {.rank = rank, .shape = sh_plan_shape_of(m->plan), .rates = sh_cost_rates_of(m, rank)};
-    sh_kv_type kv;
-    SH_TRY(sh_kv_type_parse(m->plan->kv, &kv));
+    SH_TRY(sh_kv_type_parse(m->plan->kv, &p.kv));
     SH_TRY(sh_mode_parse(m->plan->mode, &p.mode));
     p.member = rank % p.shape.width;
-    p.kv_bytes = (int)sh_kv_type_bytes(kv);
     p.sums = m->plan->tp_sum && p.shape.tp > 1;
     neighbours(m, rank, &p);
     *out = p;
@@ -227,7 +225,7 @@ void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int la
                           sh_cost_layer *out) {
     const sh_layer *l = &m->config->layer[layer];
     double own = d->rows / p->shape.cp, others = p->shape.cp - 1, elsewhere = others / p->shape.cp, blocks, owners;
-    double kv = l->has_kv ? (double)sh_layer_kv_values(l) * p->kv_bytes : 0;
+    double kv = l->has_kv ? (double)sh_layer_kv_bytes(l, p->kv) : 0;
     if (l->kind == SH_KV_SLIDING) {
         add(&out->context, to_members(m, p, own * others * kv, 1));
         return;
@@ -248,8 +246,7 @@ double sh_cost_cut_bytes(const sh_config *c, sh_kv_type kv, int cut, double rows
     if (cut >= c->n_layers) return kept * hidden;
     double n = (cut >= c->first_shared ? kept : rows) * hidden * (c->ple ? 2 : 1);
     for (int i = 0; i < cut; i++)
-        if (sh_config_kv_crosses(c, i, cut))
-            n += rows * sh_layer_kv_values(&c->layer[i]) * (double)sh_kv_type_bytes(kv);
+        if (sh_config_kv_crosses(c, i, cut)) n += rows * (double)sh_layer_kv_bytes(&c->layer[i], kv);
     return n;
 }
 
@@ -263,7 +260,7 @@ static double block_bytes(const sh_cost_model *m, const sh_cost_place *p, int cu
         const sh_layer *l = &c->layer[i];
         double heads = p->shape.tp > l->kv_heads ? 1 : (double)l->kv_heads / p->shape.tp;
         if (!sh_config_kv_crosses(c, i, cut)) continue;
-        n += rows / (l->kind == SH_KV_GLOBAL ? own : 1) * sh_layer_kv_values(l) * heads / l->kv_heads * p->kv_bytes;
+        n += rows / (l->kind == SH_KV_GLOBAL ? own : 1) * (double)sh_layer_kv_bytes(l, p->kv) * heads / l->kv_heads;
     }
     return n;
 }

@@ -30,7 +30,7 @@ static size_t header_bytes(int32_t n_pages) {
 
 size_t sh_shard_payload_bytes(const sh_shard *s) {
     return (size_t)(s->last - s->first) * (size_t)s->tokens * (size_t)s->parts * (size_t)s->heads *
-           (size_t)s->head_dim * sh_kv_type_bytes(s->type);
+           sh_kv_vec_bytes(s->type, s->head_dim);
 }
 
 size_t sh_shard_bytes(const sh_shard *s) {
@@ -83,7 +83,7 @@ void sh_shard_seal(void *shard) {
 static sh_status check_counts(const header *h, size_t len) {
     const int32_t most = 1 << 30;
     if (h->magic != MAGIC || h->zero != 0) SH_FAIL(SH_EFORMAT, "KV shard: magic %08x: no shard", h->magic);
-    if (h->type > SH_KV_BF16 || h->first < 0 || h->last <= h->first || h->last > SH_MAX_LAYERS || h->head < 0 ||
+    if (h->type >= SH_KV_TYPES || h->first < 0 || h->last <= h->first || h->last > SH_MAX_LAYERS || h->head < 0 ||
         h->heads < 1 || h->heads > 65536 - h->head || h->head_dim < 1 || h->head_dim > 65536 || h->parts < 1 ||
         h->parts > 2)
         SH_FAIL(SH_EFORMAT, "KV shard: type %u, layers %d to %d, %d heads from %d of %d values, %d parts: no such rows",
@@ -124,9 +124,8 @@ sh_status sh_shard_open(const void *data, size_t len, sh_shard *out, size_t *use
                   .n_pages = h.n_pages,
                   .pages = (const int32_t *)(const void *)(p + sizeof h),
                   .payload = p + h.header_bytes};
-    double exact =
-        (double)(h.last - h.first) * h.tokens * h.parts * h.heads * h.head_dim; /* far below 2^53, or not equal */
-    if (exact * (double)sh_kv_type_bytes(s.type) != (double)h.payload_bytes)
+    double exact = (double)(h.last - h.first) * h.tokens * h.parts * h.heads; /* far below 2^53, or not equal */
+    if (exact * (double)sh_kv_vec_bytes(s.type, h.head_dim) != (double)h.payload_bytes)
         SH_FAIL(SH_EFORMAT, "KV shard: payload of %llu bytes: its shape implies another length",
                 (unsigned long long)h.payload_bytes);
     if (checksum(p, &h) != h.checksum)

@@ -67,6 +67,18 @@ typedef struct sh_qrows {
     size_t groups;
 } sh_qrows;
 
+/*
+ * Keys and values in 8 bits (the KV type q8). A vector of n values is n codes (int8_t), then one f32 scale for each
+ * group of SH_KV8_GROUP values, unaligned; the last group may be short. x ≈ scale · code.
+ */
+#define SH_KV8_GROUP 64 /* values of a vector that share a scale; docs/decisions/0030 has the measurements */
+static inline int sh_kv8_groups(int n) {
+    return (n + SH_KV8_GROUP - 1) / SH_KV8_GROUP;
+}
+static inline size_t sh_kv8_bytes(int n) {
+    return (size_t)n + sizeof(float) * (size_t)sh_kv8_groups(n);
+}
+
 typedef struct sh_kernels {
     const char *isa; /* "ref", "avx2", "avx512", "avx512vnni", "blas", "model" */
     bool modelled;   /* "model": takes the time of a rank with given rates; its one thread stands for all of them */
@@ -102,6 +114,11 @@ typedef struct sh_kernels {
     void (*softcap)(float *x, float cap, int n);             /* x = tanh(x / cap) · cap */
     void (*from_bf16)(float *y, const uint16_t *x, int n);
     void (*to_bf16)(uint16_t *y, const float *x, int n); /* round to nearest even; NaN stays NaN */
+    /* One vector of n values to sh_kv8_bytes(n): codes and scales as quantize makes them (nothing is padded), so a
+     * group with an infinity or a NaN becomes NaN, one whose largest absolute value is below 2^−100 becomes 0. */
+    void (*to_kv8)(uint8_t *y, const float *x, int n);
+    /* `rows` such vectors, one behind the other, to y [rows, n]: y = code · scale. */
+    void (*from_kv8)(float *y, const uint8_t *x, int n, int rows);
 
     /* Attention inner loops over one segment of keys. q rows [rows, hd] with stride ldq; k and v tiles [keys, hd] f32,
      * stride hd. hd is any positive number.

@@ -131,6 +131,13 @@ static void from_bf16(float *y, const uint16_t *x, int n) {
     reading += 2.0 * n / model.bytes;
 }
 
+static void (*native_from_kv8)(float *y, const uint8_t *x, int n, int rows);
+static void from_kv8(float *y, const uint8_t *x, int n, int rows) {
+    if (reading <= 0) begun = sh_now();
+    native_from_kv8(y, x, n, rows);
+    reading += (double)rows * (double)sh_kv8_bytes(n) / model.bytes;
+}
+
 static void rmsnorm(float *y, const float *x, const float *w, int n, float eps) {
     (void)w, (void)eps;
     if (y != x) memcpy(y, x, (size_t)n * sizeof *y);
@@ -177,6 +184,7 @@ sh_status sh_kernels_fill_model(sh_kernels *t, const char *spec) {
         model.lean = lean;
         make_numbers();
         native_from_bf16 = t->from_bf16;
+        native_from_kv8 = t->from_kv8;
         memcpy(model.spec, spec, strlen(spec) + 1); /* it fits */
     }
     pthread_mutex_unlock(&model.lock);
@@ -187,6 +195,7 @@ sh_status sh_kernels_fill_model(sh_kernels *t, const char *spec) {
     t->softmax_part = softmax_part;
     t->weighted_sum = weighted_sum;
     t->from_bf16 = from_bf16;
+    t->from_kv8 = from_kv8;
     t->rmsnorm = rmsnorm;
     t->gelu_mul = gelu_mul;
     t->softcap = softcap;

@@ -389,6 +389,28 @@ static void ref_gemm_q(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int 
     }
 }
 
+/* ---- keys and values in 8 bits ----------------------------------------------------------------------------------- */
+
+static void ref_to_kv8(uint8_t *y, const float *x, int n) {
+    uint8_t *scales = y + n;
+    for (int i = 0; i < n; i += SH_KV8_GROUP, scales += sizeof(float)) {
+        int size = n - i < SH_KV8_GROUP ? n - i : SH_KV8_GROUP;
+        float scale;
+        int32_t sum;
+        ref_quantize_group(x + i, size, size, (int8_t *)y + i, &scale, &sum);
+        memcpy(scales, &scale, sizeof scale);
+    }
+}
+
+static void ref_from_kv8(float *y, const uint8_t *x, int n, int rows) {
+    for (int r = 0; r < rows; r++, y += n, x += sh_kv8_bytes(n))
+        for (int i = 0; i < n; i++) {
+            float scale;
+            memcpy(&scale, x + n + sizeof(float) * (size_t)(i / SH_KV8_GROUP), sizeof scale);
+            y[i] = (float)(int8_t)x[i] * scale;
+        }
+}
+
 void sh_kernels_fill_ref(sh_kernels *t) {
     *t = (sh_kernels){
         .isa = "ref",
@@ -402,6 +424,8 @@ void sh_kernels_fill_ref(sh_kernels *t) {
         .softcap = ref_softcap,
         .from_bf16 = ref_from_bf16,
         .to_bf16 = ref_to_bf16,
+        .to_kv8 = ref_to_kv8,
+        .from_kv8 = ref_from_kv8,
         .scores = ref_scores,
         .softmax_part = ref_softmax_part,
         .weighted_sum = ref_weighted_sum,

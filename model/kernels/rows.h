@@ -5,6 +5,7 @@
  */
 #include <math.h>
 #include <stdbool.h>
+#include <string.h>
 #include "model/kernels/kernels.h"
 
 /* Loads the lanes of a row from element i of n; *c gets their number. */
@@ -171,6 +172,44 @@ static void x86_to_bf16(uint16_t *y, const float *x, int n) {
     }
 }
 
+/* Codes and scale of a group of n values. */
+SH_INLINE float to_kv8_group(uint8_t *y, const float *x, int n) {
+    v16 top = v_zero();
+    int i = 0, c;
+    for (; i + SH_LANES <= n; i += SH_LANES) top = v_max_bits(v_abs(v_load(x + i)), top);
+    if (i < n) top = v_max_bits(v_abs(v_load_n(x + i, n - i)), top);
+    float a = v_join_max_bits(top);
+    bool bad = !(a < INFINITY), none = bad || a < 0x1p-100f;
+    v16 inv = v_set1(none ? 0 : 127.0f / a);
+    for (i = 0; i < n; i += SH_LANES) {
+        v16 v = v_mul(take(x, i, n, &c), inv);
+        v_to_i8_n(y + i, none ? v_zero() : v, c);
+    }
+    return bad ? NAN : none ? 0 : a * (1.0f / 127.0f);
+}
+
+static void x86_to_kv8(uint8_t *y, const float *x, int n) {
+    uint8_t *scales = y + n;
+    for (int i = 0; i < n; i += SH_KV8_GROUP, scales += sizeof(float)) {
+        float scale = to_kv8_group(y + i, x + i, n - i < SH_KV8_GROUP ? n - i : SH_KV8_GROUP);
+        memcpy(scales, &scale, sizeof scale);
+    }
+}
+
+static void x86_from_kv8(float *y, const uint8_t *x, int n, int rows) {
+    for (int r = 0; r < rows; r++, y += n, x += sh_kv8_bytes(n)) {
+        const uint8_t *scales = x + n;
+        for (int g = 0; g < n; g += SH_KV8_GROUP, scales += sizeof(float)) {
+            int i = g, to = n - g < SH_KV8_GROUP ? n : g + SH_KV8_GROUP;
+            float scale;
+            memcpy(&scale, scales, sizeof scale);
+            v16 s = v_set1(scale);
+            for (; i + SH_LANES <= to; i += SH_LANES) v_store(y + i, v_mul(v_from_i8_n(x + i, SH_LANES), s));
+            if (i < to) v_store_n(y + i, v_mul(v_from_i8_n(x + i, to - i), s), to - i);
+        }
+    }
+}
+
 /* ---- attention --------------------------------------------------------------------------------------------------- */
 
 static float lanes_max(const float *x, int n) {
@@ -281,6 +320,8 @@ static void fill_rows(sh_kernels *t) {
     t->softcap = x86_softcap;
     t->from_bf16 = x86_from_bf16;
     t->to_bf16 = x86_to_bf16;
+    t->to_kv8 = x86_to_kv8;
+    t->from_kv8 = x86_from_kv8;
     t->softmax_part = x86_softmax_part;
     t->weighted_sum = x86_weighted_sum;
     t->merge = x86_merge;

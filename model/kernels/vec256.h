@@ -158,4 +158,35 @@ SH_INLINE void v_to_bf16_n(uint16_t *p, v16 x, int n) {
     if (n < 16) memcpy(p, h, (size_t)n * 2);
 }
 
+/* The greater bits of each lane, as unsigned integers: absolute values order like that, NaN above all. */
+SH_INLINE v16 v_max_bits(v16 x, v16 y) {
+    return (v16){_mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x.a), _mm256_castps_si256(y.a))),
+                 _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x.b), _mm256_castps_si256(y.b)))};
+}
+SH_INLINE float v_join_max_bits(v16 x) {
+    __m256i e = _mm256_max_epu32(_mm256_castps_si256(x.a), _mm256_castps_si256(x.b));
+    __m128i q = _mm_max_epu32(_mm256_castsi256_si128(e), _mm256_extracti128_si256(e, 1));
+    q = _mm_max_epu32(q, _mm_shuffle_epi32(q, 0x4e));
+    q = _mm_max_epu32(q, _mm_shuffle_epi32(q, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(q));
+}
+SH_INLINE v16 v_from_i8_n(const uint8_t *p, int n) {
+    uint8_t h[16] = {0};
+    if (n < 16) {
+        memcpy(h, p, (size_t)n);
+        p = h;
+    }
+    __m256i a = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p));
+    __m256i b = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p + 8)));
+    return (v16){_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)};
+}
+SH_INLINE void v_to_i8_n(uint8_t *p, v16 x, int n) { /* |x| < 127.5; rounds to nearest even */
+    __m256i r = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    r = _mm256_permute4x64_epi64(r, 0xd8);
+    uint8_t h[16];
+    _mm_storeu_si128((__m128i *)(void *)(n < 16 ? h : p),
+                     _mm_packs_epi16(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
+    if (n < 16) memcpy(p, h, (size_t)n);
+}
+
 #endif

@@ -147,4 +147,19 @@ SH_INLINE void v_to_bf16_n(uint16_t *p, v16 a, int n) {
     _mm256_mask_storeu_epi16(p, lanes(n), _mm512_cvtepi32_epi16(r));
 }
 
+/* The greater bits of each lane, as unsigned integers: absolute values order like that, NaN above all. */
+SH_INLINE v16 v_max_bits(v16 a, v16 b) {
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+SH_INLINE float v_join_max_bits(v16 a) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)_mm512_reduce_max_epu32(_mm512_castps_si512(a)))));
+}
+SH_INLINE v16 v_from_i8_n(const uint8_t *p, int n) {
+    __m128i x = n == 16 ? _mm_loadu_si128((const __m128i *)(const void *)p) : _mm_maskz_loadu_epi8(lanes(n), p);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
+}
+SH_INLINE void v_to_i8_n(uint8_t *p, v16 a, int n) { /* |a| < 127.5; rounds to nearest even */
+    _mm_mask_storeu_epi8(p, lanes(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
+}
+
 #endif

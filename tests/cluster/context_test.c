@@ -395,8 +395,8 @@ static void run_alone(fixture *f) {
     free(logits);
 }
 
-static void check_fixture(const char *name, bool odd, sh_mode mode) {
-    fixture f = {.name = name, .mode = mode, .kv = mode == SH_MODE_EXACT ? SH_KV_F32 : SH_KV_BF16};
+static void check_fixture(const char *name, bool odd, sh_mode mode, sh_kv_type kv) {
+    fixture f = {.name = name, .mode = mode, .kv = kv};
     snprintf(f.dir, sizeof f.dir, "%s/%s/%s", SH_TEST_DATA, odd ? "odd" : "text/models", name);
     MUST(sh_config_load(f.dir, &f.c));
     for (int i = 0; i < N_SEQS; i++) {
@@ -434,15 +434,16 @@ static bool wanted(const char *name, int argc, char **argv) {
 
 int main(int argc, char **argv) {
 #ifdef __SANITIZE_THREAD__
-    check_fixture(fixtures[0], false, SH_MODE_BF16); /* threads meet alike in all of them */
+    check_fixture(fixtures[0], false, SH_MODE_BF16, SH_KV_BF16); /* threads meet alike in all of them */
     return finish("context");
 #endif
     for (int i = 0; i < N_FIXTURES; i++)
         for (int exact = 0; exact < 2; exact++)
             if (wanted(fixtures[i], argc, argv))
-                check_fixture(fixtures[i], false, exact ? SH_MODE_EXACT : SH_MODE_BF16);
+                check_fixture(fixtures[i], false, exact ? SH_MODE_EXACT : SH_MODE_BF16, exact ? SH_KV_F32 : SH_KV_BF16);
+    if (wanted(fixtures[0], argc, argv)) check_fixture(fixtures[0], false, SH_MODE_EXACT, SH_KV_Q8);
     for (int i = 0; i < N_ODD; i++)
         if (wanted(odd_fixtures[i], argc, argv))
-            check_fixture(odd_fixtures[i], true, i % 2 ? SH_MODE_EXACT : SH_MODE_BF16);
+            check_fixture(odd_fixtures[i], true, i % 2 ? SH_MODE_EXACT : SH_MODE_BF16, i % 2 ? SH_KV_F32 : SH_KV_BF16);
     return finish("context");
 }

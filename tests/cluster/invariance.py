@@ -2,9 +2,10 @@
 """The promise of equal bytes, from outside: 40 mixed requests (greedy and drawn, log-probabilities, stop strings, seeds, long
 and short prompts, scoring) give the same rows for every number of ranks, every cut, batch size, chunk, thread count, instruction
 set and transport, with and without ranks that read prompts for the others. Each dimension alone, then seeded combinations. With --cp
-instead: for these numbers of ranks that share positions out in each stage, with long prompts among the requests.
+instead: for these numbers of ranks that share positions out in each stage, with long prompts among the requests. With --few: every way of
+dividing once, and chunks.
 
-usage: invariance.py [--long] [--combinations N] [--seed S] [--models a,b] [--cp 2,4]"""
+usage: invariance.py [--long | --few] [--combinations N] [--seed S] [--models a,b] [--cp 2,4] [--mode M] [--kv TYPE]"""
 import argparse
 import os
 import random
@@ -60,6 +61,16 @@ def check_cp(same, members, first):
         same(f"cp {cp}, two threads", *o, "--threads", 2)
 
 
+def check_few(same, experts):
+    ways = [("cut", ("--pp", 2)), ("heads", ("--tp", 2)), ("positions", ("--cp", 2)), ("heads and a cut", ("--pp", 2, "--tp", 2)),
+            ("a rank for prompts", ("--pp", 1, "--prefill", 1))]
+    ways += [("experts", ("--ep", 2))] if experts else []
+    for what, o in ways:
+        same(what, *o, "--launcher", "local", "--chunk", 16)
+    same("chunk 7, 3 sequences", "-n", 1, "--chunk", 7, "--max-seqs", 3)
+    same("plain C", "-n", 1, SHOAL_ISA="ref")
+
+
 def isa_levels():
     text = subprocess.run([st.shoal(), "--version"], capture_output=True, text=True).stdout
     return [i for i in ("ref", "avx2", "avx512", "avx512vnni") if i in text]
@@ -83,7 +94,9 @@ def main():
     a.add_argument("--seed", type=int, default=1)
     a.add_argument("--models", default="e2b-like,26b-a4b-like")
     a.add_argument("--mode", default="bf16")
+    a.add_argument("--kv", default="")
     a.add_argument("--cp", default="")
+    a.add_argument("--few", action="store_true")
     a = a.parse_args()
     combos = a.combinations or (150 if a.long else 30)
     check, rnd = st.Checks(), random.Random(a.seed)
@@ -91,16 +104,20 @@ def main():
     with st.Scratch() as s:
         for name in models:
             model, req, n_layers = os.path.join(st.MODELS, name), requests(name) + (long_requests() if a.cp else []), layers(name)
-            code, want, err = st.run(s, model, req, "-n", 1, "--mode", a.mode)
+            numbers = ["--mode", a.mode] + (["--kv", a.kv] if a.kv else [])
+            code, want, err = st.run(s, model, req, "-n", 1, *numbers)
             if not check(code == 0 and len(want) == len(req), f"{name}: reference run: exit {code}, {len(want)} rows: {err[-300:]}"):
                 continue
 
             def same(what, *options, **env):
-                c, got, e = st.run(s, model, req, "--mode", a.mode, *options, env=s.env(**env))
+                c, got, e = st.run(s, model, req, *numbers, *options, env=s.env(**env))
                 d = st.difference(want, got)
                 check(c == 0 and not d, f"{name} {what}: exit {c}; {d} {e[-200:] if c else ''}")
 
             first = name == models[0]
+            if a.few:
+                check_few(same, has_experts(name))
+                continue
             if a.cp:
                 check_cp(same, [int(c) for c in a.cp.split(",")], first or a.long)
                 continue

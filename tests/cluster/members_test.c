@@ -24,6 +24,7 @@ typedef struct setting {
     const char *name;
     char dir[512];
     sh_mode mode;
+    sh_kv_type kv;
     sh_share share; /* part: filled in per member */
     int cut;        /* 0: one stage */
     int chunk;
@@ -131,7 +132,7 @@ static void *member_main(void *arg) {
     }
     chain ch = chain_open(&(chain_options){.dir = set->dir,
                                            .mode = set->mode,
-                                           .kv = set->mode == SH_MODE_EXACT ? SH_KV_F32 : SH_KV_BF16,
+                                           .kv = set->kv,
                                            .threads = 1,
                                            .max_rows = rows,
                                            .max_context = CONTEXT,
@@ -295,8 +296,8 @@ static void check_sum(const setting *set, const member *base) {
     }
 }
 
-static void check_fixture(const char *name, bool odd, sh_mode mode, int most) {
-    setting set = {.name = name, .mode = mode, .chunk = 64};
+static void check_fixture(const char *name, bool odd, sh_mode mode, sh_kv_type kv, int most) {
+    setting set = {.name = name, .mode = mode, .kv = kv, .chunk = 64};
     bool path = strchr(name, '/') != NULL;
     if (path)
         snprintf(set.dir, sizeof set.dir, "%s", name);
@@ -323,7 +324,7 @@ static void check_fixture(const char *name, bool odd, sh_mode mode, int most) {
 
 static void check_modes(const char *name, bool odd, int most) {
     for (int mode = SH_MODE_EXACT; mode <= (ALL_MODES ? SH_MODE_BF16 : SH_MODE_EXACT); mode++)
-        check_fixture(name, odd, (sh_mode)mode, most);
+        check_fixture(name, odd, (sh_mode)mode, sh_kv_type_of_mode((sh_mode)mode), most);
 }
 
 static bool wanted(const char *name, int argc, char **argv) {
@@ -339,9 +340,10 @@ int main(int argc, char **argv) {
     return finish("members");
 #endif
     for (int i = 1; i < argc; i++)
-        if (strchr(argv[i], '/')) check_fixture(argv[i], false, SH_MODE_BF16, 4);
+        if (strchr(argv[i], '/')) check_fixture(argv[i], false, SH_MODE_BF16, SH_KV_BF16, 4);
     for (int i = 0; i < N_FIXTURES; i++)
         if (wanted(fixtures[i], argc, argv)) check_modes(fixtures[i], false, MOST);
+    if (wanted(fixtures[0], argc, argv)) check_fixture(fixtures[0], false, SH_MODE_EXACT, SH_KV_Q8, 2);
     for (int i = 0; i < N_ODD; i++)
         if (wanted(odd_fixtures[i], argc, argv)) check_modes(odd_fixtures[i], true, ALL_MODES ? MAX_PARTS : MOST);
     return finish("members");

@@ -95,7 +95,7 @@ static uint64_t rows_bytes(const fake *f, const sh_config *c, int n_tokens) {
             for (int i = f->layer[d].first; i < f->layer[d].last; i++) holds = holds || c->layer[i].kv_from == y;
             holders += holds;
         }
-        sum += (uint64_t)(holders * rows) * (uint64_t)sh_layer_kv_values(&c->layer[y]) * sh_kv_type_bytes(type);
+        sum += (uint64_t)(holders * rows) * sh_layer_kv_bytes(&c->layer[y], type);
     }
     return sum;
 }
@@ -247,13 +247,16 @@ static void test_model(const char *name) {
         for (int i = 0; i < n; i += STRIDE) compare(name, g, &s[i], &base);
     }
     fake_close(&base);
-    one.mode = "bf16", one.kv = "bf16";
-    if (STRIDE == 1 && run_setting(name, g, &one, &base)) {
-        setting s = even(&c, 2, 2);
-        s.mode = one.mode, s.kv = one.kv;
-        compare(name, g, &s, &base);
+    one.mode = "bf16";
+    for (int q8 = 0; q8 < 2 && STRIDE == 1; q8++) {
+        one.kv = q8 ? "q8" : "bf16";
+        if (run_setting(name, g, &one, &base)) {
+            setting s = even(&c, 2, 2);
+            s.mode = one.mode, s.kv = one.kv;
+            compare(name, g, &s, &base);
+        }
+        fake_close(&base);
     }
-    if (STRIDE == 1) fake_close(&base);
     json_decref(g);
 }
 

@@ -157,21 +157,27 @@ static bool run_group(const char *name, const sh_config *c, const layout *y, con
 /* ---- formulas ------------------------------------------------------------------------------------------------------
  */
 
+/* Bytes of one vector of a KV head: q8 has a scale of four bytes for each 64 codes or part of them. */
+static size_t vec_bytes(const char *kv, int head_dim) {
+    if (strcmp(kv, "q8") == 0) return (size_t)(head_dim + (head_dim + 63) / 64 * 4);
+    return (size_t)head_dim * (strcmp(kv, "f32") == 0 ? 4 : 2);
+}
+
 /* docs/planning.md: the block of a cut. Hidden states in f32, with the embeddings where there are per-layer ones;
  * behind the last producer only rows that are sampled; K/V of producers before the cut that layers behind it read. */
-static size_t cut_formula(const sh_config *c, int cut, int kv_bytes, int rows, int kept) {
+static size_t cut_formula(const sh_config *c, int cut, const char *kv, int rows, int kept) {
     size_t here = (size_t)(cut >= c->first_shared ? kept : rows);
     size_t bytes = here * (size_t)c->hidden * 4 * (c->ple ? 2 : 1);
     for (int j = 0; j < cut; j++) {
         bool read = false;
         for (int i = cut; i < c->n_layers; i++) read = read || c->layer[i].kv_from == j;
         const sh_layer *y = &c->layer[j];
-        if (read) bytes += (size_t)rows * (y->k_eq_v ? 1 : 2) * (size_t)(y->kv_heads * y->head_dim * kv_bytes);
+        if (read) bytes += (size_t)rows * (y->k_eq_v ? 1 : 2) * (size_t)y->kv_heads * vec_bytes(kv, y->head_dim);
     }
     return bytes;
 }
 
-static void check_blocks(const char *name, const sh_config *c, const fake *f, const layout *y, int kv_bytes, load l) {
+static void check_blocks(const char *name, const sh_config *c, const fake *f, const layout *y, const char *kv, load l) {
     int width = width_of(y);
     for (int r = 0; r < (y->stages - 1) * width; r++) {
         const counter *t = &counters[r];
@@ -183,7 +189,7 @@ static void check_blocks(const char *name, const sh_config *c, const fake *f, co
                   s->header_most);
             handouts += s->block == 0;
             if (s->block == 0 && s->rows > 0) continue; /* rank 0: a descriptor for another member */
-            size_t want = cut_formula(c, cut, kv_bytes, s->rows, s->kept);
+            size_t want = cut_formula(c, cut, kv, s->rows, s->kept);
             CHECK(s->block == want, "%s, cut %d: a block of %zu bytes for %d rows, %d kept: %zu", name, cut, s->block,
                   s->rows, s->kept, want);
             rows += s->rows;
@@ -209,7 +215,7 @@ static void check_answers(const char *name, const fake *f, const layout *y, load
     }
 }
 
-static void test_pipeline(const char *name, const char *mode, const char *kv, int kv_bytes) {
+static void test_pipeline(const char *name, const char *mode, const char *kv) {
     static sh_config c;
     char model[600];
     snprintf(model, sizeof model, "%s/text/models/%s", SH_TEST_DATA, name);
@@ -219,7 +225,7 @@ static void test_pipeline(const char *name, const char *mode, const char *kv, in
         fake f;
         load l;
         if (run_group(name, &c, &y, mode, kv, &f, &l)) {
-            check_blocks(name, &c, &f, &y, kv_bytes, l);
+            check_blocks(name, &c, &f, &y, kv, l);
             check_answers(name, &f, &y, l);
         }
         fake_close(&f);
@@ -286,7 +292,7 @@ static void test_tensor(const char *name, int stages, int tp, bool sum) {
     fake f;
     load l;
     if (run_group(name, &c, &y, "bf16", "bf16", &f, &l)) {
-        check_blocks(name, &c, &f, &y, 2, l);
+        check_blocks(name, &c, &f, &y, "bf16", l);
         check_gathers(name, &c, &f, &y, l);
         check_cost(name, &c, &f, &y, l);
     }
@@ -373,7 +379,7 @@ static void test_experts(const char *name, int stages, int ep, const char *mode,
     load l;
     setenv("SHOAL_ISA", "model:1T,1T", 1);
     if (run_group(name, &c, &y, mode, value == 4 ? "f32" : "bf16", &f, &l)) {
-        check_blocks(name, &c, &f, &y, value, l);
+        check_blocks(name, &c, &f, &y, value == 4 ? "f32" : "bf16", l);
         check_experts(name, &c, &f, &y, value, l);
         check_expert_cost(name, &c, &f, &y, l);
     }
@@ -386,7 +392,8 @@ static void test_experts(const char *name, int stages, int ep, const char *mode,
 
 /* docs/planning.md, all members together: sliding layers send every K/V row to all others. Row by row, and for global
  * layers, tests/cluster/context_test.c counts; here the cost model's averages are compared with what was sent. */
-static void check_positions(const char *name, const sh_config *c, const fake *f, const layout *y, load l) {
+static void check_positions(const char *name, const sh_config *c, const fake *f, const layout *y, const char *kv,
+                            load l) {
     static const sh_cost_rates rates = {1e9, 1e9, 1, 1, 1, 1, 0, 0};
     static const sh_cost_link link = {0, 1e9};
     sh_cost_model m = {.config = c, .plan = &f->plan, .rates = &rates, .alike = true, .net = {link, link, 1}};
@@ -405,7 +412,8 @@ static void check_positions(const char *name, const sh_config *c, const fake *f,
     for (int i = 0; i < c->n_layers; i++) {
         const sh_layer *x = &c->layer[i];
         if (x->window > 0 && x->has_kv)
-            sliding += (double)l.rows * (y->cp - 1) * (x->k_eq_v ? 1 : 2) * x->kv_heads * x->head_dim * 2;
+            sliding +=
+                (double)l.rows * (y->cp - 1) * (x->k_eq_v ? 1 : 2) * x->kv_heads * (double)vec_bytes(kv, x->head_dim);
     }
     CHECK(got > sliding, "%s, %d stages, cp %d: %.0f bytes, sliding layers alone are %.0f", name, y->stages, y->cp, got,
           sliding);
@@ -414,7 +422,7 @@ static void check_positions(const char *name, const sh_config *c, const fake *f,
           headers, want);
 }
 
-static void test_positions(const char *name, int stages, int cp) {
+static void test_positions(const char *name, int stages, int cp, const char *kv) {
     static sh_config c;
     char model[600];
     snprintf(model, sizeof model, "%s/text/models/%s", SH_TEST_DATA, name);
@@ -422,15 +430,16 @@ static void test_positions(const char *name, int stages, int cp) {
     layout y = {.stages = stages, .ep = 1, .tp = 1, .cp = cp};
     fake f;
     load l;
-    if (run_group(name, &c, &y, "bf16", "bf16", &f, &l)) check_positions(name, &c, &f, &y, l);
+    if (run_group(name, &c, &y, "bf16", kv, &f, &l)) check_positions(name, &c, &f, &y, kv, l);
     fake_close(&f);
 }
 
 int main(void) {
-    test_pipeline("e2b-like", "exact", "f32", 4);
-    test_pipeline("e2b-like", "bf16", "bf16", 2);
-    test_pipeline("31b-like", "bf16", "bf16", 2);
-    test_pipeline("26b-a4b-like", "bf16", "bf16", 2);
+    test_pipeline("e2b-like", "exact", "f32");
+    test_pipeline("e2b-like", "bf16", "bf16");
+    test_pipeline("e2b-like", "bf16", "q8");
+    test_pipeline("31b-like", "bf16", "bf16");
+    test_pipeline("26b-a4b-like", "bf16", "bf16");
     test_tensor("31b-like", 1, 2, false);
     test_tensor("31b-like", 1, 4, false);
     test_tensor("31b-like", 2, 2, false);
@@ -442,9 +451,10 @@ int main(void) {
     test_experts("26b-a4b-like", 1, 3, "exact", 4);
     test_experts("26b-a4b-like", 1, 5, "bf16", 2);
     test_experts("26b-a4b-like", 2, 2, "bf16", 2);
-    test_positions("31b-like", 1, 2);
-    test_positions("31b-like", 1, 4);
-    test_positions("26b-a4b-like", 2, 2);
+    test_positions("31b-like", 1, 2, "bf16");
+    test_positions("31b-like", 1, 4, "bf16");
+    test_positions("31b-like", 1, 4, "q8");
+    test_positions("26b-a4b-like", 2, 2, "bf16");
     for (int r = 0; r < FAKE_RANKS; r++) sh_batch_release(&counters[r].batch);
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;

@@ -232,8 +232,8 @@ static int32_t *golden_text(const char *name, bool odd, int *n) {
     return ids;
 }
 
-static void check_fixture(const char *name, bool odd, sh_mode mode, bool all_cuts) {
-    fixture f = {.name = name, .mode = mode, .kv = mode == SH_MODE_EXACT ? SH_KV_F32 : SH_KV_BF16};
+static void check_fixture(const char *name, bool odd, sh_mode mode, sh_kv_type kv, bool all_cuts) {
+    fixture f = {.name = name, .mode = mode, .kv = kv};
     snprintf(f.dir, sizeof f.dir, "%s/%s/%s", SH_TEST_DATA, odd ? "odd" : "text/models", name);
     MUST(sh_config_load(f.dir, &f.c));
     int n;
@@ -270,16 +270,19 @@ int main(int argc, char **argv) {
     static const struct {
         const char *name;
         sh_mode mode;
+        sh_kv_type kv;
         bool all_cuts;
-    } runs[] = {{"e2b-like", SH_MODE_EXACT, true},
-                {"e4b-like", SH_MODE_BF16, true},
-                {"26b-a4b-like", SH_MODE_BF16, true},
-                {"26b-a4b-sharded", SH_MODE_EXACT, false},
-                {"31b-like", SH_MODE_BF16, true}};
+    } runs[] = {{"e2b-like", SH_MODE_EXACT, SH_KV_F32, true},         {"e2b-like", SH_MODE_BF16, SH_KV_Q8, true},
+                {"e4b-like", SH_MODE_BF16, SH_KV_BF16, true},         {"26b-a4b-like", SH_MODE_BF16, SH_KV_BF16, true},
+                {"26b-a4b-sharded", SH_MODE_EXACT, SH_KV_F32, false}, {"31b-like", SH_MODE_BF16, SH_KV_BF16, true}};
     for (size_t i = 0; i < sizeof runs / sizeof runs[0]; i++)
-        if (wanted(runs[i].name, argc, argv)) check_fixture(runs[i].name, false, runs[i].mode, runs[i].all_cuts);
+        if (wanted(runs[i].name, argc, argv))
+            check_fixture(runs[i].name, false, runs[i].mode, runs[i].kv, runs[i].all_cuts);
     for (int i = 0; i < N_ODD; i++)
-        if (wanted(odd_fixtures[i], argc, argv))
-            check_fixture(odd_fixtures[i], true, i % 2 ? SH_MODE_BF16 : SH_MODE_EXACT, true);
+        if (wanted(odd_fixtures[i], argc, argv)) {
+            sh_mode mode = i % 2 ? SH_MODE_BF16 : SH_MODE_EXACT;
+            check_fixture(odd_fixtures[i], true, mode, sh_kv_type_of_mode(mode), true);
+            if (i == 0) check_fixture(odd_fixtures[i], true, SH_MODE_EXACT, SH_KV_Q8, false);
+        }
     return finish("invariance");
 }

@@ -239,6 +239,23 @@ static void case_to_bf16(const sh_kernels *kn) {
     kn->to_bf16((uint16_t *)(void *)output((n + 1) / 2), x, n);
 }
 
+/* Vectors as to_kv8 makes them, and codes and scales of any bits. */
+static void case_from_kv8(const sh_kernels *kn) {
+    int n = rnd() % 4 ? upto(200) : 512, rows = upto(5);
+    size_t bytes = sh_kv8_bytes(n);
+    uint8_t *x = guarded((size_t)rows * bytes);
+    for (size_t i = 0; i < (size_t)rows * bytes; i++) x[i] = (uint8_t)rnd();
+    for (int r = 0; r < rows && rnd() % 4; r++) ref_level()->to_kv8(x + (size_t)r * bytes, odd_floats(n), n);
+    kn->from_kv8(output(rows * n), x, n, rows);
+}
+
+static void case_to_kv8(const sh_kernels *kn) {
+    static const float sizes[] = {4, 1e-38f, 0x1p-100f, 3e38f, 0};
+    int n = rnd() % 4 ? upto(200) : 256;
+    const float *x = rnd() % 2 ? odd_floats(n) : floats(n, sizes[rnd() % 5]);
+    kn->to_kv8((uint8_t *)output((int)(sh_kv8_bytes(n) + 3) / 4), x, n);
+}
+
 static void case_scores(const sh_kernels *kn) {
     int hd = rnd() % 4 ? upto(90) : 256, rows = upto(9), keys = upto(50);
     int ldq = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
@@ -315,6 +332,8 @@ static const struct {
     {"softcap", case_softcap},
     {"from_bf16", case_from_bf16},
     {"to_bf16", case_to_bf16},
+    {"from_kv8", case_from_kv8},
+    {"to_kv8", case_to_kv8},
     {"scores", case_scores},
     {"softmax_part", case_softmax_part},
     {"max_sum_exp", case_max_sum_exp},
@@ -745,6 +764,42 @@ static void test_select(void) {
     CU_ASSERT_STRING_NOT_EQUAL(kn->isa, "blas");
 }
 
+static float kv8_scale(const uint8_t *y, int n, int group) {
+    float s;
+    memcpy(&s, y + n + 4 * group, sizeof s);
+    return s;
+}
+
+/* Half a step of its group away at most; what cannot be kept is 0 or NaN, in its group alone. */
+static void test_kv8_meaning(void) {
+    enum { N = 3 * SH_KV8_GROUP + 10 };
+    float x[N], z[N];
+    uint8_t y[N + 16];
+    CU_ASSERT_EQUAL_FATAL(sh_kv8_bytes(N), N + 16);
+    CU_ASSERT_EQUAL(sh_kv8_bytes(SH_KV8_GROUP), SH_KV8_GROUP + 4);
+    for (int l = 0; sh_kernels_levels[l]; l++) {
+        const sh_kernels *kn = level(sh_kernels_levels[l]);
+        if (!kn) continue;
+        seed = 11;
+        for (int i = 0; i < N; i++) x[i] = value(i / SH_KV8_GROUP == 1 ? 50 : 2);
+        x[5] = -4; /* the largest of its group: code −127 */
+        kn->to_kv8(y, x, N);
+        kn->from_kv8(z, y, N, 1);
+        CU_ASSERT_EQUAL((int8_t)y[5], -127);
+        CU_ASSERT_DOUBLE_EQUAL(kv8_scale(y, N, 0), 4 / 127.0, 1e-8);
+        for (int i = 0; i < N; i++) CU_ASSERT(fabsf(z[i] - x[i]) <= 0.5001f * kv8_scale(y, N, i / SH_KV8_GROUP));
+        for (int i = 0; i < SH_KV8_GROUP; i++) x[i] = i % 2 ? 0x1p-101f : -0.0f;
+        x[SH_KV8_GROUP + 3] = -INFINITY;
+        x[2 * SH_KV8_GROUP] = NAN;
+        kn->to_kv8(y, x, N);
+        kn->from_kv8(z, y, N, 1);
+        for (int i = 0; i < N; i++) {
+            int g = i / SH_KV8_GROUP;
+            CU_ASSERT(g == 0 ? z[i] == 0 : g < 3 ? isnan(z[i]) : fabsf(z[i] - x[i]) <= 0.5001f * kv8_scale(y, N, 3));
+        }
+    }
+}
+
 int main(void) {
     if (CU_initialize_registry() != CUE_SUCCESS) return 1;
     CU_pSuite s = CU_add_suite("kernels", NULL, NULL);
@@ -753,6 +808,7 @@ int main(void) {
     CU_add_test(s, "gemm is the plain sum", test_gemm_is_the_plain_sum);
     CU_add_test(s, "gemm_q means the codes' product", test_gemm_q_meaning);
     CU_add_test(s, "quantised formats", test_quant_formats);
+    CU_add_test(s, "keys and values in 8 bits", test_kv8_meaning);
     CU_add_test(s, "sh_linear, quantised", test_linear_quantized);
     CU_add_test(s, "elementary functions", test_elementary_functions);
     CU_add_test(s, "attention entries", test_attention_meaning);

@@ -321,7 +321,12 @@ static void test_names(void) {
     CU_ASSERT_STRING_EQUAL(sh_error_text(), "mode: \"q7\" is not known: allowed are exact, bf16, q8 and q4");
     CU_ASSERT_TRUE(sh_kv_type_parse("f32", &t) == SH_OK && t == SH_KV_F32);
     CU_ASSERT_TRUE(sh_kv_type_parse("bf16", &t) == SH_OK && t == SH_KV_BF16);
+    CU_ASSERT_TRUE(sh_kv_type_parse("q8", &t) == SH_OK && t == SH_KV_Q8);
     CU_ASSERT_EQUAL(sh_kv_type_parse("", &t), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_kv_type_parse("q4", &t), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "kv: \"q4\" is not known: allowed are f32, bf16 and q8");
+    CU_ASSERT_EQUAL(sh_kv_type_of_mode(SH_MODE_EXACT), SH_KV_F32);
+    CU_ASSERT_EQUAL(sh_kv_type_of_mode(SH_MODE_Q8), SH_KV_BF16);
 }
 
 /* Random changes to a real config: whatever they do, an answer and a table within its bounds. */

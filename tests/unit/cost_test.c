@@ -137,6 +137,9 @@ static void test_prompt(void) {
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK); /* global: 5,001 … 5,100 keys */
     near(l.attention.flops, 4.0 * 32 * 512 * (100 * 5050.5), 1, "causal");
     near(l.attention.bytes, 5100 * 4096.0, 1, "causal");
+    strcpy(p->kv, "q8"); /* a scale of 4 bytes for each 64 codes */
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK);
+    near(l.attention.bytes, 5100 * 2176.0, 1, "causal, q8");
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 60, &s, 1, &l), SH_EINPUT);
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 1, 5, &s, 1, &l), SH_EINPUT);
     sh_plan_free(&p);
@@ -147,7 +150,7 @@ static void test_cuts(void) {
     const sh_config *config[] = {&e2b, &e4b, &a4b, &b31};
     for (int k = 0; k < 4; k++)
         for (int cut = 0; cut <= config[k]->n_layers; cut++)
-            for (int kv = 0; kv < 2; kv++) {
+            for (int kv = 0; kv < SH_KV_TYPES; kv++) {
                 double want = (double)sh_model_cut_bytes(config[k], (sh_kv_type)kv, cut, 37, 5);
                 near(sh_cost_cut_bytes(config[k], (sh_kv_type)kv, cut, 37, 5), want, 0, "cut");
             }

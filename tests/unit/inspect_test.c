@@ -116,6 +116,8 @@ static void test_kv(void) {
         CU_ASSERT_EQUAL(sh_config_kv_bytes(c, SH_KV_BF16, SH_KV_SLIDING, 0, c->n_layers), sliding[i]);
         CU_ASSERT_EQUAL(sh_config_kv_bytes(c, SH_KV_BF16, SH_KV_GLOBAL, 0, c->n_layers), full[i]);
         CU_ASSERT_EQUAL(sh_config_kv_bytes(c, SH_KV_F32, SH_KV_GLOBAL, 0, c->n_layers), 2 * full[i]);
+        CU_ASSERT_EQUAL(sh_config_kv_bytes(c, SH_KV_Q8, SH_KV_GLOBAL, 0, c->n_layers), full[i] / 2 / 16 * 17);
+        CU_ASSERT_EQUAL(sh_config_kv_bytes(c, SH_KV_Q8, SH_KV_SLIDING, 0, c->n_layers), sliding[i] / 2 / 16 * 17);
         for (int k = 0; k < 4; k++)
             CU_ASSERT_EQUAL(sh_inspect_kv_sequence(c, SH_KV_BF16, 0, c->n_layers, 8192 << 2 * k >> (k == 3)),
                             mib[i][k] << 20);
@@ -152,7 +154,7 @@ static void test_text(void) {
         {"Gemma 4 E2B: 35 layers", "of layer 13", "36.18 M  0-3, 5-8, 10-13\n", "2.280 B\n", "4.38 GiB  likewise",
          "no weights in "},
         {"Gemma 4 E4B: 42 layers", "of layer 23", "93.07 M  0-4, 6-10, 12-16, 18-22\n", "7.463 B\n",
-         "128k         2.02 GiB     4.04 GiB  the model's longest\n", "no weights in "},
+         "128k         1.07 GiB     2.02 GiB     4.04 GiB  the model's longest\n", "no weights in "},
         {"Gemma 4 26B-A4B: 30 layers", "2112 + 8 of 128 x 704", "K = V: one tensor",
          "active per token                        3.823 B", "47.00 GiB", "no weights in "},
         {"Gemma 4 31B: 60 layers", "own, K = V", "534.01 M  5, 11, 17, 23, 29, 35, 41, 47, 53, 59\n", "30.697 B",

@@ -1,5 +1,6 @@
-/* KV pages: what is written is read, in both types; bytes move between pools; nothing else changes. */
+/* KV pages: what is written is read, in every type; bytes move between pools; nothing else changes. */
 #include <CUnit/Basic.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include "model/kv.h"
@@ -36,8 +37,9 @@ static const sh_kernels *kernels(void) {
     return kn;
 }
 
-/* Values that bf16 holds exactly, different for every place. */
+/* Values that every type holds exactly, different for every place: with 127 in each vector, the scale of q8 is 1. */
 static float value(int pos, int head, int d, int which) {
+    if (d == pos % DIM) return 127;
     return (float)((pos * 7 + head * 31 + d * 3 + which * 101) % 255 - 127);
 }
 
@@ -67,7 +69,7 @@ static void check_read(const sh_kv_pool *p, int layer, const sh_span *s, int pos
 }
 
 static void write_and_read(void) {
-    for (int type = SH_KV_F32; type <= SH_KV_BF16; type++) {
+    for (int type = SH_KV_F32; type < SH_KV_TYPES; type++) {
         sh_config c = config();
         sh_kv_pool *p = NULL;
         CU_ASSERT_FATAL(sh_kv_create(&c, (sh_kv_type)type, 0, 2, pages, &p) == SH_OK);
@@ -91,14 +93,14 @@ static void write_and_read(void) {
 }
 
 /* K = V: one tensor stored, K made from it by norm weight and rotation. */
-static void one_tensor(void) {
+static void one_tensor(sh_kv_type type) {
     sh_config c = config();
     sh_kv_pool *p = NULL;
     sh_rope rope;
-    CU_ASSERT_FATAL(sh_kv_create(&c, SH_KV_BF16, 0, 2, pages, &p) == SH_OK);
+    CU_ASSERT_FATAL(sh_kv_create(&c, type, 0, 2, pages, &p) == SH_OK);
     CU_ASSERT_FATAL(sh_rope_create(&c.layer[1], 128, &rope) == SH_OK);
     sh_rope_reach(&rope, kernels(), 128);
-    CU_ASSERT_EQUAL(2 * sh_kv_row_bytes(&c, SH_KV_BF16, 1), sh_kv_row_bytes(&c, SH_KV_BF16, 0));
+    CU_ASSERT_EQUAL(2 * sh_kv_row_bytes(&c, type, 1), sh_kv_row_bytes(&c, type, 0));
     sh_span s = span(mine);
     fill(p, 1, &s, true);
     float norm[DIM], k[3 * DIM], v[3 * DIM], alone[3 * DIM];
@@ -119,18 +121,22 @@ static void one_tensor(void) {
     sh_kv_destroy(&p);
 }
 
+static void one_tensor_all(void) {
+    for (int type = SH_KV_F32; type < SH_KV_TYPES; type++) one_tensor((sh_kv_type)type);
+}
+
 /* Shards: out of one pool into a mirror with other pages. */
-static void export_import(void) {
+static void export_import(sh_kv_type type, size_t vec) {
     sh_config c = config();
     sh_kv_pool *p = NULL, *mirror = NULL;
-    CU_ASSERT_FATAL(sh_kv_create(&c, SH_KV_BF16, 0, 2, pages, &p) == SH_OK);
-    CU_ASSERT_FATAL(sh_kv_create(&c, SH_KV_BF16, 2, 3, pages, &mirror) == SH_OK);
+    CU_ASSERT_FATAL(sh_kv_create(&c, type, 0, 2, pages, &p) == SH_OK);
+    CU_ASSERT_FATAL(sh_kv_create(&c, type, 2, 3, pages, &mirror) == SH_OK);
     CU_ASSERT(sh_kv_holds(p, 0) && sh_kv_holds(p, 1) && !sh_kv_holds(p, 2));
     CU_ASSERT(sh_kv_holds(mirror, 0) && !sh_kv_holds(mirror, 1));
     sh_span from = span(mine), to = span(others);
     fill(p, 0, &from, false);
-    size_t row = sh_kv_row_bytes(&c, SH_KV_BF16, 0);
-    CU_ASSERT_EQUAL(row, 2 * HEADS * DIM * 2);
+    size_t row = sh_kv_row_bytes(&c, type, 0);
+    CU_ASSERT_EQUAL(row, 2 * HEADS * vec);
     uint8_t *bytes = malloc(90 * row + 8);
     if (!bytes) exit(1);
     memset(bytes, 0x5a, 90 * row + 8);
@@ -144,6 +150,45 @@ static void export_import(void) {
     sh_kv_destroy(&mirror);
 }
 
+static void export_import_all(void) {
+    export_import(SH_KV_F32, 4 * DIM);
+    export_import(SH_KV_BF16, 2 * DIM);
+    export_import(SH_KV_Q8, DIM + 4);
+}
+
+/* Values that no type but f32 holds: what is packed for others is what is exported after writing; codes, then their
+ * scale; read back half a step away at most. */
+static void pack_q8(void) {
+    sh_config c = config();
+    sh_kv_pool *p = NULL;
+    CU_ASSERT_FATAL(sh_kv_create(&c, SH_KV_Q8, 0, 2, pages, &p) == SH_OK);
+    sh_span s = span(mine);
+    float k[HEADS * DIM], v[HEADS * DIM], tile[2][DIM], scale;
+    for (int i = 0; i < HEADS * DIM; i++) k[i] = sinf((float)i), v[i] = 1e3f * cosf((float)i);
+    k[3] = -2; /* the largest of head 0 */
+    for (int layer = 0; layer < 2; layer++) {
+        uint8_t packed[2 * HEADS * (DIM + 4) + 1], stored[2 * HEADS * (DIM + 4)];
+        size_t row = sh_kv_row_bytes(&c, SH_KV_Q8, layer);
+        CU_ASSERT_EQUAL_FATAL(row, (size_t)(layer ? 1 : 2) * HEADS * (DIM + 4));
+        packed[row] = 0x5a;
+        sh_kv_write(p, kernels(), layer, &s, 7, layer ? NULL : k, v);
+        sh_kv_pack(p, kernels(), layer, layer ? NULL : k, v, packed);
+        sh_kv_export(p, layer, &s, 7, 1, stored);
+        CU_ASSERT(memcmp(packed, stored, row) == 0);
+        CU_ASSERT_EQUAL(packed[row], 0x5a);
+        if (layer) continue;
+        CU_ASSERT_EQUAL((int8_t)stored[3], -127);
+        memcpy(&scale, stored + DIM, sizeof scale);
+        CU_ASSERT_DOUBLE_EQUAL(scale, 2 / 127.0, 1e-8);
+        sh_kv_read(p, kernels(), 0, &s, 27, 1, 0, NULL, NULL, tile[0], tile[1]);
+        for (int d = 0; d < DIM; d++) {
+            CU_ASSERT(fabsf(tile[0][d] - k[d]) <= 0.5001f * 2 / 127);
+            CU_ASSERT(fabsf(tile[1][d] - v[d]) <= 0.5001f * 1e3f / 127);
+        }
+    }
+    sh_kv_destroy(&p);
+}
+
 static void bad_pages(void) {
     sh_config c = config();
     sh_kv_pool *p = NULL;
@@ -155,8 +200,9 @@ int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("kv", NULL, NULL);
     CU_add_test(s, "write and read", write_and_read);
-    CU_add_test(s, "one tensor", one_tensor);
-    CU_add_test(s, "export and import", export_import);
+    CU_add_test(s, "one tensor", one_tensor_all);
+    CU_add_test(s, "export and import", export_import_all);
+    CU_add_test(s, "packed as stored, q8", pack_q8);
     CU_add_test(s, "bad pages", bad_pages);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures();

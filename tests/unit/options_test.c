@@ -73,7 +73,7 @@ static void test_refused(void) {
         const char *option, *value, *message;
     } all[] = {
         {"--mode", "fp16", "--mode: 'fp16' is not provided: allowed are exact, bf16, q8, q4"},
-        {"--kv", "q8", "--kv: 'q8' is not provided: allowed are f32, bf16"},
+        {"--kv", "q4", "--kv: 'q4' is not provided: allowed are f32, bf16, q8"},
         {"-n", "0", "-n: 0 is out of range: allowed are 1 to 4096"},
         {"-n", "two", "-n: 'two' is not a whole number: allowed are 1 to 4096"},
         {"--ranks", "99999999999999999999",

@@ -219,6 +219,8 @@ static void test_page(void) {
     const int32_t one[SH_KV_KINDS] = {1, 1};
     CU_ASSERT_EQUAL(sh_plan_kv_bytes(&e2b, SH_KV_BF16, 0, 35, one), (12288u + 6144u) * SH_PAGE_TOKENS);
     CU_ASSERT_EQUAL(sh_plan_kv_bytes(&e2b, SH_KV_F32, 20, 35, one), 2 * (1024u + 2048u) * SH_PAGE_TOKENS);
+    /* heads of 256 and 512: 16 and 32 bytes of scales to a vector */
+    CU_ASSERT_EQUAL(sh_plan_kv_bytes(&e2b, SH_KV_Q8, 0, 35, one), (6144u + 384u + 3072u + 192u) * SH_PAGE_TOKENS);
 }
 
 static int pages_of(int tokens) {

@@ -65,11 +65,15 @@ static void test_round_trips(void) {
     s.head = 3;
     s.tokens = 1;
     round_trip(&s);
+    s.type = SH_KV_Q8;
+    CU_ASSERT_EQUAL(sh_shard_payload_bytes(&s), 7u * 2 * (16 + 4));
+    round_trip(&s);
 }
 
 /* Every bit counts: header, pages, padding and payload. */
-static void test_altered(void) {
+static void altered(sh_kv_type type) {
     sh_shard s = example(), got;
+    s.type = type;
     size_t len = 0, used = 0;
     uint8_t *p = sealed(&s, &len);
     for (size_t i = 0; i < len; i++) {
@@ -85,6 +89,11 @@ static void test_altered(void) {
     for (size_t n = 0; n < len; n++) CU_ASSERT_EQUAL(sh_shard_open(p, n, &got, &used), SH_EFORMAT);
     CU_ASSERT_EQUAL(sh_shard_open(p + 4, len - 4, &got, &used), SH_EFORMAT); /* not aligned */
     free(p);
+}
+
+static void test_altered(void) {
+    altered(SH_KV_BF16);
+    altered(SH_KV_Q8);
 }
 
 /* Headers of random numbers are refused before anything outside is read. */
@@ -127,6 +136,8 @@ static void test_model(void) {
     refuse(c, x, "of model");
     x = s, x.type = SH_KV_F32;
     refuse(c, x, "expected type bf16");
+    x = s, x.type = SH_KV_Q8;
+    refuse(c, x, "type q8, layers 3 to 3: expected type bf16");
     x = s, x.last = 7;
     refuse(c, x, "layers below 6");
     x = s, x.last = 5; /* layer 4 stores V alone */
