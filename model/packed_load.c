@@ -216,7 +216,10 @@ static sh_status point_stack(placing *x, const sh_slot *s, sh_packed_file *f, co
 static sh_status point_matrix(placing *x, const sh_slot *s, sh_packed_file *f, const uint8_t *at) {
     piece y = piece_of(x->w, s);
     if (s->part == SH_SLOT_EXPERTS) return point_stack(x, s, f, at);
-    if (s->mat->n == 0 || s->mat->k == 0) return SH_OK; /* more parts than panels: nothing for this one */
+    if (s->mat->n == 0 || s->mat->k == 0) { /* more parts than panels: nothing for this one */
+        s->mat->data = (const uint32_t *)(const void *)at;
+        return SH_OK;
+    }
     if (!is_run_of_panels(&y, s)) return copy_piece(x, s, at, &y);
     at += (size_t)(y.rows.lo / SH_PANEL) * sh_wmat_bytes(s->type, SH_PANEL, s->k);
     s->mat->data = (const uint32_t *)(const void *)at;
