@@ -121,7 +121,7 @@ static int exit_status(sh_status st) {
 
 static int run(command *k) {
     sh_team *team = NULL;
-    catch_signals();
+    if (!k->verify) catch_signals(); /* there is something to clear away */
     k->said = sh_now();
     sh_status st = make_team(k, &team);
     if (st == SH_OK) st = k->verify ? verify_folder(k, team) : write_folder(k, team);

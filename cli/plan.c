@@ -136,7 +136,7 @@ static sh_status write_plan(const command *k, const sh_search_options *o, sh_cho
 }
 
 static void flush(sh_buf *b, bool to_stderr) {
-    fwrite(b->data, 1, b->len, to_stderr ? stderr : stdout);
+    if (b->len) fwrite(b->data, 1, b->len, to_stderr ? stderr : stdout);
     sh_buf_clear(b);
 }
 

@@ -306,6 +306,7 @@ static sh_status write_all(packer *x, const sh_config *c, sh_team *team) {
     SH_TRY(write_slots(x));
     SH_TRY(write_tables(x));
     SH_TRY(write_index(x, c));
+    SH_TRY(check_target(x->dir, x->o->force)); /* somebody else may have been here meanwhile */
     return sh_dir_publish(x->tmp, x->dir);
 }
 
