@@ -14,6 +14,7 @@ static const struct {
     {"run", "answer a file of requests, start to end", sh_cmd_run, false},
     {"plan", "what would go where on which machine, what it costs, and why", sh_cmd_plan, false},
     {"inspect", "what a checkpoint is: variant, layers, parameters, memory per mode", sh_cmd_inspect, false},
+    {"pack", "a checkpoint once in the layout that ranks map", sh_cmd_pack, false},
     {"bench", "tokens/s, bytes/s and the share of this machine's limits", sh_cmd_bench, false},
     {"doctor", "what this machine has, what is missing, and the command that mends it", sh_cmd_doctor, false},
     {"tokenize", "text to token ids, one line each", sh_cmd_tokenize, false},
@@ -79,7 +80,7 @@ static int unknown_command(const char *name) {
 
 /* Commands that compute, themselves or in processes they start. */
 static bool runs_teams(const char *name) {
-    static const char *const those[] = {"run", "serve", "worker", "bench", "plan"};
+    static const char *const those[] = {"run", "serve", "worker", "bench", "plan", "pack"};
     for (size_t i = 0; i < sizeof those / sizeof *those; i++)
         if (strcmp(name, those[i]) == 0) return true;
     return false;

@@ -98,8 +98,10 @@ static sh_status parse_layers(bench *b) {
 }
 
 static sh_status check(bench *b) {
-    sh_shared_options named = {.model = b->o.model};
+    sh_shared_options named = {.model = b->o.model, .mode_at = b->o.mode};
     SH_TRY(sh_options_model(&named, b->path, sizeof b->path));
+    SH_TRY(sh_options_packed(&named, b->path));
+    b->o.mode = (int)sh_options_mode(&named);
     SH_TRY(sh_config_load(b->path, &b->config));
     SH_TRY(parse_batches(b));
     SH_TRY(parse_layers(b));
@@ -303,12 +305,12 @@ static int run(bench *b) {
 }
 
 int sh_cmd_bench(int argc, char **argv) {
-    options o = {.batches = "1,8,32", .mode = 1, .kv = -1, .prompt = 512, .generate = 128, .chunk = 512, .rounds = 3};
+    options o = {.batches = "1,8,32", .mode = -1, .kv = -1, .prompt = 512, .generate = 128, .chunk = 512, .rounds = 3};
     sh_option t[] = {
         {"model", 'm', SH_OPTION_TEXT, &o.model, "MODEL",
          "Hugging Face checkpoint folder of a Gemma 4 model; tokenizer files are not needed (default: the demo model)"},
-        {"mode", 0, SH_OPTION_CHOICE, &o.mode, "MODE", "numeric mode: exact, bf16, q8 or q4 (default bf16)",
-         .choices = mode_names},
+        {"mode", 0, SH_OPTION_CHOICE, &o.mode, "MODE",
+         "numeric mode: exact, bf16, q8 or q4 (default bf16, or the packed folder's)", .choices = mode_names},
         {"kv", 0, SH_OPTION_CHOICE, &o.kv, "TYPE",
          "type of the KV cache: f32, bf16 or q8 (default f32 with exact, else bf16)", .choices = kv_names},
         {"threads", 0, SH_OPTION_INT, &o.threads, "N", "compute threads (default: the cores of the CPU set)", 1, 1024},

@@ -32,6 +32,7 @@ int sh_cmd_watch(int argc, char **argv);
 int sh_cmd_results(int argc, char **argv);
 int sh_cmd_cancel(int argc, char **argv);
 int sh_cmd_inspect(int argc, char **argv);
+int sh_cmd_pack(int argc, char **argv);
 int sh_cmd_tokenize(int argc, char **argv);
 int sh_cmd_detokenize(int argc, char **argv);
 int sh_cmd_bench(int argc, char **argv);

@@ -8,6 +8,7 @@
 #include "cli/commands.h"
 #include "cli/demo.h"
 #include "common/file.h"
+#include "model/packed.h"
 
 static bool takes_value(const sh_option *o) {
     return o->kind != SH_OPTION_FLAG;
@@ -268,9 +269,10 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
     const sh_option all[] = {
         {.kind = SH_OPTION_NOTE, .help = "Model and numbers:"},
         {"model", 'm', SH_OPTION_TEXT, &s->model, "MODEL",
-         "Hugging Face checkpoint folder of a Gemma 4 model (default: the demo model)"},
+         "Hugging Face checkpoint folder of a Gemma 4 model, or one that 'shoal pack' wrote (default: the demo model)"},
         {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE",
-         "numeric mode: exact, bf16, q8 or q4 (default bf16, or the plan's)", .choices = mode_names},
+         "numeric mode: exact, bf16, q8 or q4 (default bf16, or the plan's, or the packed folder's)",
+         .choices = mode_names},
         {"kv", 0, SH_OPTION_CHOICE, &s->kv_at, "TYPE",
          "type of the KV cache: f32, bf16 or q8 (default f32 with exact, else bf16; or the plan's)",
          .choices = kv_names},
@@ -370,5 +372,17 @@ sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size) 
     snprintf(config, sizeof config, "%s/config.json", real);
     if (!sh_file_exists(config)) SH_FAIL(SH_EIO, "-m: %s: has no config.json: allowed is a checkpoint folder", given);
     if ((size_t)snprintf(path, size, "%s", real) >= size) SH_FAIL(SH_ELIMIT, "-m: %s: path too long", given);
+    return SH_OK;
+}
+
+sh_status sh_options_packed(sh_shared_options *s, const char *path) {
+    sh_wtype type;
+    if (!sh_packed_is(path)) return SH_OK;
+    SH_TRY(sh_packed_read_type(path, &type));
+    sh_mode own = type == SH_W_Q8 ? SH_MODE_Q8 : type == SH_W_Q4 ? SH_MODE_Q4 : SH_MODE_BF16;
+    if (s->mode_at < 0) s->mode_at = (int)own;
+    if (sh_mode_wtype(sh_options_mode(s)) != type)
+        SH_FAIL(SH_EINPUT, "--mode: %s, but %s is packed for %s: use that mode, or the checkpoint itself",
+                sh_mode_name(sh_options_mode(s)), path, sh_wtype_modes(type));
     return SH_OK;
 }

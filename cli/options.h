@@ -93,6 +93,8 @@ int sh_options_ranks(const sh_shared_options *s);
 void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out);
 /* The model's folder as an absolute path (the demo model without -m); checks that config.json is there. */
 sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size);
+/* Where the model's folder is a packed one, its mode is the default, and another is refused. */
+sh_status sh_options_packed(sh_shared_options *s, const char *path);
 /* "8GiB" → bytes. */
 sh_status sh_options_size(const char *text, uint64_t *out);
 

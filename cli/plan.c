@@ -136,7 +136,7 @@ static sh_status write_plan(const command *k, const sh_search_options *o, sh_cho
 }
 
 static void flush(sh_buf *b, bool to_stderr) {
-    fwrite(b->data, 1, b->len, to_stderr ? stderr : stdout);
+    if (b->len) fwrite(b->data, 1, b->len, to_stderr ? stderr : stdout);
     sh_buf_clear(b);
 }
 
@@ -226,7 +226,10 @@ static sh_status explain_one(command *k, const subject *s, sh_buf *out, bool *fi
 }
 
 static sh_status plan(command *k, subject *s, int n, sh_buf *out, bool *fits) {
-    for (int i = 0; i < n; i++) SH_TRY(load_subject(k->models.n ? k->models.text[i] : NULL, &s[i]));
+    for (int i = 0; i < n; i++) {
+        SH_TRY(load_subject(k->models.n ? k->models.text[i] : NULL, &s[i]));
+        SH_TRY(sh_options_packed(&k->shared, s[i].path));
+    }
     SH_TRY(load_machine(k));
     SH_TRY(load_workload(k, &s[0]));
     if (k->shared.routing) {

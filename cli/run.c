@@ -253,6 +253,7 @@ static sh_status check_ranks(run *r) {
     SH_TRY(sh_config_load(r->model, &config));
     r->config = &config;
     SH_TRY(sh_plan_use(&r->shared, &config, &r->planned));
+    SH_TRY(sh_options_packed(&r->shared, r->model));
     static sh_machine machine;
     SH_TRY(sh_machine_read(NULL, &machine));
     r->cpus = machine.n_cpus;

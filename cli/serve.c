@@ -73,9 +73,10 @@ static int exit_status(sh_status st, bool run) {
 
 static sh_status load_plan(sh_shared_options *s, const char *model, Shoal__Plan **out) {
     static sh_config config; /* a large table */
-    if (!s->plan) return SH_OK;
+    if (!s->plan) return sh_options_packed(s, model);
     SH_TRY(sh_config_load(model, &config));
-    return sh_plan_use(s, &config, out);
+    SH_TRY(sh_plan_use(s, &config, out));
+    return sh_options_packed(s, model);
 }
 
 int sh_cmd_serve(int argc, char **argv) {

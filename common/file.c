@@ -174,6 +174,32 @@ sh_status sh_file_writer_commit(sh_file_writer **wp) {
     return SH_OK;
 }
 
+/* Two names for each other, or where the file system cannot do that, one after the other. */
+static int exchange(const char *tmp, const char *path) {
+    char aside[PATH_MAX + 8];
+    if (renameat2(AT_FDCWD, tmp, AT_FDCWD, path, RENAME_EXCHANGE) == 0) return 0;
+    if (errno != EINVAL && errno != ENOSYS) return -1;
+    snprintf(aside, sizeof aside, "%s.old", tmp);
+    if (sh_file_ops.rename(path, aside) != 0) return -1;
+    if (sh_file_ops.rename(tmp, path) == 0) return sh_file_ops.rename(aside, tmp);
+    int e = errno;
+    (void)sh_file_ops.rename(aside, path);
+    errno = e;
+    return -1;
+}
+
+sh_status sh_dir_publish(const char *tmp, const char *path) {
+    int fd = open(tmp, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) SH_FAIL(SH_EIO, "%s: cannot be opened: %s", tmp, strerror(errno));
+    (void)sh_file_ops.fsync(fd); /* some file systems refuse this */
+    close(fd);
+    bool replaces = sh_file_exists(path);
+    if ((replaces ? exchange(tmp, path) : sh_file_ops.rename(tmp, path)) != 0)
+        SH_FAIL(SH_EIO, "%s: cannot be renamed into place: %s", path, strerror(errno));
+    sync_directory(path);
+    return replaces ? sh_path_remove(tmp) : SH_OK;
+}
+
 sh_status sh_file_write(const char *path, const void *p, size_t n) {
     SH_CLEANUP(sh_file_writer_destroy) sh_file_writer *w = NULL;
     SH_TRY(sh_file_writer_open(path, &w));
@@ -200,9 +226,10 @@ sh_status sh_file_writer_sweep(const char *path) {
     for (struct dirent *e; (e = readdir(d));) {
         pid_t pid = writer_of(e->d_name, name);
         if (!pid || (pid != getpid() && (kill(pid, 0) == 0 || errno != ESRCH))) continue;
-        if (unlinkat(dirfd(d), e->d_name, 0) != 0 && errno != ENOENT)
-            st = sh_error_set(SH_EIO, __FILE__, __LINE__, "%s%s: cannot be removed: %s", slash ? dir : "", e->d_name,
-                              strerror(errno));
+        char left[PATH_MAX + 256];
+        snprintf(left, sizeof left, "%s%s", slash ? dir : "", e->d_name);
+        sh_status removed = sh_path_remove(left);
+        if (removed != SH_OK) st = removed;
     }
     closedir(d);
     return st;

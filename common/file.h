@@ -38,8 +38,11 @@ sh_status sh_path_remove(const char *path);
 typedef struct sh_file_writer sh_file_writer;
 sh_status sh_file_writer_open(const char *path, sh_file_writer **out);
 sh_status sh_file_writer_add(sh_file_writer *w, const void *p, size_t n);
-/* Removes what writers of PATH left that were killed: PATH.tmp.PID of processes that are not on this node any more (and
- * of the caller's own pid: call it before opening a writer). */
+/* A folder of synced files, written as TMP beside PATH, gets that name: synced, renamed, its parent synced. A folder
+ * that PATH was is exchanged with it and removed. On failure PATH is as it was and TMP is left. */
+sh_status sh_dir_publish(const char *tmp, const char *path);
+/* Removes what writers of PATH left that were killed: files and folders PATH.tmp.PID of processes that are not on this
+ * node any more (and of the caller's own pid: call it before opening a writer). */
 sh_status sh_file_writer_sweep(const char *path);
 /* Syncs and renames; on failure the temporary file is removed and PATH is as it was. Always frees. */
 sh_status sh_file_writer_commit(sh_file_writer **w);

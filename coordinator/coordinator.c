@@ -7,7 +7,6 @@
  */
 #include "coordinator/coordinator.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <limits.h>
@@ -16,7 +15,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/signalfd.h>
-#include <sys/stat.h>
 #include <unistd.h>
 #include "common/clock.h"
 #include "common/file.h"
@@ -66,25 +64,13 @@ static sh_status hash_file(const char *dir, const char *name, uint64_t *h) {
     return SH_OK;
 }
 
-/* Of everything that decides an answer and can be read at once; the weights' own fingerprint comes from the ranks. The
- * order of a folder's entries does not matter. */
+/* Of everything that decides an answer and can be read at once; the weights' own fingerprint comes from the ranks. */
 static sh_status model_fingerprint(const char *dir, uint64_t *out) {
     static const char *const names[] = {"config.json", "generation_config.json", "tokenizer.json",
                                         "tokenizer_config.json", "chat_template.jinja"};
     uint64_t h = 0, files = 0;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) SH_TRY(hash_file(dir, names[i], &h));
-    DIR *d = opendir(dir);
-    if (!d) SH_FAIL(SH_EIO, "%s: cannot be read: %s", dir, strerror(errno));
-    for (struct dirent *e; (e = readdir(d));) {
-        char path[PATH_MAX];
-        struct stat sb;
-        size_t n = strlen(e->d_name);
-        if (n < 12 || strcmp(e->d_name + n - 12, ".safetensors") != 0) continue;
-        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
-        if (stat(path, &sb) != 0) continue;
-        files += sh_hash64((uint64_t)sb.st_size, e->d_name, n);
-    }
-    closedir(d);
+    SH_TRY(sh_weight_files_hash(dir, &files));
     *out = sh_mix64(h ^ files);
     return SH_OK;
 }

@@ -78,6 +78,10 @@ sh_status sh_config_load(const char *model_dir, sh_config *out);
 sh_status sh_config_parse(const char *what, const char *json, size_t len, sh_config *out);
 sh_status sh_generation_load(const char *model_dir, const sh_config *c, sh_generation *out);
 
+/* A hash over names and lengths of the files that a model's weights come from: the checkpoint's own, also where the
+ * folder is a packed one (packed.h). */
+sh_status sh_weight_files_hash(const char *model_dir, uint64_t *out);
+
 /* Values (not bytes) that one position of a producing layer stores: kv_heads·head_dim, twice unless k_eq_v. */
 int sh_layer_kv_values(const sh_layer *l);
 /* Bytes of one vector, the key or the value of one position and KV head, in a KV type: as it lies in a page and

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "common/file.h"
+#include "model/packed.h"
 #include "model/safetensors.h"
 #include "model/weights.h"
 
@@ -229,7 +230,24 @@ static bool has_weights(const char *dir) {
     return false;
 }
 
+/* What a packed folder has; the checkpoint's own fingerprint. */
+static sh_status add_packed(const char *dir, const sh_config *c, sh_buf *out) {
+    SH_CLEANUP(sh_packed_close) sh_packed *p = NULL;
+    SH_CLEANUP(sh_tensors_close) sh_tensors *t = NULL;
+    char a[24];
+    SH_TRY(sh_packed_open(dir, c, &p));
+    SH_TRY(sh_packed_tables(p, &t));
+    SH_TRY(sh_weights_check_tables(dir, c, t));
+    return sh_buf_printf(
+        out,
+        "\npacked for %s: %d tensors and %d as the checkpoint has them in %d files, %s, as config.json "
+        "implies; fingerprint %016llx\n",
+        sh_wtype_modes(sh_packed_type(p)), sh_packed_tensors(p), sh_tensors_count(t), sh_packed_files(p),
+        sh_inspect_bytes((int64_t)sh_packed_bytes(p), a), (unsigned long long)sh_packed_fingerprint(p));
+}
+
 static sh_status add_files(const char *dir, const sh_config *c, sh_buf *out) {
+    if (sh_packed_is(dir)) return add_packed(dir, c, out);
     if (!has_weights(dir))
         return sh_buf_printf(out, "\nno weights in %s: the above follows from config.json alone\n", dir);
     SH_CLEANUP(sh_tensors_close) sh_tensors *t = NULL;

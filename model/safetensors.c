@@ -5,9 +5,13 @@
  */
 #include "model/safetensors.h"
 
+#include <dirent.h>
+#include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "common/file.h"
 #include "common/hash.h"
@@ -284,16 +288,26 @@ static sh_status open_all(sh_tensors *t, const char *dir) {
     SH_FAIL(SH_EINPUT, "%s: no weights: neither model.safetensors nor model.safetensors.index.json is there", dir);
 }
 
-sh_status sh_tensors_open(const char *model_dir, sh_tensors **out) {
+/* name NULL: the whole folder. */
+static sh_status open_set(const char *dir, const char *name, sh_tensors **out) {
     sh_tensors *t = calloc(1, sizeof *t);
-    if (!t) SH_FAIL(SH_EMEMORY, "%s: no memory for the tensor table", model_dir);
-    sh_status st = open_all(t, model_dir);
+    if (!t) SH_FAIL(SH_EMEMORY, "%s: no memory for the tensor table", dir);
+    sh_status st = name ? open_file(t, dir, name) : open_all(t, dir);
+    if (st == SH_OK && name) st = sort_by_name(t);
     if (st != SH_OK) {
         sh_tensors_close(&t);
         return st;
     }
     *out = t;
     return SH_OK;
+}
+
+sh_status sh_tensors_open(const char *model_dir, sh_tensors **out) {
+    return open_set(model_dir, NULL, out);
+}
+
+sh_status sh_tensors_open_file(const char *dir, const char *name, sh_tensors **out) {
+    return open_set(dir, name, out);
 }
 
 void sh_tensors_close(sh_tensors **tp) {
@@ -368,4 +382,22 @@ uint64_t sh_tensors_fingerprint(const sh_tensors *t) {
                       n); /* one page of each tensor: fine-tunes differ in all of them */
     }
     return h;
+}
+
+sh_status sh_tensors_files_hash(const char *dir, uint64_t *out) {
+    uint64_t files = 0;
+    DIR *d = opendir(dir);
+    if (!d) SH_FAIL(SH_EIO, "%s: cannot be read: %s", dir, strerror(errno));
+    for (struct dirent *e; (e = readdir(d));) { /* the order of a folder's entries does not matter */
+        char path[PATH_MAX];
+        struct stat sb;
+        size_t n = strlen(e->d_name);
+        if (n < 12 || strcmp(e->d_name + n - 12, ".safetensors") != 0) continue;
+        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
+        if (stat(path, &sb) != 0) continue;
+        files += sh_hash64((uint64_t)sb.st_size, e->d_name, n);
+    }
+    closedir(d);
+    *out = files;
+    return SH_OK;
 }

@@ -24,6 +24,8 @@ typedef struct sh_tensor {
 typedef struct sh_tensors sh_tensors;
 
 sh_status sh_tensors_open(const char *model_dir, sh_tensors **out);
+/* One file of a folder, whatever its name. */
+sh_status sh_tensors_open_file(const char *dir, const char *name, sh_tensors **out);
 void sh_tensors_close(sh_tensors **t);
 int sh_tensors_count(const sh_tensors *t);
 const sh_tensor *sh_tensors_at(const sh_tensors *t, int i);              /* sorted by name */
@@ -35,5 +37,7 @@ uint64_t sh_tensors_bytes(const sh_tensors *t); /* of all tensors, headers not c
 int sh_tensors_files(const sh_tensors *t);
 /* A hash over names, dtypes, shapes and sampled bytes: two ranks, or two runs, compare it. Costs milliseconds. */
 uint64_t sh_tensors_fingerprint(const sh_tensors *t);
+/* A hash over names and lengths of the safetensors files of a folder, without opening any. */
+sh_status sh_tensors_files_hash(const char *model_dir, uint64_t *out);
 
 #endif

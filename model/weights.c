@@ -15,12 +15,14 @@
 #include "common/mem.h"
 #include "model/kernels/quant.h"
 #include "model/layout.h"
+#include "model/packed.h"
 #include "model/safetensors.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tensors are little-endian and read in place");
 
 typedef struct impl {
     sh_tensors *tensors;
+    sh_packed *packed;                  /* NULL: weights are in the block */
     const sh_tensor *embed, *ple_table; /* kept mapped for look-ups */
     void *block;
     size_t block_bytes;
@@ -346,17 +348,20 @@ static sh_status want_head(loader *l, const sh_tensor *embed) {
         l, (job){.t = {c->tied ? embed : head}, .row = {ids.lo}, .n = {ids.hi - ids.lo}, .k = c->hidden, .mat = to});
 }
 
-static sh_status want_tables(loader *l) {
+static sh_status want_tables(loader *l, const sh_tensor **embed) {
     const sh_config *c = l->c;
     impl *m = l->w->impl;
+    const int64_t shape[] = {c->ple_vocab, (int64_t)c->n_layers * c->ple};
+    SH_TRY(need(l, name_of(l, -1, "embed_tokens"), 2, (const int64_t[]){c->vocab, c->hidden}, embed));
+    if (l->w->first == 0) m->embed = *embed;
+    return c->ple ? need(l, name_of(l, -1, "embed_tokens_per_layer"), 2, shape, &m->ple_table) : SH_OK;
+}
+
+static sh_status want_ends(loader *l) {
+    const sh_config *c = l->c;
     const sh_tensor *embed = NULL, *t = NULL;
-    SH_TRY(need(l, name_of(l, -1, "embed_tokens"), 2, (const int64_t[]){c->vocab, c->hidden}, &embed));
-    if (l->w->first == 0) m->embed = embed;
-    if (c->ple) {
-        const int64_t shape[] = {c->ple_vocab, (int64_t)c->n_layers * c->ple};
-        SH_TRY(need(l, name_of(l, -1, "embed_tokens_per_layer"), 2, shape, &m->ple_table));
-        SH_TRY(want_vector(l, -1, "per_layer_projection_norm", c->ple, l->w->ple_norm));
-    }
+    SH_TRY(want_tables(l, &embed));
+    if (c->ple) SH_TRY(want_vector(l, -1, "per_layer_projection_norm", c->ple, l->w->ple_norm));
     SH_TRY(need(l, name_of(l, -1, "norm"), 1, (const int64_t[]){c->hidden}, &t));
     return want_head(l, embed);
 }
@@ -368,7 +373,7 @@ static bool starts(const char *s, const char *with) {
     return strncmp(s, with, strlen(with)) == 0;
 }
 
-static bool is_other_modality(const char *name) {
+bool sh_weights_is_tower(const char *name) {
     static const char *const tower[] = {"vision_tower.",   "audio_tower.",          "embed_vision.",
                                         "embed_audio.",    "vision_model.",         "vision_embedder.",
                                         "audio_embedder.", "multi_modal_projector."};
@@ -380,7 +385,7 @@ static bool is_other_modality(const char *name) {
 
 /* K/V of layers that read another layer's (released files have them), and the value norm, which has no weight. */
 static bool is_unused(const loader *l, const char *name) {
-    if (is_other_modality(name)) return true;
+    if (sh_weights_is_tower(name)) return true;
     if (!starts(name, l->prefix) || !starts(name + strlen(l->prefix), "layers.")) return false;
     char *end;
     long i = strtol(name + strlen(l->prefix) + 7, &end, 10);
@@ -402,7 +407,7 @@ static sh_status refuse_unexpected(const loader *l) {
 
 static sh_status resolve_all(loader *l) {
     SH_TRY(find_prefix(l));
-    SH_TRY(want_tables(l));
+    SH_TRY(want_ends(l));
     for (int i = 0; i < l->c->n_layers; i++) SH_TRY(want_layer(l, i));
     return refuse_unexpected(l);
 }
@@ -464,6 +469,8 @@ static int read_bf16(const sh_tensor *t, int64_t from, int n, uint16_t *to) {
 typedef struct packing {
     const sh_kernels *kn;
     const job *j;
+    uint8_t *to; /* of panels [first, last) of the matrix */
+    int first, last;
     _Atomic int64_t inexact; /* lowest item of the matrix that bf16 cannot hold; INT64_MAX: none */
     _Atomic bool no_memory;
 } packing;
@@ -516,7 +523,7 @@ static void pack_panel(packing *p, int panel, uint16_t *rows) {
             return;
         }
     }
-    uint8_t *to = (uint8_t *)(uintptr_t)m->data + (size_t)panel * sh_wmat_bytes(m->type, SH_PANEL, m->k);
+    uint8_t *to = p->to + (size_t)(panel - p->first) * sh_wmat_bytes(m->type, SH_PANEL, m->k);
     pack_panels(p->kn, m, to, rows, (size_t)m->k, n, 0, 1);
 }
 
@@ -524,13 +531,14 @@ static void pack_member(void *arg, int member, int size) {
     packing *p = arg;
     const sh_wmat *m = p->j->mat;
     int lo, hi;
-    sh_team_share(sh_wmat_panels(m->n), member, size, &lo, &hi);
+    sh_team_share(p->last - p->first, member, size, &lo, &hi);
     if (lo == hi) return;
     if (packs_in_place(p->j)) {
         size_t ld = (size_t)row_items(p->j);
+        int skip = p->first * SH_PANEL;
         const uint16_t *src = (const uint16_t *)(const void *)p->j->t[0]->data;
-        src += (size_t)p->j->row[0] * ld + (size_t)p->j->col;
-        pack_panels(p->kn, m, (uint8_t *)(uintptr_t)m->data, src, ld, m->n, lo, hi);
+        src += ((size_t)p->j->row[0] + (size_t)skip) * ld + (size_t)p->j->col;
+        pack_panels(p->kn, m, p->to, src, ld, m->n - skip, lo, hi);
         return;
     }
     uint16_t *rows = malloc(SH_PANEL * (size_t)m->k * sizeof *rows);
@@ -538,16 +546,13 @@ static void pack_member(void *arg, int member, int size) {
         atomic_store(&p->no_memory, true);
         return;
     }
-    for (int i = lo; i < hi; i++) pack_panel(p, i, rows);
+    for (int i = lo; i < hi; i++) pack_panel(p, p->first + i, rows);
     free(rows);
 }
 
-static sh_status run_job(const loader *l, const job *j, sh_team *team) {
-    if (j->to) {
-        read_floats(j->t[0], 0, j->k, j->to);
-        return SH_OK;
-    }
-    packing p = {.kn = l->kn, .j = j, .inexact = INT64_MAX};
+/* Panels [first, last) of a matrix → to. */
+static sh_status pack_job(const loader *l, const job *j, sh_team *team, int first, int last, uint8_t *to) {
+    packing p = {.kn = l->kn, .j = j, .to = to, .first = first, .last = last, .inexact = INT64_MAX};
     if (team)
         sh_team_run(team, pack_member, &p);
     else
@@ -571,15 +576,28 @@ static void advise(const uint8_t *data, size_t bytes, int advice) {
     if (a < b) (void)madvise((void *)a, b - a, advice);
 }
 
+/* Packed: the source's pages need not stay in this process. */
+static void let_go(const job *j) {
+    for (int s = 0; s < 2 && j->t[s]; s++) {
+        size_t row = (size_t)row_items(j) * item_bytes(j->t[s]->dtype);
+        advise(j->t[s]->data + (size_t)j->row[s] * row, (size_t)j->n[s] * row, MADV_DONTNEED);
+    }
+}
+
+static sh_status run_job(const loader *l, const job *j, sh_team *team) {
+    if (j->to)
+        read_floats(j->t[0], 0, j->k, j->to);
+    else
+        SH_TRY(pack_job(l, j, team, 0, sh_wmat_panels(j->mat->n), (uint8_t *)(uintptr_t)j->mat->data));
+    let_go(j);
+    return SH_OK;
+}
+
 static sh_status pack_all(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
     size_t done = 0, total = ((impl *)l->w->impl)->block_bytes;
     for (int i = 0; i < l->n_jobs; i++) {
         const job *j = &l->jobs[i];
         SH_TRY(run_job(l, j, team));
-        for (int s = 0; s < 2 && j->t[s]; s++) { /* packed: the source's pages need not stay in this process */
-            size_t row = (size_t)row_items(j) * item_bytes(j->t[s]->dtype);
-            advise(j->t[s]->data + (size_t)j->row[s] * row, (size_t)j->n[s] * row, MADV_DONTNEED);
-        }
         done += j->to ? (size_t)j->k * 4 : sh_wmat_bytes(j->mat->type, j->mat->n, j->mat->k);
         if (progress) progress(arg, done < total ? done : total, total);
     }
@@ -598,6 +616,12 @@ static sh_status allocate(sh_weights *w) {
     w->layer = calloc(n ? n : 1, sizeof *w->layer);
     if (m && c->experts) m->expert = calloc(n * 2 * (size_t)c->experts, sizeof *m->expert);
     if (!m || !w->layer || (c->experts && !m->expert)) SH_FAIL(SH_EMEMORY, "weights: no memory for their tables");
+    return SH_OK;
+}
+
+static sh_status allocate_block(sh_weights *w) {
+    const sh_config *c = w->config;
+    impl *m = w->impl;
     size_t bytes = sh_weights_layout(w, m->expert, NULL);
     SH_TRY(sh_mem_alloc(bytes, "weights", &m->block));
     m->block_bytes = bytes;
@@ -616,26 +640,60 @@ static void keep_tables(impl *m) {
     sh_tensors_trim(m->tensors);
 }
 
-sh_status sh_weights_check(const char *model_dir, const sh_config *c, sh_tensors *t) {
+/* Of a packed folder, which has no other tensors than the tables and towers. */
+static sh_status resolve_tables(loader *l) {
+    const sh_tensor *embed = NULL;
+    SH_TRY(find_prefix(l));
+    SH_TRY(want_tables(l, &embed));
+    return refuse_unexpected(l);
+}
+
+static sh_status open_used(loader *l) {
+    l->used = calloc((size_t)sh_tensors_count(l->tensors) + 1, sizeof *l->used);
+    if (!l->used) SH_FAIL(SH_EMEMORY, "%s: no memory for the list of tensors", l->dir);
+    return SH_OK;
+}
+
+static sh_status check_set(const char *dir, const sh_config *c, sh_tensors *t, sh_status (*resolve)(loader *l)) {
     impl m = {0};
     sh_weights w = {.config = c, .impl = &m}; /* layers [0, 0): nothing is this stage's own */
-    loader l = {.dir = model_dir, .c = c, .w = &w, .tensors = t};
-    l.used = calloc((size_t)sh_tensors_count(t) + 1, sizeof *l.used);
-    if (!l.used) SH_FAIL(SH_EMEMORY, "%s: no memory for the list of tensors", model_dir);
-    sh_status st = resolve_all(&l);
+    loader l = {.dir = dir, .c = c, .w = &w, .tensors = t};
+    sh_status st = open_used(&l);
+    if (st == SH_OK) st = resolve(&l);
     free(l.used);
     free(l.jobs);
     return st;
 }
 
+sh_status sh_weights_check(const char *model_dir, const sh_config *c, sh_tensors *t) {
+    return check_set(model_dir, c, t, resolve_all);
+}
+
+sh_status sh_weights_check_tables(const char *model_dir, const sh_config *c, sh_tensors *t) {
+    return check_set(model_dir, c, t, resolve_tables);
+}
+
+static sh_status load_packed(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
+    impl *m = l->w->impl;
+    SH_TRY(sh_packed_open(l->dir, l->c, &m->packed));
+    SH_TRY(sh_packed_load(m->packed, l->w, m->expert, team, progress, arg));
+    SH_TRY(sh_packed_tables(m->packed, &m->tensors));
+    l->tensors = m->tensors;
+    SH_TRY(open_used(l));
+    SH_TRY(resolve_tables(l));
+    keep_tables(m);
+    return SH_OK;
+}
+
 static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
     SH_TRY(sh_kernels_select(&l->kn));
     SH_TRY(allocate(l->w));
+    if (sh_packed_is(l->dir)) return load_packed(l, team, progress, arg);
+    SH_TRY(allocate_block(l->w));
     impl *m = l->w->impl;
     SH_TRY(sh_tensors_open(l->dir, &m->tensors));
     l->tensors = m->tensors;
-    l->used = calloc((size_t)sh_tensors_count(l->tensors) + 1, sizeof *l->used);
-    if (!l->used) SH_FAIL(SH_EMEMORY, "%s: no memory for the list of tensors", l->dir);
+    SH_TRY(open_used(l));
     SH_TRY(resolve_all(l));
     SH_TRY(pack_all(l, team, progress, arg));
     keep_tables(m);
@@ -672,6 +730,7 @@ void sh_weights_destroy(sh_weights **wp) {
     impl *m = w->impl;
     if (m) {
         sh_tensors_close(&m->tensors);
+        sh_packed_close(&m->packed);
         sh_mem_free(m->block, m->block_bytes);
         free(m->expert);
         free(m);
@@ -696,4 +755,129 @@ void sh_weights_ple_row(const sh_weights *w, int layer, int id, float *out) {
     const sh_config *c = w->config;
     int64_t row = (int64_t)id * c->n_layers * c->ple;
     table_row(m->ple_table, row + (int64_t)layer * c->ple, c->ple, (float)sqrt(c->ple), out);
+}
+
+/* --- one at a time -------------------------------------------------------------------------------------------------
+ */
+
+#define SUPPLY_PIECE ((size_t)32 << 20)
+
+struct sh_supply {
+    loader l;
+    sh_team *team;
+    void *room; /* address space for the layout: never touched */
+    size_t room_bytes;
+    uint8_t *piece;
+};
+
+static uintptr_t place_of(const job *j) {
+    return j->to ? (uintptr_t)j->to : (uintptr_t)j->mat;
+}
+
+static int by_place(const void *a, const void *b) {
+    uintptr_t x = place_of(a), y = place_of(b);
+    return (x > y) - (x < y);
+}
+
+static sh_status open_supply(sh_supply *s) {
+    loader *l = &s->l;
+    SH_TRY(sh_kernels_select(&l->kn));
+    SH_TRY(allocate(l->w));
+    impl *m = l->w->impl;
+    s->room_bytes = sh_weights_layout(l->w, m->expert, NULL);
+    s->room = mmap(NULL, s->room_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (s->room == MAP_FAILED) {
+        s->room = NULL;
+        SH_FAIL(SH_EMEMORY, "%s: no addresses for %zu bytes of weights", l->dir, s->room_bytes);
+    }
+    sh_weights_layout(l->w, m->expert, s->room);
+    SH_TRY(sh_tensors_open(l->dir, &m->tensors));
+    l->tensors = m->tensors;
+    SH_TRY(open_used(l));
+    SH_TRY(resolve_all(l));
+    qsort(l->jobs, (size_t)l->n_jobs, sizeof *l->jobs, by_place);
+    for (int i = 0; i < l->n_jobs; i++) /* layer_scalar: lies in the tables of layers, not in the room */
+        if (l->jobs[i].to &&
+            ((char *)l->jobs[i].to < (char *)s->room || (char *)l->jobs[i].to >= (char *)s->room + s->room_bytes))
+            read_floats(l->jobs[i].t[0], 0, 1, l->jobs[i].to);
+    return sh_mem_alloc(SUPPLY_PIECE, "a piece of a matrix", (void **)&s->piece);
+}
+
+sh_status sh_supply_open(const char *model_dir, const sh_config *c, sh_mode mode, sh_team *team, sh_supply **out) {
+    sh_supply *s = calloc(1, sizeof *s);
+    sh_weights *w = calloc(1, sizeof *w);
+    if (!s || !w) {
+        free(s);
+        free(w);
+        SH_FAIL(SH_EMEMORY, "weights: no memory");
+    }
+    *w = (sh_weights){.config = c, .type = sh_mode_wtype(mode), .last = c->n_layers};
+    *s = (sh_supply){.l = {.dir = model_dir, .c = c, .w = w}, .team = team};
+    sh_status st = open_supply(s);
+    if (st != SH_OK) {
+        sh_supply_close(&s);
+        return st;
+    }
+    *out = s;
+    return SH_OK;
+}
+
+void sh_supply_close(sh_supply **sp) {
+    sh_supply *s = *sp;
+    if (!s) return;
+    sh_mem_free(s->piece, SUPPLY_PIECE);
+    if (s->room) munmap(s->room, s->room_bytes);
+    free(s->l.used);
+    free(s->l.jobs);
+    sh_weights_destroy(&s->l.w);
+    free(s);
+    *sp = NULL;
+}
+
+sh_weights *sh_supply_weights(sh_supply *s) {
+    return s->l.w;
+}
+
+static sh_status give_vector(sh_supply *s, const job *j, sh_supply_fn *put, void *ctx) {
+    size_t bytes = (size_t)j->k * sizeof(float);
+    if (bytes > SUPPLY_PIECE) SH_FAIL(SH_ELIMIT, "%s: %d values: at most %zu", j->t[0]->name, j->k, SUPPLY_PIECE / 4);
+    read_floats(j->t[0], 0, j->k, (float *)(void *)s->piece);
+    return put(ctx, s->piece, bytes);
+}
+
+sh_status sh_supply_give(sh_supply *s, const void *place, sh_supply_fn *put, void *ctx) {
+    const job *j = NULL;
+    int lo = 0, hi = s->l.n_jobs;
+    while (lo < hi) {
+        int mid = lo + (hi - lo) / 2;
+        if (place_of(&s->l.jobs[mid]) < (uintptr_t)place)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    if (lo < s->l.n_jobs && place_of(&s->l.jobs[lo]) == (uintptr_t)place) j = &s->l.jobs[lo];
+    if (!j) SH_FAIL(SH_ESTATE, "%s: nothing is known of this place", s->l.dir);
+    if (j->to) return give_vector(s, j, put, ctx);
+    size_t panel = sh_wmat_bytes(j->mat->type, SH_PANEL, j->mat->k);
+    int all = sh_wmat_panels(j->mat->n), n = (int)(SUPPLY_PIECE / panel);
+    if (n == 0) SH_FAIL(SH_ELIMIT, "%s: a panel of %zu bytes: at most %zu", j->t[0]->name, panel, SUPPLY_PIECE);
+    for (int p = 0; p < all; p += n) {
+        int end = all - p < n ? all : p + n;
+        SH_TRY(pack_job(&s->l, j, s->team, p, end, s->piece));
+        SH_TRY(put(ctx, s->piece, (size_t)(end - p) * panel));
+    }
+    let_go(j);
+    return SH_OK;
+}
+
+const sh_tensors *sh_supply_tensors(const sh_supply *s) {
+    return s->l.tensors;
+}
+
+const sh_tensor *sh_supply_embed(const sh_supply *s) {
+    return ((impl *)s->l.w->impl)->embed;
+}
+
+const sh_tensor *sh_supply_ple(const sh_supply *s) {
+    return ((impl *)s->l.w->impl)->ple_table;
 }

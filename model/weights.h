@@ -52,7 +52,7 @@ typedef struct sh_weights {
     const float *ple_norm;   /* [P] */
     const float *final_norm; /* last stage only */
     sh_wmat head;            /* [vocab, hidden], of this part's ids; last stage only */
-    size_t bytes;            /* anonymous memory held */
+    size_t bytes;            /* memory held: anonymous, or (a packed folder's) mapped */
     void *impl;
 } sh_weights;
 
@@ -75,11 +75,34 @@ sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_we
  * does first. model_dir is for messages. */
 struct sh_tensors;
 sh_status sh_weights_check(const char *model_dir, const sh_config *c, struct sh_tensors *t);
+/* The same of the tables of a packed folder (packed.h). */
+sh_status sh_weights_check_tables(const char *model_dir, const sh_config *c, struct sh_tensors *t);
+/* A hash over the checkpoint's names, shapes and sampled bytes (sh_tensors_fingerprint), or what a packed folder says
+ * of the checkpoint that it was made from: two ranks, or two runs, compare it. */
+sh_status sh_weights_fingerprint(const char *model_dir, uint64_t *out);
+/* Whether a tensor belongs to another modality. */
+bool sh_weights_is_tower(const char *name);
 void sh_weights_destroy(sh_weights **w);
 
 /* Row `id` of embed_tokens × sqrt(hidden) → out [hidden]. Stage 0 only. */
 void sh_weights_embed(const sh_weights *w, int id, float *out);
 /* Slice of `layer` of row `id` of embed_tokens_per_layer × sqrt(P) → out [P]. */
 void sh_weights_ple_row(const sh_weights *w, int layer, int id, float *out);
+
+/*
+ * A whole checkpoint, resolved and checked, whose vectors and matrices are given one at a time as a rank would hold
+ * them: for whoever writes them down (packer.c). Memory: one piece of a matrix.
+ */
+typedef struct sh_supply sh_supply;
+typedef sh_status sh_supply_fn(void *ctx, const void *p, size_t n);
+sh_status sh_supply_open(const char *model_dir, const sh_config *c, sh_mode mode, sh_team *team, sh_supply **out);
+void sh_supply_close(sh_supply **s);
+/* Laid out: its matrices and vectors are the places that are asked for; they hold nothing. Scalars are filled in. */
+sh_weights *sh_supply_weights(sh_supply *s);
+/* Hands the bytes of a vector (its first element's address) or of a matrix (the address of its sh_wmat) to `put`. */
+sh_status sh_supply_give(sh_supply *s, const void *place, sh_supply_fn *put, void *ctx);
+/* All tensors as they are, and the tables among them: ple NULL where the model has none. */
+const struct sh_tensors *sh_supply_tensors(const sh_supply *s);
+const struct sh_tensor *sh_supply_embed(const sh_supply *s), *sh_supply_ple(const sh_supply *s);
 
 #endif

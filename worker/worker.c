@@ -11,7 +11,7 @@
 
 #include "common/hash.h"
 #include "common/log.h"
-#include "model/safetensors.h"
+#include "model/weights.h"
 #include "partition/machine.h"
 #include "partition/plan.h"
 #include "worker/backoff.h"
@@ -177,10 +177,8 @@ static const sh_kernels *kernels_of(const rank *r) {
 
 /* Hash of the checkpoint and of what else decides a group's results beside the requests. */
 static sh_status fingerprint(const rank *r, uint64_t *out) {
-    sh_tensors *t = NULL;
-    SH_TRY(sh_tensors_open(r->model_dir, &t));
-    uint64_t h = sh_tensors_fingerprint(t);
-    sh_tensors_close(&t);
+    uint64_t h = 0;
+    SH_TRY(sh_weights_fingerprint(r->model_dir, &h));
     h = sh_hash64(h, r->plan->mode, strlen(r->plan->mode));
     *out = sh_hash64(h, r->plan->kv, strlen(r->plan->kv));
     return SH_OK;

@@ -60,6 +60,30 @@ void sh_quant_pack(const sh_kernels *kn, sh_wtype t, void *dst, const uint16_t *
                        k, p, g);
 }
 
+static void copy_output_bf16(const uint16_t *from, int o, uint16_t *to, int q, int k) {
+    for (int i = 0; i < k; i++) to[i * SH_PANEL + q % 16 * 2 + q / 16] = from[i * SH_PANEL + o % 16 * 2 + o / 16];
+}
+
+/* One block: the scale, then four bytes of codes in each 128. */
+static void copy_output_block(const uint8_t *from, int o, uint8_t *to, int q, size_t block) {
+    const uint8_t *codes = from + 2 * SH_PANEL + o / 16 * 64 + o % 16 * 4;
+    uint8_t *here = to + 2 * SH_PANEL + q / 16 * 64 + q % 16 * 4;
+    memcpy(to + 2 * q, from + 2 * o, 2);
+    for (size_t at = 0; at < block - 2 * SH_PANEL; at += 128) memcpy(here + at, codes + at, 4);
+}
+
+void sh_wmat_copy_output(const sh_wmat *from, int i, void *to, int j) {
+    size_t panel = sh_wmat_bytes(from->type, SH_PANEL, from->k), block = sh_wtype_block(from->type);
+    const uint8_t *a = (const uint8_t *)from->data + (size_t)(i / SH_PANEL) * panel;
+    uint8_t *b = (uint8_t *)to + (size_t)(j / SH_PANEL) * panel;
+    if (from->type == SH_W_BF16) {
+        copy_output_bf16((const uint16_t *)(const void *)a, i % SH_PANEL, (uint16_t *)(void *)b, j % SH_PANEL, from->k);
+        return;
+    }
+    for (int g = 0; g < sh_wtype_groups(from->type, from->k); g++)
+        copy_output_block(a + (size_t)g * block, i % SH_PANEL, b + (size_t)g * block, j % SH_PANEL, block);
+}
+
 static int read_code(sh_wtype t, const uint8_t *codes, int o, int i) {
     const uint8_t *half = codes + (o / 16) * 64 + (o % 16) * 4;
     if (t == SH_W_Q8) return half[i / 4 * 128 + i % 4] - SH_Q8_ZERO;
