@@ -24,6 +24,7 @@
 #include "common/log.h"
 #include "coordinator/dispatch.h"
 #include "coordinator/service.h"
+#include "model/gguf.h"
 
 #define HEAR_AT_ONCE   256 /* messages between two commits … */
 #define HEAR_SECONDS   0.5 /* … and how long they may take: acknowledgements, heartbeats and clients wait meanwhile */
@@ -79,7 +80,8 @@ static sh_status model_fingerprint(const char *dir, uint64_t *out) {
         char path[PATH_MAX];
         struct stat sb;
         size_t n = strlen(e->d_name);
-        if (n < 12 || strcmp(e->d_name + n - 12, ".safetensors") != 0) continue;
+        bool weights = n >= 12 && strcmp(e->d_name + n - 12, ".safetensors") == 0;
+        if (!weights && !sh_gguf_is_name(e->d_name)) continue;
         snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
         if (stat(path, &sb) != 0) continue;
         files += sh_hash64((uint64_t)sb.st_size, e->d_name, n);

@@ -23,6 +23,8 @@ uint16_t sh_float_to_half(float f); /* to nearest even */
 /* Packs a row-major bf16 matrix [n, k] with row stride ld (elements) into panels [p0, p1) of dst. */
 void sh_quant_pack(const sh_kernels *kn, sh_wtype t, void *dst, const uint16_t *src, size_t ld, int n, int k, int p0,
                    int p1);
+/* Puts scale and codes of output o (0 … 31) into the block of a group of a panel. */
+void sh_quant_place(sh_wtype t, uint8_t *block, int o, uint16_t scale, const uint8_t *code);
 /* Row i of a packed matrix as f32 [k]. */
 void sh_quant_row(const sh_wmat *w, int i, float *out);
 
