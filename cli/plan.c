@@ -11,6 +11,7 @@
 #include "cli/probe.h"
 #include "cli/workfile.h"
 #include "common/file.h"
+#include "model/gguf.h"
 #include "partition/explain.h"
 #include "partition/protojson.h"
 
@@ -57,7 +58,7 @@ static sh_status load_subject(const char *model, subject *s) {
     snprintf(copy, sizeof copy, "%s", s->path);
     snprintf(s->name, sizeof s->name, "%.200s", basename(copy));
     snprintf(pattern, sizeof pattern, "%s/*.safetensors", s->path);
-    s->has_weights = glob(pattern, 0, NULL, &found) == 0;
+    s->has_weights = glob(pattern, 0, NULL, &found) == 0 || sh_gguf_is_there(s->path);
     globfree(&found);
     return SH_OK;
 }

@@ -14,6 +14,7 @@
 
 #include "common/hash.h"
 #include "common/limits.h"
+#include "model/blocks.h"
 #include "model/packed_int.h"
 
 typedef struct packer {
@@ -296,8 +297,21 @@ static sh_status check_target(const char *dir, bool force) {
     return SH_OK;
 }
 
+/* Blocks of GGUF would be rounded in some modes and have no name in the tables' format. */
+static sh_status refuse_blocks(const packer *x) {
+    const sh_tensors *all = sh_supply_tensors(x->supply);
+    for (int i = 0; i < sh_tensors_count(all); i++) {
+        const sh_tensor *t = sh_tensors_at(all, i);
+        if (sh_dtype_is_blocks(t->dtype))
+            SH_FAIL(SH_EUNSUPPORTED, "%s/%s: %s: is %s: allowed in a packed folder are BF16, F16 and F32", x->model,
+                    t->file, t->name, t->dtype_name);
+    }
+    return SH_OK;
+}
+
 static sh_status write_all(packer *x, const sh_config *c, sh_team *team) {
     SH_TRY(sh_supply_open(x->model, c, x->o->mode, team, &x->supply));
+    SH_TRY(refuse_blocks(x));
     const sh_tensor *table[] = {sh_supply_embed(x->supply), sh_supply_ple(x->supply)};
     x->total = sh_weights_estimate(c, x->o->mode, 0, c->n_layers);
     for (int i = 0; i < 2; i++) x->total += table[i] ? (size_t)table[i]->bytes : 0;

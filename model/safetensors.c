@@ -17,25 +17,8 @@
 #include "common/hash.h"
 #include "common/json.h"
 #include "common/limits.h"
-
-typedef struct st_file {
-    char *path;
-    const char *name; /* inside path */
-    sh_map map;
-    bool needed;
-} st_file;
-
-typedef struct st_entry {
-    sh_tensor t; /* first: sh_tensors_at hands out its address */
-    int file;
-    uint64_t begin;
-} st_entry;
-
-struct sh_tensors {
-    st_file *file;
-    st_entry *entry;
-    int n_files, n_entries, cap;
-};
+#include "model/gguf.h"
+#include "model/tensors_int.h"
 
 /* --- one header entry ----------------------------------------------------------------------------------------------
  */
@@ -97,7 +80,7 @@ static sh_status read_offsets(const json_t *o, uint64_t room, uint64_t off[2]) {
     return SH_OK;
 }
 
-static sh_status read_entry(const json_t *o, const uint8_t *data, uint64_t room, st_entry *e) {
+static sh_status read_entry(const json_t *o, const uint8_t *data, uint64_t room, sh_tensors_entry *e) {
     if (!json_is_object(o)) SH_FAIL(SH_EFORMAT, "%s is not an object", sh_json_type_name(o));
     int bits = 0;
     uint64_t elements = 0, off[2], size;
@@ -119,15 +102,19 @@ static sh_status read_entry(const json_t *o, const uint8_t *data, uint64_t room,
  */
 
 static int by_offset(const void *a, const void *b) {
-    const st_entry *x = a, *y = b;
+    const sh_tensors_entry *x = a, *y = b;
     if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
     if (x->t.bytes != y->t.bytes) return x->t.bytes < y->t.bytes ? -1 : 1;
     return strcmp(x->t.name, y->t.name);
 }
 
+void sh_tensors_by_offset(sh_tensors_entry *e, int n) {
+    if (n > 0) qsort(e, (size_t)n, sizeof *e, by_offset);
+}
+
 /* Entries of one file, in order of offset, must follow each other and fill the data. */
-static sh_status check_cover(const char *path, st_entry *e, int n, uint64_t room) {
-    qsort(e, (size_t)n, sizeof *e, by_offset);
+static sh_status check_cover(const char *path, sh_tensors_entry *e, int n, uint64_t room) {
+    sh_tensors_by_offset(e, n);
     uint64_t at = 0;
     for (int i = 0; i < n; i++) {
         if (e[i].begin < at)
@@ -145,32 +132,39 @@ static sh_status check_cover(const char *path, st_entry *e, int n, uint64_t room
     return SH_OK;
 }
 
+sh_status sh_tensors_add_entry(sh_tensors *t, const sh_tensors_entry *e, const char *name) {
+    const char *path = t->file[e->file].path;
+    if (t->n_entries == t->cap) {
+        int cap = t->cap ? 2 * t->cap : 256;
+        sh_tensors_entry *p = realloc(t->entry, (size_t)cap * sizeof *p);
+        if (!p) SH_FAIL(SH_EMEMORY, "%s: no memory for the tensor table", path);
+        t->entry = p;
+        t->cap = cap;
+    }
+    char *copy = strdup(name);
+    if (!copy) SH_FAIL(SH_EMEMORY, "%s: no memory for tensor names", path);
+    t->entry[t->n_entries] = *e;
+    t->entry[t->n_entries++].t.name = copy;
+    return SH_OK;
+}
+
 static sh_status add_entries(sh_tensors *t, int file, const json_t *header, const uint8_t *data, uint64_t room) {
-    st_file *f = &t->file[file];
+    sh_tensors_file *f = &t->file[file];
     int first = t->n_entries;
     const char *name;
     json_t *o;
     json_object_foreach((json_t *)(uintptr_t)header, name, o) {
         if (strcmp(name, "__metadata__") == 0) continue;
-        if (t->n_entries == t->cap) {
-            int cap = t->cap ? 2 * t->cap : 256;
-            st_entry *p = realloc(t->entry, (size_t)cap * sizeof *p);
-            if (!p) SH_FAIL(SH_EMEMORY, "%s: no memory for the tensor table", f->path);
-            t->entry = p;
-            t->cap = cap;
-        }
-        st_entry e = {.file = file, .t.file = f->name};
+        sh_tensors_entry e = {.file = file, .t.file = f->name};
         sh_status st = read_entry(o, data, room, &e);
         if (st != SH_OK) return sh_error_prefix(st, "%s: %s", f->path, name);
-        e.t.name = strdup(name);
-        if (!e.t.name) SH_FAIL(SH_EMEMORY, "%s: no memory for tensor names", f->path);
-        t->entry[t->n_entries++] = e;
+        SH_TRY(sh_tensors_add_entry(t, &e, name));
     }
     return check_cover(f->path, t->entry + first, t->n_entries - first, room);
 }
 
 static sh_status read_header(sh_tensors *t, int file) {
-    const st_file *f = &t->file[file];
+    const sh_tensors_file *f = &t->file[file];
     if (f->map.len < 8)
         SH_FAIL(SH_EFORMAT, "%s: %zu bytes: not a safetensors file, which begins with an 8-byte length", f->path,
                 f->map.len);
@@ -191,15 +185,19 @@ static sh_status read_header(sh_tensors *t, int file) {
     return add_entries(t, file, header, f->map.data + 8 + n, f->map.len - 8 - n);
 }
 
-static sh_status open_file(sh_tensors *t, const char *dir, const char *name) {
-    st_file *p = realloc(t->file, (size_t)(t->n_files + 1) * sizeof *p);
+sh_status sh_tensors_add_file(sh_tensors *t, const char *dir, const char *name) {
+    sh_tensors_file *p = realloc(t->file, (size_t)(t->n_files + 1) * sizeof *p);
     if (!p) SH_FAIL(SH_EMEMORY, "%s: no memory for the file table", dir);
     t->file = p;
-    st_file f = {0};
+    sh_tensors_file f = {0};
     if (asprintf(&f.path, "%s/%s", dir, name) < 0) SH_FAIL(SH_EMEMORY, "%s: no memory for a path", dir);
     f.name = f.path + strlen(dir) + 1;
     t->file[t->n_files++] = f;
-    SH_TRY(sh_map_open(f.path, &t->file[t->n_files - 1].map));
+    return sh_map_open(f.path, &t->file[t->n_files - 1].map);
+}
+
+static sh_status open_file(sh_tensors *t, const char *dir, const char *name) {
+    SH_TRY(sh_tensors_add_file(t, dir, name));
     return read_header(t, t->n_files - 1);
 }
 
@@ -207,7 +205,7 @@ static sh_status open_file(sh_tensors *t, const char *dir, const char *name) {
  */
 
 static int by_name(const void *a, const void *b) {
-    const st_entry *x = a, *y = b;
+    const sh_tensors_entry *x = a, *y = b;
     int c = strcmp(x->t.name, y->t.name);
     return c ? c : (x->file > y->file) - (x->file < y->file);
 }
@@ -285,7 +283,12 @@ static sh_status open_all(sh_tensors *t, const char *dir) {
     }
     *suffix = '.';
     if (sh_file_exists(path)) return open_index(t, dir, path);
-    SH_FAIL(SH_EINPUT, "%s: no weights: neither model.safetensors nor model.safetensors.index.json is there", dir);
+    bool found = false;
+    SH_TRY(sh_gguf_open(t, dir, &found));
+    if (found) return sort_by_name(t);
+    SH_FAIL(SH_EINPUT,
+            "%s: no weights: neither model.safetensors nor model.safetensors.index.json nor a .gguf file is there",
+            dir);
 }
 
 /* name NULL: the whole folder. */
@@ -356,7 +359,7 @@ const sh_tensor *sh_tensors_find(const sh_tensors *t, const char *name) {
 }
 
 void sh_tensors_need(sh_tensors *t, const sh_tensor *tensor) {
-    const st_entry *e = (const st_entry *)tensor;
+    const sh_tensors_entry *e = (const sh_tensors_entry *)tensor;
     t->file[e->file].needed = true;
 }
 
@@ -385,19 +388,20 @@ uint64_t sh_tensors_fingerprint(const sh_tensors *t) {
 }
 
 sh_status sh_tensors_files_hash(const char *dir, uint64_t *out) {
-    uint64_t files = 0;
+    uint64_t files = 0, ggufs = 0;
     DIR *d = opendir(dir);
     if (!d) SH_FAIL(SH_EIO, "%s: cannot be read: %s", dir, strerror(errno));
     for (struct dirent *e; (e = readdir(d));) { /* the order of a folder's entries does not matter */
         char path[PATH_MAX];
         struct stat sb;
         size_t n = strlen(e->d_name);
-        if (n < 12 || strcmp(e->d_name + n - 12, ".safetensors") != 0) continue;
+        bool is_safe = n >= 12 && strcmp(e->d_name + n - 12, ".safetensors") == 0;
+        if (!is_safe && !sh_gguf_is_name(e->d_name)) continue;
         snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
         if (stat(path, &sb) != 0) continue;
-        files += sh_hash64((uint64_t)sb.st_size, e->d_name, n);
+        *(is_safe ? &files : &ggufs) += sh_hash64((uint64_t)sb.st_size, e->d_name, n);
     }
     closedir(d);
-    *out = files;
+    *out = files ? files : ggufs; /* GGUF files are read where there are no others */
     return SH_OK;
 }

@@ -1,7 +1,8 @@
 /*
  * A checkpoint directory's tensors: one model.safetensors, or shards named by model.safetensors.index.json, mapped and
- * checked (header length, JSON, dtype, shape against offsets, overlap, file length). Nothing is read but headers until
- * a tensor's bytes are touched. Errors name file and tensor.
+ * checked (header length, JSON, dtype, shape against offsets, overlap, file length); where neither is there, those of
+ * GGUF files under the names of Hugging Face (gguf.h). Nothing is read but headers until a tensor's bytes are touched.
+ * Errors name file and tensor.
  */
 #ifndef SH_MODEL_SAFETENSORS_H
 #define SH_MODEL_SAFETENSORS_H
@@ -9,7 +10,10 @@
 #include <stdint.h>
 #include "common/status.h"
 
-typedef enum sh_dtype { SH_BF16, SH_F16, SH_F32, SH_OTHER } sh_dtype;
+/* SH_Q8_0, SH_Q4_0: blocks of SH_GGUF_BLOCK items of a row, a scale d (f16) and then their codes. Q8_0: d · q, q i8.
+ * Q4_0: d · (q − 8), byte j of 16 has item j in its low half and item 16 + j in its high half. */
+typedef enum sh_dtype { SH_BF16, SH_F16, SH_F32, SH_Q8_0, SH_Q4_0, SH_OTHER } sh_dtype;
+#define SH_GGUF_BLOCK 32
 
 typedef struct sh_tensor {
     const char *name, *file; /* borrowed from the set */
@@ -22,6 +26,10 @@ typedef struct sh_tensor {
 } sh_tensor;
 
 typedef struct sh_tensors sh_tensors;
+
+static inline uint64_t sh_dtype_bytes(sh_dtype d, uint64_t items) { /* of known types; blocks are whole */
+    return d == SH_F32 ? items * 4 : d == SH_Q8_0 ? items / 32 * 34 : d == SH_Q4_0 ? items / 32 * 18 : items * 2;
+}
 
 sh_status sh_tensors_open(const char *model_dir, sh_tensors **out);
 /* One file of a folder, whatever its name. */

@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 
 #include "common/mem.h"
+#include "model/blocks.h"
 #include "model/kernels/quant.h"
 #include "model/layout.h"
 #include "model/packed.h"
@@ -52,7 +53,8 @@ typedef struct loader {
     sh_weights *w;
     const sh_kernels *kn;
     sh_tensors *tensors;
-    bool *used; /* per tensor of the set */
+    bool rounds; /* blocks of GGUF to bf16; else what bf16 cannot hold is refused */
+    bool *used;  /* per tensor of the set */
     job *jobs;
     int n_jobs, cap;
     char name[512]; /* of the last look-up */
@@ -228,19 +230,28 @@ static sh_status want_attention(loader *l, int i, const sh_layer_weights *w) {
     return want_kv(l, i, "self_attn.v_proj", MAT(v));
 }
 
-/* experts.gate_up_proj [E, 2I, H] and experts.down_proj [E, H, I]. */
+/* experts.gate_up_proj [E, 2I, H], or (GGUF) experts.gate_proj and up_proj [E, I, H]; experts.down_proj [E, H, I]. */
 static sh_status want_fused(loader *l, int i, const sh_layer_weights *w) {
     const sh_config *c = l->c;
     int64_t h = c->hidden, n = c->expert_ff, e = c->experts;
-    const sh_tensor *gu = NULL, *down = NULL;
-    SH_TRY(need(l, name_of(l, i, "experts.gate_up_proj"), 3, (const int64_t[]){e, 2 * n, h}, &gu));
+    const sh_tensor *gu = NULL, *up = NULL, *down = NULL;
+    SH_TRY(look_up(l, name_of(l, i, "experts.gate_proj"), &gu));
+    if (gu) {
+        SH_TRY(check_tensor(l, gu, 3, (const int64_t[]){e, n, h}));
+        SH_TRY(need(l, name_of(l, i, "experts.up_proj"), 3, (const int64_t[]){e, n, h}, &up));
+    } else {
+        SH_TRY(need(l, name_of(l, i, "experts.gate_up_proj"), 3, (const int64_t[]){e, 2 * n, h}, &gu));
+    }
+    int rows = up ? c->expert_ff : 2 * c->expert_ff;
     SH_TRY(need(l, name_of(l, i, "experts.down_proj"), 3, (const int64_t[]){e, h, n}, &down));
     for (int x = 0; w && x < c->experts; x++) {
         if (!w->expert_down[x].data) continue; /* another member's */
-        SH_TRY(add_job(
-            l,
-            (job){
-                .t = {gu}, .row = {2 * n * x}, .n = {2 * c->expert_ff}, .k = c->hidden, .mat = &w->expert_gate_up[x]}));
+        int64_t row = (int64_t)rows * x;
+        SH_TRY(add_job(l, (job){.t = {gu, up},
+                                .row = {row, row},
+                                .n = {rows, up ? rows : 0},
+                                .k = c->hidden,
+                                .mat = &w->expert_gate_up[x]}));
         SH_TRY(add_job(
             l, (job){.t = {down}, .row = {h * x}, .n = {c->hidden}, .k = c->expert_ff, .mat = &w->expert_down[x]}));
     }
@@ -428,13 +439,13 @@ static float widen_f16(uint16_t h) {
     return h >> 15 ? -f : f;
 }
 
-static size_t item_bytes(sh_dtype d) {
-    return d == SH_F32 ? 4 : 2;
-}
-
 /* Items [from, from + n) of a tensor as f32; any alignment. */
 static void read_floats(const sh_tensor *t, int64_t from, int n, float *to) {
-    const uint8_t *p = t->data + (size_t)from * item_bytes(t->dtype);
+    if (sh_dtype_is_blocks(t->dtype)) {
+        sh_blocks_floats(t, from, n, to);
+        return;
+    }
+    const uint8_t *p = t->data + sh_dtype_bytes(t->dtype, (uint64_t)from);
     if (t->dtype == SH_F32) {
         memcpy(to, p, (size_t)n * 4);
         return;
@@ -471,6 +482,7 @@ typedef struct packing {
     const job *j;
     uint8_t *to; /* of panels [first, last) of the matrix */
     int first, last;
+    bool rounds;
     _Atomic int64_t inexact; /* lowest item of the matrix that bf16 cannot hold; INT64_MAX: none */
     _Atomic bool no_memory;
 } packing;
@@ -510,20 +522,46 @@ static void pack_panels(const sh_kernels *kn, const sh_wmat *m, uint8_t *to, con
         sh_quant_pack(kn, m->type, to, src, ld, n, m->k, p0, p1);
 }
 
+/* k items of a tensor of blocks as bf16, rounded. */
+static void round_blocks(const packing *p, const sh_tensor *t, int64_t item, int k, uint16_t *to) {
+    float w[SH_GGUF_BLOCK];
+    for (int i = 0; i < k; i += SH_GGUF_BLOCK) {
+        int n = k - i < SH_GGUF_BLOCK ? k - i : SH_GGUF_BLOCK;
+        sh_blocks_floats(t, item + i, n, w);
+        p->kn->to_bf16(to + i, w, n);
+    }
+}
+
+/* Whether a job's blocks go into q8 or q4 without a way through bf16. */
+static bool packs_blocks(const job *j) {
+    return j->mat->type != SH_W_BF16 && sh_dtype_is_blocks(j->t[0]->dtype) &&
+           (!j->t[1] || sh_dtype_is_blocks(j->t[1]->dtype));
+}
+
 static void pack_panel(packing *p, int panel, uint16_t *rows) {
     const job *j = p->j;
     const sh_wmat *m = j->mat;
+    uint8_t *to = p->to + (size_t)(panel - p->first) * sh_wmat_bytes(m->type, SH_PANEL, m->k);
     int r0 = panel * SH_PANEL, n = m->n - r0 < SH_PANEL ? m->n - r0 : SH_PANEL;
+    for (int r = 0; packs_blocks(j) && r < SH_PANEL; r++) {
+        int64_t item = 0;
+        const sh_tensor *t = r < n ? job_row(j, r0 + r, &item) : NULL;
+        sh_blocks_pack_row(p->kn, t, item, m, to, r);
+    }
+    if (packs_blocks(j)) return;
     for (int r = 0; r < n; r++) {
         int64_t item;
         const sh_tensor *t = job_row(j, r0 + r, &item);
+        if (sh_dtype_is_blocks(t->dtype) && p->rounds) {
+            round_blocks(p, t, item, m->k, rows + (size_t)r * (size_t)m->k);
+            continue;
+        }
         int ok = read_bf16(t, item, m->k, rows + (size_t)r * (size_t)m->k);
         if (ok < m->k) {
             note_inexact(p, (int64_t)(r0 + r) * m->k + ok);
             return;
         }
     }
-    uint8_t *to = p->to + (size_t)(panel - p->first) * sh_wmat_bytes(m->type, SH_PANEL, m->k);
     pack_panels(p->kn, m, to, rows, (size_t)m->k, n, 0, 1);
 }
 
@@ -552,7 +590,8 @@ static void pack_member(void *arg, int member, int size) {
 
 /* Panels [first, last) of a matrix → to. */
 static sh_status pack_job(const loader *l, const job *j, sh_team *team, int first, int last, uint8_t *to) {
-    packing p = {.kn = l->kn, .j = j, .to = to, .first = first, .last = last, .inexact = INT64_MAX};
+    packing p = {
+        .kn = l->kn, .j = j, .to = to, .first = first, .last = last, .rounds = l->rounds, .inexact = INT64_MAX};
     if (team)
         sh_team_run(team, pack_member, &p);
     else
@@ -564,6 +603,12 @@ static sh_status pack_job(const loader *l, const job *j, sh_team *team, int firs
     const sh_tensor *t = job_row(j, (int)(p.inexact / j->k), &item);
     item += p.inexact % j->k;
     read_floats(t, item, 1, &f);
+    if (sh_dtype_is_blocks(t->dtype))
+        SH_FAIL(
+            SH_EUNSUPPORTED,
+            "%s/%s: %s: the %s value %.9g of item %lld is not exact in BF16, and mode exact rounds nothing: allowed "
+            "are bf16 (which rounds it), q8 and q4",
+            l->dir, t->file, t->name, t->dtype_name, (double)f, (long long)item);
     SH_FAIL(SH_EUNSUPPORTED,
             "%s/%s: %s: the %s value %.9g of item %lld is not exact in BF16: convert the checkpoint to BF16 first",
             l->dir, t->file, t->name, t->dtype_name, (double)f, (long long)item);
@@ -579,7 +624,7 @@ static void advise(const uint8_t *data, size_t bytes, int advice) {
 /* Packed: the source's pages need not stay in this process. */
 static void let_go(const job *j) {
     for (int s = 0; s < 2 && j->t[s]; s++) {
-        size_t row = (size_t)row_items(j) * item_bytes(j->t[s]->dtype);
+        size_t row = sh_dtype_bytes(j->t[s]->dtype, (uint64_t)row_items(j));
         advise(j->t[s]->data + (size_t)j->row[s] * row, (size_t)j->n[s] * row, MADV_DONTNEED);
     }
 }
@@ -712,7 +757,7 @@ sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_we
                       .held = o->held,
                       .first = o->first,
                       .last = o->last};
-    loader l = {.dir = model_dir, .c = c, .w = w};
+    loader l = {.dir = model_dir, .c = c, .w = w, .rounds = o->mode != SH_MODE_EXACT};
     sh_status st = load(&l, team, progress, arg);
     free(l.used);
     free(l.jobs);

@@ -36,6 +36,11 @@ static void place_codes(sh_wtype t, uint8_t *codes, int o, const uint8_t *code) 
     }
 }
 
+void sh_quant_place(sh_wtype t, uint8_t *block, int o, uint16_t scale, const uint8_t *code) {
+    memcpy(block + 2 * o, &scale, sizeof scale);
+    place_codes(t, block + 2 * SH_PANEL, o, code);
+}
+
 /* The block of group g of panel p. */
 static void pack_block(const sh_kernels *kn, sh_wtype t, uint8_t *block, const uint16_t *src, size_t ld, int n, int k,
                        int p, int g) {
@@ -46,8 +51,7 @@ static void pack_block(const sh_kernels *kn, sh_wtype t, uint8_t *block, const u
         uint8_t code[sizeof w / sizeof *w];
         for (int j = 0; i < n && j < count; j++) w[j] = from_bf16(src[(size_t)i * ld + (size_t)(from + j)]);
         uint16_t scale = t == SH_W_Q8 ? kn->quant_q8(w, code) : kn->quant_q4(w, code);
-        memcpy(block + 2 * o, &scale, sizeof scale);
-        place_codes(t, block + 2 * SH_PANEL, o, code);
+        sh_quant_place(t, block, o, scale, code);
     }
 }
 

@@ -25,6 +25,8 @@ void sh_quant_pack(const sh_kernels *kn, sh_wtype t, void *dst, const uint16_t *
                    int p1);
 /* Output i of a packed matrix of any type → output j of another of as many inputs, whose panels begin at `to`: bits. */
 void sh_wmat_copy_output(const sh_wmat *from, int i, void *to, int j);
+/* Puts scale and codes of output o (0 … 31) into the block of a group of a panel. */
+void sh_quant_place(sh_wtype t, uint8_t *block, int o, uint16_t scale, const uint8_t *code);
 /* Row i of a packed matrix as f32 [k]. */
 void sh_quant_row(const sh_wmat *w, int i, float *out);
 

@@ -135,7 +135,8 @@ static void test_damaged(void) {
     ck_put(dir, ONE, "", 0);
     refused(SH_EFORMAT, "/" ONE ": 0 bytes: not a safetensors file, which begins with an 8-byte length");
     empty();
-    refused(SH_EINPUT, ": no weights: neither model.safetensors nor model.safetensors.index.json is there");
+    refused(SH_EINPUT,
+            ": no weights: neither model.safetensors nor model.safetensors.index.json nor a .gguf file is there");
     char path[200];
     snprintf(path, sizeof path, "%s/" ONE, dir);
     CU_ASSERT_EQUAL(sh_dir_make(path), SH_OK);

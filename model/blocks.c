@@ -1,0 +1,67 @@
+/* Blocks of GGUF: values and packing. See blocks.h. */
+#include "model/blocks.h"
+
+#include <string.h>
+#include "model/kernels/quant.h"
+
+enum { HALF = SH_GGUF_BLOCK / 2 };
+
+_Static_assert(SH_GGUF_BLOCK == SH_Q4_GROUP && SH_Q4_ZERO == 8, "Q4_0's blocks are those of q4");
+
+static const uint8_t *block_of(const sh_tensor *t, int64_t item, uint16_t *scale) {
+    const uint8_t *p = t->data + sh_dtype_bytes(t->dtype, (uint64_t)item);
+    memcpy(scale, p, sizeof *scale);
+    return p + sizeof *scale;
+}
+
+/* Codes of a block of Q4_0, in the order of its items. */
+static void read_codes(const uint8_t *q, uint8_t *code) {
+    for (int i = 0; i < HALF; i++) {
+        code[i] = q[i] & 15;
+        code[HALF + i] = q[i] >> 4;
+    }
+}
+
+static void read_block(const sh_tensor *t, int64_t item, float *to) {
+    uint16_t scale;
+    const uint8_t *q = block_of(t, item, &scale);
+    float d = sh_half_to_float(scale);
+    if (t->dtype == SH_Q8_0) {
+        for (int i = 0; i < SH_GGUF_BLOCK; i++) to[i] = d * (float)(int8_t)q[i];
+        return;
+    }
+    uint8_t code[SH_GGUF_BLOCK];
+    read_codes(q, code);
+    for (int i = 0; i < SH_GGUF_BLOCK; i++) to[i] = d * (float)(code[i] - SH_Q4_ZERO);
+}
+
+void sh_blocks_floats(const sh_tensor *t, int64_t from, int n, float *to) {
+    for (int i = 0; i < n;) {
+        float w[SH_GGUF_BLOCK];
+        int skip = (int)((from + i) % SH_GGUF_BLOCK), count = SH_GGUF_BLOCK - skip;
+        if (count > n - i) count = n - i;
+        read_block(t, from + i - skip, w);
+        memcpy(to + i, w + skip, (size_t)count * sizeof *w);
+        i += count;
+    }
+}
+
+void sh_blocks_pack_row(const sh_kernels *kn, const sh_tensor *t, int64_t from, const sh_wmat *m, uint8_t *panel,
+                        int row) {
+    int size = sh_wtype_group(m->type), groups = sh_wtype_groups(m->type, m->k);
+    bool moves =
+        t && t->dtype == SH_Q4_0 && m->type == SH_W_Q4 && from % SH_GGUF_BLOCK == 0 && m->k % SH_GGUF_BLOCK == 0;
+    for (int g = 0; g < groups; g++) {
+        uint8_t code[SH_Q8_GROUP > SH_Q4_GROUP ? SH_Q8_GROUP : SH_Q4_GROUP];
+        uint16_t scale;
+        if (moves) {
+            read_codes(block_of(t, from + (int64_t)g * size, &scale), code);
+        } else {
+            float w[sizeof code] = {0};
+            int count = m->k - g * size < size ? m->k - g * size : size;
+            if (t) sh_blocks_floats(t, from + (int64_t)g * size, count, w);
+            scale = m->type == SH_W_Q8 ? kn->quant_q8(w, code) : kn->quant_q4(w, code);
+        }
+        sh_quant_place(m->type, panel + (size_t)g * sh_wtype_block(m->type), row, scale, code);
+    }
+}
