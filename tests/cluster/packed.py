@@ -110,8 +110,10 @@ def modes(s, check, folder, req):
     p = subprocess.run([st.shoal(), "inspect", folder], capture_output=True, text=True, env=s.env())
     q = subprocess.run([st.shoal(), "inspect", os.path.join(st.MODELS, "e2b-like")], capture_output=True, text=True, env=s.env())
     check(p.returncode == 0 and "packed for q4" in p.stdout, f"inspect: {p.stdout[-300:]}{p.stderr}")
-    check(p.stdout.split("fingerprint ")[-1] == q.stdout.split("fingerprint ")[-1], "the fingerprint is the checkpoint's")
-    check(p.stdout.split("\npacked")[0].rstrip() == "\n".join(q.stdout.rstrip().split("\n")[:-1]).rstrip(), "inspect: the figures are the checkpoint's")
+    prints = [t.split("fingerprint ")[-1].split() for t in (p.stdout, q.stdout)]
+    check(prints[0][0] == prints[1][0] and len(prints[0]) == 1, f"the fingerprint is the checkpoint's: {prints}")
+    figures = [t.rstrip().rsplit("\n\n", 1)[0] for t in (p.stdout, q.stdout)]
+    check(figures[0] == figures[1], "inspect: the figures are the checkpoint's")
     p = subprocess.run([st.shoal(), "plan", "-m", folder, "-n", "2", "--brief"], capture_output=True, text=True, env=s.env(), timeout=100)
     check(p.returncode == 0 and "mode q4" in p.stdout and "no weights" not in p.stdout, f"plan: exit {p.returncode}: {p.stdout[:300]}{p.stderr}")
     p = subprocess.run([st.shoal(), "bench", "-m", folder, "--prompt", "8", "--generate", "2", "--batch", "1", "--rounds", "1", "--json"],
