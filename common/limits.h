@@ -10,8 +10,8 @@
 #define SH_MAX_VOCAB           (1 << 24)           /* ids of a tokenizer */
 #define SH_MAX_ADDED_TOKEN     1024                /* bytes of one added token */
 #define SH_MAX_ST_HEADER       ((size_t)100 << 20) /* safetensors header: the format's own limit */
-#define SH_MAX_GGUF_KEYS       65536              /* metadata of one GGUF file */
-#define SH_MAX_GGUF_TENSORS    (1 << 20)          /* of one GGUF file */
+#define SH_MAX_GGUF_KEYS       65536               /* metadata of one GGUF file */
+#define SH_MAX_GGUF_TENSORS    (1 << 20)           /* of one GGUF file */
 #define SH_MAX_LAYERS          512
 #define SH_MAX_RANKS           4096
 #define SH_MAX_EXPERTS         4096 /* of one layer */

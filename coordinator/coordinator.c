@@ -24,7 +24,6 @@
 #include "common/log.h"
 #include "coordinator/dispatch.h"
 #include "coordinator/service.h"
-#include "model/gguf.h"
 
 #define HEAR_AT_ONCE   256 /* messages between two commits … */
 #define HEAR_SECONDS   0.5 /* … and how long they may take: acknowledgements, heartbeats and clients wait meanwhile */
@@ -67,6 +66,11 @@ static sh_status hash_file(const char *dir, const char *name, uint64_t *h) {
     return SH_OK;
 }
 
+static bool ends_in(const char *s, const char *end) {
+    size_t n = strlen(s), m = strlen(end);
+    return n >= m && strcmp(s + n - m, end) == 0;
+}
+
 /* Of everything that decides an answer and can be read at once; the weights' own fingerprint comes from the ranks. The
  * order of a folder's entries does not matter. */
 static sh_status model_fingerprint(const char *dir, uint64_t *out) {
@@ -79,12 +83,10 @@ static sh_status model_fingerprint(const char *dir, uint64_t *out) {
     for (struct dirent *e; (e = readdir(d));) {
         char path[PATH_MAX];
         struct stat sb;
-        size_t n = strlen(e->d_name);
-        bool weights = n >= 12 && strcmp(e->d_name + n - 12, ".safetensors") == 0;
-        if (!weights && !sh_gguf_is_name(e->d_name)) continue;
+        if (!ends_in(e->d_name, ".safetensors") && !ends_in(e->d_name, ".gguf")) continue;
         snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
         if (stat(path, &sb) != 0) continue;
-        files += sh_hash64((uint64_t)sb.st_size, e->d_name, n);
+        files += sh_hash64((uint64_t)sb.st_size, e->d_name, strlen(e->d_name));
     }
     closedir(d);
     *out = sh_mix64(h ^ files);
