@@ -9,7 +9,8 @@
 static const char usage[] =
     "Usage: shoal inspect [MODEL]\n"
     "Prints what the checkpoint folder MODEL (default: the demo model) holds: variant, layer table,\n"
-    "parameters by component, memory by numeric mode, KV bytes per token. config.json alone is enough.\n\n";
+    "parameters by component, memory by numeric mode, KV bytes per token, tensors by type. config.json alone is "
+    "enough.\n\n";
 
 int sh_cmd_inspect(int argc, char **argv) {
     const char *model = NULL;

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Checkpoints as GGUF through the program: fixtures written by make_gguf.py answer as the safetensors they come from (BF16, F16, F32, one
+file or parts, experts fused or not) or as what their blocks make when rounded (Q8_0, Q4_0); several ranks give the bytes of one;
+what cannot be is refused by name."""
+import os
+import subprocess
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import make_gguf
+import shoaltest as st
+
+REQUESTS = [st.completion("a", "Hello world, this is", max_tokens=12, temperature=0, logprobs=5),
+            st.completion("b", "The quick brown fox jumps over", max_tokens=8, seed=3, temperature=1, logprobs=2),
+            st.completion("c", "x", max_tokens=8, temperature=0, logprobs=1)]
+
+
+def answers(s, model, *options):
+    code, rows, err = st.run(s, model, REQUESTS, *options)
+    if code != 0 or len(rows) != len(REQUESTS):
+        sys.exit(f"{model} {options}: exit status {code}, {len(rows)} rows: {err}")
+    return rows
+
+
+def same(what, got, want):
+    if got != want:
+        sys.exit(f"{what}: " + (st.difference(want, got) if isinstance(want, dict) else f"{got}, not {want}"))
+
+
+def refused(s, model, words, *options):
+    code, _, err = st.run(s, model, REQUESTS, *options)
+    if code == 0 or words not in err:
+        sys.exit(f"{model}: exit status {code}, without {words!r}: {err}")
+
+
+def main():
+    with st.Scratch() as s:
+        moe, ple = os.path.join(st.MODELS, "26b-a4b-sharded"), os.path.join(st.MODELS, "e2b-like")
+        want = answers(s, moe), answers(s, ple)
+        for i, (source, how) in enumerate([(moe, {}), (ple, {}), (moe, {"parts": 3, "split": True}), (moe, {"kind": "F32"})]):
+            to = s.file(f"plain{i}")
+            make_gguf.make(source, to, **how)
+            same(f"{source} {how}", answers(s, to), want[source == ple])
+        same("exact", answers(s, s.file("plain1"), "--mode", "exact"), answers(s, ple, "--mode", "exact"))
+        same("q8", answers(s, s.file("plain0"), "--mode", "q8"), answers(s, moe, "--mode", "q8"))
+        for kind in ("Q8_0", "Q4_0"):
+            for source in (moe, ple):  # the tables stay BF16, for blocks are looked up unrounded
+                to, rounded = s.file(f"{kind}-{os.path.basename(source)}"), s.file("r" + kind + os.path.basename(source))
+                make_gguf.make(source, to, kind, tables="BF16", rounded=rounded)
+                same(f"{kind} rounded", answers(s, to), answers(s, rounded))
+            all_blocks = s.file(kind)
+            make_gguf.make(moe, all_blocks, kind)
+            for mode in ("bf16", "q8", "q4"):
+                one = answers(s, all_blocks, "--mode", mode)
+                for layout in (["--pp", "2"], ["--tp", "2"], ["--ep", "2"]):
+                    same(f"{kind} {mode} {layout}", answers(s, all_blocks, "--mode", mode, "--ranks", "2", *layout), one)
+            answers(s, all_blocks, "--mode", "q4", "--tp", "2", "--tp-reduce", "sum")
+            refused(s, all_blocks, "is not exact in BF16, and mode exact rounds nothing: allowed are bf16", "--mode", "exact")
+        report = subprocess.run([st.shoal(), "inspect", s.file("Q4_0")], capture_output=True, text=True, timeout=60).stdout
+        same("inspect", report.splitlines()[-1].split(" ")[:6], ["types:", "Q4_0", "in", "42", "tensors", "(300.4"])
+        os.truncate(s.file("Q4_0/model.gguf"), 300000)
+        refused(s, s.file("Q4_0"), "is the file truncated?")
+        os.remove(s.file("plain2/model-00002-of-00003.gguf"))
+        refused(s, s.file("plain2"), "model-00002-of-00003.gguf: missing: part 2 of 3")
+
+
+if __name__ == "__main__":
+    main()
