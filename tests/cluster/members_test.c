@@ -225,7 +225,7 @@ static void run_group(const setting *set, member **m) {
 /* Every KV head that the member stores, against the head of the whole. */
 static void compare_kv(const member *m, const member *base, int i, int j) {
     const sh_layer *all = &m->c.layer[j], *mine = &m->mine.layer[j];
-    size_t item = m->set->mode == SH_MODE_EXACT ? 4 : 2, vec = (size_t)all->head_dim * item;
+    size_t vec = sh_kv_vec_bytes(m->set->kv, all->head_dim);
     size_t kinds = all->k_eq_v ? 1 : 2;
     for (size_t t = 0; t < (size_t)lengths[i]; t++)
         for (size_t kind = 0; kind < kinds; kind++)
@@ -288,7 +288,7 @@ static void check_sum(const setting *set, const member *base) {
             if (!(d <= worst)) worst = d;
         }
     }
-    if (set->mode == SH_MODE_EXACT) /* with K/V in bf16 a last bit may become the choice of another expert */
+    if (set->kv == SH_KV_F32) /* with K/V rounded a last bit may become the choice of another expert */
         CHECK(worst < 1e-3, "%s: sums over %d members are off by %g", set->name, set->share.parts, worst);
     for (int p = 0; p < set->share.parts; p++) {
         member_close(m[p]);
