@@ -5,9 +5,11 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include "cli/commands.h"
 #include "cli/demo.h"
 #include "common/file.h"
+#include "model/gguf.h"
 #include "model/packed.h"
 
 static bool takes_value(const sh_option *o) {
@@ -269,7 +271,8 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
     const sh_option all[] = {
         {.kind = SH_OPTION_NOTE, .help = "Model and numbers:"},
         {"model", 'm', SH_OPTION_TEXT, &s->model, "MODEL",
-         "Hugging Face checkpoint folder of a Gemma 4 model, or one that 'shoal pack' wrote (default: the demo model)"},
+         "checkpoint folder of a Gemma 4 model, the GGUF file in one, or what 'shoal pack' made (default: the demo "
+         "model)"},
         {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE",
          "numeric mode: exact, bf16, q8 or q4 (default bf16, or the plan's, or the packed folder's)",
          .choices = mode_names},
@@ -361,14 +364,34 @@ void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out
                              .replicate = s->replicate};
 }
 
+/* A GGUF file stands for the folder that names it (it may be a link to elsewhere), in which no other weights may lie
+ * (two GGUF models: model/gguf.c says so). */
+static sh_status folder_of_gguf(const char *given, char *folder, size_t size) {
+    static const char *const other[] = {"model.safetensors", "model.safetensors.index.json"};
+    const char *slash = strrchr(given, '/');
+    char path[PATH_MAX + 32];
+    struct stat sb;
+    if ((size_t)snprintf(folder, size, "%s", given) >= size) SH_FAIL(SH_ELIMIT, "-m: %s: path too long", given);
+    if (!sh_gguf_is_name(slash ? slash + 1 : given) || stat(given, &sb) != 0 || !S_ISREG(sb.st_mode)) return SH_OK;
+    snprintf(folder, size, "%.*s", slash ? (int)(slash - given + 1) : 1, slash ? given : ".");
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, other[i]);
+        if (sh_file_exists(path))
+            SH_FAIL(SH_EINPUT, "-m: %s: %s lies beside it and counts before GGUF: give each a folder of its own", given,
+                    other[i]);
+    }
+    return SH_OK;
+}
+
 sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size) {
     const char *given = s->model;
     if (!given) {
         given = sh_demo_model();
         if (!given) return SH_EIO;
     }
-    char real[PATH_MAX], config[PATH_MAX + 16];
-    if (!realpath(given, real)) SH_FAIL(SH_EIO, "-m: %s: %s: allowed is a checkpoint folder", given, strerror(errno));
+    char folder[PATH_MAX], real[PATH_MAX], config[PATH_MAX + 16];
+    SH_TRY(folder_of_gguf(given, folder, sizeof folder));
+    if (!realpath(folder, real)) SH_FAIL(SH_EIO, "-m: %s: %s: allowed is a checkpoint folder", given, strerror(errno));
     snprintf(config, sizeof config, "%s/config.json", real);
     if (!sh_file_exists(config)) SH_FAIL(SH_EIO, "-m: %s: has no config.json: allowed is a checkpoint folder", given);
     if ((size_t)snprintf(path, size, "%s", real) >= size) SH_FAIL(SH_ELIMIT, "-m: %s: path too long", given);

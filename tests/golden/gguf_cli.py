@@ -3,6 +3,7 @@
 file or parts, experts fused or not) or as what their blocks make when rounded (Q8_0, Q4_0); several ranks give the bytes of one;
 what cannot be is refused by name."""
 import os
+import shutil
 import subprocess
 import sys
 
@@ -59,6 +60,13 @@ def main():
             refused(s, all_blocks, "is not exact in BF16, and mode exact rounds nothing: allowed are bf16", "--mode", "exact")
         report = subprocess.run([st.shoal(), "inspect", s.file("Q4_0")], capture_output=True, text=True, timeout=60).stdout
         same("inspect", report.splitlines()[-1].split(" ")[:6], ["types:", "Q4_0", "in", "42", "tensors", "(300.4"])
+        of_file = subprocess.run([st.shoal(), "inspect", s.file("Q4_0/model.gguf")], capture_output=True, text=True, timeout=60)
+        same("inspect of the file", of_file.stdout, report)
+        same("-m FILE", answers(s, s.file("Q4_0/model.gguf")), answers(s, s.file("Q4_0")))
+        shutil.copy(s.file("rQ4_0e2b-like/model.safetensors"), s.file("Q8_0"))
+        refused(s, s.file("Q8_0/model.gguf"), "model.safetensors lies beside it and counts before GGUF")
+        shutil.copy(s.file("Q4_0/model.gguf"), s.file("Q4_0-e2b-like/second.gguf"))
+        refused(s, s.file("Q4_0-e2b-like/model.gguf"), "two models: model.gguf and second.gguf")
         os.truncate(s.file("Q4_0/model.gguf"), 300000)
         refused(s, s.file("Q4_0"), "is the file truncated?")
         os.remove(s.file("plain2/model-00002-of-00003.gguf"))
