@@ -39,7 +39,8 @@ def main():
     with st.Scratch() as s:
         moe, ple = os.path.join(st.MODELS, "26b-a4b-sharded"), os.path.join(st.MODELS, "e2b-like")
         want = answers(s, moe), answers(s, ple)
-        for i, (source, how) in enumerate([(moe, {}), (ple, {}), (moe, {"parts": 3, "split": True}), (moe, {"kind": "F32"})]):
+        for i, (source, how) in enumerate([(moe, {}), (ple, {}), (moe, {"parts": 3, "split": True}), (moe, {"kind": "F32"}),
+                                           (ple, {"kind": "F16"})]):
             to = s.file(f"plain{i}")
             make_gguf.make(source, to, **how)
             same(f"{source} {how}", answers(s, to), want[source == ple])
