@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Checkpoints as GGUF through the program: fixtures written by make_gguf.py answer as the safetensors they come from (BF16, F16, F32, one
-file or parts, experts fused or not) or as what their blocks make when rounded (Q8_0, Q4_0); several ranks give the bytes of one;
+"""Checkpoints as GGUF through the program: fixtures written by make_gguf.py answer as the safetensors they come from (BF16, F32, one
+file or parts, experts fused or not) or as what is left of their values (F16, Q8_0, Q4_0); several ranks give the bytes of one;
 what cannot be is refused by name."""
 import os
 import shutil
@@ -39,13 +39,14 @@ def main():
     with st.Scratch() as s:
         moe, ple = os.path.join(st.MODELS, "26b-a4b-sharded"), os.path.join(st.MODELS, "e2b-like")
         want = answers(s, moe), answers(s, ple)
-        for i, (source, how) in enumerate([(moe, {}), (ple, {}), (moe, {"parts": 3, "split": True}), (moe, {"kind": "F32"}),
-                                           (ple, {"kind": "F16"})]):
+        for i, (source, how) in enumerate([(moe, {}), (ple, {}), (moe, {"parts": 3, "split": True}), (moe, {"kind": "F32"})]):
             to = s.file(f"plain{i}")
             make_gguf.make(source, to, **how)
             same(f"{source} {how}", answers(s, to), want[source == ple])
         same("exact", answers(s, s.file("plain1"), "--mode", "exact"), answers(s, ple, "--mode", "exact"))
         same("q8", answers(s, s.file("plain0"), "--mode", "q8"), answers(s, moe, "--mode", "q8"))
+        make_gguf.make(ple, s.file("half"), "F16", rounded=s.file("half-rounded"))
+        same("F16", answers(s, s.file("half")), answers(s, s.file("half-rounded")))
         for kind in ("Q8_0", "Q4_0"):
             for source in (moe, ple):  # the tables stay BF16, for blocks are looked up unrounded
                 to, rounded = s.file(f"{kind}-{os.path.basename(source)}"), s.file("r" + kind + os.path.basename(source))

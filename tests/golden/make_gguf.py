@@ -108,7 +108,8 @@ def convert(name, shape, bf16, kind, tables=None):
     if kind == "F32":
         return kind, x.tobytes(), bf16
     if kind == "F16":
-        return kind, struct.pack(f"<{len(x)}e", *x), bf16
+        b = struct.pack(f"<{len(x)}e", *x)  # small numbers lose bits
+        return kind, b, to_bf16(struct.unpack(f"<{len(x)}e", b))
     out, values = quantise(x, kind)
     return kind, out, to_bf16(values)
 
