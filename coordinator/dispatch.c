@@ -360,7 +360,7 @@ static sh_status group_plan(sh_dispatch *d, sh_group *g) {
     SH_TRY(make_plan(d, g));
     g->stall = stall_time(d, g->plan);
     g->load = load_time(d, g->plan);
-    sh_buf text;
+    SH_CLEANUP(sh_buf_release) sh_buf text;
     sh_buf_init(&text, 0);
     SH_TRY(sh_plan_print(d->config, g->plan, &text));
     if (d->routing) SH_TRY(sh_placement_print(d->config, d->routing, g->plan, &text));

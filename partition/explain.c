@@ -225,11 +225,11 @@ static sh_status placement(const sh_search_options *o, const sh_choice *x, const
 sh_status sh_explain_plan(const sh_search_options *o, const sh_choice *x, sh_buf *out) {
     char limit[512];
     sh_forecast f;
-    sh_forecast_rank *rank = calloc((size_t)x->ranks, sizeof *rank);
-    if (!rank) SH_FAIL(SH_EMEMORY, "planner: no memory for %d ranks", x->ranks);
     SH_TRY(sh_buf_add_str(out, "plan       "));
     SH_TRY(sh_explain_shape(x, out));
     SH_TRY(sh_buf_add_str(out, "\n"));
+    sh_forecast_rank *rank = calloc((size_t)x->ranks, sizeof *rank);
+    if (!rank) SH_FAIL(SH_EMEMORY, "planner: no memory for %d ranks", x->ranks);
     sh_status st = sh_search_forecast(o, x, &f, rank);
     if (st == SH_OK) st = rank_tables(o, x, &f, rank, out);
     if (st == SH_OK) st = sh_buf_add_str(out, "\n");

@@ -104,9 +104,7 @@ static sh_status in_range(const char *name, int64_t v, int64_t min, int64_t max)
             (long long)max);
 }
 
-/* How a stage is divided: one way at a time, so that its width is one of these numbers. To be asked before they are
- * multiplied. */
-static sh_status check_division(int ep, int tp, int cp) {
+sh_status sh_plan_check_division(int ep, int tp, int cp) {
     SH_TRY(in_range("--ep", ep, 1, SH_MAX_RANKS));
     SH_TRY(in_range("--tp", tp, 1, SH_MAX_RANKS));
     SH_TRY(in_range("--cp", cp, 1, SH_MAX_RANKS));
@@ -122,7 +120,7 @@ static sh_status check_division(int ep, int tp, int cp) {
 static sh_status choose_shape(const sh_plan_request *r, int n_cuts, sh_plan_shape *out) {
     sh_plan_shape s = {
         .pp = r->pp, .ep = r->ep > 0 ? r->ep : 1, .tp = r->tp > 0 ? r->tp : 1, .cp = r->cp > 0 ? r->cp : 1};
-    SH_TRY(check_division(s.ep, s.tp, s.cp));
+    SH_TRY(sh_plan_check_division(s.ep, s.tp, s.cp));
     s.width = s.ep * s.tp * s.cp;
     s.prefill = r->prefill;
     int ranks = r->ranks > 0 ? r->ranks - r->prefill : 0; /* that decode */
@@ -293,7 +291,7 @@ static sh_status check_layers(const sh_config *c, const sh_plan_shape *s, const 
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p) {
     sh_mode mode;
     sh_kv_type kv;
-    SH_TRY(check_division(p->ep, p->tp, p->cp));
+    SH_TRY(sh_plan_check_division(p->ep, p->tp, p->cp));
     SH_TRY(in_range("--prefill", p->has_prefill ? p->prefill : 0, 0, SH_MAX_RANKS));
     sh_plan_shape s = sh_plan_shape_of(p);
     SH_TRY(check_shape(c, &s, (int)p->n_rank));

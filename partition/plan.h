@@ -48,6 +48,9 @@ void sh_plan_rank_config(const sh_config *c, const Shoal__Plan *p, int rank, sh_
 sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan **out);
 void sh_plan_free(Shoal__Plan **p); /* also what protobuf unpacked */
 sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out);
+/* How a stage is divided: one way at a time, so that its width is one of these numbers. To be asked before they are
+ * multiplied. */
+sh_status sh_plan_check_division(int ep, int tp, int cp);
 /* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
 /* Whether a rank computes an expert of one of its layers: every one where ep is 1. */

@@ -383,7 +383,22 @@ static sh_status try_fixed(const sh_search_options *o, sh_search *s) {
     return try_group(o, s, ranks, replicas, per_node > 1 ? per_node : 1);
 }
 
+static int or_one(int v) {
+    return v > 0 ? v : 1;
+}
+
+/* What is asked for contradicts itself: said as it is for a run, not as a search that found nothing. */
+static sh_status check_fixed(const sh_plan_request *r) {
+    int pp = or_one(r->pp), ep = or_one(r->ep), tp = or_one(r->tp), cp = or_one(r->cp);
+    SH_TRY(sh_plan_check_division(ep, tp, cp));
+    if (r->ranks > 0 && r->ranks % ((int64_t)pp * ep * tp * cp) != 0)
+        SH_FAIL(SH_EINPUT, "%d ranks: %d stages of %d ranks (ep %d, tp %d, cp %d) do not divide them", r->ranks, pp,
+                ep * tp * cp, ep, tp, cp);
+    return SH_OK;
+}
+
 sh_status sh_search_run(const sh_search_options *o, sh_search **out) {
+    SH_TRY(check_fixed(&o->fixed));
     if (o->fixed.prefill)
         SH_FAIL(SH_EINPUT,
                 "--prefill: %d: the planner does not weigh ranks that only read prompts: allowed here is 0; give it "

@@ -507,6 +507,21 @@ static void test_edited(void) {
     sh_plan_free(&p);
 }
 
+/* Numbers that contradict each other are refused by the rule, not searched for in vain. */
+static void test_contradictions(void) {
+    sh_cluster k;
+    sh_workload w = sh_workload_default();
+    sh_search *s = NULL;
+    machine("box-24g", &k);
+    sh_search_options o = {.config = &a4b, .cluster = &k, .workload = &w, .fixed = {.ranks = 4, .ep = 2, .tp = 2}};
+    CU_ASSERT_EQUAL(sh_search_run(&o, &s), SH_EINPUT);
+    CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "one way at a time"));
+    o.fixed = (sh_plan_request){.ranks = 4, .pp = 3};
+    CU_ASSERT_EQUAL(sh_search_run(&o, &s), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "4 ranks: 3 stages of 1 ranks (ep 1, tp 1, cp 1) do not divide them");
+    CU_ASSERT_PTR_NULL(s);
+}
+
 int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("planner", load, NULL);
@@ -519,6 +534,7 @@ int main(void) {
     CU_add_test(s, "the choice of a run", test_choice);
     CU_add_test(s, "errors of machine files", test_json_errors);
     CU_add_test(s, "edited plans", test_edited);
+    CU_add_test(s, "contradictions", test_contradictions);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures() + (CU_get_number_of_suites_failed() != 0);
     CU_cleanup_registry();
