@@ -437,7 +437,6 @@ static void test_positions(const char *name, int stages, int cp, const char *kv)
 int main(void) {
     test_pipeline("e2b-like", "exact", "f32");
     test_pipeline("e2b-like", "bf16", "bf16");
-    test_pipeline("e2b-like", "bf16", "q8");
     test_pipeline("31b-like", "bf16", "bf16");
     test_pipeline("26b-a4b-like", "bf16", "bf16");
     test_tensor("31b-like", 1, 2, false);
@@ -453,8 +452,11 @@ int main(void) {
     test_experts("26b-a4b-like", 2, 2, "bf16", 2);
     test_positions("31b-like", 1, 2, "bf16");
     test_positions("31b-like", 1, 4, "bf16");
-    test_positions("31b-like", 1, 4, "q8");
     test_positions("26b-a4b-like", 2, 2, "bf16");
+#ifndef __SANITIZE_THREAD__ /* other bytes, the same threads */
+    test_pipeline("e2b-like", "bf16", "q8");
+    test_positions("31b-like", 1, 4, "q8");
+#endif
     for (int r = 0; r < FAKE_RANKS; r++) sh_batch_release(&counters[r].batch);
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
