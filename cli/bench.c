@@ -35,9 +35,6 @@ static const char usage[] =
     "  time in %      by cause: matrix products with weights, attention, experts, other (norms, activations,\n"
     "                 embeddings, choice of the token)\n\n";
 
-static const char *const mode_names[] = {"exact", "bf16", "q8", "q4", NULL};
-static const char *const kv_names[] = {"f32", "bf16", "q8", NULL};
-
 typedef struct options {
     const char *model, *batches, *layers;
     int mode, kv, threads, prompt, generate, chunk, rounds;
@@ -310,9 +307,9 @@ int sh_cmd_bench(int argc, char **argv) {
         {"model", 'm', SH_OPTION_TEXT, &o.model, "MODEL",
          "Hugging Face checkpoint folder of a Gemma 4 model; tokenizer files are not needed (default: the demo model)"},
         {"mode", 0, SH_OPTION_CHOICE, &o.mode, "MODE",
-         "numeric mode: exact, bf16, q8 or q4 (default bf16, or the packed folder's)", .choices = mode_names},
+         "numeric mode: exact, bf16, q8 or q4 (default bf16, or the packed folder's)", .choices = sh_options_modes},
         {"kv", 0, SH_OPTION_CHOICE, &o.kv, "TYPE",
-         "type of the KV cache: f32, bf16 or q8 (default f32 with exact, else bf16)", .choices = kv_names},
+         "type of the KV cache: f32, bf16 or q8 (default f32 with exact, else bf16)", .choices = sh_options_kv_types},
         {"threads", 0, SH_OPTION_INT, &o.threads, "N", "compute threads (default: the cores of the CPU set)", 1, 1024},
         {"prompt", 0, SH_OPTION_INT, &o.prompt, "N", "tokens of the prompt (default 512)", 1, 1 << 20},
         {"generate", 0, SH_OPTION_INT, &o.generate, "N", "decode steps per round and batch size (default 128)", 1,

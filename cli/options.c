@@ -262,8 +262,8 @@ int sh_options_begin(const char *command, const char *usage, const sh_option *t,
     return SH_EXIT_USAGE;
 }
 
-static const char *const mode_names[] = {"exact", "bf16", "q8", "q4", NULL};
-static const char *const kv_names[] = {"f32", "bf16", "q8", NULL};
+const char *const sh_options_modes[] = {"exact", "bf16", "q8", "q4", NULL};
+const char *const sh_options_kv_types[] = {"f32", "bf16", "q8", NULL};
 static const char *const reduce_names[] = {"gather", "sum", NULL};
 
 int sh_options_shared(sh_shared_options *s, sh_option *t) {
@@ -275,10 +275,10 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
          "model)"},
         {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE",
          "numeric mode: exact, bf16, q8 or q4 (default bf16, or the plan's, or the packed folder's)",
-         .choices = mode_names},
+         .choices = sh_options_modes},
         {"kv", 0, SH_OPTION_CHOICE, &s->kv_at, "TYPE",
          "type of the KV cache: f32, bf16 or q8 (default f32 with exact, else bf16; or the plan's)",
-         .choices = kv_names},
+         .choices = sh_options_kv_types},
         {"max-context", 0, SH_OPTION_INT, &s->max_context, "N",
          "longest prompt and output together, in tokens (default: the model's, at most 131072)", 1, INT_MAX},
         {"seed", 0, SH_OPTION_U64, &s->seed, "N", "for requests without a seed (default 0)"},

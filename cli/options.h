@@ -91,6 +91,9 @@ sh_kv_type sh_options_kv(const sh_shared_options *s);
 int sh_options_ranks(const sh_shared_options *s);
 /* What the options ask of a plan for so many ranks. Texts are borrowed. */
 void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out);
+/* Choices of --mode and --kv, in the order of sh_mode and sh_kv_type. */
+extern const char *const sh_options_modes[];
+extern const char *const sh_options_kv_types[];
 /* The model's folder as an absolute path (the demo model without -m); checks that config.json is there. */
 sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size);
 /* Where the model's folder is a packed one, its mode is the default, and another is refused. */

@@ -1,12 +1,12 @@
 /* shoal pack: a checkpoint, once, in the kernels' own layout (model/packed.h). */
 #include <limits.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 #include "cli/commands.h"
 #include "cli/demo.h"
+#include "cli/interrupt.h"
 #include "cli/options.h"
 #include "common/clock.h"
 #include "model/packed.h"
@@ -24,15 +24,6 @@ static const char usage[] =
     "the embedding tables besides.\n\n"
     "  shoal pack -m MODEL -o MODEL.q4 --mode q4\n"
     "  shoal run -m MODEL.q4 -i requests.jsonl -o results.jsonl -n 4\n\n";
-
-static const char *const mode_names[] = {"exact", "bf16", "q8", "q4", NULL};
-
-static volatile sig_atomic_t interrupted;
-
-static void on_signal(int sig) {
-    (void)sig;
-    interrupted = 1;
-}
 
 typedef struct command {
     const char *model, *output, *verify;
@@ -56,19 +47,11 @@ static void end_line(const command *k) {
 
 static bool packed(void *arg, size_t done, size_t total) {
     say(arg, "packed", done, total);
-    return !interrupted;
+    return !sh_interrupted;
 }
 
 static void verified(void *arg, size_t done, size_t total) {
     say(arg, "verified", done, total);
-}
-
-static void catch_signals(void) {
-    struct sigaction a = {.sa_handler = on_signal};
-    sigemptyset(&a.sa_mask);
-    sigaction(SIGINT, &a, NULL);
-    sigaction(SIGTERM, &a, NULL);
-    sigaction(SIGHUP, &a, NULL);
 }
 
 static sh_status make_team(const command *k, sh_team **out) {
@@ -121,7 +104,7 @@ static int exit_status(sh_status st) {
 
 static int run(command *k) {
     sh_team *team = NULL;
-    if (!k->verify) catch_signals(); /* there is something to clear away */
+    if (!k->verify) sh_interrupt_catch(); /* there is something to clear away */
     k->said = sh_now();
     sh_status st = make_team(k, &team);
     if (st == SH_OK) st = k->verify ? verify_folder(k, team) : write_folder(k, team);
@@ -144,7 +127,7 @@ int sh_cmd_pack(int argc, char **argv) {
         {"model", 'm', SH_OPTION_TEXT, &k.model, "MODEL", "checkpoint folder (default: the demo model)"},
         {"output", 'o', SH_OPTION_TEXT, &k.output, "DIR", "folder to write"},
         {"mode", 0, SH_OPTION_CHOICE, &k.mode, "MODE",
-         "numeric mode to pack for: bf16 (exact reads it too), q8 or q4 (default bf16)", .choices = mode_names},
+         "numeric mode to pack for: bf16 (exact reads it too), q8 or q4 (default bf16)", .choices = sh_options_modes},
         {"force", 0, SH_OPTION_FLAG, &k.force, NULL, "replace DIR if it is a packed folder, or empty"},
         {"verify", 0, SH_OPTION_TEXT, &k.verify, "DIR", "write nothing: check every byte of a packed folder"},
         {"threads", 0, SH_OPTION_INT, &k.threads, "N", "threads (default: all CPUs)", 1, 4096},

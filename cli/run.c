@@ -17,6 +17,7 @@
 #include "cli/commands.h"
 #include "cli/hosts.h"
 #include "cli/input.h"
+#include "cli/interrupt.h"
 #include "cli/options.h"
 #include "cli/planuse.h"
 #include "cli/predict.h"
@@ -57,22 +58,6 @@ typedef struct run {
     int argc;
     char **argv; /* as typed, for the command to resume */
 } run;
-
-static volatile sig_atomic_t interrupted;
-
-static void on_signal(int sig) {
-    (void)sig;
-    interrupted = 1;
-}
-
-static void catch_signals(void) {
-    struct sigaction a = {.sa_handler = on_signal};
-    sigemptyset(&a.sa_mask);
-    sigaction(SIGINT, &a, NULL);
-    sigaction(SIGTERM, &a, NULL);
-    sigaction(SIGHUP, &a, NULL);
-    signal(SIGPIPE, SIG_IGN);
-}
 
 static int option_table(run *r, sh_option *t) {
     int n = 0;
@@ -407,7 +392,7 @@ static int run_with_store(run *r) {
                              .hosts = r->hosts,
                              .progress = &r->progress,
                              .model_name = r->model_name,
-                             .interrupted = &interrupted};
+                             .interrupted = &sh_interrupted};
     bool complete = false;
     sh_status st = sh_session_create(&so, &s);
     int rc = st == SH_OK ? answer(r, s, &complete) : complain(r, st);
@@ -458,7 +443,8 @@ int sh_cmd_run(int argc, char **argv) {
         rc = SH_EXIT_USAGE;
     }
     if (rc < 0) {
-        catch_signals();
+        sh_interrupt_catch();
+        signal(SIGPIPE, SIG_IGN);
         sh_progress_begin(&r.progress, (sh_progress_style)r.style);
         r.progress.awaits_start = true;
         rc = run_job(&r);

@@ -1,0 +1,17 @@
+/* See interrupt.h. */
+#include "cli/interrupt.h"
+
+volatile sig_atomic_t sh_interrupted;
+
+static void on_signal(int sig) {
+    (void)sig;
+    sh_interrupted = 1;
+}
+
+void sh_interrupt_catch(void) {
+    struct sigaction a = {.sa_handler = on_signal};
+    sigemptyset(&a.sa_mask);
+    sigaction(SIGINT, &a, NULL);
+    sigaction(SIGTERM, &a, NULL);
+    sigaction(SIGHUP, &a, NULL);
+}
