@@ -2,13 +2,8 @@
 #ifndef SH_MODEL_BLOCKS_H
 #define SH_MODEL_BLOCKS_H
 
-#include <stdbool.h>
 #include "model/kernels/kernels.h"
 #include "model/safetensors.h"
-
-static inline bool sh_dtype_is_blocks(sh_dtype d) {
-    return d == SH_Q8_0 || d == SH_Q4_0;
-}
 
 /* Items [from, from + n) of a tensor of blocks: the values as the format defines them, exact in f32. */
 void sh_blocks_floats(const sh_tensor *t, int64_t from, int n, float *to);

@@ -201,28 +201,18 @@ static const char *type_name(uint64_t type) {
 }
 
 static sh_status read_type(reader *r, sh_tensor *t) {
+    static const struct {
+        uint64_t type;
+        sh_dtype dtype;
+    } known[] = {{0, SH_F32}, {1, SH_F16}, {2, SH_Q4_0}, {8, SH_Q8_0}, {30, SH_BF16}};
     uint64_t type;
+    size_t i = 0, n = sizeof known / sizeof *known;
     SH_TRY(take_number(r, 4, &type));
-    switch (type) {
-    case 0:
-        t->dtype = SH_F32;
-        break;
-    case 1:
-        t->dtype = SH_F16;
-        break;
-    case 2:
-        t->dtype = SH_Q4_0;
-        break;
-    case 8:
-        t->dtype = SH_Q8_0;
-        break;
-    case 30:
-        t->dtype = SH_BF16;
-        break;
-    default:
+    while (i < n && known[i].type != type) i++;
+    if (i == n)
         SH_FAIL(SH_EUNSUPPORTED, "type %llu (%s): allowed are F32, F16, BF16, Q8_0 and Q4_0", (unsigned long long)type,
                 type_name(type));
-    }
+    t->dtype = known[i].dtype;
     snprintf(t->dtype_name, sizeof t->dtype_name, "%s", type_name(type));
     return SH_OK;
 }
@@ -249,7 +239,7 @@ static sh_status read_info(reader *r, const header *h, sh_tensors_entry *e) {
     SH_TRY(read_type(r, &e->t));
     SH_TRY(take_number(r, 8, &e->begin));
     int64_t row = e->t.shape[e->t.rank - 1];
-    if ((e->t.dtype == SH_Q8_0 || e->t.dtype == SH_Q4_0) && row % SH_GGUF_BLOCK)
+    if (sh_dtype_is_blocks(e->t.dtype) && row % SH_GGUF_BLOCK)
         SH_FAIL(SH_EFORMAT, "rows of %lld items: %s takes multiples of %d", (long long)row, e->t.dtype_name,
                 SH_GGUF_BLOCK);
     if (e->begin % h->alignment)

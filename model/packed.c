@@ -169,7 +169,7 @@ static sh_status read_files(sh_packed *p) {
     return SH_OK;
 }
 
-static sh_status file_path(const sh_packed *p, const char *name, char path[PATH_MAX]) {
+sh_status sh_packed_path(const sh_packed *p, const char *name, char path[PATH_MAX]) {
     if (snprintf(path, PATH_MAX, "%s/%s", p->dir, name) >= PATH_MAX) SH_FAIL(SH_ELIMIT, "%s: path too long", name);
     return SH_OK;
 }
@@ -177,7 +177,7 @@ static sh_status file_path(const sh_packed *p, const char *name, char path[PATH_
 static sh_status check_length(const sh_packed *p, const sh_packed_file *f) {
     char path[PATH_MAX];
     struct stat sb;
-    SH_TRY(file_path(p, f->name, path));
+    SH_TRY(sh_packed_path(p, f->name, path));
     if (stat(path, &sb) != 0)
         SH_FAIL(SH_EIO, "%s: %s: " SH_PACKED_INDEX " names it", path, errno == ENOENT ? "is missing" : strerror(errno));
     if (!S_ISREG(sb.st_mode)) SH_FAIL(SH_EIO, "%s: not a regular file", path);
@@ -423,7 +423,7 @@ static void check_blocks(void *arg, int member, int size) {
 static sh_status verify_file(sh_packed *p, sh_packed_file *f, sh_team *team) {
     char path[PATH_MAX];
     SH_TRY(check_length(p, f));
-    SH_TRY(file_path(p, f->name, path));
+    SH_TRY(sh_packed_path(p, f->name, path));
     SH_TRY(sh_map_open(path, &f->map));
     if (f->map.len != f->bytes) SH_FAIL(SH_EFORMAT, "%s: its length changes while it is read", path);
     SH_TRY(sh_packed_bring(path, f->map.data, f->map.len, f->map.data));

@@ -39,8 +39,7 @@ uint64_t sh_packed_fingerprint(const sh_packed *p);
  * and brings their pages into memory on the team. What a share cuts where panels are not is copied. w->bytes gets what
  * is mapped and copied. SH_EINPUT: w->type is not the folder's; SH_EUNSUPPORTED: --tp-reduce sum cuts a group of
  * inputs that share a scale. Maps live until close. */
-sh_status sh_packed_load(sh_packed *p, sh_weights *w, sh_wmat *expert, sh_team *team,
-                         void (*progress)(void *arg, size_t done, size_t total), void *arg);
+sh_status sh_packed_load(sh_packed *p, sh_weights *w, sh_wmat *expert, sh_team *team);
 /* The tables, to be closed by the caller. */
 sh_status sh_packed_tables(const sh_packed *p, sh_tensors **out);
 

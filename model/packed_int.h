@@ -2,6 +2,7 @@
 #ifndef SH_MODEL_PACKED_INT_H
 #define SH_MODEL_PACKED_INT_H
 
+#include <limits.h>
 #include "common/file.h"
 #include "common/json.h"
 #include "common/mem.h"
@@ -26,6 +27,7 @@ struct sh_packed {
     size_t copied;
 };
 
+sh_status sh_packed_path(const sh_packed *p, const char *name, char path[PATH_MAX]);
 sh_status sh_packed_index_checksum(const json_t *index, uint64_t *out);
 size_t sh_packed_item_bytes(const sh_slot *s);           /* of one matrix of a stack, or of a vector */
 int sh_packed_shape(const sh_slot *s, int64_t shape[3]); /* returns the rank */

@@ -5,7 +5,6 @@
  */
 #include <errno.h>
 #include <inttypes.h>
-#include <limits.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
@@ -23,10 +22,8 @@ typedef struct placing {
     sh_packed *p;
     sh_weights *w;
     sh_team *team;
-    void (*progress)(void *arg, size_t done, size_t total);
-    void *arg;
     char *copies; /* NULL: their bytes are only counted */
-    size_t copied, mapped, done;
+    size_t copied, mapped;
 } placing;
 
 /* --- pages ---------------------------------------------------------------------------------------------------------
@@ -66,16 +63,10 @@ static void bring_pieces(void *arg, int member, int size) {
     }
 }
 
-static sh_status path_of(const sh_packed *p, const sh_packed_file *f, char path[PATH_MAX]) {
-    if (snprintf(path, PATH_MAX, "%s/%s", p->dir, f->name) >= PATH_MAX)
-        SH_FAIL(SH_ELIMIT, "%s: path too long", f->name);
-    return SH_OK;
-}
-
 static sh_status open_map(const sh_packed *p, sh_packed_file *f) {
     char path[PATH_MAX];
     if (f->map.data) return SH_OK;
-    SH_TRY(path_of(p, f, path));
+    SH_TRY(sh_packed_path(p, f->name, path));
     SH_TRY(sh_map_open(path, &f->map));
     if (f->map.len == f->bytes) return SH_OK;
     size_t len = f->map.len;
@@ -86,7 +77,7 @@ static sh_status open_map(const sh_packed *p, sh_packed_file *f) {
 /* Bytes that are used where they lie. */
 static sh_status use(placing *x, sh_packed_file *f, const uint8_t *from, size_t bytes) {
     char path[PATH_MAX];
-    SH_TRY(path_of(x->p, f, path));
+    SH_TRY(sh_packed_path(x->p, f->name, path));
     bringing b = {.path = path, .from = from, .start = f->map.data, .bytes = bytes};
     if (x->team && bytes > PIECE)
         sh_team_run(x->team, bring_pieces, &b);
@@ -94,8 +85,6 @@ static sh_status use(placing *x, sh_packed_file *f, const uint8_t *from, size_t 
         bring_pieces(&b, 0, 1);
     if (b.failed) SH_FAIL(SH_EIO, "%s", b.why);
     x->mapped += bytes;
-    x->done += bytes;
-    if (x->progress) x->progress(x->arg, x->done, x->p->bytes);
     return SH_OK;
 }
 
@@ -252,7 +241,7 @@ static sh_status fill_copy(void *ctx, const sh_slot *s) {
     if (is_run_of_panels(&y, s)) return SH_OK;
     SH_TRY(sh_packed_locate(x->p, s, &f, &offset));
     char path[PATH_MAX];
-    SH_TRY(path_of(x->p, f, path));
+    SH_TRY(sh_packed_path(x->p, f->name, path));
     SH_TRY(sh_packed_bring(path, f->map.data + offset, sh_packed_item_bytes(s), f->map.data));
     return copy_piece(x, s, f->map.data + offset, &y);
 }
@@ -263,9 +252,8 @@ static sh_status check_mode(const sh_packed *p, sh_wtype wanted) {
             sh_wtype_modes(wanted), p->dir, sh_wtype_modes(p->type));
 }
 
-sh_status sh_packed_load(sh_packed *p, sh_weights *w, sh_wmat *expert, sh_team *team,
-                         void (*progress)(void *arg, size_t done, size_t total), void *arg) {
-    placing x = {.p = p, .w = w, .team = team, .progress = progress, .arg = arg};
+sh_status sh_packed_load(sh_packed *p, sh_weights *w, sh_wmat *expert, sh_team *team) {
+    placing x = {.p = p, .w = w, .team = team};
     SH_TRY(check_mode(p, w->type));
     sh_weights_layout(w, expert, NULL);
     SH_TRY(sh_slots_each(w, point, &x));

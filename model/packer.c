@@ -14,7 +14,6 @@
 
 #include "common/hash.h"
 #include "common/limits.h"
-#include "model/blocks.h"
 #include "model/packed_int.h"
 
 typedef struct packer {

@@ -7,6 +7,7 @@
 #ifndef SH_MODEL_SAFETENSORS_H
 #define SH_MODEL_SAFETENSORS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include "common/status.h"
 
@@ -27,8 +28,12 @@ typedef struct sh_tensor {
 
 typedef struct sh_tensors sh_tensors;
 
+static inline bool sh_dtype_is_blocks(sh_dtype d) {
+    return d == SH_Q8_0 || d == SH_Q4_0;
+}
 static inline uint64_t sh_dtype_bytes(sh_dtype d, uint64_t items) { /* of known types; blocks are whole */
-    return d == SH_F32 ? items * 4 : d == SH_Q8_0 ? items / 32 * 34 : d == SH_Q4_0 ? items / 32 * 18 : items * 2;
+    if (sh_dtype_is_blocks(d)) return items / SH_GGUF_BLOCK * (2 + SH_GGUF_BLOCK / (d == SH_Q4_0 ? 2 : 1));
+    return items * (d == SH_F32 ? 4 : 2);
 }
 
 sh_status sh_tensors_open(const char *model_dir, sh_tensors **out);
@@ -45,7 +50,8 @@ uint64_t sh_tensors_bytes(const sh_tensors *t); /* of all tensors, headers not c
 int sh_tensors_files(const sh_tensors *t);
 /* A hash over names, dtypes, shapes and sampled bytes: two ranks, or two runs, compare it. Costs milliseconds. */
 uint64_t sh_tensors_fingerprint(const sh_tensors *t);
-/* A hash over names and lengths of the safetensors files of a folder, without opening any. */
+/* A hash over names and lengths of the safetensors files of a folder, or where it has none of its GGUF files, without
+ * opening any. */
 sh_status sh_tensors_files_hash(const char *model_dir, uint64_t *out);
 
 #endif

@@ -718,10 +718,10 @@ sh_status sh_weights_check_tables(const char *model_dir, const sh_config *c, sh_
     return check_set(model_dir, c, t, resolve_tables);
 }
 
-static sh_status load_packed(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
+static sh_status load_packed(loader *l, sh_team *team) {
     impl *m = l->w->impl;
     SH_TRY(sh_packed_open(l->dir, l->c, &m->packed));
-    SH_TRY(sh_packed_load(m->packed, l->w, m->expert, team, progress, arg));
+    SH_TRY(sh_packed_load(m->packed, l->w, m->expert, team));
     SH_TRY(sh_packed_tables(m->packed, &m->tensors));
     l->tensors = m->tensors;
     SH_TRY(open_used(l));
@@ -733,7 +733,7 @@ static sh_status load_packed(loader *l, sh_team *team, void (*progress)(void *, 
 static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
     SH_TRY(sh_kernels_select(&l->kn));
     SH_TRY(allocate(l->w));
-    if (sh_packed_is(l->dir)) return load_packed(l, team, progress, arg);
+    if (sh_packed_is(l->dir)) return load_packed(l, team);
     SH_TRY(allocate_block(l->w));
     impl *m = l->w->impl;
     SH_TRY(sh_tensors_open(l->dir, &m->tensors));

@@ -68,7 +68,8 @@ typedef struct sh_weights_options {
  * kv_end − 1). Of the matrices that are shared only this part's bytes are read; experts, router and per-layer embedding
  * are whole on every part.
  * Missing, wrongly shaped or typed tensors fail by name; unexpected ones too, except those the model description allows
- * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL. */
+ * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL; a
+ * packed folder is mapped without it. */
 sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_weights_options *o, sh_team *team,
                           void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
 /* Resolves and checks every tensor of an open checkpoint against config.json, from headers alone: what sh_weights_load
