@@ -5,7 +5,6 @@
 #include "cli/demo.h"
 #include "cli/options.h"
 #include "common/buf.h"
-#include "model/gguf.h"
 #include "model/inspect.h"
 
 static const char usage[] =
@@ -26,14 +25,10 @@ int sh_cmd_inspect(int argc, char **argv) {
     if (operands) model = argv[1];
     if (!model && !(model = sh_demo_model())) return sh_options_complain("inspect", SH_EXIT_RUN);
     char folder[PATH_MAX];
-    if (sh_gguf_is_name(model)) {
-        if (sh_options_model(&(sh_shared_options){.model = model}, folder, sizeof folder) != SH_OK)
-            return sh_options_complain("inspect", SH_EXIT_RUN);
-        model = folder;
-    }
+    if (sh_options_folder(model, folder, sizeof folder) != SH_OK) return sh_options_complain("inspect", SH_EXIT_RUN);
     sh_buf report;
     sh_buf_init(&report, 0);
-    rc = sh_inspect_model(model, &report) == SH_OK ? SH_EXIT_OK : sh_options_complain("inspect", SH_EXIT_RUN);
+    rc = sh_inspect_model(folder, &report) == SH_OK ? SH_EXIT_OK : sh_options_complain("inspect", SH_EXIT_RUN);
     if (rc == SH_EXIT_OK) fwrite(report.data, 1, report.len, stdout);
     sh_buf_release(&report);
     return rc;

@@ -364,9 +364,7 @@ void sh_options_plan(const sh_shared_options *s, int ranks, sh_plan_request *out
                              .replicate = s->replicate};
 }
 
-/* A GGUF file stands for the folder that names it (it may be a link to elsewhere), in which no other weights may lie
- * (two GGUF models: model/gguf.c says so). */
-static sh_status folder_of_gguf(const char *given, char *folder, size_t size) {
+sh_status sh_options_folder(const char *given, char *folder, size_t size) {
     static const char *const other[] = {"model.safetensors", "model.safetensors.index.json"};
     const char *slash = strrchr(given, '/');
     char path[PATH_MAX + 32];
@@ -390,7 +388,7 @@ sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size) 
         if (!given) return SH_EIO;
     }
     char folder[PATH_MAX], real[PATH_MAX], config[PATH_MAX + 16];
-    SH_TRY(folder_of_gguf(given, folder, sizeof folder));
+    SH_TRY(sh_options_folder(given, folder, sizeof folder));
     if (!realpath(folder, real)) SH_FAIL(SH_EIO, "-m: %s: %s: allowed is a checkpoint folder", given, strerror(errno));
     snprintf(config, sizeof config, "%s/config.json", real);
     if (!sh_file_exists(config)) SH_FAIL(SH_EIO, "-m: %s: has no config.json: allowed is a checkpoint folder", given);

@@ -1,5 +1,6 @@
 /* shoal tokenize and shoal detokenize: lines of text ⇄ lines of token ids. */
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -135,7 +136,7 @@ static int convert(sh_lines *x, const char *usage, sh_option special, int argc, 
     const char *model = NULL;
     sh_option t[] = {
         {"model", 'm', SH_OPTION_TEXT, &model, "MODEL",
-         "checkpoint folder with tokenizer.json (default: the demo model)"},
+         "checkpoint folder with tokenizer.json, or the GGUF file in one (default: the demo model)"},
         {"json", 0, SH_OPTION_FLAG, &x->json, .help = "texts are JSON strings and ids JSON arrays, one each line"},
         special,
     };
@@ -143,7 +144,9 @@ static int convert(sh_lines *x, const char *usage, sh_option special, int argc, 
     if (rc >= 0) return rc;
     if (!model && !(model = sh_demo_model())) return sh_options_complain(x->command, SH_EXIT_RUN);
     SH_CLEANUP(sh_tokenizer_destroy) sh_tokenizer *tok = NULL;
-    if (sh_tokenizer_load(model, &tok) != SH_OK) return sh_options_complain(x->command, SH_EXIT_RUN);
+    char folder[PATH_MAX];
+    if (sh_options_folder(model, folder, sizeof folder) != SH_OK || sh_tokenizer_load(folder, &tok) != SH_OK)
+        return sh_options_complain(x->command, SH_EXIT_RUN);
     x->tok = tok;
     rc = read_files(x, files, argv + 1, handle);
     sh_ids_release(&x->ids);

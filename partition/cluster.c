@@ -65,15 +65,14 @@ static sh_status kernels_of(sh_cluster *c, const Shoal__MachineKernels *k) {
     SH_TRY(number("kernels." #name, k && k->has_##name, k ? k->name : 0, 0.001, 1, usual, to))
     SHARE(weights_read, u.weights_read, &c->kernels.weights_read);
     SHARE(weights_fma, u.weights_fma, &c->kernels.weights_fma);
-    SHARE(q8_read, c->kernels.weights_read, &c->kernels.q8_read);
-    SHARE(q4_read, c->kernels.weights_read, &c->kernels.q4_read);
+    SHARE(q8_read, 0, &c->kernels.q8_read);
+    SHARE(q4_read, 0, &c->kernels.q4_read);
     SHARE(attention_read, u.attention_read, &c->kernels.attention_read);
     SHARE(attention_fma, u.attention_fma, &c->kernels.attention_fma);
     SHARE(spanning, SPANNING, &c->spanning);
 #undef SHARE
-    double int8 = c->kernels.weights_fma * SH_COST_INT8;
-    SH_TRY(number("kernels.q8_fma", k && k->has_q8_fma, k ? k->q8_fma : 0, 0.001, 64, int8, &c->kernels.q8_fma));
-    SH_TRY(number("kernels.q4_fma", k && k->has_q4_fma, k ? k->q4_fma : 0, 0.001, 64, int8, &c->kernels.q4_fma));
+    SH_TRY(number("kernels.q8_fma", k && k->has_q8_fma, k ? k->q8_fma : 0, 0.001, 64, 0, &c->kernels.q8_fma));
+    SH_TRY(number("kernels.q4_fma", k && k->has_q4_fma, k ? k->q4_fma : 0, 0.001, 64, 0, &c->kernels.q4_fma));
     SH_TRY(number("kernels.layer_us", k && k->has_layer_us, k ? k->layer_us : 0, 0, 1e6, u.layer * 1e6, &layer));
     SH_TRY(number("kernels.sample_ns", k && k->has_sample_ns, k ? k->sample_ns : 0, 0, 1e6, u.sample * 1e9, &sample));
     c->kernels.layer = layer * 1e-6;

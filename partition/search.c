@@ -398,12 +398,12 @@ static sh_status check_fixed(const sh_plan_request *r) {
 }
 
 sh_status sh_search_run(const sh_search_options *o, sh_search **out) {
-    SH_TRY(check_fixed(&o->fixed));
     if (o->fixed.prefill)
         SH_FAIL(SH_EINPUT,
                 "--prefill: %d: the planner does not weigh ranks that only read prompts: allowed here is 0; give it "
                 "to run or serve",
                 o->fixed.prefill);
+    SH_TRY(check_fixed(&o->fixed));
     sh_search *s = calloc(1, sizeof *s);
     if (!s) SH_FAIL(SH_EMEMORY, "planner: no memory");
     for (int i = 0; i < SH_WAYS; i++)
