@@ -16,7 +16,7 @@ sh_status sh_mem_alloc(size_t bytes, const char *what, void **out) {
         if (p == MAP_FAILED) p = NULL;
         if (p) (void)madvise(p, bytes, MADV_HUGEPAGE); /* a hint: refused on kernels without it */
     } else {
-        p = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        p = aligned_alloc(SH_MEM_ALIGN, sh_mem_align(bytes));
         if (p) memset(p, 0, bytes);
     }
     if (!p) SH_FAIL(SH_EMEMORY, "%s: no memory for %zu bytes: %s", what, bytes, strerror(errno));
@@ -45,7 +45,7 @@ void sh_arena_release(sh_arena *a) {
 }
 
 void *sh_arena_take(sh_arena *a, size_t bytes) {
-    size_t n = (bytes + 63) / 64 * 64;
+    size_t n = sh_mem_align(bytes);
     if (n > a->size - a->used) return NULL;
     void *p = a->base + a->used;
     a->used += n;

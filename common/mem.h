@@ -5,6 +5,11 @@
 #include <stddef.h>
 #include "common/status.h"
 
+#define SH_MEM_ALIGN 64 /* bytes: a cache line, and the widest vector */
+/* The next multiple of it. */
+static inline size_t sh_mem_align(size_t n) {
+    return (n + SH_MEM_ALIGN - 1) / SH_MEM_ALIGN * SH_MEM_ALIGN;
+}
 /* Zeroed memory aligned to 64 bytes; blocks of 4 MiB and more are mapped and ask for huge pages, untouched pages cost
  * nothing. `what` names the use in errors ("KV pool"). Freed by sh_mem_free with the same size. */
 sh_status sh_mem_alloc(size_t bytes, const char *what, void **out);

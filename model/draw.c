@@ -34,7 +34,7 @@ struct sh_draw {
 
 static void *carve(char **at, size_t bytes) {
     void *p = *at;
-    *at += (bytes + 63) & ~(size_t)63;
+    *at += sh_mem_align(bytes);
     return p;
 }
 

@@ -2,6 +2,7 @@
 #include "model/layout.h"
 
 #include <stdlib.h>
+#include "common/mem.h"
 #include "model/linear.h"
 
 typedef struct cursor {
@@ -12,7 +13,7 @@ typedef struct cursor {
 
 static void *take(cursor *at, size_t bytes) {
     void *p = at->base ? at->base + at->used : NULL;
-    at->used += (bytes + 63) / 64 * 64;
+    at->used += sh_mem_align(bytes);
     return p;
 }
 

@@ -174,7 +174,7 @@ static sh_status copy_piece(placing *x, const sh_slot *s, const uint8_t *from, c
         SH_TRY(copy_inputs(x, s, from, y, to));
     else if (to)
         copy_rows(x, s, from, y, to);
-    x->copied += (sh_wmat_bytes(s->type, s->mat->n, s->mat->k) + 63) / 64 * 64;
+    x->copied += sh_mem_align(sh_wmat_bytes(s->type, s->mat->n, s->mat->k));
     if (to) s->mat->data = (const uint32_t *)(const void *)to;
     return SH_OK;
 }

@@ -40,10 +40,6 @@ struct sh_spread {
     double waited;
 };
 
-static size_t align64(size_t n) {
-    return (n + 63) / 64 * 64;
-}
-
 static size_t max_size(size_t a, size_t b) {
     return a > b ? a : b;
 }
@@ -64,7 +60,7 @@ size_t sh_spread_message_bytes(const sh_config *c, sh_kv_type type, int first, i
     size_t rows = (size_t)sh_spread_rows(max_rows, members), most = (size_t)c->hidden * sizeof(float) * rows;
     for (int i = first; i < last; i++) {
         const sh_layer *l = &c->layer[i];
-        size_t n = l->has_kv ? align64(rows * sh_kv_row_bytes(c, type, i)) : 0;
+        size_t n = l->has_kv ? sh_mem_align(rows * sh_kv_row_bytes(c, type, i)) : 0;
         if (l->kind == SH_KV_GLOBAL) n = max_size(n + rows * query_bytes(l), rows * SH_OWNER_BLOCKS * partial_bytes(l));
         most = max_size(most, n);
     }
@@ -237,7 +233,7 @@ static size_t kv_part(const sh_spread *x, int layer, int asker, const dealing *d
     const sh_layer *l = &x->c->layer[layer];
     if (!l->has_kv) return 0;
     int rows = l->kind == SH_KV_SLIDING ? x->begin[asker + 1] - x->begin[asker] : d->owned;
-    return align64((size_t)rows * sh_kv_row_bytes(x->c, sh_kv_pool_type(x->kv), layer));
+    return sh_mem_align((size_t)rows * sh_kv_row_bytes(x->c, sh_kv_pool_type(x->kv), layer));
 }
 
 static size_t query_part(const sh_layer *l, const dealing *d) {

@@ -55,7 +55,7 @@ sh_status sh_context_create(sh_link *link, int first, int members, size_t bytes,
     *c = (sh_context){.link = link, .first = first, .members = members, .member = link->rank - first};
     c->table = (sh_context_peers){
         .ctx = c, .members = members, .member = c->member, .room = room, .send = send_room, .take = take};
-    c->room = HEAD + (bytes + 63) / 64 * 64;
+    c->room = HEAD + sh_mem_align(bytes);
     c->pair = calloc((size_t)members, sizeof *c->pair);
     sh_status st = SH_OK;
     if (!c->pair)

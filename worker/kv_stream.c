@@ -12,6 +12,7 @@
 
 #include "common/hash.h"
 #include "common/log.h"
+#include "common/mem.h"
 #include "worker/backoff.h"
 #include "worker/prefill.h"
 #include "worker/shard.h"
@@ -36,10 +37,6 @@ typedef struct word {
     uint64_t step;
 } word;
 _Static_assert(sizeof(word) == 16, "no padding");
-
-static size_t align(size_t n) {
-    return (n + SH_SHARD_ALIGN - 1) / SH_SHARD_ALIGN * SH_SHARD_ALIGN;
-}
 
 static uint64_t envelope_sum(const envelope *e) {
     envelope plain = *e;
@@ -206,8 +203,8 @@ static size_t write_message(const sh_kv_sender *s, int layer, uint8_t *block) {
         void *rows = sh_shard_begin(&shard, block + at);
         sh_kv_export(s->pool, layer, &b->spans[i], shard.pos - b->spans[i].pos, shard.tokens, rows);
         sh_shard_seal(block + at);
-        memset(block + at + n, 0, align(n) - n);
-        at += align(n);
+        memset(block + at + n, 0, sh_mem_align(n) - n);
+        at += sh_mem_align(n);
         e.shards++;
     }
     e.bytes = at;
@@ -440,7 +437,7 @@ static sh_status import_message(sh_kv_receiver *r, const message *m, uint32_t sh
             return SH_OK;
         }
         SH_TRY(import_shard(r, m, &s));
-        at += align(used);
+        at += sh_mem_align(used);
     }
     return SH_OK;
 }

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "common/hash.h"
+#include "common/mem.h"
 #include "model/batch.h"
 
 #define MAGIC 0x314b4853u /* "SHK1" */
@@ -19,13 +20,10 @@ typedef struct header {
     uint64_t checksum, zero;
 } header;
 _Static_assert(sizeof(header) == 96, "no padding");
-
-static size_t align(size_t n) {
-    return (n + SH_SHARD_ALIGN - 1) / SH_SHARD_ALIGN * SH_SHARD_ALIGN;
-}
+_Static_assert(SH_SHARD_ALIGN == SH_MEM_ALIGN, "what travels is laid out with sh_mem_align");
 
 static size_t header_bytes(int32_t n_pages) {
-    return align(sizeof(header) + (size_t)n_pages * sizeof(int32_t));
+    return sh_mem_align(sizeof(header) + (size_t)n_pages * sizeof(int32_t));
 }
 
 size_t sh_shard_payload_bytes(const sh_shard *s) {

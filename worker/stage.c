@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "common/clock.h"
+#include "common/mem.h"
 #include "model/spread.h"
 #include "partition/plan.h"
 #include "worker/backoff.h"
@@ -75,17 +76,13 @@ struct sh_stage {
     int next_lane; /* rank 0: whom to ask first for an answer */
 };
 
-static size_t align64(size_t n) {
-    return (n + 63) / 64 * 64;
-}
-
 static size_t cut_bytes(const sh_stage *s, int cut, int rows, int kept) {
     return sh_model_cut_bytes(&s->part, s->o.kv_type, cut, rows, kept);
 }
 
 static size_t message_bytes(const sh_stage *s, int cut) {
     int rows = sh_leader_max_rows(s->o.schedule);
-    return align64(sh_leader_descriptor_bytes(s->o.schedule)) + cut_bytes(s, cut, rows, rows);
+    return sh_mem_align(sh_leader_descriptor_bytes(s->o.schedule)) + cut_bytes(s, cut, rows, rows);
 }
 
 /* ---- creation -------------------------------------------------------------------------------------------------------
@@ -369,7 +366,7 @@ static sh_status forward_on(sh_stage *s, const sh_batch *b, const void *descript
     double t0 = sh_now();
     SH_TRY(claim_send(s, &to));
     s->exchange += sh_now() - t0;
-    size_t at = align64(len), n = sh_model_block_bytes(s->model, s->o.last, b);
+    size_t at = sh_mem_align(len), n = sh_model_block_bytes(s->model, s->o.last, b);
     memcpy(to->block, descriptor, len);
     memset(to->block + len, 0, at - len);
     SH_TRY(sh_model_forward(s->model, b, in, to->block + at));
@@ -503,7 +500,7 @@ sh_status sh_stage_receive(sh_stage *s, bool *got) {
     const sh_batch *b = &s->batch;
     size_t need = sh_model_block_bytes(s->model, s->o.first, b);
     if (b->n_rows > sh_leader_max_rows(s->o.schedule) || b->n_spans > s->o.schedule->max_seqs ||
-        used > s->descriptor_max || len != (s->stage ? align64(used) + need : used))
+        used > s->descriptor_max || len != (s->stage ? sh_mem_align(used) + need : used))
         SH_FAIL(SH_EPEER,
                 "micro-batch of %d rows, %zu bytes of descriptor and %zu in all from rank %d: not what it should be",
                 b->n_rows, used, len, from);
@@ -512,7 +509,7 @@ sh_status sh_stage_receive(sh_stage *s, bool *got) {
 }
 
 sh_status sh_stage_serve(sh_stage *s) {
-    return step(s, &s->batch, s->recv, s->received, s->stage ? s->recv + align64(s->received) : NULL);
+    return step(s, &s->batch, s->recv, s->received, s->stage ? s->recv + sh_mem_align(s->received) : NULL);
 }
 
 /* A message with an answer, of any lane: who was heard last is asked last. */
