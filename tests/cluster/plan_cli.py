@@ -65,12 +65,20 @@ def workloads(c, s):
 def measured_once(c, s):
     rc, out, err = plan(s, "-m", st.DEMO, "--brief", "--save-machine", s.file("here.json"))
     c.check("this machine", rc == 0 and "figures: " in out and len(os.listdir(s.file("cache/shoal"))) == 1, (rc, out, err))
-    here = json.load(open(s.file("here.json")))["node"][0]
+    found = json.load(open(s.file("here.json")))
+    here, kernels = found["node"][0], found["kernels"]
     c.check("its numbers", here["read_gbs"] > 0.1 and here["fma_gflops"] > 0.1 and here["cores"] >= 1, here)
+    shares = [kernels.get(f"{k}_{what}", 0) for k in ("weights", "q8", "q4") for what in ("read", "fma")]
+    c.check("its kernels", all(0 < x <= 64 for x in shares) and len(set(shares)) > 1, kernels)
     before = os.stat(os.path.join(s.file("cache/shoal"), os.listdir(s.file("cache/shoal"))[0])).st_mtime_ns
     rc, out2, _ = plan(s, "-m", st.DEMO, "--brief")
     after = os.stat(os.path.join(s.file("cache/shoal"), os.listdir(s.file("cache/shoal"))[0])).st_mtime_ns
     c.check("kept", rc == 0 and before == after)
+    p = subprocess.run([st.shoal(), "plan", "-m", st.DEMO, "--brief", "--save-machine", s.file("modelled.json")], capture_output=True,
+                       text=True, env=s.env(XDG_CACHE_HOME=s.file("cache"), SHOAL_ISA="model:9G,1G"), timeout=120)
+    kernels = json.load(open(s.file("modelled.json")))["kernels"]
+    c.check("other instructions are measured for themselves", p.returncode == 0 and len(os.listdir(s.file("cache/shoal"))) == 2, p.stderr)
+    c.check("what only takes time is not measured", "weights_fma" not in kernels, kernels)
 
 
 def edited(c, s):

@@ -35,6 +35,18 @@ def refused(s, model, words, *options):
         sys.exit(f"{model}: exit status {code}, without {words!r}: {err}")
 
 
+def packs(s, want):
+    """Values go into a packed folder; blocks do not."""
+    pack = lambda source, to: subprocess.run([st.shoal(), "pack", "-q", "-m", s.file(source), "-o", s.file(to)], capture_output=True,
+                                             text=True, timeout=60)
+    p = pack("plain3", "packed")
+    same("pack of F32", p.returncode, 0)
+    same("packed F32", answers(s, s.file("packed")), want)
+    p = pack("Q4_0", "never")
+    if p.returncode == 0 or "is Q4_0: allowed in a packed folder are BF16, F16 and F32" not in p.stderr or os.path.exists(s.file("never")):
+        sys.exit(f"pack of blocks: exit status {p.returncode}: {p.stderr}")
+
+
 def main():
     with st.Scratch() as s:
         moe, ple = os.path.join(st.MODELS, "26b-a4b-sharded"), os.path.join(st.MODELS, "e2b-like")
@@ -65,6 +77,16 @@ def main():
         of_file = subprocess.run([st.shoal(), "inspect", s.file("Q4_0/model.gguf")], capture_output=True, text=True, timeout=60)
         same("inspect of the file", of_file.stdout, report)
         same("-m FILE", answers(s, s.file("Q4_0/model.gguf")), answers(s, s.file("Q4_0")))
+        os.mkdir(s.file("linked"))  # as in a cache: the file itself lies elsewhere under another name
+        for name in os.listdir(s.file("Q4_0")):
+            os.symlink(s.file("Q4_0/" + name), s.file("linked/" + name))
+        os.rename(s.file("Q4_0/model.gguf"), s.file("blob"))
+        os.symlink(s.file("blob"), s.file("Q4_0/model.gguf"))
+        same("-m LINK", answers(s, s.file("linked/model.gguf")), answers(s, s.file("Q4_0")))
+        ids = [subprocess.run([st.shoal(), "tokenize", "-m", m], input="Hello", capture_output=True, text=True, timeout=60).stdout
+               for m in (moe, s.file("linked/model.gguf"))]
+        same("tokenize -m FILE", ids[1], ids[0])
+        packs(s, want[0])
         shutil.copy(s.file("rQ4_0e2b-like/model.safetensors"), s.file("Q8_0"))
         refused(s, s.file("Q8_0/model.gguf"), "model.safetensors lies beside it and counts before GGUF")
         shutil.copy(s.file("Q4_0/model.gguf"), s.file("Q4_0-e2b-like/second.gguf"))
