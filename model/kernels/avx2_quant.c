@@ -10,124 +10,193 @@
 
 #define SH_INLINE static inline __attribute__((always_inline))
 
-#define TILE_ROWS   2
-#define K_BLOCK     1024
-#define PANEL_BLOCK 8
-#define AHEAD       2048 /* bytes */
+#define TILE_ROWS  4
+#define WALK_WORDS 2
+#define SIDE(rows) ((rows) == 1 ? 2 : 1)
+
+typedef struct tile {
+    const uint8_t *block; /* of group g0 of the first panel */
+    size_t stride;        /* bytes to the same group of the next panel */
+    const uint8_t *next;  /* weights that come next: to be fetched meanwhile */
+    size_t step;          /* bytes of them for each 64 of these */
+    const uint32_t *x;    /* packed rows from g0 */
+    const float *scale;   /* of the first row's group 0 */
+    const int32_t *sum;
+    size_t groups, g0, g1; /* groups: of a row of x */
+    float *y;
+    size_t ldy;
+    int outputs; /* from the first panel's first on */
+} tile;
 
 SH_INLINE __m256i load(const void *p) {
     return _mm256_loadu_si256(p);
-}
-
-SH_INLINE __m256i four(const int8_t *x) {
-    int32_t v;
-    memcpy(&v, x, sizeof v);
-    return _mm256_set1_epi32(v);
 }
 
 SH_INLINE __m256i lanes8(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-/* s + Σ of four products in each 32-bit lane: |u| ≤ 127 unsigned, v signed. */
-SH_INLINE __m256i dot(__m256i s, __m256i u, __m256i v) {
-    return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(u, v), _mm256_set1_epi16(1)));
+SH_INLINE __m256i word(const uint32_t *x) {
+    return _mm256_set1_epi32((int)*x);
 }
 
-/* Eight outputs (quarter h of a panel) of one block. */
-SH_INLINE void quarter_sums(sh_wtype t, const uint8_t *codes, const int8_t *x, size_t ld, int rows,
-                            __m256i s[TILE_ROWS]) {
-    const __m256i low = _mm256_set1_epi8(15), zero = _mm256_set1_epi8((char)0x80);
-    for (int i = 0; i < sh_wtype_group(t); i += t == SH_W_Q8 ? 4 : 8, codes += 128) {
-        __m256i w = load(codes);
-        if (t == SH_W_Q8) {
-            w = _mm256_xor_si256(w, zero);
-            __m256i size = _mm256_abs_epi8(w);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) s[r] = dot(s[r], size, _mm256_sign_epi8(four(x + (size_t)r * ld + i), w));
-            continue;
+SH_INLINE int walk_words(sh_wtype t) {
+    return t == SH_W_Q8 ? 2 : 1;
+}
+
+/* Four inputs of each row side by side: q4 as they are, q8 as (0, 2) and (1, 3) in 16 bits. */
+static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t g0, size_t g1, uint32_t *to) {
+    size_t size = (size_t)sh_wtype_group(t);
+    for (size_t i = g0 * size; i < g1 * size; i += 4)
+        for (size_t r = 0; r < (size_t)rows; r++) {
+            const int8_t *c = x->code + (r0 + r) * x->ld + i;
+            if (t == SH_W_Q4) {
+                memcpy(to++, c, 4);
+                continue;
+            }
+            *to++ = (uint32_t)(uint16_t)c[0] | (uint32_t)(uint16_t)c[2] << 16;
+            *to++ = (uint32_t)(uint16_t)c[1] | (uint32_t)(uint16_t)c[3] << 16;
         }
-        __m256i a = _mm256_and_si256(w, low), b = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
+}
+
+SH_INLINE void sums_q8(const uint8_t *codes, const uint32_t *x, int rows, int quarters, const uint8_t *next,
+                       size_t step, __m256i s[TILE_ROWS][4]) {
+    const __m256i even = _mm256_set1_epi16(255);
+    for (int i = 0; i < SH_Q8_GROUP; i += 4, codes += 128, x += 2 * rows) {
+        __m256i a[4], b[4];
+        _mm_prefetch((const char *)next, _MM_HINT_T0);
+        if (quarters == 4) _mm_prefetch((const char *)next + step, _MM_HINT_T0);
+        next += step * (size_t)quarters / 2;
+#pragma GCC unroll 4
+        for (int q = 0; q < quarters; q++) {
+            __m256i w = load(codes + 32 * q);
+            a[q] = _mm256_and_si256(w, even);
+            b[q] = _mm256_srli_epi16(w, 8);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            s[r] = dot(s[r], a, four(x + (size_t)r * ld + i));
-            s[r] = dot(s[r], b, four(x + (size_t)r * ld + i + 4));
+            __m256i u = word(x + 2 * r), v = word(x + 2 * r + 1);
+#pragma GCC unroll 4
+            for (int q = 0; q < quarters; q++) {
+                s[r][q] = _mm256_add_epi32(s[r][q], _mm256_madd_epi16(a[q], u));
+                s[r][q] = _mm256_add_epi32(s[r][q], _mm256_madd_epi16(b[q], v));
+            }
         }
     }
 }
 
-/* What a tile works on: rows of x from r0, groups [g0, g1) of one panel; the sums wait in y between K blocks. */
-typedef struct tile {
-    const uint8_t *block; /* of group g0 */
-    const sh_qrows *x;
-    size_t r0, g0, g1;
-    float *y;
-    size_t ldy;
-    int outputs; /* of the panel that exist */
-} tile;
-
-SH_INLINE void run_quarter(sh_wtype t, const tile *j, int h, int rows) {
-    __m256i mask = lanes8(j->outputs - 8 * h);
-    __m256 acc[TILE_ROWS];
+SH_INLINE void sums_q4(const uint8_t *codes, const uint32_t *x, int rows, int quarters, const uint8_t *next,
+                       size_t step, __m256i s[TILE_ROWS][4]) {
+    const __m256i low = _mm256_set1_epi8(15);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
-        acc[r] = j->g0 ? _mm256_maskload_ps(j->y + (size_t)r * j->ldy + 8 * h, mask) : _mm256_setzero_ps();
-    const int8_t *x = j->x->code + j->r0 * j->x->ld + j->g0 * (size_t)sh_wtype_group(t);
-    const uint8_t *block = j->block;
-    for (size_t g = j->g0; g < j->g1; g++, block += sh_wtype_block(t), x += sh_wtype_group(t)) {
-        __m256i s[TILE_ROWS];
-        _mm_prefetch((const char *)block + AHEAD, _MM_HINT_T0);
+    for (int i = 0; i < SH_Q4_GROUP; i += 8, codes += 128, x += 2 * rows) {
+        __m256i a[4], b[4];
+        _mm_prefetch((const char *)next, _MM_HINT_T0);
+        if (quarters == 4) _mm_prefetch((const char *)next + step, _MM_HINT_T0);
+        next += step * (size_t)quarters / 2;
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            int32_t sum = j->x->sum[(j->r0 + (size_t)r) * j->x->groups + g];
-            s[r] = _mm256_set1_epi32(t == SH_W_Q4 ? -(sum * SH_Q4_ZERO) : 0);
+        for (int q = 0; q < quarters; q++) {
+            __m256i w = load(codes + 32 * q);
+            a[q] = _mm256_and_si256(w, low);
+            b[q] = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
         }
-        quarter_sums(t, block + 2 * SH_PANEL + 32 * h, x, j->x->ld, rows, s);
-        __m256 d = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(block + 16 * h)));
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            __m256 e = _mm256_set1_ps(j->x->scale[(j->r0 + (size_t)r) * j->x->groups + g]);
-            acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[r]), _mm256_mul_ps(d, e), acc[r]);
+            __m256i u = word(x + r), v = word(x + rows + r);
+#pragma GCC unroll 4
+            for (int q = 0; q < quarters; q++) {
+                __m256i p = _mm256_maddubs_epi16(a[q], u);
+                s[r][q] = i ? _mm256_add_epi16(s[r][q], p) : p;
+                s[r][q] = _mm256_add_epi16(s[r][q], _mm256_maddubs_epi16(b[q], v));
+            }
         }
     }
+    const __m256i one = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) _mm256_maskstore_ps(j->y + (size_t)r * j->ldy + 8 * h, mask, acc[r]);
-}
-
-static void run_tile(sh_wtype t, const tile *j, int rows) {
-    for (int h = 0; h < 4 && 8 * h < j->outputs; h++) {
-        if (t == SH_W_Q8)
-            rows == 1 ? run_quarter(SH_W_Q8, j, h, 1) : run_quarter(SH_W_Q8, j, h, 2);
-        else
-            rows == 1 ? run_quarter(SH_W_Q4, j, h, 1) : run_quarter(SH_W_Q4, j, h, 2);
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (int q = 0; q < quarters; q++) s[r][q] = _mm256_madd_epi16(s[r][q], one);
     }
 }
 
-static void run_block(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, size_t g0, size_t g1,
-                      float *y, size_t ldy) {
-    size_t groups = (size_t)sh_wtype_groups(w->type, w->k), block = sh_wtype_block(w->type);
-    for (int a = 0; a < m; a += TILE_ROWS)
-        for (int p = p0; p < p1; p++) {
-            int outputs = w->n - p * SH_PANEL;
-            tile j = {.block = (const uint8_t *)w->data + ((size_t)p * groups + g0) * block,
-                      .x = x,
-                      .r0 = (size_t)(r0 + a),
-                      .g0 = g0,
-                      .g1 = g1,
-                      .y = y + (size_t)a * ldy + (size_t)p * SH_PANEL,
-                      .ldy = ldy,
-                      .outputs = outputs < SH_PANEL ? outputs : SH_PANEL};
-            run_tile(w->type, &j, m - a < TILE_ROWS ? m - a : TILE_ROWS);
+/* `quarters` quarters from h of a block. */
+SH_INLINE void run_quarters(sh_wtype t, const tile *j, size_t g, const uint8_t *block, const uint8_t *next,
+                            const uint32_t *x, int h, int rows, int quarters, __m256 acc[TILE_ROWS][4]) {
+    __m256i s[TILE_ROWS][4];
+    const uint8_t *codes = block + 2 * SH_PANEL + 32 * h;
+    if (t == SH_W_Q8) {
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+            for (int q = 0; q < quarters; q++) s[r][q] = _mm256_setzero_si256();
         }
+        sums_q8(codes, x, rows, quarters, next, j->step, s);
+    } else {
+        sums_q4(codes, x, rows, quarters, next, j->step, s);
+    }
+    __m256 d[4];
+#pragma GCC unroll 4
+    for (int q = 0; q < quarters; q++)
+        d[q] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(block + 16 * (h + q))));
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+        size_t at = (size_t)r * j->groups + g;
+        __m256i zero = _mm256_slli_epi32(_mm256_set1_epi32(j->sum[at]), t == SH_W_Q8 ? 7 : 3);
+        __m256 e = _mm256_set1_ps(j->scale[at]);
+#pragma GCC unroll 4
+        for (int q = 0; q < quarters; q++)
+            acc[r][h + q] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(s[r][q], zero)),
+                                            _mm256_mul_ps(d[q], e), acc[r][h + q]);
+    }
 }
 
-static void avx2_gemm_q(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, float *y, size_t ldy) {
-    size_t groups = (size_t)sh_wtype_groups(w->type, w->k), step = (size_t)(K_BLOCK / sh_wtype_group(w->type));
-    for (int p = p0; p < p1; p += PANEL_BLOCK)
-        for (size_t g = 0; g < groups; g += step)
-            run_block(w, p, p1 - p < PANEL_BLOCK ? p1 : p + PANEL_BLOCK, x, r0, m, g,
-                      g + step < groups ? g + step : groups, y, ldy);
+SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows, int panels) {
+    __m256 acc[2][TILE_ROWS][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < panels; i++)
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; q++)
+                acc[i][r][q] = j->g0 ? _mm256_maskload_ps(j->y + (size_t)r * j->ldy + 32 * i + 8 * q,
+                                                          lanes8(j->outputs - 32 * i - 8 * q))
+                                     : _mm256_setzero_ps();
+    const int quarters = rows <= 2 ? 4 : 2;
+    const uint8_t *block = j->block, *next = j->next;
+    const uint32_t *x = j->x;
+    for (size_t g = j->g0; g < j->g1; g++) {
+#pragma GCC unroll 2
+        for (int i = 0; i < panels; i++)
+#pragma GCC unroll 2
+            for (int h = 0; h < 4; h += quarters)
+                run_quarters(t, j, g, block + (size_t)i * j->stride, next + (size_t)i * j->stride + (size_t)h / 2 * j->step, x, h, rows, quarters,
+                             acc[i]);
+        block += sh_wtype_block(t);
+        next += sh_wtype_block(t) / 64 * j->step;
+        x += sh_wtype_group(t) / 4 * walk_words(t) * rows;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < panels; i++)
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; q++)
+                _mm256_maskstore_ps(j->y + (size_t)r * j->ldy + 32 * i + 8 * q, lanes8(j->outputs - 32 * i - 8 * q),
+                                    acc[i][r][q]);
 }
+
+static void walk_tile(sh_wtype t, const tile *j, int rows, int panels) {
+#define TILE(r, p)                                                                                                     \
+    if (rows == r && panels == p) t == SH_W_Q8 ? run_tile(SH_W_Q8, j, r, p) : run_tile(SH_W_Q4, j, r, p);
+    TILE(1, 1)
+    TILE(1, 2)
+    TILE(2, 1)
+    TILE(3, 1)
+    TILE(4, 1)
+#undef TILE
+}
+
+#include "model/kernels/quant_walk.h"
 
 /* ---- activations ------------------------------------------------------------------------------------------------- */
 
@@ -176,5 +245,5 @@ void sh_kernels_fill_avx2_quant(sh_kernels *t) {
     t->quant_q8 = group_q8;
     t->quant_q4 = group_q4;
     t->quantize = avx2_quantize;
-    t->gemm_q = avx2_gemm_q;
+    t->gemm_q = walk_gemm;
 }
