@@ -12,7 +12,6 @@ typedef struct tile tile;
 #define WALK_ROWS   32    /* packed at a time */
 #define WALK_INPUTS 16384 /* rows · inputs that are packed at a time */
 #define WALK_PANELS 16    /* panels whose block stays in L2 while all rows pass */
-#define WALK_AHEAD  2048  /* bytes */
 
 /* Rows [r0, r0+rows) of x, whose products go to y, and the groups [g0, g1) of panels. */
 typedef struct walk {
@@ -37,7 +36,7 @@ static inline int walk_share(int m, int t, int tiles, int *a) {
 static void walk_panels(const walk *j, int p0, int p1, uint32_t *packed) {
     const sh_wmat *w = j->w;
     size_t groups = (size_t)sh_wtype_groups(w->type, w->k), bytes = sh_wtype_block(w->type);
-    size_t inputs = (j->g1 - j->g0) * (size_t)sh_wtype_group(w->type), length = (j->g1 - j->g0) * bytes;
+    size_t inputs = (j->g1 - j->g0) * (size_t)sh_wtype_group(w->type);
     int tiles = (j->rows + TILE_ROWS - 1) / TILE_ROWS, a;
     size_t words = inputs / 4 * (size_t)walk_words(w->type);
     for (int t = 0; t < tiles; t++) {
@@ -53,8 +52,9 @@ static void walk_panels(const walk *j, int p0, int p1, uint32_t *packed) {
             size_t row = (size_t)(j->r0 + a);
             tile i = {.block = block,
                       .stride = groups * bytes,
-                      .next = tiles == 1 ? block + WALK_AHEAD : block + groups * bytes + (size_t)t * length / (size_t)tiles,
-                      .step = 64 / (size_t)tiles,
+                      .next = block + groups * bytes,
+                      .index = (size_t)t,
+                      .tiles = (size_t)tiles,
                       .x = packed + (size_t)a * words,
                       .scale = j->x->scale + row * j->x->groups,
                       .sum = j->x->sum + row * j->x->groups,
