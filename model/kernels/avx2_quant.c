@@ -1,7 +1,11 @@
 /*
- * Products with quantised weights for AVX2. The 8-bit multiply-add joins pairs in 16 bits and saturates: codes of q4
- * are at most 15, and q8 takes |w| times x with the sign of w, both within ±127, so that 2 · 127 · 127 fits. Same bits
- * as ref.c (kernels.h, quant.h).
+ * Products with quantised weights for AVX2, which has no integer dot product that is exact for all codes of q8: its
+ * 8-bit multiply-add joins pairs in 16 bits and saturates. So
+ *   q8  codes are widened to 16 bits: of each four inputs 0 and 2 lie in one register, 1 and 3 in another, where two
+ *       multiply-adds bring all four to their output's lane of 32 bits
+ *   q4  codes are at most 15, and the pairs of a whole group fit in 16 bits: 8 · 2 · 15 · 128 < 2¹⁵
+ * Both take weights unsigned; their zero point comes off through the row's sum of codes. Same bits as ref.c (kernels.h,
+ * quant.h).
  */
 #include <immintrin.h>
 #include <stdbool.h>
@@ -10,26 +14,17 @@
 
 #define SH_INLINE static inline __attribute__((always_inline))
 
-#define TILE_ROWS  4
-#define WALK_WORDS 2
-#define SIDE(rows) 1
-
-typedef struct tile {
-    const uint8_t *block; /* of group g0 of the first panel */
-    size_t stride;        /* bytes to the same group of the next panel */
-    const uint8_t *next;  /* weights to be fetched meanwhile, as many as these: their share `index` of `tiles` */
-    size_t index, tiles;
-    const uint32_t *x;    /* packed rows from g0 */
-    const float *scale;   /* of the first row's group 0 */
-    const int32_t *sum;
-    size_t groups, g0, g1; /* groups: of a row of x */
-    float *y;
-    size_t ldy;
-    int outputs; /* from the first panel's first on */
-} tile;
+#define TILE_ROWS    4 /* eight integer sums; four registers of codes, constants, a row's codes, a product */
+#define WALK_WORDS   2
+#define CHUNK_INPUTS 256 /* that pass for one half of a panel before they do for the other */
+#include "model/kernels/quant_walk.h"
 
 SH_INLINE __m256i load(const void *p) {
     return _mm256_loadu_si256(p);
+}
+
+SH_INLINE void store(uint32_t *p, __m256i v) {
+    _mm256_storeu_si256((__m256i *)(void *)p, v);
 }
 
 SH_INLINE __m256i lanes8(int n) {
@@ -40,69 +35,76 @@ SH_INLINE __m256i word(const uint32_t *x) {
     return _mm256_set1_epi32((int)*x);
 }
 
-/* s + v, and no other order of additions: compilers that join two products before they add them run out of registers. */
-SH_INLINE void add_to(__m256i *s, __m256i v, bool wide) {
-    *s = wide ? _mm256_add_epi32(*s, v) : _mm256_add_epi16(*s, v);
+/* Keeps the compiler from joining products before it adds them: it would run out of registers. */
+SH_INLINE void settle(__m256i *s) {
     __asm__("" : "+x"(*s));
 }
 
-SH_INLINE int walk_words(sh_wtype t) {
-    return t == SH_W_Q8 ? 2 : 1;
+/* Words of a group of a row: in q8 all pairs of even inputs, then all of odd ones; in q4 the codes as they are. */
+SH_INLINE size_t group_words(sh_wtype t) {
+    return (size_t)sh_wtype_group(t) / (t == SH_W_Q8 ? 2 : 4);
 }
 
-/* Group by group and in it row by row: the codes of q4 as they are; for q8 of each four inputs 0 and 2 in 16 bits, then
- * 1 and 3 of each. */
+/* Group by group, in it row by row. */
 static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t g0, size_t g1, uint32_t *to) {
-    size_t size = (size_t)sh_wtype_group(t);
     for (size_t g = g0; g < g1; g++)
-        for (size_t r = r0; r < r0 + (size_t)rows; r++, to += size / 4 * (size_t)walk_words(t)) {
-            const int8_t *code = x->code + r * x->ld + g * size;
+        for (size_t r = r0; r < r0 + (size_t)rows; r++, to += group_words(t)) {
+            const int8_t *code = x->code + r * x->ld + g * (size_t)sh_wtype_group(t);
             if (t == SH_W_Q4) {
-                _mm256_storeu_si256((__m256i *)(void *)to, load(code));
+                store(to, load(code));
                 continue;
             }
-            for (int i = 0; i < 2; i++) {
-                __m256i v = load(code + 32 * i);
-                _mm256_storeu_si256((__m256i *)(void *)(to + 8 * i), _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
-                _mm256_storeu_si256((__m256i *)(void *)(to + 16 + 8 * i), _mm256_srai_epi16(v, 8));
+            for (int i = 0; i < SH_Q8_GROUP / 4; i += 8) {
+                __m256i v = load(code + 4 * i);
+                store(to + i, _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
+                store(to + SH_Q8_GROUP / 4 + i, _mm256_srai_epi16(v, 8));
             }
         }
+}
+
+/* ---- one group: integer sums of `rows` rows with `quarters` times eight outputs -----------------------------------
+ */
+
+/* What is fetched meanwhile: `step` bytes from `next` on for each 128 bytes of codes. */
+SH_INLINE const uint8_t *fetch(const uint8_t *next, size_t step, int quarters) {
+    _mm_prefetch((const char *)next, _MM_HINT_T0);
+    if (quarters == 4) _mm_prefetch((const char *)next + step / 2, _MM_HINT_T0);
+    return next + step;
 }
 
 SH_INLINE void sums_q8(const uint8_t *codes, const uint32_t *x, int rows, int quarters, const uint8_t *next,
                        size_t step, __m256i s[TILE_ROWS][4]) {
-    const __m256i even = _mm256_set1_epi16(255);
+    const __m256i low = _mm256_set1_epi16(255);
     for (int i = 0; i < SH_Q8_GROUP; i += 4, codes += 128, x++) {
         __m256i a[4], b[4];
-        _mm_prefetch((const char *)next, _MM_HINT_T0);
-        if (quarters == 4) _mm_prefetch((const char *)next + step / 2, _MM_HINT_T0);
-        next += step;
+        next = fetch(next, step, quarters);
 #pragma GCC unroll 4
         for (int q = 0; q < quarters; q++) {
             __m256i w = load(codes + 32 * q);
-            a[q] = _mm256_and_si256(w, even);
+            a[q] = _mm256_and_si256(w, low);
             b[q] = _mm256_srli_epi16(w, 8);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            __m256i u = word(x + 32 * r), v = word(x + 32 * r + 16);
-#pragma GCC unroll 4
-            for (int q = 0; q < quarters; q++) add_to(&s[r][q], _mm256_madd_epi16(a[q], u), true);
-#pragma GCC unroll 4
-            for (int q = 0; q < quarters; q++) add_to(&s[r][q], _mm256_madd_epi16(b[q], v), true);
+            __m256i u = word(x + r * SH_Q8_GROUP / 2), v = word(x + r * SH_Q8_GROUP / 2 + SH_Q8_GROUP / 4);
+#pragma GCC unroll 8
+            for (int q = 0; q < 2 * quarters; q++) {
+                __m256i *to = &s[r][q % quarters];
+                *to = _mm256_add_epi32(*to, q < quarters ? _mm256_madd_epi16(a[q], u)
+                                                         : _mm256_madd_epi16(b[q - quarters], v));
+                settle(to);
+            }
         }
     }
 }
 
 SH_INLINE void sums_q4(const uint8_t *codes, const uint32_t *x, int rows, int quarters, const uint8_t *next,
                        size_t step, __m256i s[TILE_ROWS][4]) {
-    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
     for (int i = 0; i < SH_Q4_GROUP; i += 8, codes += 128, x += 2) {
         __m256i a[4], b[4];
-        _mm_prefetch((const char *)next, _MM_HINT_T0);
-        if (quarters == 4) _mm_prefetch((const char *)next + step / 2, _MM_HINT_T0);
-        next += step;
+        next = fetch(next, step, quarters);
 #pragma GCC unroll 4
         for (int q = 0; q < quarters; q++) {
             __m256i w = load(codes + 32 * q);
@@ -111,20 +113,16 @@ SH_INLINE void sums_q4(const uint8_t *codes, const uint32_t *x, int rows, int qu
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            __m256i u = word(x + 8 * r), v = word(x + 8 * r + 1);
-#pragma GCC unroll 4
-            for (int q = 0; q < quarters; q++) {
-                __m256i p = _mm256_maddubs_epi16(a[q], u);
-                if (i)
-                    add_to(&s[r][q], p, false);
-                else
-                    s[r][q] = p;
+            __m256i u = word(x + r * SH_Q4_GROUP / 4), v = word(x + r * SH_Q4_GROUP / 4 + 1);
+#pragma GCC unroll 8
+            for (int q = 0; q < 2 * quarters; q++) {
+                __m256i *to = &s[r][q % quarters];
+                *to = _mm256_add_epi16(*to, q < quarters ? _mm256_maddubs_epi16(a[q], u)
+                                                         : _mm256_maddubs_epi16(b[q - quarters], v));
+                settle(to);
             }
-#pragma GCC unroll 4
-            for (int q = 0; q < quarters; q++) add_to(&s[r][q], _mm256_maddubs_epi16(b[q], v), false);
         }
     }
-    const __m256i one = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
@@ -132,66 +130,64 @@ SH_INLINE void sums_q4(const uint8_t *codes, const uint32_t *x, int rows, int qu
     }
 }
 
-/* `quarters` quarters of a panel over some groups; the float sums lie in memory, the integer sums of a group need the
- * registers. */
+/* ---- a tile -------------------------------------------------------------------------------------------------------
+ */
+
+/* A chunk of groups for some quarters of a panel. The float sums lie in memory: the integer sums need the registers. */
 typedef struct part {
-    const uint8_t *block, *codes, *next; /* scales and codes of these quarters; what to fetch meanwhile */
+    const uint8_t *scales, *codes, *next;
     size_t step;
     const uint32_t *x;
     const float *scale;
     const int32_t *sum;
-    size_t groups, n; /* groups of a row of x; of this part */
+    size_t groups, n; /* groups: from row to row of scale and sum */
     float *acc;       /* [rows, SH_PANEL] */
 } part;
 
 SH_INLINE void run_part(sh_wtype t, const part *j, int rows, int quarters) {
-    const uint8_t *block = j->block, *codes = j->codes, *next = j->next;
+    const uint8_t *next = j->next;
     const uint32_t *x = j->x;
-    __m256 kept[4];
+    __m256 only[4]; /* of a single row, whose sums do fit in registers */
 #pragma GCC unroll 4
-    for (int q = 0; q < quarters; q++) kept[q] = _mm256_loadu_ps(j->acc + 8 * q);
+    for (int q = 0; q < quarters; q++) only[q] = _mm256_loadu_ps(j->acc + 8 * q);
     for (size_t g = 0; g < j->n; g++) {
+        const uint8_t *codes = j->codes + g * sh_wtype_block(t), *scales = j->scales + g * sh_wtype_block(t);
         __m256i s[TILE_ROWS][4];
-        if (t == SH_W_Q8) {
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-                for (int q = 0; q < quarters; q++) s[r][q] = _mm256_setzero_si256();
-            }
-            sums_q8(codes, x, rows, quarters, next, j->step, s);
-        } else {
-            sums_q4(codes, x, rows, quarters, next, j->step, s);
-        }
         __m256 d[4];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows * quarters; i++) s[i / quarters][i % quarters] = _mm256_setzero_si256();
+        if (t == SH_W_Q8)
+            sums_q8(codes, x, rows, quarters, next, j->step, s);
+        else
+            sums_q4(codes, x, rows, quarters, next, j->step, s);
 #pragma GCC unroll 4
         for (int q = 0; q < quarters; q++)
-            d[q] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(block + 16 * q)));
+            d[q] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(scales + 16 * q)));
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             size_t at = (size_t)r * j->groups + g;
-            __m256i zero = _mm256_slli_epi32(_mm256_set1_epi32(j->sum[at]), t == SH_W_Q8 ? 7 : 3);
+            __m256i zero = _mm256_slli_epi32(_mm256_set1_epi32(j->sum[at]), t == SH_W_Q8 ? 7 : 3); /* · 128, · 8 */
             __m256 e = _mm256_set1_ps(j->scale[at]);
 #pragma GCC unroll 4
             for (int q = 0; q < quarters; q++) {
                 float *acc = j->acc + r * SH_PANEL + 8 * q;
-                __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(s[r][q], zero));
+                __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(s[r][q], zero)), de = _mm256_mul_ps(d[q], e);
                 if (rows == 1)
-                    kept[q] = _mm256_fmadd_ps(v, _mm256_mul_ps(d[q], e), kept[q]);
+                    only[q] = _mm256_fmadd_ps(v, de, only[q]);
                 else
-                    _mm256_storeu_ps(acc, _mm256_fmadd_ps(v, _mm256_mul_ps(d[q], e), _mm256_loadu_ps(acc)));
+                    _mm256_storeu_ps(acc, _mm256_fmadd_ps(v, de, _mm256_loadu_ps(acc)));
             }
         }
-        block += sh_wtype_block(t);
-        codes += sh_wtype_block(t);
         next += j->step * (size_t)(t == SH_W_Q8 ? SH_Q8_GROUP / 4 : SH_Q4_GROUP / 8);
-        x += sh_wtype_group(t) / 4 * walk_words(t) * rows;
+        x += group_words(t) * (size_t)rows;
     }
 #pragma GCC unroll 4
-    for (int q = 0; q < quarters && rows == 1; q++) _mm256_storeu_ps(j->acc + 8 * q, kept[q]);
+    for (int q = 0; q < quarters && rows == 1; q++) _mm256_storeu_ps(j->acc + 8 * q, only[q]);
 }
 
-#define PARTS(t)                                                                                                       \
-    static __attribute__((noinline)) void parts_##t(const part *j, int rows) {                                         \
+/* Functions of their own, so that nothing else wants their registers. One or two rows take all of a panel. */
+#define RUN_ROWS(name, t)                                                                                              \
+    static __attribute__((noinline)) void name(const part *j, int rows) {                                              \
         switch (rows) {                                                                                                \
         case 1:                                                                                                        \
             run_part(t, j, 1, 4);                                                                                      \
@@ -207,50 +203,45 @@ SH_INLINE void run_part(sh_wtype t, const part *j, int rows, int quarters) {
             break;                                                                                                     \
         }                                                                                                              \
     }
-PARTS(SH_W_Q8)
-PARTS(SH_W_Q4)
+RUN_ROWS(run_q8, SH_W_Q8)
+RUN_ROWS(run_q4, SH_W_Q4)
+#undef RUN_ROWS
 
-#define AHEAD 2048 /* bytes */
-#define CHUNK 256 /* inputs */
-static void walk_tile(sh_wtype t, const tile *j, int rows, int panels) {
-    float acc[2][TILE_ROWS * SH_PANEL] __attribute__((aligned(32)));
-    for (int i = 0; i < panels; i++)
-        for (int r = 0; r < rows; r++)
-            for (int q = 0; q < 4; q++)
-                _mm256_store_ps(acc[i] + r * SH_PANEL + 8 * q,
-                                j->g0 ? _mm256_maskload_ps(j->y + (size_t)r * j->ldy + 32 * i + 8 * q,
-                                                           lanes8(j->outputs - 32 * i - 8 * q))
-                                      : _mm256_setzero_ps());
-    const int quarters = rows <= 2 ? 4 : 2;
-    const size_t halves = 4 / (size_t)quarters, bytes = sh_wtype_block(t), size = (size_t)sh_wtype_group(t);
-    const size_t chunk = CHUNK / size, shares = halves * j->tiles;
-    for (size_t g = j->g0; g < j->g1; g += chunk) {
-        size_t n = g + chunk < j->g1 ? chunk : j->g1 - g, at = (g - j->g0) * bytes;
-        for (int i = 0; i < panels; i++)
-            for (size_t h = 0; h < halves; h++) {
-                const uint8_t *block = j->block + (size_t)i * j->stride + at;
-                part k = {.block = block + 32 * h,
-                          .codes = block + 2 * SH_PANEL + 64 * h,
-                          .next = (j->tiles > 1 ? j->next + at : block + (halves > 1 ? n * bytes : AHEAD)) +
-                                  n * bytes * (j->index * halves + h) / shares,
-                          .step = 128 / shares,
-                          .x = j->x + (g - j->g0) * (size_t)(sh_wtype_group(t) / 4 * walk_words(t) * rows),
-                          .scale = j->scale + g,
-                          .sum = j->sum + g,
-                          .groups = j->groups,
-                          .n = n,
-                          .acc = acc[i] + 16 * h};
-                t == SH_W_Q8 ? parts_SH_W_Q8(&k, rows) : parts_SH_W_Q4(&k, rows);
-            }
+/* Groups [g, g + n) of a tile, one half of the panel after the other where there are `halves`. */
+static void run_chunk(sh_wtype t, const tile *j, size_t g, size_t n, int rows, size_t halves, float *acc) {
+    size_t at = (g - j->g0) * sh_wtype_block(t), bytes = n * sh_wtype_block(t), shares = j->shares * halves;
+    const uint8_t *block = j->block + at, *next = j->next + at;
+    if (j->shares == 1 && halves > 1) next = block + bytes; /* nearer would be too late for the other half */
+    for (size_t h = 0; h < halves; h++) {
+        part k = {.scales = block + 32 * h,
+                  .codes = block + 2 * SH_PANEL + 64 * h,
+                  .next = next + bytes * (j->share * halves + h) / shares,
+                  .step = 128 / shares,
+                  .x = j->x + (g - j->g0) * group_words(t) * (size_t)rows,
+                  .scale = j->scale + g,
+                  .sum = j->sum + g,
+                  .groups = j->groups,
+                  .n = n,
+                  .acc = acc + 16 * h};
+        if (t == SH_W_Q8)
+            run_q8(&k, rows);
+        else
+            run_q4(&k, rows);
     }
-    for (int i = 0; i < panels; i++)
-        for (int r = 0; r < rows; r++)
-            for (int q = 0; q < 4; q++)
-                _mm256_maskstore_ps(j->y + (size_t)r * j->ldy + 32 * i + 8 * q, lanes8(j->outputs - 32 * i - 8 * q),
-                                    _mm256_load_ps(acc[i] + r * SH_PANEL + 8 * q));
 }
 
-#include "model/kernels/quant_walk.h"
+static void walk_tile(sh_wtype t, const tile *j, int rows) {
+    float acc[TILE_ROWS * SH_PANEL] __attribute__((aligned(32))) = {0};
+    size_t chunk = CHUNK_INPUTS / (size_t)sh_wtype_group(t), halves = rows > 2 ? 2 : 1;
+    for (int i = 0; i < 4 * rows && j->g0; i++)
+        _mm256_store_ps(acc + 8 * i, _mm256_maskload_ps(j->y + (size_t)(i / 4) * j->ldy + i % 4 * 8,
+                                                        lanes8(j->outputs - i % 4 * 8)));
+    for (size_t g = j->g0; g < j->g1; g += chunk)
+        run_chunk(t, j, g, g + chunk < j->g1 ? chunk : j->g1 - g, rows, halves, acc);
+    for (int i = 0; i < 4 * rows; i++)
+        _mm256_maskstore_ps(j->y + (size_t)(i / 4) * j->ldy + i % 4 * 8, lanes8(j->outputs - i % 4 * 8),
+                            _mm256_load_ps(acc + 8 * i));
+}
 
 /* ---- activations ------------------------------------------------------------------------------------------------- */
 
