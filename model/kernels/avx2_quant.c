@@ -136,7 +136,7 @@ SH_INLINE void sums_q4(const uint8_t *codes, const uint32_t *x, int rows, int qu
 /* A chunk of groups for some quarters of a panel. The float sums lie in memory: the integer sums need the registers. */
 typedef struct part {
     const uint8_t *scales, *codes, *next;
-    size_t step;
+    size_t shares; /* of what is next */
     const uint32_t *x;
     const float *scale;
     const int32_t *sum;
@@ -145,6 +145,7 @@ typedef struct part {
 } part;
 
 SH_INLINE void run_part(sh_wtype t, const part *j, int rows, int quarters) {
+    const size_t step = 128 / j->shares;
     const uint8_t *next = j->next;
     const uint32_t *x = j->x;
     __m256 only[4]; /* of a single row, whose sums do fit in registers */
@@ -157,9 +158,9 @@ SH_INLINE void run_part(sh_wtype t, const part *j, int rows, int quarters) {
 #pragma GCC unroll 16
         for (int i = 0; i < rows * quarters; i++) s[i / quarters][i % quarters] = _mm256_setzero_si256();
         if (t == SH_W_Q8)
-            sums_q8(codes, x, rows, quarters, next, j->step, s);
+            sums_q8(codes, x, rows, quarters, next, step, s);
         else
-            sums_q4(codes, x, rows, quarters, next, j->step, s);
+            sums_q4(codes, x, rows, quarters, next, step, s);
 #pragma GCC unroll 4
         for (int q = 0; q < quarters; q++)
             d[q] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(scales + 16 * q)));
@@ -178,7 +179,7 @@ SH_INLINE void run_part(sh_wtype t, const part *j, int rows, int quarters) {
                     _mm256_storeu_ps(acc, _mm256_fmadd_ps(v, de, _mm256_loadu_ps(acc)));
             }
         }
-        next += j->step * (size_t)(t == SH_W_Q8 ? SH_Q8_GROUP / 4 : SH_Q4_GROUP / 8);
+        next += sh_wtype_block(t) / j->shares;
         x += group_words(t) * (size_t)rows;
     }
 #pragma GCC unroll 4
@@ -216,7 +217,7 @@ static void run_chunk(sh_wtype t, const tile *j, size_t g, size_t n, int rows, s
         part k = {.scales = block + 32 * h,
                   .codes = block + 2 * SH_PANEL + 64 * h,
                   .next = next + bytes * (j->share * halves + h) / shares,
-                  .step = 128 / shares,
+                  .shares = shares,
                   .x = j->x + (g - j->g0) * group_words(t) * (size_t)rows,
                   .scale = j->scale + g,
                   .sum = j->sum + g,
