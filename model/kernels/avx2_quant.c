@@ -16,7 +16,7 @@
 
 #define TILE_ROWS    4 /* eight integer sums; four registers of codes, constants, a row's codes, a product */
 #define WALK_WORDS   2
-#define CHUNK_INPUTS 256 /* that pass for one half of a panel before they do for the other */
+#define CHUNK_INPUTS 256 /* of a single tile that pass for one half of a panel before they do for the other */
 #include "model/kernels/quant_walk.h"
 
 SH_INLINE __m256i load(const void *p) {
@@ -41,14 +41,14 @@ SH_INLINE void settle(__m256i *s) {
 }
 
 /* Words of a group of a row: in q8 all pairs of even inputs, then all of odd ones; in q4 the codes as they are. */
-SH_INLINE size_t group_words(sh_wtype t) {
+static inline size_t walk_words(sh_wtype t) {
     return (size_t)sh_wtype_group(t) / (t == SH_W_Q8 ? 2 : 4);
 }
 
 /* Group by group, in it row by row. */
 static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t g0, size_t g1, uint32_t *to) {
     for (size_t g = g0; g < g1; g++)
-        for (size_t r = r0; r < r0 + (size_t)rows; r++, to += group_words(t)) {
+        for (size_t r = r0; r < r0 + (size_t)rows; r++, to += walk_words(t)) {
             const int8_t *code = x->code + r * x->ld + g * (size_t)sh_wtype_group(t);
             if (t == SH_W_Q4) {
                 store(to, load(code));
@@ -180,7 +180,7 @@ SH_INLINE void run_part(sh_wtype t, const part *j, int rows, int quarters) {
             }
         }
         next += sh_wtype_block(t) / j->shares;
-        x += group_words(t) * (size_t)rows;
+        x += walk_words(t) * (size_t)rows;
     }
 #pragma GCC unroll 4
     for (int q = 0; q < quarters && rows == 1; q++) _mm256_storeu_ps(j->acc + 8 * q, only[q]);
@@ -218,7 +218,7 @@ static void run_chunk(sh_wtype t, const tile *j, size_t g, size_t n, int rows, s
                   .codes = block + 2 * SH_PANEL + 64 * h,
                   .next = next + bytes * (j->share * halves + h) / shares,
                   .shares = shares,
-                  .x = j->x + (g - j->g0) * group_words(t) * (size_t)rows,
+                  .x = j->x + (g - j->g0) * walk_words(t) * (size_t)rows,
                   .scale = j->scale + g,
                   .sum = j->sum + g,
                   .groups = j->groups,
@@ -231,17 +231,29 @@ static void run_chunk(sh_wtype t, const tile *j, size_t g, size_t n, int rows, s
     }
 }
 
+/* The first n (≤ 0: none, ≥ 8: all) of eight outputs; masked stores are slow on some CPUs. */
+SH_INLINE __m256 load8(const float *y, int n) {
+    return n >= 8 ? _mm256_loadu_ps(y) : _mm256_maskload_ps(y, lanes8(n));
+}
+SH_INLINE void store8(float *y, __m256 v, int n) {
+    if (n >= 8)
+        _mm256_storeu_ps(y, v);
+    else if (n > 0)
+        _mm256_maskstore_ps(y, lanes8(n), v);
+}
+
 static void walk_tile(sh_wtype t, const tile *j, int rows) {
-    float acc[TILE_ROWS * SH_PANEL] __attribute__((aligned(32))) = {0};
-    size_t chunk = CHUNK_INPUTS / (size_t)sh_wtype_group(t), halves = rows > 2 ? 2 : 1;
-    for (int i = 0; i < 4 * rows && j->g0; i++)
-        _mm256_store_ps(acc + 8 * i, _mm256_maskload_ps(j->y + (size_t)(i / 4) * j->ldy + i % 4 * 8,
-                                                        lanes8(j->outputs - i % 4 * 8)));
+    float acc[TILE_ROWS * SH_PANEL] __attribute__((aligned(32)));
+    size_t halves = rows > 2 ? 2 : 1;
+    size_t chunk = halves > 1 && j->shares == 1 ? CHUNK_INPUTS / (size_t)sh_wtype_group(t) : j->g1 - j->g0;
+    for (int i = 0; i < 4 * rows; i++) {
+        const float *y = j->y + (size_t)(i / 4) * j->ldy + i % 4 * 8;
+        _mm256_store_ps(acc + 8 * i, j->g0 ? load8(y, j->outputs - i % 4 * 8) : _mm256_setzero_ps());
+    }
     for (size_t g = j->g0; g < j->g1; g += chunk)
         run_chunk(t, j, g, g + chunk < j->g1 ? chunk : j->g1 - g, rows, halves, acc);
     for (int i = 0; i < 4 * rows; i++)
-        _mm256_maskstore_ps(j->y + (size_t)(i / 4) * j->ldy + i % 4 * 8, lanes8(j->outputs - i % 4 * 8),
-                            _mm256_load_ps(acc + 8 * i));
+        store8(j->y + (size_t)(i / 4) * j->ldy + i % 4 * 8, _mm256_load_ps(acc + 8 * i), j->outputs - i % 4 * 8);
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------- */

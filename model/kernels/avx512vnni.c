@@ -18,7 +18,7 @@ static __mmask16 lanes(int n) {
     return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1);
 }
 
-SH_INLINE size_t group_words(sh_wtype t) {
+static inline size_t walk_words(sh_wtype t) {
     return (size_t)sh_wtype_group(t) / 4;
 }
 
@@ -26,7 +26,7 @@ SH_INLINE size_t group_words(sh_wtype t) {
 static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t g0, size_t g1, uint32_t *to) {
     size_t size = (size_t)sh_wtype_group(t);
     for (size_t g = g0; g < g1; g++)
-        for (size_t r = r0; r < r0 + (size_t)rows; r++, to += group_words(t))
+        for (size_t r = r0; r < r0 + (size_t)rows; r++, to += walk_words(t))
             memcpy(to, x->code + r * x->ld + g * size, size);
 }
 
@@ -40,7 +40,7 @@ SH_INLINE void dot(__m512i s[TILE_ROWS][2], int h, __m512i u, const __m512i *x, 
 SH_INLINE void block_sums(sh_wtype t, const uint8_t *codes, const uint32_t *x, int rows, const uint8_t *next,
                           size_t step, __m512i s[TILE_ROWS][2]) {
     const __m512i low = _mm512_set1_epi8(15);
-    const size_t ld = group_words(t);
+    const size_t ld = walk_words(t);
     for (size_t i = 0; i < ld; i += t == SH_W_Q8 ? 1 : 2, codes += 128, next += step) {
         __m512i a = _mm512_loadu_si512(codes), b = _mm512_loadu_si512(codes + 64), v[TILE_ROWS];
         _mm_prefetch((const char *)next, _MM_HINT_T0);
@@ -93,7 +93,7 @@ SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows) {
         }
         block += sh_wtype_block(t);
         next += sh_wtype_block(t) / j->shares;
-        x += group_words(t) * (size_t)rows;
+        x += walk_words(t) * (size_t)rows;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)

@@ -1,20 +1,24 @@
 /*
  * How a product with quantised weights goes through memory: written once, included by avx2_quant.c and avx512vnni.c,
  * each compiled with its own flags. Not here: the arithmetic. The includer defines TILE_ROWS, the most rows of a tile,
- * and WALK_WORDS before, and walk_pack and walk_tile behind.
+ * and WALK_WORDS, the most words that four inputs of a row become, before it, and the functions declared below.
  *
- * A block is some inputs of some panels. Rows are packed a block at a time and lie near; a block of a panel comes from
- * memory once for all packed rows, and while tiles work on it, each fetches its share of the next panel's: so reading
- * and arithmetic overlap. Up to TILE_ROWS rows are one tile, which fetches ahead in its own panel.
+ * Up to WALK_ROWS rows are packed for a run of inputs. Panel after panel, the run is cut into blocks that stay in L1
+ * while the rows' tiles pass; each tile fetches its share of the next block, so that reading and arithmetic overlap,
+ * and memory is read as one stream. Up to TILE_ROWS rows are a single tile over the whole run, which fetches ahead of
+ * itself. More rows than WALK_ROWS take turns with runs and panels that stay in L2.
  */
 #ifndef SH_MODEL_KERNELS_QUANT_WALK_H
 #define SH_MODEL_KERNELS_QUANT_WALK_H
 
+#include <stdbool.h>
 #include "model/kernels/kernels.h"
 
 #define WALK_ROWS   16    /* packed at a time */
-#define WALK_INPUTS 16384 /* packed at a time, of all these rows together */
-#define WALK_PANELS 16    /* whose block stays in L2 while more rows than that pass */
+#define WALK_PACKED 65536 /* inputs of a run, of all packed rows together */
+#define WALK_RUN    1024  /* inputs of a run for more rows; 16 panels of it are about 0.5 MiB in q8 */
+#define WALK_PANELS 16
+#define WALK_BLOCK  16384 /* bytes of codes */
 #define WALK_AHEAD  2048  /* bytes */
 
 /* What a tile works on: groups [g0, g1) of one panel; the sums wait in y between blocks. */
@@ -31,21 +35,23 @@ typedef struct tile {
     int outputs; /* of the panel that exist, if less than 32 */
 } tile;
 
-/* Rows [r0, r0 + rows) of the groups [g0, g1), WALK_WORDS words of 32 bits for each four inputs. */
+/* Words of a packed group of a row. */
+static size_t walk_words(sh_wtype t);
+/* Packs rows [r0, r0 + rows) of the groups [g0, g1): group by group, in it row by row. */
 static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t g0, size_t g1, uint32_t *to);
 static void walk_tile(sh_wtype t, const tile *j, int rows);
 
-/* Rows of a product and the groups [g0, g1) of a block. */
+/* Some rows of a product and the groups [g0, g1) of a run. */
 typedef struct walk {
     const sh_wmat *w;
     const sh_qrows *x;
     int r0, rows, tiles;
     float *y;
-    size_t ldy, g0, g1, words; /* words: of a packed row */
-    uint32_t *packed;
+    size_t ldy, g0, g1;
+    uint32_t *packed; /* tile after tile */
 } walk;
 
-static inline int walk_min(int a, int b) {
+static inline size_t walk_min(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
@@ -54,48 +60,59 @@ static inline int walk_first(const walk *j, int t) {
     return (int)((long)j->rows * t / j->tiles);
 }
 
-static void walk_rows(const walk *j) {
-    for (int t = 0; t < j->tiles; t++) {
-        int a = walk_first(j, t);
-        walk_pack(j->w->type, j->x, (size_t)(j->r0 + a), walk_first(j, t + 1) - a, j->g0, j->g1,
-                  j->packed + (size_t)a * j->words);
-    }
+static inline uint32_t *walk_packed(const walk *j, int row) {
+    return j->packed + (size_t)row * (j->g1 - j->g0) * walk_words(j->w->type);
 }
 
-static void walk_panel(const walk *j, int p) {
+/* Groups [g0, g1) of panel p, all tiles. */
+static void walk_block(const walk *j, int p, size_t g0, size_t g1) {
     const sh_wmat *w = j->w;
-    size_t panel = (size_t)sh_wtype_groups(w->type, w->k) * sh_wtype_block(w->type);
-    const uint8_t *block = (const uint8_t *)w->data + (size_t)p * panel + j->g0 * sh_wtype_block(w->type);
+    size_t bytes = sh_wtype_block(w->type), panel = (size_t)sh_wtype_groups(w->type, w->k) * bytes;
+    const uint8_t *block = (const uint8_t *)w->data + (size_t)p * panel + g0 * bytes;
+    size_t hop = j->tiles == 1 ? WALK_AHEAD : g1 < j->g1 ? (g1 - g0) * bytes : panel - (g0 - j->g0) * bytes;
     for (int t = 0; t < j->tiles; t++) {
-        int a = walk_first(j, t);
+        int a = walk_first(j, t), rows = walk_first(j, t + 1) - a;
         size_t row = (size_t)(j->r0 + a);
         tile i = {.block = block,
-                  .next = block + (j->tiles > 1 ? panel : WALK_AHEAD),
+                  .next = block + hop,
                   .share = (size_t)t,
                   .shares = (size_t)j->tiles,
-                  .x = j->packed + (size_t)a * j->words,
+                  .x = walk_packed(j, a) + (g0 - j->g0) * (size_t)rows * walk_words(w->type),
                   .scale = j->x->scale + row * j->x->groups,
                   .sum = j->x->sum + row * j->x->groups,
                   .groups = j->x->groups,
-                  .g0 = j->g0,
-                  .g1 = j->g1,
+                  .g0 = g0,
+                  .g1 = g1,
                   .y = j->y + (size_t)a * j->ldy + (size_t)p * SH_PANEL,
                   .ldy = j->ldy,
                   .outputs = w->n - p * SH_PANEL};
-        walk_tile(w->type, &i, walk_first(j, t + 1) - a);
+        walk_tile(w->type, &i, rows);
     }
+}
+
+/* Panels [p0, p1) of a run. */
+static void walk_run(const walk *j, int p0, int p1) {
+    size_t block = j->tiles == 1 ? j->g1 - j->g0 : WALK_BLOCK / (sh_wtype_block(j->w->type) - 2 * SH_PANEL);
+    for (int t = 0; t < j->tiles; t++) {
+        int a = walk_first(j, t);
+        walk_pack(j->w->type, j->x, (size_t)(j->r0 + a), walk_first(j, t + 1) - a, j->g0, j->g1, walk_packed(j, a));
+    }
+    for (int p = p0; p < p1; p++)
+        for (size_t g = j->g0; g < j->g1; g += block) walk_block(j, p, g, walk_min(g + block, j->g1));
 }
 
 /* gemm_q of kernels.h. */
 static void walk_gemm(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, float *y, size_t ldy) {
-    uint32_t packed[WALK_INPUTS / 4 * WALK_WORDS] __attribute__((aligned(64)));
+    uint32_t packed[WALK_PACKED / 4 * WALK_WORDS] __attribute__((aligned(64)));
     if (m <= 0) return;
-    int groups = sh_wtype_groups(w->type, w->k), size = sh_wtype_group(w->type);
-    int step = WALK_INPUTS / walk_min(m, WALK_ROWS) / size, panels = m > WALK_ROWS ? WALK_PANELS : p1 - p0;
+    bool many = m > WALK_ROWS;
+    size_t groups = (size_t)sh_wtype_groups(w->type, w->k);
+    size_t run = (size_t)((many ? WALK_RUN : WALK_PACKED / m) / sh_wtype_group(w->type));
+    int panels = many ? WALK_PANELS : p1 - p0;
     for (int p = p0; p < p1; p += panels)
-        for (int g = 0; g < groups; g += step)
+        for (size_t g = 0; g < groups; g += run)
             for (int r = 0; r < m; r += WALK_ROWS) {
-                int n = walk_min(step, groups - g), rows = walk_min(WALK_ROWS, m - r);
+                int rows = m - r < WALK_ROWS ? m - r : WALK_ROWS;
                 walk j = {.w = w,
                           .x = x,
                           .r0 = r0 + r,
@@ -103,12 +120,10 @@ static void walk_gemm(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r
                           .tiles = (rows + TILE_ROWS - 1) / TILE_ROWS,
                           .y = y + (size_t)r * ldy,
                           .ldy = ldy,
-                          .g0 = (size_t)g,
-                          .g1 = (size_t)(g + n),
-                          .words = (size_t)(n * size / 4 * WALK_WORDS),
+                          .g0 = g,
+                          .g1 = walk_min(g + run, groups),
                           .packed = packed};
-                walk_rows(&j);
-                for (int i = p; i < walk_min(p + panels, p1); i++) walk_panel(&j, i);
+                walk_run(&j, p, p1 - p < panels ? p1 : p + panels);
             }
 }
 

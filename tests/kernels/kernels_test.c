@@ -18,8 +18,9 @@
 #include "model/ceiling.h"
 #include "model/linear.h"
 
-#define ROUNDS 60
-#define BORDER 24 /* floats of pattern before and after an output */
+#define ROUNDS     60
+#define FEW_ROUNDS 8
+#define BORDER     24 /* floats of pattern before and after an output */
 
 /* ---- random numbers and guarded memory --------------------------------------------------------------------------- */
 
@@ -146,14 +147,59 @@ static sh_qrows quantized(sh_wtype t, const float *x, int k, int m) {
     return q;
 }
 
-static void case_gemm_q(const sh_kernels *kn) {
-    sh_wtype t = rnd() % 2 ? SH_W_Q8 : SH_W_Q4;
-    int n = upto(150), k = rnd() % 3 ? upto(300) : upto(2500), m = (int)(rnd() % 20), r0 = (int)(rnd() % 3);
+/* Any codes, the ends of their ranges above all, and any finite scales: nothing may saturate on the way. */
+static void extreme_codes(sh_wmat *w, sh_qrows *q, int m) {
+    uint8_t *d = (uint8_t *)(uintptr_t)w->data;
+    size_t bytes = sh_wmat_bytes(w->type, w->n, w->k), block = sh_wtype_block(w->type);
+    uint8_t of[] = {0, 255, (uint8_t)rnd(), (uint8_t)rnd()};
+    int8_t xs[] = {127, -127, -128, (int8_t)rnd()};
+    uint32_t kinds = 1 + rnd() % 4; /* 1: all alike, the largest sums */
+    for (size_t i = 0; i < bytes; i++) {
+        bool scale = i % block < 2 * SH_PANEL;
+        d[i] = scale ? (i % 2 ? rnd() & 0xbb : rnd()) & 0xff : of[rnd() % kinds];
+    }
+    for (size_t r = 0; r < (size_t)m; r++)
+        for (size_t g = 0; g < q->groups; g++) {
+            int size = sh_wtype_group(w->type);
+            int8_t *code = q->code + r * q->ld + g * (size_t)size;
+            int32_t *sum = q->sum + r * q->groups + g;
+            *sum = 0;
+            for (int i = 0; i < size; i++) *sum += code[i] = xs[rnd() % kinds];
+        }
+}
+
+static void run_gemm_q(const sh_kernels *kn, sh_wtype t, int n, int k, int m) {
+    int r0 = (int)(rnd() % 3);
     sh_wmat w = random_quant(t, n, k);
     int panels = sh_wmat_panels(n), p0 = (int)(rnd() % (uint32_t)panels), p1 = p0 + upto(panels - p0);
     int ldy = n + (int)(rnd() % 9);
     sh_qrows q = quantized(t, floats((r0 + m + 1) * k, 3), k, r0 + m + 1);
+    if (rnd() % 3 == 0) extreme_codes(&w, &q, r0 + m + 1);
     kn->gemm_q(&w, p0, p1, &q, r0, m, output((m ? m - 1 : 0) * ldy + n), (size_t)ldy);
+}
+
+static sh_wtype random_type(void) {
+    return rnd() % 2 ? SH_W_Q8 : SH_W_Q4;
+}
+
+static void case_gemm_q(const sh_kernels *kn) {
+    sh_wtype t = random_type();
+    int n = upto(150), k = rnd() % 3 ? upto(300) : upto(2500), m = (int)(rnd() % 20);
+    run_gemm_q(kn, t, n, k, m);
+}
+
+/* More rows and panels than one block of any level, several runs of inputs. */
+static void case_gemm_q_wide(const sh_kernels *kn) {
+    sh_wtype t = random_type();
+    int n = 32 * 26 + upto(64), k = 1024 + upto(1500), m = 12 + upto(40);
+    run_gemm_q(kn, t, n, k, m);
+}
+
+/* Few rows, more inputs than are packed at once. */
+static void case_gemm_q_long(const sh_kernels *kn) {
+    sh_wtype t = random_type();
+    int m = upto(9), k = 65536 / m + upto(700), n = upto(70);
+    run_gemm_q(kn, t, n, k, m);
 }
 
 static void case_quant_group(const sh_kernels *kn) {
@@ -321,6 +367,8 @@ static const struct {
     {"gemm", case_gemm},
     {"gemm, wide", case_gemm_wide},
     {"gemm_q", case_gemm_q},
+    {"gemm_q, wide", case_gemm_q_wide},
+    {"gemm_q, long", case_gemm_q_long},
     {"quantize", case_quantize},
     {"quant_q8, quant_q4", case_quant_group},
     {"rmsnorm", case_rmsnorm},
@@ -390,7 +438,7 @@ static void test_levels_equal_ref(void) {
         for (int c = 0; c < (int)(sizeof cases / sizeof *cases); c++) {
             bool sums = strncmp(cases[c].name, "gemm", 4) == 0;
             if (sums && strcmp(kn->isa, "blas") == 0) continue;
-            int rounds = strcmp(cases[c].name, "gemm, wide") == 0 ? 3 : ROUNDS;
+            int rounds = strchr(cases[c].name, ',') && sums ? FEW_ROUNDS : ROUNDS; /* the large ones */
             for (int i = 0; i < rounds; i++) {
                 bool is = same_as_ref(kn, ref, c, 0x9e3779b97f4a7c15u * (uint64_t)(i + 1) + (uint64_t)c);
                 CU_ASSERT(is);
