@@ -222,12 +222,19 @@ static void put_block(FILE *f, const float *x, uint32_t type) {
     put(f, out, type == Q8_0 ? 32 : 16);
 }
 
+/* To bf16, as the checkpoints are that llama.cpp converts. */
+static float rounded(float x) {
+    uint32_t u = (uint32_t)bf16(x) << 16;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
 static void put_tensor(FILE *f, const tensor *t, const gguf_type *matrices) {
     uint32_t type = type_of(t, matrices)->type;
     float x[32];
     for (size_t at = 0, n = items(t); at < n; at += 32) {
         int m = n - at < 32 ? (int)(n - at) : 32;
-        for (int i = 0; i < m; i++) x[i] = t->mean + t->scale * noise();
+        for (int i = 0; i < m; i++) x[i] = rounded(t->mean + t->scale * noise());
         if (type == Q8_0 || type == Q4_0)
             put_block(f, x, type);
         else if (type == F32)
