@@ -309,6 +309,29 @@ static void case_scores(const sh_kernels *kn) {
     kn->scores(output((rows - 1) * lds + keys), (size_t)lds, q, (size_t)ldq, rows, k, keys, hd);
 }
 
+static const uint16_t *bf16s(int n) {
+    uint16_t *x = guarded((size_t)n * sizeof *x);
+    uint32_t size = rnd() % 8 ? 0x3e00 : 0; /* now and then denormal */
+    for (int i = 0; i < n; i++) x[i] = (uint16_t)((rnd() & 0x80ff) | size);
+    return x;
+}
+
+static void case_scores_bf16(const sh_kernels *kn) {
+    int hd = rnd() % 4 ? upto(90) : 256, rows = upto(5), keys = upto(50);
+    int ldq = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
+    const float *q = floats((rows - 1) * ldq + hd, 2);
+    kn->scores_bf16(output((rows - 1) * lds + keys), (size_t)lds, q, (size_t)ldq, rows, bf16s(keys * hd), keys, hd);
+}
+
+static void case_add_weighted_bf16(const sh_kernels *kn) {
+    int hd = upto(150), rows = upto(5), keys = upto(60), ldo = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
+    const float *p = floats((rows - 1) * lds + keys, 1);
+    float *o = output((rows - 1) * ldo + hd);
+    for (int r = 0; r < rows; r++)
+        for (int d = 0; d < hd; d++) o[r * ldo + d] = value(3);
+    kn->add_weighted_bf16(o, (size_t)ldo, p, (size_t)lds, rows, bf16s(keys * hd), keys, hd);
+}
+
 static void fill_scores(float *s, int n) {
     float size = rnd() % 2 ? 5 : 90;
     for (int i = 0; i < n; i++) s[i] = rnd() % 16 ? value(size) : -INFINITY;
@@ -386,6 +409,8 @@ static const struct {
     {"softmax_part", case_softmax_part},
     {"max_sum_exp", case_max_sum_exp},
     {"weighted_sum", case_weighted_sum},
+    {"scores_bf16", case_scores_bf16},
+    {"add_weighted_bf16", case_add_weighted_bf16},
     {"merge", case_merge},
     {"exp", case_exp},
     {"sincos", case_sincos},
@@ -648,6 +673,30 @@ static void test_attention_meaning(void) {
     for (int i = 0; i < HD; i++) CU_ASSERT(fabs((double)o[i] / (double)l - want[i] / sum) < 1e-5);
 }
 
+/* Keys and values as they are stored give what they give when widened, in one go or in pieces. */
+static void test_attention_in_place(void) {
+    enum { HD = 52, KEYS = 41, ROWS = 3, FIRST = 17 };
+    float q[ROWS * HD], wide[KEYS * HD], s[ROWS * KEYS], s2[ROWS * KEYS], o[ROWS * HD], o2[ROWS * HD] = {0};
+    seed = 11;
+    for (int i = 0; i < ROWS * HD; i++) q[i] = value(1);
+    const uint16_t *k = bf16s(KEYS * HD);
+    for (const char *const *isa = sh_kernels_levels; *isa; isa++) {
+        const sh_kernels *kn = level(*isa);
+        if (!kn || !kn->scores_bf16 || strcmp(*isa, "blas") == 0) continue;
+        kn->from_bf16(wide, k, KEYS * HD);
+        kn->scores(s, KEYS, q, HD, ROWS, wide, KEYS, HD);
+        kn->scores_bf16(s2, KEYS, q, HD, ROWS, k, FIRST, HD);
+        kn->scores_bf16(s2 + FIRST, KEYS, q, HD, ROWS, k + FIRST * HD, KEYS - FIRST, HD);
+        CU_ASSERT(memcmp(s, s2, sizeof s) == 0);
+        kn->weighted_sum(o, HD, s, KEYS, ROWS, wide, KEYS, HD);
+        memset(o2, 0, sizeof o2);
+        kn->add_weighted_bf16(o2, HD, s, KEYS, ROWS, k, FIRST, HD);
+        kn->add_weighted_bf16(o2, HD, s + FIRST, KEYS, ROWS, k + FIRST * HD, KEYS - FIRST, HD);
+        CU_ASSERT(memcmp(o, o2, sizeof o) == 0);
+    }
+    release_all();
+}
+
 /* Bytes do not depend on threads, on the number of rows, or on whether matrices run together. */
 static void test_linear_invariance(void) {
     enum { N = 150, N2 = 70, K = 333, M = 130 };
@@ -860,6 +909,7 @@ int main(void) {
     CU_add_test(s, "sh_linear, quantised", test_linear_quantized);
     CU_add_test(s, "elementary functions", test_elementary_functions);
     CU_add_test(s, "attention entries", test_attention_meaning);
+    CU_add_test(s, "attention in place", test_attention_in_place);
     CU_add_test(s, "sh_linear invariance", test_linear_invariance);
     CU_add_test(s, "team", test_team);
     CU_add_test(s, "binding", test_binding);
