@@ -182,8 +182,9 @@ SH_INLINE void run_part(sh_wtype t, const part *j, int rows, int quarters) {
         next += sh_wtype_block(t) / j->shares;
         x += walk_words(t) * (size_t)rows;
     }
+    if (rows > 1) return;
 #pragma GCC unroll 4
-    for (int q = 0; q < quarters && rows == 1; q++) _mm256_storeu_ps(j->acc + 8 * q, only[q]);
+    for (int q = 0; q < quarters; q++) _mm256_storeu_ps(j->acc + 8 * q, only[q]);
 }
 
 /* Functions of their own, so that nothing else wants their registers. One or two rows take all of a panel. */
