@@ -270,7 +270,7 @@ int32_t sh_leader_shared(const sh_leader *l, sh_seq *s) {
 int64_t sh_leader_rows_to_go(const sh_leader *l) {
     int64_t n = 0;
     for (int i = 0; i < l->n_running; i++) n += l->running[i]->cap - l->running[i]->pos;
-    for (const sh_seq *s = l->waiting; s; s = s->next) n += s->cap;
+    for (const sh_seq *s = l->waiting; s; s = s->next) n += s->cap - s->prefix.known * SH_PAGE_TOKENS;
     return n;
 }
 
@@ -294,6 +294,7 @@ sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
             SH_FAIL(SH_EMEMORY, "no memory for the page table of a sequence of %d tokens", s->cap);
     }
     if (l->prefill) SH_TRY(sh_prefill_prepare(l->prefill, s));
+    if (l->prefix) (void)sh_prefix_known(l->prefix, s);
     enqueue(l, s);
     *p = NULL;
     *known = false;

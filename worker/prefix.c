@@ -5,7 +5,7 @@
  * holds nobody holds one. Pages of a sequence are given back from its end, so in the lists of idle pages a node lies
  * before those above it: the first one of a list has nothing below it and can go by itself. What several sequences used
  * lies in a list of its own, and so does all that is above it; what falls out of that list goes to the end of the
- * other.
+ * first one.
  */
 #include "worker/prefix.h"
 
@@ -14,7 +14,15 @@
 
 #include "common/hash.h"
 
-enum { NONE = -1, PLAIN = 0, USEFUL = 1, LISTS = 2 };
+enum { NONE = -1 };
+
+/* Idle pages go in this order, of each kind the one that was unused for longest. */
+enum {
+    PLAIN,
+    LIKELY, /* sliding pages before the end of a prompt: somebody may ask it again, or go on from there */
+    USEFUL, /* another than its maker used it, or was seen to want it */
+    LISTS
+};
 
 typedef struct link {
     int32_t before, after; /* nodes; NONE at an end */
@@ -135,22 +143,23 @@ static void list_remove(sh_prefix *p, int k, int32_t x) {
     n->listed[k] = false;
 }
 
-/* A page has lost its last holder. Of what counts as useful no more is kept than half of the pool: the rest has to
- * prove itself again. */
+/* A page has lost its last holder. No list but the first keeps more than half of the pool: the rest has to prove
+ * itself again. */
 static void list_enter(sh_prefix *p, int k, int32_t x) {
+    int which = p->node[x].list[k];
     list_add(p, k, x);
-    int32_t first = p->idle[k][USEFUL].first;
-    if (p->idle[k][USEFUL].n <= p->pool[k].total / 2) return;
+    int32_t first = p->idle[k][which].first;
+    if (which == PLAIN || p->idle[k][which].n <= p->pool[k].total / 2) return;
     list_remove(p, k, first);
     p->node[first].list[k] = PLAIN;
     list_add(p, k, first);
 }
 
-static void make_useful(sh_prefix *p, int k, int32_t x) {
+static void promote(sh_prefix *p, int k, int32_t x, int to) {
     bool listed = p->node[x].listed[k];
-    if (p->node[x].list[k] == USEFUL) return;
+    if (p->node[x].list[k] >= to) return;
     if (listed) list_remove(p, k, x);
-    p->node[x].list[k] = USEFUL;
+    p->node[x].list[k] = (int8_t)to;
     if (listed) list_enter(p, k, x);
 }
 
@@ -209,8 +218,8 @@ static void forget_node(sh_prefix *p, int32_t x) {
  */
 
 static void make_free(sh_prefix *p, sh_kv_kind k) {
-    int32_t x = p->idle[k][PLAIN].first;
-    if (x == NONE) x = p->idle[k][USEFUL].first;
+    int32_t x = NONE;
+    for (int i = 0; i < LISTS && x == NONE; i++) x = p->idle[k][i].first;
     if (x == NONE) return;
     if (k == SH_KV_SLIDING)
         forget_sliding(p, x);
@@ -255,11 +264,12 @@ static bool names_all(const sh_prefix *p, const int32_t *ids) {
     return true;
 }
 
-/* Whether somebody may begin at a border that needs page i: behind the prompt, one page earlier where it would end with
- * a page (its last token is a row), or where it parted from another. */
-static bool is_snapshot(const sh_prefix *p, const sh_seq *s, int32_t i) {
+/* For what page i of sliding layers is kept: somebody may begin where s parted from another, or behind its prompt, one
+ * page earlier where that ends with a page (its last token is a row). */
+static int worth(const sh_prefix *p, const sh_seq *s, int32_t i) {
     int32_t end = s->n_prompt / SH_PAGE_TOKENS, last = (s->n_prompt - 1) / SH_PAGE_TOKENS, parts = s->prefix.parts;
-    return (i >= first_seen(p, last) && i < end) || (i >= first_seen(p, parts) && i < parts);
+    if (i >= first_seen(p, parts) && i < parts) return USEFUL;
+    return i >= first_seen(p, last) && i < end ? LIKELY : PLAIN;
 }
 
 static void record_sliding(sh_prefix *p, const sh_seq *s, int32_t i, int32_t x) {
@@ -271,12 +281,12 @@ static void record_sliding(sh_prefix *p, const sh_seq *s, int32_t i, int32_t x) 
         p->filler[n->sliding] = x;
         sh_pages_keep(&p->pool[SH_KV_SLIDING], n->sliding);
     }
-    if (n->sliding != NONE && is_snapshot(p, s, i)) make_useful(p, SH_KV_SLIDING, x);
+    if (n->sliding != NONE) promote(p, SH_KV_SLIDING, x, worth(p, s, i));
 }
 
 /* Another than its maker uses a node. Nobody does so without using those above it, too. */
-static void note_use(sh_prefix *p, const sh_seq *s, int32_t x) {
-    if (p->node[x].maker != s->id) make_useful(p, SH_KV_GLOBAL, x);
+static void note_use(sh_prefix *p, const sh_seq *s, sh_kv_kind kind, int32_t x) {
+    if (p->node[x].maker != s->id) promote(p, kind, x, USEFUL);
 }
 
 /* The full page i of s becomes the node x, or x is that node already: then its page takes the place of s's own. */
@@ -290,7 +300,7 @@ static sh_status record_global(sh_prefix *p, sh_seq *s, int32_t i, int32_t *x) {
         return SH_OK;
     }
     hold(p, SH_KV_GLOBAL, *x);
-    note_use(p, s, *x);
+    note_use(p, s, SH_KV_GLOBAL, *x);
     SH_TRY(sh_prefix_give(p, SH_KV_GLOBAL, *page));
     *page = *x;
     return SH_OK;
@@ -316,7 +326,7 @@ sh_status sh_prefix_record(sh_prefix *p, sh_seq *s) {
 static void keep_window(sh_prefix *p, int32_t x) {
     int32_t from = first_seen(p, p->node[x].depth);
     for (; x != NONE && p->node[x].depth > from; x = p->node[x].parent)
-        if (p->node[x].sliding != NONE) make_useful(p, SH_KV_SLIDING, x);
+        if (p->node[x].sliding != NONE) promote(p, SH_KV_SLIDING, x, USEFUL);
 }
 
 int32_t sh_prefix_known(sh_prefix *p, sh_seq *s) {
@@ -390,11 +400,12 @@ sh_status sh_prefix_attach(sh_prefix *p, sh_seq *s, int32_t border) {
     for (int32_t i = border, x = up_to(p, q->node, border); i > 0; i--, x = p->node[x].parent) {
         if (p->slides && i > from) {
             hold(p, SH_KV_SLIDING, p->node[x].sliding);
+            note_use(p, s, SH_KV_SLIDING, x);
             sliding->page[i - 1 - from] = p->node[x].sliding;
         }
         if (i <= q->recorded) continue;
         hold(p, SH_KV_GLOBAL, x);
-        note_use(p, s, x);
+        note_use(p, s, SH_KV_GLOBAL, x);
         global->page[i - 1] = x;
     }
     if (p->slides) {
