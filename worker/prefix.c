@@ -322,13 +322,6 @@ sh_status sh_prefix_record(sh_prefix *p, sh_seq *s) {
 /* ---- finding ------------------------------------------------------------------------------------------------------
  */
 
-/* Sliding pages that lead to this border are worth keeping. */
-static void keep_window(sh_prefix *p, int32_t x) {
-    int32_t from = first_seen(p, p->node[x].depth);
-    for (; x != NONE && p->node[x].depth > from; x = p->node[x].parent)
-        if (p->node[x].sliding != NONE) promote(p, SH_KV_SLIDING, x, USEFUL);
-}
-
 int32_t sh_prefix_known(sh_prefix *p, sh_seq *s) {
     sh_seq_prefix *q = &s->prefix;
     int32_t full = s->n_tokens / SH_PAGE_TOKENS;
@@ -343,10 +336,8 @@ int32_t sh_prefix_known(sh_prefix *p, sh_seq *s) {
         q->known++;
     }
     q->serial = q->node == NONE ? 0 : p->node[q->node].serial;
-    if (q->known > 0 && q->known < full && q->known != q->parts && p->node[q->node].below > 0) {
+    if (q->known > 0 && q->known < full && p->node[q->node].below > 0)
         q->parts = q->known; /* others went on otherwise */
-        keep_window(p, q->node);
-    }
     return q->known;
 }
 

@@ -145,6 +145,7 @@ static void test_catching_up(void) {
     }
     CU_ASSERT_EQUAL(at, 992);
     CU_ASSERT_EQUAL(rows, 68);
+    CU_ASSERT_EQUAL(sh_leader_look(w.l).shared, 992);
     CU_ASSERT_EQUAL(sh_leader_look(w.l).free[SH_KV_GLOBAL], 200);
     end(&w);
 }
@@ -228,6 +229,33 @@ static void test_rare_pages(void) {
     end(&w);
 }
 
+/* What several used leaves room for what nobody has used yet. */
+static void test_room_for_new_ones(void) {
+    world w = begin(130, 300, 512);
+    for (int family = 1; family < 20; family++)
+        for (int i = 0; i < 2; i++) (void)run_one(&w, begins_with(family, 320, 400, i), 400);
+    CU_ASSERT_EQUAL(run_one(&w, begins_with(30, 320, 400, 1), 400), 0);
+    CU_ASSERT_EQUAL(run_one(&w, begins_with(31, 320, 400, 1), 400), 0);
+    CU_ASSERT_EQUAL(run_one(&w, begins_with(30, 320, 400, 2), 400), 320);
+    end(&w);
+}
+
+/* Shared pages are there once: more sequences find room. */
+static void test_room(void) {
+    world w = begin(20, 0, 512);
+    add_seq(&w, begins_with(1, 320, 370, 1), 370, 14, false, 0); /* 12 pages */
+    make(&w);
+    CU_ASSERT_EQUAL(sh_leader_look(w.l).running, 1);
+    w.answer[0].finish = SH_FINISH_NONE;
+    apply(&w);
+    for (int i = 2; i < 6; i++) add_seq(&w, begins_with(1, 320, 370, i), 370, 14, false, 0);
+    add_seq(&w, begins_with(2, 320, 370, 1), 370, 14, false, 0);
+    make(&w);
+    CU_ASSERT_EQUAL(sh_leader_look(w.l).running, 5); /* of 2 pages each that are their own */
+    CU_ASSERT_EQUAL(sh_leader_look(w.l).waiting, 1);
+    end(&w);
+}
+
 /* Sliding pages are kept where a prompt ends and where prompts part, the latter from when it is seen. */
 static void test_snapshots(void) {
     world w = begin(2000, 130, 512);
@@ -239,6 +267,11 @@ static void test_snapshots(void) {
                     0); /* page 15, the first of the window, was not */
     flush(&w, 40, &own);
     CU_ASSERT_EQUAL(run_one(&w, begins_with(1, 1000, 1050, 3), 1050), 992);
+    for (int i = 0; i < 2; i++) { /* nothing at all was kept of the first one's */
+        CU_ASSERT_EQUAL(run_one(&w, begins_with(9, 1000, 1050, 1 + i), 1050), 0);
+        flush(&w, 40, &own);
+    }
+    CU_ASSERT_EQUAL(run_one(&w, begins_with(9, 1000, 1050, 3), 1050), 992);
     end(&w);
 }
 
@@ -291,6 +324,8 @@ int main(void) {
     CU_add_test(s, "rows whose logits are wanted", test_logits);
     CU_add_test(s, "pictures", test_pictures);
     CU_add_test(s, "when pages are rare", test_rare_pages);
+    CU_add_test(s, "room for new ones", test_room_for_new_ones);
+    CU_add_test(s, "shared pages take room once", test_room);
     CU_add_test(s, "snapshots of sliding layers", test_snapshots);
     CU_add_test(s, "lanes", test_lanes);
     CU_basic_run_tests();
