@@ -112,7 +112,13 @@ static sh_status find_job(asking *a, const char *text, uint64_t *job) {
 
 static void show(sh_progress *p, const Shoal__JobReply *r) {
     const Shoal__JobCounts *c = r->counts[0];
-    sh_progress_view v = {c->total, c->done, c->errors, c->tokens_in, c->tokens_out, .state = "no group yet"};
+    sh_progress_view v = {c->total,
+                          c->done,
+                          c->errors,
+                          c->tokens_in,
+                          c->tokens_out,
+                          .tokens_shared = sh_closing_shared(r),
+                          .state = "no group yet"};
     for (size_t i = 0; i < r->n_group; i++) {
         if (strcmp(r->group[i]->state, "lost") == 0) continue;
         v.ranks += r->group[i]->ranks;

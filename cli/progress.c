@@ -132,11 +132,12 @@ static void show_words(sh_progress *p, const sh_progress_view *v, double left) {
 }
 
 static void show_json(sh_progress *p, const sh_progress_view *v, double left) {
-    json_t *j = json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:i, s:i, s:s}", "event", "progress", "done",
-                          (json_int_t)v->done, "total", (json_int_t)v->total, "errors", (json_int_t)v->errors,
-                          "tokens_in", (json_int_t)v->tokens_in, "tokens_out", (json_int_t)v->tokens_out,
-                          "tokens_in_per_s", p->rate_in, "tokens_out_per_s", p->rate_out, "seconds_left", left,
-                          "ranks_up", v->ranks_up, "ranks", v->ranks, "state", v->state ? v->state : "");
+    json_t *j =
+        json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:i, s:i, s:s}", "event", "progress", "done",
+                  (json_int_t)v->done, "total", (json_int_t)v->total, "errors", (json_int_t)v->errors, "tokens_in",
+                  (json_int_t)v->tokens_in, "tokens_out", (json_int_t)v->tokens_out, "tokens_shared",
+                  (json_int_t)v->tokens_shared, "tokens_in_per_s", p->rate_in, "tokens_out_per_s", p->rate_out,
+                  "seconds_left", left, "ranks_up", v->ranks_up, "ranks", v->ranks, "state", v->state ? v->state : "");
     char *s = j ? json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(6)) : NULL;
     if (s) put_line(p, s);
     free(s);
@@ -299,6 +300,19 @@ static sh_status expert_line(const sh_closing *c, sh_buf *to) {
         s.travel[1], s.exposed[0], s.travel[0]);
 }
 
+uint64_t sh_closing_shared(const Shoal__JobReply *last) {
+    uint64_t n = 0;
+    for (size_t g = 0; last && g < last->n_group; g++)
+        for (size_t i = 0; i < last->group[g]->n_times; i++) {
+            const ProtobufCBinaryData *b = &last->group[g]->times[i];
+            Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, b->len, b->data);
+            if (!t) continue;
+            n += t->shared_rows;
+            shoal__stage_times__free_unpacked(t, NULL);
+        }
+    return n;
+}
+
 static sh_status closing_words(const sh_closing *c, sh_buf *to) {
     uint64_t rows = 0;
     for (int i = 0; i < c->outcomes->n; i++) rows += c->outcomes->rows[i];
@@ -308,6 +322,10 @@ static sh_status closing_words(const sh_closing *c, sh_buf *to) {
                              outcome_name(c->outcomes->status[i])));
     SH_TRY(sh_buf_printf(to, "\n  tokens     %llu in, %llu out\n", (unsigned long long)c->tokens_in,
                          (unsigned long long)c->tokens_out));
+    uint64_t shared = sh_closing_shared(c->last);
+    if (shared > 0)
+        SH_TRY(sh_buf_printf(to, "  shared     %llu tokens of prompts that began like earlier ones were not computed\n",
+                             (unsigned long long)shared));
     SH_TRY(sh_buf_printf(to, "  wall time  %.1f s, %.1f s of it with the ranks at work\n", c->wall, c->computing));
     double t = c->computing > 0 ? c->computing : c->wall;
     if (t > 0)
@@ -367,6 +385,7 @@ static sh_status closing_json(const sh_closing *c, sh_buf *to) {
     json_object_set_new(j, "requests", outcomes);
     json_object_set_new(j, "tokens_in", json_integer((json_int_t)c->tokens_in));
     json_object_set_new(j, "tokens_out", json_integer((json_int_t)c->tokens_out));
+    json_object_set_new(j, "tokens_shared", json_integer((json_int_t)sh_closing_shared(c->last)));
     json_object_set_new(j, "seconds", json_real(c->wall));
     json_object_set_new(j, "seconds_at_work", json_real(c->computing));
     json_object_set_new(j, "stages", stages);

@@ -19,6 +19,7 @@ extern const char *const sh_progress_styles[]; /* names in that order, NULL at t
 
 typedef struct sh_progress_view {
     uint64_t total, done, errors, tokens_in, tokens_out;
+    uint64_t tokens_shared; /* prompt tokens that groups did not compute since an earlier prompt began alike */
     int ranks, ranks_up;
     const char *state; /* a word for what happens while no rank is ready: "starting", "loading" */
 } sh_progress_view;
@@ -62,6 +63,8 @@ typedef struct sh_closing {
     const struct sh_prediction *predicted;  /* predict.h; NULL: none */
     int ep;                                 /* ranks that divide the experts of a stage; 0 or 1: none */
 } sh_closing;
+/* Prompt tokens that the groups of a reply shared, since each was started. last may be NULL. */
+uint64_t sh_closing_shared(const Shoal__JobReply *last);
 /* The table in words, or as one JSON object. Pure: appends to `to`. */
 sh_status sh_closing_text(const sh_closing *c, bool json, sh_buf *to);
 

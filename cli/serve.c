@@ -105,6 +105,7 @@ int sh_cmd_serve(int argc, char **argv) {
         .tp = o->tp,
         .cp = o->cp,
         .tp_sum = o->tp_reduce_at == 1,
+        .no_prefix_sharing = o->no_prefix_sharing,
         .prefill = o->prefill,
         .mode = sh_options_mode(o),
         .kv = sh_options_kv(o),

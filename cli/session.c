@@ -320,6 +320,7 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     add_number(a, "--kv-memory", o->kv_memory, false);
     if (o->routing) add(a, "--routing", o->routing);
     add_number(a, "--replicate", o->replicate, false);
+    if (o->no_prefix_sharing) add(a, "--no-prefix-sharing", NULL);
     add_number(a, "--seed", o->seed, false);
     add_number(a, "--default-max-tokens", (uint64_t)o->default_max_tokens, false);
     if (o->lenient) add(a, "--lenient", NULL);
@@ -513,6 +514,7 @@ static void show(sh_session *s, bool at_once) {
                           .errors = s->errors,
                           .tokens_in = s->tokens_in,
                           .tokens_out = s->tokens_out,
+                          .tokens_shared = sh_closing_shared(s->last),
                           .ranks = s->o.ranks * s->o.replicas};
     for (int i = 0; i < s->o.replicas; i++) {
         const Shoal__GroupState *g = state_of(s, &s->replica[i]);

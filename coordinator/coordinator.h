@@ -20,6 +20,7 @@ typedef struct sh_coordinator_options {
     const char *cuts;        /* "5,9": first layers of stages 1, 2, … */
     int pp, ep, tp, cp;
     bool tp_sum;
+    bool no_prefix_sharing;
     int prefill;
     sh_mode mode;
     sh_kv_type kv;

@@ -342,6 +342,7 @@ static sh_status make_plan(const sh_dispatch *d, sh_group *g) {
                          .tp = o->tp,
                          .cp = o->cp,
                          .tp_sum = o->tp_sum,
+                         .no_prefix_sharing = o->no_prefix_sharing,
                          .prefill = o->prefill,
                          .cuts = o->cuts,
                          .mode = o->mode,

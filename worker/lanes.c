@@ -57,18 +57,24 @@ void sh_lanes_destroy(sh_lanes **p) {
     *p = NULL;
 }
 
-/* The lane with the fewest rows to compute; of equal ones the first. */
-static int least_loaded(const sh_lanes *l) {
+/* The lane that is done first if it gets s: with the fewest rows to compute, less those of s whose pages it has
+ * already; of equal ones the first. */
+static int least_loaded(const sh_lanes *l, sh_seq *s) {
     int best = 0;
-    for (int i = 1; i < l->n; i++)
-        if (sh_leader_rows_to_go(l->leader[i]) < sh_leader_rows_to_go(l->leader[best])) best = i;
+    int64_t fewest = 0;
+    for (int i = 0; i < l->n; i++) {
+        int64_t rows = sh_leader_rows_to_go(l->leader[i]) - (l->n > 1 ? sh_leader_shared(l->leader[i], s) : 0);
+        if (i > 0 && rows >= fewest) continue;
+        best = i;
+        fewest = rows;
+    }
     return best;
 }
 
 sh_status sh_lanes_add(sh_lanes *l, sh_seq **s, bool *known) {
     for (int i = 0; i < l->n; i++)
         if (sh_leader_knows(l->leader[i], (*s)->key)) return sh_leader_add(l->leader[i], s, known); /* drops it */
-    return sh_leader_add(l->leader[least_loaded(l)], s, known);
+    return sh_leader_add(l->leader[least_loaded(l, *s)], s, known);
 }
 
 void sh_lanes_cancel(sh_lanes *l, uint64_t key) {
@@ -148,6 +154,7 @@ sh_leader_state sh_lanes_look(const sh_lanes *l) {
         sum.pauses += s.pauses;
         sum.prompts_out += s.prompts_out;
         sum.redone += s.redone;
+        sum.shared += s.shared;
         for (int k = 0; k < SH_KV_KINDS; k++) sum.free[k] += s.free[k];
     }
     return sum;

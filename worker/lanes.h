@@ -14,7 +14,7 @@ typedef struct sh_lanes sh_lanes;
 /* o: of one lane, the same for all. n ≥ 1. */
 sh_status sh_lanes_create(const sh_leader_options *o, int n, sh_lanes **out);
 void sh_lanes_destroy(sh_lanes **l);
-/* As sh_leader_add; the lane with the fewest tokens to go gets it. */
+/* As sh_leader_add; the lane with the fewest tokens to go gets it, those not counted that s shares there. */
 sh_status sh_lanes_add(sh_lanes *l, sh_seq **s, bool *known);
 void sh_lanes_cancel(sh_lanes *l, uint64_t key);
 /* Makes a step: *batches [n], borrowed until the next call. *made false: nothing to do now, or enough in flight. */

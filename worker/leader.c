@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "worker/prefill.h"
+#include "worker/prefix.h"
 
 /* A micro-batch on its way round the ring. */
 typedef struct flight {
@@ -28,6 +29,7 @@ struct sh_leader {
     uint64_t *drops; /* [max_seqs] sampler states to end with the next micro-batch */
     int n_drops;
     sh_prefill *prefill; /* NULL: no such stages */
+    sh_prefix *prefix;   /* NULL: sequences share no pages */
     int n_draining;      /* sequences that were stopped while rows of theirs are out: they still hold pages */
 };
 
@@ -72,6 +74,10 @@ void sh_leader_options_model(sh_leader_options *o, const sh_config *c) {
     o->vocab = c->vocab;
     o->window = 0;
     o->kind[SH_KV_GLOBAL] = o->kind[SH_KV_SLIDING] = false;
+    const int placeholder[] = {c->image_id, c->audio_id, c->video_id};
+    o->n_placeholders = 0;
+    for (int i = 0; i < 3; i++)
+        if (placeholder[i] >= 0) o->placeholder[o->n_placeholders++] = placeholder[i];
     for (int i = 0; i < c->n_layers; i++) {
         const sh_layer *l = &c->layer[i];
         o->kind[l->kind] = true;
@@ -114,6 +120,8 @@ static size_t start_room(const sh_leader_options *o) {
 size_t sh_leader_descriptor_bytes(const sh_leader_options *o) {
     size_t seqs = (size_t)o->max_seqs;
     size_t pages = (size_t)o->pages[SH_KV_GLOBAL] * (size_t)members_of(o) + (size_t)o->pages[SH_KV_SLIDING];
+    if (sh_prefix_is_for(o)) /* each may name the same ones; of the sliding ones each has paid for its own */
+        pages += (seqs - 1) * (size_t)min32(o->pages[SH_KV_GLOBAL], pages_for(o->max_context));
     if (o->prefill > 0) {
         pages += (size_t)o->prefill_pages[SH_KV_GLOBAL] + (size_t)o->prefill_pages[SH_KV_SLIDING];
         seqs *= 2; /* a hand-off takes less than a span */
@@ -161,6 +169,7 @@ static sh_status allocate(sh_leader *l) {
         ok = l->flights[i].seq && l->flights[i].sampled;
     }
     if (!ok) SH_FAIL(SH_EMEMORY, "no memory for the schedule of %d sequences", l->o.max_seqs);
+    if (sh_prefix_is_for(&l->o)) SH_TRY(sh_prefix_create(&l->o, l->pool, &l->prefix));
     return l->o.prefill > 0 ? sh_prefill_create(&l->o, &l->prefill) : SH_OK;
 }
 
@@ -201,6 +210,7 @@ void sh_leader_destroy(sh_leader **p) {
     }
     for (int k = 0; l->pool && k < l->n_pools; k++) sh_pages_release(&l->pool[k]);
     sh_prefill_destroy(&l->prefill);
+    sh_prefix_destroy(&l->prefix);
     free(l->pool);
     free(l->flights);
     free(l->running);
@@ -249,10 +259,18 @@ bool sh_leader_knows(const sh_leader *l, uint64_t key) {
     return known_key(l, key);
 }
 
+int32_t sh_leader_shared(const sh_leader *l, sh_seq *s) {
+    if (!l->prefix) return 0;
+    s->prefix = (sh_seq_prefix){0}; /* what it knows of another leader's tree */
+    int32_t n = sh_prefix_known(l->prefix, s) * SH_PAGE_TOKENS;
+    s->prefix = (sh_seq_prefix){0};
+    return n;
+}
+
 int64_t sh_leader_rows_to_go(const sh_leader *l) {
     int64_t n = 0;
     for (int i = 0; i < l->n_running; i++) n += l->running[i]->cap - l->running[i]->pos;
-    for (const sh_seq *s = l->waiting; s; s = s->next) n += s->cap;
+    for (const sh_seq *s = l->waiting; s; s = s->next) n += s->cap - s->prefix.known * SH_PAGE_TOKENS;
     return n;
 }
 
@@ -265,6 +283,7 @@ sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
     }
     SH_TRY(sh_leader_check(l, s));
     s->id = l->next_id++;
+    s->prefix = (sh_seq_prefix){0};
     s->level = sh_owner_level(s->cap, members_of(&l->o));
     s->kv = calloc((size_t)l->n_pools, sizeof *s->kv);
     if (s->kv) s->n_pools = l->n_pools;
@@ -275,6 +294,7 @@ sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
             SH_FAIL(SH_EMEMORY, "no memory for the page table of a sequence of %d tokens", s->cap);
     }
     if (l->prefill) SH_TRY(sh_prefill_prepare(l->prefill, s));
+    if (l->prefix) (void)sh_prefix_known(l->prefix, s);
     enqueue(l, s);
     *p = NULL;
     *known = false;
@@ -284,9 +304,15 @@ sh_status sh_leader_add(sh_leader *l, sh_seq **p, bool *known) {
 /* ---- pages of a sequence --------------------------------------------------------------------------------------------
  */
 
+static int32_t take_page(sh_leader *l, int k, bool promised) {
+    return l->prefix ? sh_prefix_take(l->prefix, kind_of(k), promised) : sh_pages_take(&l->pool[k], promised);
+}
+
+/* Gives the first n pages back; the last of them first, as the tree of shared pages wants it. */
 static sh_status give_front(sh_leader *l, sh_seq *s, int k, int32_t n) {
     sh_seq_pages *p = &s->kv[k];
-    for (int32_t i = 0; i < n; i++) SH_TRY(sh_pages_give(&l->pool[k], p->page[i]));
+    for (int32_t i = n; i-- > 0;)
+        SH_TRY(l->prefix ? sh_prefix_give(l->prefix, kind_of(k), p->page[i]) : sh_pages_give(&l->pool[k], p->page[i]));
     memmove(p->page, p->page + n, (size_t)(p->n - n) * sizeof *p->page);
     p->first += n;
     p->n -= n;
@@ -351,7 +377,7 @@ static sh_status cover(sh_leader *l, sh_seq *s, int32_t end) {
         sh_seq_pages *p = &s->kv[k];
         int32_t pages = l->o.kind[kind_of(k)] ? share(l, s, k, pages_for(end)) : 0;
         while (p->first + p->n < pages) {
-            int32_t page = sh_pages_take(&l->pool[k], p->promise > 0);
+            int32_t page = take_page(l, k, p->promise > 0);
             if (page < 0 || p->n == p->cap)
                 SH_FAIL(SH_ESTATE, "leader: no page for position %d of a sequence of %d tokens", end - 1, s->n_tokens);
             if (p->promise > 0) p->promise--;
@@ -373,7 +399,9 @@ static void remove_running(sh_leader *l, const sh_seq *s) {
 
 /* Gives back all that a stopped sequence holds. */
 static sh_status let_go(sh_leader *l, sh_seq *s) {
-    s->pos = 0;
+    if (l->prefix) SH_TRY(sh_prefix_record(l->prefix, s)); /* who waits for it finds all that it filled */
+    s->pos = s->prefix.recorded = 0;
+    s->prefix.sealed = false;
     s->handing = s->damaged = false;
     if (l->prefill) SH_TRY(sh_prefill_release(l->prefill, s));
     return release_pages(l, s);
@@ -434,14 +462,22 @@ static int32_t growing(const sh_leader *l, int k) {
     return n;
 }
 
+/* Open pages that s needs to have all that is known of it, when it begins behind `border` shared pages. */
+static int32_t need(const sh_leader *l, const sh_seq *s, int k, int32_t border) {
+    if (border == 0) return outstanding(l, s, k);
+    int32_t all = pages_for(s->n_tokens);
+    if (kind_of(k) == SH_KV_GLOBAL) return all - border + sh_prefix_idle(l->prefix, s, border);
+    return min32(peak(l, s, k, s->n_tokens), all - first_seen(l, border * SH_PAGE_TOKENS));
+}
+
 /* Whether the pages of all that is known of s are open; with a prefill pipeline also there, and set aside. */
-static bool pages_open(sh_leader *l, sh_seq *s) {
+static bool pages_open(sh_leader *l, sh_seq *s, int32_t border) {
     s->handing = l->prefill && sh_prefill_wants(l->prefill, s);
     s->kv[SH_KV_SLIDING].first = s->handing ? first_seen(l, s->n_tokens - 1) : 0; /* rows before do not travel */
     s->safe = s->repeats = 0;
     bool open = true;
     for (int k = 0; k < l->n_pools; k++)
-        if (l->o.kind[kind_of(k)] && outstanding(l, s, k) + growing(l, k) > sh_pages_open(&l->pool[k])) open = false;
+        if (l->o.kind[kind_of(k)] && need(l, s, k, border) + growing(l, k) > sh_pages_open(&l->pool[k])) open = false;
     if (open && (!s->handing || sh_prefill_admit(l->prefill, s))) return true;
     s->handing = false;
     s->kv[SH_KV_SLIDING].first = 0;
@@ -450,11 +486,13 @@ static bool pages_open(sh_leader *l, sh_seq *s) {
 
 /* Admits waiting sequences by age while the pages of their known tokens are open. A page for each sequence that grows
  * must be left, so that who comes in is not paused by the next page border of its elders. */
-static void admit(sh_leader *l) {
+static sh_status admit(sh_leader *l) {
     while (l->waiting && l->n_running < l->o.max_seqs) {
         sh_seq *s = l->waiting;
-        if (s->flights > 0) return; /* paused a moment ago: its last token is still on its way */
-        if (!pages_open(l, s)) return;
+        if (s->flights > 0) return SH_OK; /* paused a moment ago: its last token is still on its way */
+        int32_t border = l->prefix ? sh_prefix_find(l->prefix, s) : 0;
+        if (!pages_open(l, s, border)) return SH_OK;
+        if (border > 0) SH_TRY(sh_prefix_attach(l->prefix, s, border));
         for (int k = 0; k < l->n_pools; k++) set_promise(l, s, k, outstanding(l, s, k));
         l->waiting = s->next;
         l->n_waiting--;
@@ -464,6 +502,7 @@ static void admit(sh_leader *l) {
         for (; i > 0 && l->running[i - 1]->id > s->id; i--) l->running[i] = l->running[i - 1];
         l->running[i] = s;
     }
+    return SH_OK;
 }
 
 /* ---- making a micro-batch
@@ -473,6 +512,7 @@ typedef struct making {
     sh_leader *l;
     sh_batch *b;
     flight *f;
+    int first_prompt;   /* spans from here on are of prompts */
     size_t starts_left; /* bytes */
 } making;
 
@@ -586,16 +626,35 @@ static sh_status add_decodes(making *m, int most) {
     return SH_OK;
 }
 
+/* A prompt under way goes on behind what others have filled meanwhile. */
+static sh_status jump(sh_leader *l, sh_seq *s) {
+    int32_t border = sh_prefix_find(l->prefix, s);
+    if (border == 0) return SH_OK;
+    for (int k = 0; k < l->n_pools; k++) set_promise(l, s, k, 0);
+    SH_TRY(sh_prefix_attach(l->prefix, s, border));
+    for (int k = 0; k < l->n_pools; k++) set_promise(l, s, k, outstanding(l, s, k)); /* never more than it had */
+    return SH_OK;
+}
+
+/* Whether this micro-batch fills the page that s needs next: in the next one it can share it. */
+static bool awaits(const making *m, const sh_seq *s) {
+    for (int i = m->first_prompt; i < m->b->n_spans; i++)
+        if (sh_prefix_awaits(m->l->prefix, s, m->f->seq[i])) return true;
+    return false;
+}
+
 /* Chunks of prompts (and of what paused sequences had generated), oldest first, within the row budget. Several chunks
  * of one prompt may be in flight: each stage meets them in order. */
 static sh_status add_prompts(making *m) {
     sh_leader *l = m->l;
     int32_t left = l->o.chunk;
+    m->first_prompt = m->b->n_spans;
     for (int i = 0; i < l->n_running && left > 0; i++) {
         sh_seq *s = l->running[i];
-        int32_t pending = s->handing ? 0 : sh_seq_pending(s);
-        if (pending < 2) continue;
-        int32_t rows = min32(pending, left), keep = rows_to_keep(s, rows);
+        if (s->handing || sh_seq_pending(s) < 2) continue;
+        if (l->prefix) SH_TRY(jump(l, s));
+        if (l->prefix && awaits(m, s)) continue;
+        int32_t rows = min32(sh_seq_pending(s), left), keep = rows_to_keep(s, rows);
         if (keep > 0 && !s->started && start_cost(s) > m->starts_left) continue;
         SH_TRY(pass_window(l, s));
         SH_TRY(cover(l, s, s->pos + rows));
@@ -617,7 +676,8 @@ sh_status sh_leader_next(sh_leader *l, sh_batch *b, bool *made) {
     if (l->n_flights == l->depth) return SH_OK;
     making m = {
         .l = l, .b = b, .f = &l->flights[(l->oldest + l->n_flights) % l->depth], .starts_left = start_room(&l->o)};
-    admit(l);
+    for (int i = 0; l->prefix && i < l->n_running; i++) SH_TRY(sh_prefix_record(l->prefix, l->running[i]));
+    SH_TRY(admit(l));
     if (l->n_running == 0) return SH_OK;
     SH_TRY(begin(&m));
     SH_TRY(add_decodes(&m, decode_share(l)));
@@ -736,7 +796,7 @@ static sh_status cover_handed(void *arg, sh_seq *s, int32_t end) {
 sh_status sh_leader_next_prompts(sh_leader *l, sh_batch *b, bool *made) {
     *made = false;
     if (!l->prefill) return SH_OK;
-    admit(l);
+    SH_TRY(admit(l));
     return sh_prefill_next(l->prefill, l->running, l->n_running, l->next_step - 1, cover_handed, l, b, made);
 }
 
@@ -767,9 +827,10 @@ sh_leader_state sh_leader_look(const sh_leader *l) {
         .running = l->n_running, .waiting = l->n_waiting, .in_flight = l->n_flights, .pauses = l->pauses};
     sh_kv_kind kind = l->o.kind[SH_KV_GLOBAL] ? SH_KV_GLOBAL : SH_KV_SLIDING;
     for (int k = 0; k < l->n_pools; k++) {
-        s.free[kind_of(k)] += l->pool[k].free;
+        s.free[kind_of(k)] += l->pool[k].free + l->pool[k].idle;
         if (kind_of(k) == kind) s.kv_free += (int64_t)sh_pages_open(&l->pool[k]) * SH_PAGE_TOKENS;
     }
+    if (l->prefix) s.shared = sh_prefix_rows(l->prefix);
     for (int k = 0; l->prefill && k < SH_KV_KINDS; k++) s.prefill_free[k] = sh_prefill_free(l->prefill, (sh_kv_kind)k);
     if (l->prefill) {
         s.prompts_out = sh_prefill_out(l->prefill);
@@ -778,23 +839,49 @@ sh_leader_state sh_leader_look(const sh_leader *l) {
     return s;
 }
 
+/* Holders of each page as the sequences of a list say. */
+static sh_status count_list(const sh_seq *s, int k, const sh_pages *p, int32_t *holders, int32_t *promised) {
+    for (; s; s = s->next) {
+        const sh_seq_pages *q = &s->kv[k];
+        *promised += q->promise;
+        for (int32_t j = 0; j < q->n; j++) {
+            if (q->page[j] < 0 || q->page[j] >= p->total) SH_FAIL(SH_ESTATE, "page %d is held, of none", q->page[j]);
+            holders[q->page[j]]++;
+        }
+    }
+    return SH_OK;
+}
+
+static sh_status audit_pool(const sh_leader *l, int k, int32_t *holders) {
+    const sh_pages *p = &l->pool[k];
+    int32_t held = 0, idle = 0, paid = 0, promised = 0;
+    for (int i = 0; i < l->n_running; i++) SH_TRY(count_list(l->running[i], k, p, holders, &promised));
+    SH_TRY(count_list(l->waiting, k, p, holders, &promised));
+    SH_TRY(count_list(l->dead, k, p, holders, &promised));
+    for (int32_t i = 0; i < p->total; i++) {
+        if (holders[i] != p->holders[i])
+            SH_FAIL(SH_ESTATE, "pool %d: page %d has %d holders, %d on the books", k, i, holders[i], p->holders[i]);
+        if (holders[i] > 1 && !l->prefix) SH_FAIL(SH_ESTATE, "pool %d: page %d is shared", k, i);
+        held += holders[i] > 0;
+        idle += p->kept[i] && holders[i] == 0;
+        paid += p->each_pays && holders[i] > 1 ? holders[i] - 1 : 0;
+    }
+    if (held + p->free + idle != p->total || idle != p->idle || paid != p->paid || promised != p->promised ||
+        sh_pages_open(p) < 0)
+        SH_FAIL(SH_ESTATE, "pool %d: %d pages held, %d idle, %d free of %d; %d promised, %d on the books", k, held,
+                idle, p->free, p->total, promised, p->promised);
+    return SH_OK;
+}
+
 sh_status sh_leader_audit(const sh_leader *l) {
     for (int k = 0; k < l->n_pools; k++) {
-        const sh_pages *p = &l->pool[k];
-        int32_t held = 0, promised = 0;
-        for (int i = 0; i < l->n_running; i++) {
-            const sh_seq_pages *q = &l->running[i]->kv[k];
-            held += q->n;
-            promised += q->promise;
-            for (int32_t j = 0; j < q->n; j++)
-                if (!p->used[q->page[j]]) SH_FAIL(SH_ESTATE, "page %d is held and free", q->page[j]);
-        }
-        for (const sh_seq *s = l->waiting; s; s = s->next) held += s->kv[k].n, promised += s->kv[k].promise;
-        for (const sh_seq *s = l->dead; s; s = s->next) held += s->kv[k].n, promised += s->kv[k].promise;
-        if (held + p->free != p->total || promised != p->promised || p->promised > p->free)
-            SH_FAIL(SH_ESTATE, "pool %d: %d pages held, %d free of %d; %d promised, %d on the books", k, held, p->free,
-                    p->total, promised, p->promised);
+        int32_t *holders = calloc((size_t)l->pool[k].total + 1, sizeof *holders);
+        if (!holders) SH_FAIL(SH_EMEMORY, "no memory for an audit");
+        sh_status st = audit_pool(l, k, holders);
+        free(holders);
+        if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
     }
     const sh_seq *const lists[] = {l->waiting, l->dead};
+    if (l->prefix) SH_TRY(sh_prefix_audit(l->prefix));
     return l->prefill ? sh_prefill_audit(l->prefill, l->running, l->n_running, lists, 2) : SH_OK;
 }

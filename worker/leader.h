@@ -9,8 +9,9 @@
  *   sh_leader_next_prompts, _confirm  the same for the prefill pipeline, where there is one (worker/prefill.h)
  *
  * Why its books are right:
- *   1. A page belongs to one sequence. Every stage handles micro-batches in order, so a page given back while
- * micro-batch n is made may be written by n already (the sequence that gave it back does not read it in n) and later.
+ *   1. A page belongs to one sequence, or, full and never written again, to all that begin alike (worker/prefix.h).
+ * Every stage handles micro-batches in order, so a page given back while micro-batch n is made may be written by n
+ * already (the sequence that gave it back does not read it in n) and later.
  *   2. A prompt is admitted when pages for all of it are open; they are promised to it until taken. Decode takes open
  * pages only, and pauses the youngest running sequence when there are none; so the oldest always gets on, and alone it
  * fits (sh_leader_check).
@@ -38,9 +39,12 @@ typedef struct sh_leader_options {
     int prefill;                        /* stages that make the K/V of prompts; 0: none, the others do it */
     int confirms;                       /* ranks that take such rows and say so */
     int32_t prefill_pages[SH_KV_KINDS]; /* the pool of those stages */
+    bool share;                         /* sequences that begin alike share pages, where that is possible (prefix.h) */
+    int n_placeholders;                 /* ids that stand for what they do not name: images, sound */
+    int32_t placeholder[3];
 } sh_leader_options;
 
-/* Window, kinds, vocabulary from the model; the rest is left as it is. */
+/* Window, kinds, vocabulary, placeholders from the model; the rest is left as it is. */
 void sh_leader_options_model(sh_leader_options *o, const sh_config *c);
 /* Upper bounds that every rank sizes its buffers by. */
 static inline int sh_leader_max_rows(const sh_leader_options *o) {
@@ -66,6 +70,8 @@ sh_status sh_leader_check(const sh_leader *l, const sh_seq *s);
 /* Takes a sequence (checked) into the queue. One with a key that is known already is dropped: *known. Consumes *s. */
 sh_status sh_leader_add(sh_leader *l, sh_seq **s, bool *known);
 bool sh_leader_knows(const sh_leader *l, uint64_t key);
+/* Tokens at the start of s whose pages others have filled: rows that it need not compute here, about. */
+int32_t sh_leader_shared(const sh_leader *l, sh_seq *s);
 /* Rows that its sequences still need at most: the load that a new one would join. */
 int64_t sh_leader_rows_to_go(const sh_leader *l);
 void sh_leader_cancel(sh_leader *l, uint64_t key); /* unknown: nothing happens */
@@ -89,11 +95,12 @@ typedef struct sh_leader_state {
     int prompts_out; /* micro-batches in the prefill pipeline, or not yet confirmed */
     int64_t kv_free; /* tokens' worth of open pages: of the global kind where there is one, over all members */
     uint64_t pauses; /* sequences paused for want of pages, since creation */
+    uint64_t shared; /* prompt rows that were not computed since others had filled their pages */
     uint64_t redone; /* times that rows of a prompt were made again */
     int32_t free[SH_KV_KINDS], prefill_free[SH_KV_KINDS];
 } sh_leader_state;
 sh_leader_state sh_leader_look(const sh_leader *l);
-/* Checks the books (tests): every page owned once, promises add up. */
+/* Checks the books (tests): every page's holders, promises add up. */
 sh_status sh_leader_audit(const sh_leader *l);
 
 #endif

@@ -300,7 +300,8 @@ static sh_status count(const sh_pages *pool, const sh_seq *s, int k, int32_t *he
     *held += s->made[k].n;
     *promised += s->made[k].promise;
     for (int32_t i = 0; i < s->made[k].n; i++)
-        if (!pool->used[s->made[k].page[i]]) SH_FAIL(SH_ESTATE, "prefill page %d is held and free", s->made[k].page[i]);
+        if (pool->holders[s->made[k].page[i]] != 1)
+            SH_FAIL(SH_ESTATE, "prefill page %d is held and free", s->made[k].page[i]);
     return SH_OK;
 }
 

@@ -17,6 +17,17 @@ typedef struct sh_seq_pages {
     int32_t *page;   /* [cap] */
 } sh_seq_pages;
 
+/* Where a sequence stands in the tree of shared pages (worker/prefix.h), counted in pages from its start. */
+typedef struct sh_seq_prefix {
+    int32_t recorded; /* of its own pages these are in the tree */
+    bool sealed;      /* no further ones will be */
+    int32_t known;    /* its tokens were found so far … */
+    int32_t node;     /* … up to this node … */
+    uint64_t serial;  /* … if it is still the same */
+    int32_t parts;    /* where it was seen to part from another; 0: nowhere */
+    int32_t counted;  /* rows below were computed, or counted as shared */
+} sh_seq_prefix;
+
 typedef struct sh_seq {
     struct sh_seq *next;
     uint64_t key; /* the coordinator's number */
@@ -35,6 +46,7 @@ typedef struct sh_seq {
     int32_t level;    /* of the blocks by which members share its positions out (model/owner.h) */
     int n_pools;      /* 0 until a leader has it */
     sh_seq_pages *kv; /* [n_pools] */
+    sh_seq_prefix prefix;
     /* While a prefill pipeline makes its rows below n_tokens − 1 (worker/prefill.h); pos counts those. */
     bool handing;                   /* from its admission until all of them are in place, or given up and landed */
     bool damaged;                   /* some arrived damaged: made again once nothing of it is out */

@@ -72,6 +72,7 @@ struct sh_uplink {
     const Shoal__Welcome *welcome;
     uint64_t epoch;
     double heard, said_hello, said_beat, ended;
+    uint64_t said_shared; /* of the last heartbeat */
     int beat_ms, orphan_ms;
     bool said_ready;
     bool mute; /* said hello again: no tokens before the welcome, or a new coordinator would see a gap */
@@ -131,6 +132,8 @@ static void fill_traffic(Shoal__StageTimes *t, const sh_beat *b) {
     t->sent_shards = b->sent_by_tag[SH_TAG_SHARD];
     t->has_expert_rows = true;
     t->expert_rows = b->expert_rows;
+    t->has_shared_rows = b->leader;
+    t->shared_rows = b->shared_rows;
 }
 
 static sh_status say_beat(sh_uplink *u) {
@@ -154,6 +157,7 @@ static sh_status say_beat(sh_uplink *u) {
     Shoal__FromRank m = SHOAL__FROM_RANK__INIT;
     m.heartbeat = &h;
     u->said_beat = sh_now();
+    u->said_shared = b.shared_rows;
     pthread_mutex_lock(&u->lock); /* the counts are read while the message is packed */
     if (u->routing_news) h.routing = &u->routing;
     u->routing_news = false;
@@ -173,8 +177,18 @@ static sh_status say_rejected(sh_uplink *u, uint64_t key, const char *reason) {
     return send_packed(u, &m);
 }
 
+/* With the ends of sequences goes what they shared: the last one may be the end of the job, and no heartbeat is heard
+ * any more. */
+static sh_status say_shared(sh_uplink *u) {
+    pthread_mutex_lock(&u->lock);
+    bool news = u->beat.shared_rows != u->said_shared;
+    pthread_mutex_unlock(&u->lock);
+    return news ? say_beat(u) : SH_OK;
+}
+
 /* Moves what the main thread has put out into the ledger, and all that is unsent onto the wire. */
 static sh_status send_tokens(sh_uplink *u) {
+    bool ends = false;
     for (;;) {
         out_item item;
         pthread_mutex_lock(&u->lock);
@@ -190,7 +204,9 @@ static sh_status send_tokens(sh_uplink *u) {
             SH_TRY(say_rejected(u, item.key, item.reason));
         else
             SH_TRY(sh_ledger_add(u->ledger, item.key, &item.token));
+        ends = ends || (!item.reject && item.token.finish != SH_FINISH_NONE);
     }
+    if (ends && !u->mute) SH_TRY(say_shared(u));
     while (!u->mute) {
         sh_buf_clear(&u->buf);
         SH_TRY(sh_ledger_pack(u->ledger, TOKENS_PER_MESSAGE, &u->buf));

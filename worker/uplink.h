@@ -46,9 +46,10 @@ typedef struct sh_beat {
     double exposed[SH_KV_KINDS], travel[SH_KV_KINDS]; /* seconds, of the exchange of experts */
     uint64_t sent_by_tag[SH_LINK_TAGS];
     uint64_t expert_rows;
-    bool leader; /* the three below are meant */
+    bool leader; /* what is below is meant */
     int running, waiting;
     int64_t kv_free;
+    uint64_t shared_rows;
 } sh_beat;
 
 sh_status sh_uplink_start(const sh_uplink_options *o, sh_uplink **out);

@@ -85,6 +85,7 @@ static sh_status read_plan(rank *r) {
     sh_leader_options_model(&r->schedule, r->config);
     r->schedule.prefill = r->shape.prefill;
     r->schedule.confirms = r->shape.decode;
+    r->schedule.share = !r->plan->no_prefix_sharing;
     return SH_OK;
 }
 
@@ -309,6 +310,7 @@ static void beat(rank *r, bool busy, bool now_please) {
         b.running = s.running;
         b.waiting = s.waiting;
         b.kv_free = s.kv_free;
+        b.shared_rows = s.shared;
     }
     memcpy(b.exposed, x.exposed, sizeof b.exposed);
     memcpy(b.travel, x.travel, sizeof b.travel);
