@@ -323,6 +323,7 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     add_number(a, "--seed", o->seed, false);
     add_number(a, "--default-max-tokens", (uint64_t)o->default_max_tokens, false);
     if (o->lenient) add(a, "--lenient", NULL);
+    if (s->o.trace_steps) add(a, "--trace-steps", s->o.trace_steps);
 }
 
 /* Seconds in which a coordinator that takes over the store may honestly be busy with it. */
@@ -617,6 +618,10 @@ sh_status sh_session_save_routing(sh_session *s, const char *path) {
     if (m) shoal__routing__free_unpacked(m, NULL);
     shoal__job_reply__free_unpacked(reply, NULL);
     return st == SH_OK ? SH_OK : sh_error_prefix(st, "--save-routing");
+}
+
+void sh_session_await_trace(const sh_session *s) {
+    if (s->o.trace_steps) sh_sleep(COUNTS_WAIT);
 }
 
 sh_status sh_session_drive(sh_session *s) {

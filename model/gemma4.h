@@ -5,6 +5,7 @@
 #ifndef SH_MODEL_GEMMA4_H
 #define SH_MODEL_GEMMA4_H
 
+#include "common/timeline.h"
 #include "model/kv.h"
 #include "model/peers.h"
 #include "model/weights.h"
@@ -71,6 +72,8 @@ typedef struct sh_model_times {
     double weights, attention, experts, other, exchange; /* exchange: what peers do */
 } sh_model_times;
 sh_model_times sh_model_time(const sh_model *m);
+/* Every piece of that time as a slice, too; NULL: off. Borrowed. */
+void sh_model_set_timeline(sh_model *m, sh_timeline *t);
 /* How often rows here chose each expert, since creation: [layers here, experts]; NULL: no experts. */
 const uint64_t *sh_model_chosen(const sh_model *m);
 /* Rows that experts here computed since creation, a row once per expert, other members' rows included. */

@@ -201,6 +201,11 @@ sh_model_times sh_model_time(const sh_model *m) {
     return m->times;
 }
 
+void sh_model_set_timeline(sh_model *m, sh_timeline *t) {
+    m->timeline = t;
+    if (m->spread) sh_spread_set_timeline(m->spread, t);
+}
+
 sh_range sh_model_ids(const sh_model *m) {
     return sh_share_range(m->options.share, m->config.vocab, SH_SHARE_VOCAB);
 }

@@ -14,6 +14,7 @@
 #include "proto/group.pb-c.h"
 #include "proto/link.h"
 #include "worker/seq.h"
+#include "worker/trace.h"
 
 typedef struct sh_uplink sh_uplink;
 
@@ -73,5 +74,7 @@ void sh_uplink_beat(sh_uplink *u, const sh_beat *b);
 /* How often rows of this rank chose each expert: [layers, experts] of layers first, first + 1, …; those without experts
  * have zeros. Copies; the first call makes room and may fail. Told with the next heartbeat. */
 sh_status sh_uplink_routing(sh_uplink *u, int first, int layers, int experts, const uint64_t *chosen);
+/* From here on heartbeats carry pieces of it, as they come and all that is left at the end. Borrowed until stop. */
+void sh_uplink_trace(sh_uplink *u, sh_trace *x);
 
 #endif
