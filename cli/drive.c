@@ -142,7 +142,7 @@ static sh_status reserve(sh_drive *d, int max_rows) {
     for (int i = 0; i < o->prompt; i++) d->prompt[i] = draw_token(d);
     d->in_bytes = sh_model_cut_bytes(c, o->kv, o->first, max_rows, max_rows);
     d->out_bytes = sh_model_cut_bytes(c, o->kv, o->last, max_rows, max_rows);
-    d->logits_bytes = o->last == c->n_layers ? batch * (size_t)c->vocab * sizeof(float) : 0;
+    d->logits_bytes = o->last == c->n_layers ? SH_LOGIT_ROWS * (size_t)c->vocab * sizeof(float) : 0;
     d->rows_bytes = (size_t)o->prompt * kv_row_most(c, o->kv);
     SH_TRY(sh_mem_alloc(d->in_bytes, "incoming rows", &d->in));
     SH_TRY(sh_mem_alloc(d->out_bytes, "outgoing rows", &d->out));
@@ -247,19 +247,35 @@ static void note_step(sh_drive *d, const sh_batch *b, bool decode, double from, 
     sh_timeline_end(d->timeline, from, to, &w);
 }
 
+/* What the rows of one product with the head are shared out by. */
+typedef struct choosing {
+    sh_drive *d;
+    int first, n;
+} choosing;
+
+static void choose_rows(void *arg, int member, int size) {
+    const choosing *x = arg;
+    const sh_config *c = x->d->o.config;
+    int lo, hi;
+    sh_team_share(x->n, member, size, &lo, &hi);
+    for (int i = lo; i < hi; i++) {
+        int32_t *next = &x->d->next[x->first + i];
+        *next = argmax(x->d->logits + (size_t)i * (size_t)c->vocab, c->vocab);
+        if (c->ple && *next >= c->ple_vocab) *next = 0;
+    }
+}
+
 /* Runs the batch and puts the next token of every kept row into d->next. */
 static sh_status step(sh_drive *d, sh_batch *b, bool decode, double *seconds) {
     const sh_config *c = d->o.config;
     double t0 = sh_now();
     sh_timeline_begin(d->timeline, d->steps);
     SH_TRY(sh_model_forward(d->model, b, d->o.first > 0 ? d->in : NULL, d->out));
-    if (d->o.last == c->n_layers && b->n_kept > 0) {
-        sh_model_logits(d->model, d->out, b->n_kept, d->logits);
+    for (int k = 0; d->o.last == c->n_layers && k < b->n_kept; k += SH_LOGIT_ROWS) {
+        choosing x = {d, k, b->n_kept - k < SH_LOGIT_ROWS ? b->n_kept - k : SH_LOGIT_ROWS};
+        sh_model_logits(d->model, (float *)d->out + (size_t)k * (size_t)c->hidden, x.n, d->logits);
         double chosen = sh_now();
-        for (int i = 0; i < b->n_kept; i++) {
-            d->next[i] = argmax(d->logits + (size_t)i * (size_t)c->vocab, c->vocab);
-            if (c->ple && d->next[i] >= c->ple_vocab) d->next[i] = 0;
-        }
+        sh_team_run(sh_model_team(d->model), choose_rows, &x);
         sh_timeline_note(d->timeline, SH_SLICE_SAMPLING, chosen, sh_now());
     }
     double t1 = sh_now();

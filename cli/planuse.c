@@ -94,17 +94,32 @@ static void take_choice(sh_shared_options *s, const sh_choice *x) {
     if (!s->chunk) s->chunk = x->plan->chunk;
 }
 
-sh_status sh_plan_choose(sh_shared_options *s, const sh_config *c, const sh_cluster *k, double requests, bool *chosen) {
-    sh_workload w = sh_workload_default();
+sh_status sh_plan_choose(sh_shared_options *s, const sh_config *c, const sh_cluster *k, const sh_workload *w,
+                         bool *chosen) {
     sh_search *found = NULL;
     *chosen = false;
-    if (!is_free(s) || !(requests >= 1)) return SH_OK;
-    w.requests = w.bin[0].requests = requests;
-    sh_search_options o = {.config = c, .cluster = k, .workload = &w};
+    if (!is_free(s) || !(w->requests >= 1)) return SH_OK;
+    sh_search_options o = {.config = c, .cluster = k, .workload = w};
     sh_options_plan(s, 0, &o.fixed);
     SH_TRY(sh_search_run(&o, &found));
     *chosen = found->n > 0 && found->best[0].replicas <= SH_MAX_REPLICAS;
     if (*chosen) take_choice(s, &found->best[0]);
+    sh_search_free(&found);
+    return SH_OK;
+}
+
+sh_status sh_plan_tune(const sh_shared_options *s, const sh_config *c, const sh_cluster *k, const sh_workload *w,
+                       int ranks, int replicas, sh_plan_batch *out) {
+    *out = (sh_plan_batch){0};
+    if ((s->max_seqs && s->chunk) || s->plan || s->prefill || !(w->requests >= 1)) return SH_OK;
+    sh_search *found = NULL;
+    sh_search_options o = {.config = c, .cluster = k, .workload = w, .replicas = replicas};
+    sh_options_plan(s, ranks, &o.fixed);
+    if (sh_search_run(&o, &found) != SH_OK) return SH_OK; /* what is wrong with the layout is said by who checks it */
+    if (found->n > 0)
+        *out = (sh_plan_batch){.max_seqs = found->best[0].plan->max_seqs,
+                               .chunk = found->best[0].plan->chunk,
+                               .seconds = found->best[0].forecast.seconds};
     sh_search_free(&found);
     return SH_OK;
 }

@@ -32,7 +32,8 @@ sh_status sh_predict_run(const sh_predict_options *o, sh_prediction *out) {
     sh_cluster c;
     sh_forecast f;
     if (!(o->requests >= 1)) SH_FAIL(SH_EINPUT, "no requests were answered");
-    SH_TRY(sh_probe_cluster(o->nodes, &c));
+    bool known;
+    SH_TRY(sh_probe_cluster(SH_PROBE_CACHED, o->nodes, &c, &known));
     sh_workload w = {.bin = {{.prompt = fmax(1, o->tokens_in / o->requests),
                               .output = fmax(1, o->tokens_out / o->requests),
                               .requests = o->requests}},

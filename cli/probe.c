@@ -132,6 +132,10 @@ static sh_status measure_products(sh_team *t, const sh_machine *m, const sh_ceil
     k->weights_fma = within(p.flops[SH_W_BF16] / fma, 1);
     k->q8_fma = within(p.flops[SH_W_Q8] / fma, 64);
     k->q4_fma = within(p.flops[SH_W_Q4] / fma, 64);
+    k->has_weights_both = k->has_q8_both = k->has_q4_both = 1;
+    k->weights_both = p.both[SH_W_BF16];
+    k->q8_both = p.both[SH_W_Q8];
+    k->q4_both = p.both[SH_W_Q4];
     return SH_OK;
 }
 
@@ -208,9 +212,10 @@ sh_status sh_probe_machine(sh_probe_how how, Shoal__Machine **out) {
     return SH_OK;
 }
 
-sh_status sh_probe_cluster(int nodes, sh_cluster *out) {
+sh_status sh_probe_cluster(sh_probe_how how, int nodes, sh_cluster *out, bool *known) {
     Shoal__Machine *m = NULL;
-    SH_TRY(sh_probe_machine(SH_PROBE_CACHED, &m));
+    SH_TRY(sh_probe_machine(how, &m));
+    *known = m->measured != NULL;
     sh_status st = sh_cluster_of(m, nodes, out);
     shoal__machine__free_unpacked(m, NULL);
     return st;

@@ -17,7 +17,7 @@ typedef enum sh_probe_how {
 
 /* The description as a message (shoal__machine__free_unpacked). A cache that cannot be written is no failure. */
 sh_status sh_probe_machine(sh_probe_how how, Shoal__Machine **out);
-/* So many nodes like this one, with what is known of its speed: measures nothing. */
-sh_status sh_probe_cluster(int nodes, sh_cluster *out);
+/* So many nodes like this one. *known: its speed was measured, now or earlier. */
+sh_status sh_probe_cluster(sh_probe_how how, int nodes, sh_cluster *out, bool *known);
 
 #endif

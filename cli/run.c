@@ -20,6 +20,7 @@
 #include "cli/interrupt.h"
 #include "cli/options.h"
 #include "cli/planuse.h"
+#include "cli/workfile.h"
 #include "cli/predict.h"
 #include "cli/probe.h"
 #include "cli/session.h"
@@ -31,6 +32,8 @@
 #include "partition/machine.h"
 #include "partition/plan.h"
 #include "partition/routing.h"
+
+#define LONG_JOB 300.0 /* seconds of work, by the cost model */
 
 static const char usage[] =
     "Usage: shoal run -m MODEL -i requests.jsonl -o results.jsonl [-n RANKS] [options]\n"
@@ -228,16 +231,50 @@ static sh_status choose_ranks(run *r, int numa, int most) {
     return st;
 }
 
-/* Where nothing is said and there is a choice: what the planner takes, with what is known of this machine's speed. The
- * nodes of an allocation are taken to be like this one. */
-static sh_status choose_plan(run *r, const sh_machine *machine) {
-    bool chosen = false;
+/* The lengths of the job's own requests, as far as they can be told without the tokenizer. */
+static sh_status guess_workload(const run *r, sh_workload *w) {
+    const char *input = r->spooled ? r->fresh : r->input;
+    if (sh_workfile_guess(input, r->scanned.lines, r->shared.default_max_tokens, w) != SH_OK || w->n == 0) {
+        *w = sh_workload_default(); /* every line may be wrong: rows will say so */
+        w->requests = w->bin[0].requests = (double)r->scanned.lines;
+    }
+    return SH_OK;
+}
+
+/* Nodes that the job is on, taken to be like this one; 0: somebody else decides. */
+static int nodes_of(const run *r) {
+    return r->launcher ? 0 : sh_hosts_count(r->hosts);
+}
+
+/* Where nothing is said and there is a choice: what the planner takes, with what is known of this machine's speed. */
+static sh_status choose_plan(run *r, const sh_machine *machine, const sh_workload *w) {
+    bool chosen = false, known;
     sh_cluster k;
-    if (r->launcher || (r->hosts && !r->slurm_hosts.len)) return SH_OK; /* somebody else's choice */
-    int nodes = sh_hosts_count(r->hosts);
-    if (nodes * machine->n_numa < 2) return SH_OK;
-    SH_TRY(sh_probe_cluster(nodes, &k));
-    return sh_plan_choose(&r->shared, r->config, &k, (double)r->scanned.lines, &chosen);
+    if (r->hosts && !r->slurm_hosts.len) return SH_OK; /* somebody else's choice */
+    if (nodes_of(r) * machine->n_numa < 2) return SH_OK;
+    SH_TRY(sh_probe_cluster(SH_PROBE_CACHED, nodes_of(r), &k, &known));
+    return sh_plan_choose(&r->shared, r->config, &k, w, &chosen);
+}
+
+/* Sequences at once and rows of a chunk, where they are not given: by the cost model, which is worth some seconds of
+ * measuring for a job that takes minutes. Without measured speeds they stay the usual ones. */
+static sh_status choose_batch(run *r, const sh_workload *w) {
+    sh_shared_options *s = &r->shared;
+    sh_cluster k;
+    sh_plan_batch b;
+    bool known;
+    if (nodes_of(r) < 1) return SH_OK;
+    SH_TRY(sh_probe_cluster(SH_PROBE_CACHED, nodes_of(r), &k, &known));
+    SH_TRY(sh_plan_tune(s, r->config, &k, w, r->ranks, r->replicas, &b));
+    if (!known && b.seconds > LONG_JOB) {
+        fprintf(stderr, "measuring the speed of this machine, once\n");
+        SH_TRY(sh_probe_cluster(SH_PROBE_MEASURE, nodes_of(r), &k, &known));
+        SH_TRY(sh_plan_tune(s, r->config, &k, w, r->ranks, r->replicas, &b));
+    }
+    if (!known || !b.max_seqs) return SH_OK;
+    if (!s->max_seqs) s->max_seqs = b.max_seqs;
+    if (!s->chunk) s->chunk = b.chunk;
+    return SH_OK;
 }
 
 static sh_status check_ranks(run *r) {
@@ -251,10 +288,13 @@ static sh_status check_ranks(run *r) {
     r->cpus = machine.n_cpus;
     r->memory = machine.memory;
     SH_TRY(take_allocation(r));
-    SH_TRY(choose_plan(r, &machine));
+    sh_workload w;
+    SH_TRY(guess_workload(r, &w));
+    SH_TRY(choose_plan(r, &machine, &w));
     r->ranks = sh_options_ranks(&r->shared);
     r->replicas = r->shared.replicas ? r->shared.replicas : 1;
     if (!r->ranks) SH_TRY(choose_ranks(r, machine.n_numa, config.n_layers));
+    SH_TRY(choose_batch(r, &w));
     SH_TRY(check_plan(r, &config));
     char copy[PATH_MAX];
     snprintf(copy, sizeof copy, "%s", r->model);

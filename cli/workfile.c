@@ -85,7 +85,7 @@ static sh_status read_lines(FILE *f, const sh_intake *in, uint64_t every, int us
 static sh_status read_requests(const char *path, const sh_intake *in, uint64_t lines, int usual, sh_workload *w,
                                uint64_t *bad) {
     FILE *f = fopen(path, "re");
-    if (!f) SH_FAIL(SH_EINPUT, "--workload: %s: cannot be opened: %s", path, strerror(errno));
+    if (!f) SH_FAIL(SH_EINPUT, "%s: cannot be opened: %s", path, strerror(errno));
     sh_status st = read_lines(f, in, lines / READ_MOST + 1, usual, w, bad);
     fclose(f);
     return st;
@@ -109,7 +109,7 @@ sh_status sh_workfile_read(const char *path, const char *model_dir, int default_
     bool counted = sh_intake_create(model_dir, &io, &in) == SH_OK;
     st = read_requests(path, in, scanned.lines, usual, &w, &bad);
     sh_intake_destroy(&in);
-    SH_TRY(st);
+    if (st != SH_OK) return sh_error_prefix(st, "--workload");
     if (w.n == 0) SH_FAIL(SH_EINPUT, "--workload: %s: has no request that could be read", path);
     w.requests = (double)scanned.lines * w.requests / (w.requests + (double)bad);
     SH_TRY(sh_workload_check(&w));
@@ -121,4 +121,12 @@ sh_status sh_workfile_read(const char *path, const char *model_dir, int default_
                  (unsigned long long)(scanned.lines / READ_MOST + 1));
     *out = w;
     return SH_OK;
+}
+
+sh_status sh_workfile_guess(const char *path, uint64_t lines, int default_max_tokens, sh_workload *out) {
+    uint64_t bad = 0;
+    *out = (sh_workload){0};
+    SH_TRY(read_requests(path, NULL, lines, default_max_tokens ? default_max_tokens : USUAL_OUTPUT, out, &bad));
+    if (out->n) out->requests = (double)lines;
+    return out->n ? sh_workload_check(out) : SH_OK;
 }

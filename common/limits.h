@@ -19,6 +19,8 @@
 #define SH_MAX_STOP_BYTES      1024
 #define SH_MAX_STOP_IDS        64
 #define SH_MAX_TOP_LOGPROBS    20
+#define SH_LOGIT_ROWS          64                 /* rows that go through the head together */
+#define SH_SAMPLE_THREADS      16                 /* of a rank that sample at most: each has memory for a row */
 #define SH_MAX_SEQS            4096               /* sequences at once in a group */
 #define SH_MAX_CHUNK           8192               /* prompt tokens per step */
 #define SH_MAX_MESSAGE         ((size_t)64 << 20) /* one message on a ZeroMQ socket */

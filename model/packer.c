@@ -296,14 +296,16 @@ static sh_status check_target(const char *dir, bool force) {
     return SH_OK;
 }
 
-/* Blocks of GGUF would be rounded in some modes and have no name in the tables' format. */
+/* A folder in bf16 serves mode exact too, which rounds nothing: not even what bf16 cannot hold of blocks. */
 static sh_status refuse_blocks(const packer *x) {
     const sh_tensors *all = sh_supply_tensors(x->supply);
-    for (int i = 0; i < sh_tensors_count(all); i++) {
+    for (int i = 0; sh_mode_wtype(x->o->mode) == SH_W_BF16 && i < sh_tensors_count(all); i++) {
         const sh_tensor *t = sh_tensors_at(all, i);
         if (sh_dtype_is_blocks(t->dtype))
-            SH_FAIL(SH_EUNSUPPORTED, "%s/%s: %s: is %s: allowed in a packed folder are BF16, F16 and F32", x->model,
-                    t->file, t->name, t->dtype_name);
+            SH_FAIL(SH_EUNSUPPORTED,
+                    "%s/%s: %s: is %s: allowed in a packed folder of mode bf16 are BF16, F16 and F32; modes q8 and q4 "
+                    "take blocks",
+                    x->model, t->file, t->name, t->dtype_name);
     }
     return SH_OK;
 }

@@ -60,9 +60,13 @@ static void measure_type(const bench *b, sh_wtype type, sh_product_rates *out) {
     size_t group = SH_LINEAR_MOST * sh_wmat_bytes(type, OUTPUTS, INPUTS);
     int places = (int)(b->bytes / group);
     if (places > 64) places = 64;
-    out->read[type] = (double)places * (double)group / best_of(b, type, places, 1);
-    double operations = 2.0 * SH_LINEAR_MOST * OUTPUTS * INPUTS * SH_PRODUCT_ROWS;
-    out->flops[type] = operations / best_of(b, type, 1, SH_PRODUCT_ROWS);
+    double bytes = (double)places * (double)group, one = 2.0 * SH_LINEAR_MOST * OUTPUTS * INPUTS;
+    out->read[type] = bytes / best_of(b, type, places, 1);
+    out->flops[type] = one * SH_PRODUCT_ROWS / best_of(b, type, 1, SH_PRODUCT_ROWS);
+    double read = bytes / out->read[type], compute = places * one * SH_PRODUCT_FEW / out->flops[type];
+    double longer = read > compute ? read : compute, shorter = read + compute - longer;
+    double part = (best_of(b, type, places, SH_PRODUCT_FEW) - longer) / shorter;
+    out->both[type] = part < 0 ? 0 : part > 1 ? 1 : part;
 }
 
 sh_status sh_product_rates_measure(sh_team *t, const sh_kernels *kn, size_t bytes, sh_product_rates *out) {

@@ -13,9 +13,12 @@ typedef struct sh_product_rates {
     double read[SH_W_TYPES];  /* bytes/s of weights with one row */
     double flops[SH_W_TYPES]; /* operations/s with SH_PRODUCT_ROWS rows, a multiplication and an addition counting as
                                  two */
+    double both[SH_W_TYPES];  /* with SH_PRODUCT_FEW rows, where both take about as long: the part of the shorter time
+                                 that adds to the longer; 0 to 1 */
 } sh_product_rates;
 
 #define SH_PRODUCT_ROWS 64
+#define SH_PRODUCT_FEW  8
 
 /* Made-up weights of `bytes` (many times the last cache: 256 MiB), held only during the call; each matrix counts with
  * the best of several tries. Takes about a second. Leaves the team's scratch large enough for what it ran. */

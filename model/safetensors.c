@@ -30,9 +30,19 @@ static const struct {
               {"I8", 8},      {"U64", 64},    {"U32", 32},    {"U16", 16},    {"U8", 8},   {"BOOL", 8}, {"F8_E4M3", 8},
               {"F8_E5M2", 8}, {"F8_E8M0", 8}, {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"F4", 4},   {"C64", 64}};
 
-static sh_status read_dtype(const json_t *o, sh_tensor *t, int *bits) {
+/* Blocks under the names that GGUF has for them: in files of ours alone. */
+static bool read_blocks(const char *s, sh_tensor *t) {
+    bool q8 = strcmp(s, "Q8_0") == 0;
+    if (!q8 && strcmp(s, "Q4_0") != 0) return false;
+    snprintf(t->dtype_name, sizeof t->dtype_name, "%s", s);
+    t->dtype = q8 ? SH_Q8_0 : SH_Q4_0;
+    return true;
+}
+
+static sh_status read_dtype(const json_t *o, bool blocks, sh_tensor *t, int *bits) {
     const char *s = json_string_value(json_object_get(o, "dtype"));
     if (!s) SH_FAIL(SH_EFORMAT, "dtype: missing or not a string");
+    if (blocks && read_blocks(s, t)) return SH_OK;
     for (size_t i = 0; i < sizeof dtypes / sizeof dtypes[0]; i++) {
         if (strcmp(s, dtypes[i].name) != 0) continue;
         snprintf(t->dtype_name, sizeof t->dtype_name, "%s", s);
@@ -80,15 +90,26 @@ static sh_status read_offsets(const json_t *o, uint64_t room, uint64_t off[2]) {
     return SH_OK;
 }
 
-static sh_status read_entry(const json_t *o, const uint8_t *data, uint64_t room, sh_tensors_entry *e) {
+static sh_status size_in_bits(const sh_tensor *t, uint64_t elements, int bits, uint64_t *size) {
+    bool blocks = sh_dtype_is_blocks(t->dtype); /* of 4.5 or 8.5 bits an item: no overflow where 16 give none */
+    int64_t row = t->rank > 0 ? t->shape[t->rank - 1] : 1;
+    if (blocks && row % SH_GGUF_BLOCK)
+        SH_FAIL(SH_EFORMAT, "rows of %lld items: %s takes multiples of %d", (long long)row, t->dtype_name,
+                SH_GGUF_BLOCK);
+    if (__builtin_mul_overflow(elements, (uint64_t)(blocks ? 16 : bits), size))
+        SH_FAIL(SH_EFORMAT, "shape: the size in bytes overflows");
+    if (blocks) *size = 8 * sh_dtype_bytes(t->dtype, elements);
+    return SH_OK;
+}
+
+static sh_status read_entry(const json_t *o, bool blocks, const uint8_t *data, uint64_t room, sh_tensors_entry *e) {
     if (!json_is_object(o)) SH_FAIL(SH_EFORMAT, "%s is not an object", sh_json_type_name(o));
     int bits = 0;
-    uint64_t elements = 0, off[2], size;
-    SH_TRY(read_dtype(o, &e->t, &bits));
+    uint64_t elements = 0, off[2], size = 0;
+    SH_TRY(read_dtype(o, blocks, &e->t, &bits));
     SH_TRY(read_shape(o, &e->t, &elements));
     SH_TRY(read_offsets(o, room, off));
-    if (__builtin_mul_overflow(elements, (uint64_t)bits, &size))
-        SH_FAIL(SH_EFORMAT, "shape: the size in bytes overflows");
+    SH_TRY(size_in_bits(&e->t, elements, bits, &size));
     if (size % 8 || size / 8 != off[1] - off[0])
         SH_FAIL(SH_EFORMAT, "data_offsets: %llu bytes, but its shape needs %llu of %s",
                 (unsigned long long)(off[1] - off[0]), (unsigned long long)((size + 7) / 8), e->t.dtype_name);
@@ -156,7 +177,7 @@ static sh_status add_entries(sh_tensors *t, int file, const json_t *header, cons
     json_object_foreach((json_t *)(uintptr_t)header, name, o) {
         if (strcmp(name, "__metadata__") == 0) continue;
         sh_tensors_entry e = {.file = file, .t.file = f->name};
-        sh_status st = read_entry(o, data, room, &e);
+        sh_status st = read_entry(o, t->blocks, data, room, &e);
         if (st != SH_OK) return sh_error_prefix(st, "%s: %s", f->path, name);
         SH_TRY(sh_tensors_add_entry(t, &e, name));
     }
@@ -295,6 +316,7 @@ static sh_status open_all(sh_tensors *t, const char *dir) {
 static sh_status open_set(const char *dir, const char *name, sh_tensors **out) {
     sh_tensors *t = calloc(1, sizeof *t);
     if (!t) SH_FAIL(SH_EMEMORY, "%s: no memory for the tensor table", dir);
+    t->blocks = name != NULL;
     sh_status st = name ? open_file(t, dir, name) : open_all(t, dir);
     if (st == SH_OK && name) st = sort_by_name(t);
     if (st != SH_OK) {

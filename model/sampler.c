@@ -6,6 +6,8 @@
 
 #include <limits.h>
 #include <math.h>
+#include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -28,39 +30,61 @@ typedef struct state {
     char tail[SH_MAX_STOP_BYTES];
 } state;
 
+/* What one thread works with, and what went wrong there. */
+typedef struct desk {
+    sh_draw *draw;
+    sh_buf text; /* tail and new text of one token */
+    int row;     /* the first that failed; −1: none */
+    sh_status failed;
+    char why[512];
+} desk;
+
 struct sh_sampler {
     const sh_tokenizer *tok;
-    sh_draw *draw;
+    sh_team *team; /* NULL: one thread */
+    desk *desks;   /* [n_desks]: of the team's first members; number 0 is the calling thread's */
+    int n_desks;
     int vocab, max_seqs, max_context;
     bool quiet; /* texts are not followed */
     state *states;
     size_t state_bytes;
     int32_t *prompts; /* [max_seqs, max_context]: the prompts that are scored; pages of others are never touched */
     size_t prompt_bytes;
-    sh_buf text; /* tail and new text of one token */
 };
 
+static sh_status create_desks(sh_sampler *s, const sh_kernels *kn) {
+    int threads = s->team ? sh_team_size(s->team) : 1;
+    s->n_desks = threads < SH_SAMPLE_THREADS ? threads : SH_SAMPLE_THREADS;
+    s->desks = calloc((size_t)s->n_desks, sizeof *s->desks);
+    if (!s->desks) SH_FAIL(SH_EMEMORY, "no memory for %d threads of a sampler", s->n_desks);
+    for (int i = 0; i < s->n_desks; i++) sh_buf_init(&s->desks[i].text, 0);
+    for (int i = 0; i < s->n_desks; i++) {
+        SH_TRY(sh_draw_create(kn, s->vocab, &s->desks[i].draw));
+        SH_TRY(sh_buf_reserve(&s->desks[i].text, TEXT_ROOM));
+    }
+    return SH_OK;
+}
+
 sh_status sh_sampler_create(const sh_kernels *kn, const sh_tokenizer *tok, int vocab, int max_seqs, int max_context,
-                            sh_sampler **out) {
+                            sh_team *team, sh_sampler **out) {
     if (max_seqs < 1 || max_context < 1)
         SH_FAIL(SH_EINPUT, "sampler: %d sequences of %d tokens: at least 1 of each is needed", max_seqs, max_context);
     sh_sampler *s = calloc(1, sizeof *s);
     if (!s) SH_FAIL(SH_EMEMORY, "no memory for a sampler");
     s->tok = tok;
+    s->team = team;
     s->vocab = vocab;
     s->max_seqs = max_seqs;
     s->max_context = max_context;
     s->state_bytes = (size_t)max_seqs * sizeof(state);
     s->prompt_bytes = (size_t)max_seqs * (size_t)max_context * sizeof(int32_t);
-    sh_buf_init(&s->text, 0);
     sh_status st;
     void *states = NULL, *prompts = NULL;
-    SH_TRY_OR(st, sh_draw_create(kn, vocab, &s->draw), goto fail);
+    SH_TRY_OR(st, create_desks(s, kn), goto fail);
     SH_TRY_OR(st, sh_mem_alloc(s->state_bytes, "sampler states", &states), goto fail);
     s->states = states;
     SH_TRY_OR(st, sh_mem_alloc(s->prompt_bytes, "prompts to score", &prompts), goto fail);
     s->prompts = prompts;
-    SH_TRY_OR(st, sh_buf_reserve(&s->text, TEXT_ROOM), goto fail);
     *out = s;
     return SH_OK;
 fail:
@@ -68,14 +92,18 @@ fail:
     return st;
 }
 
-void sh_sampler_destroy(sh_sampler **s) {
-    if (!*s) return;
-    sh_draw_destroy(&(*s)->draw);
-    if ((*s)->states) sh_mem_free((*s)->states, (*s)->state_bytes);
-    if ((*s)->prompts) sh_mem_free((*s)->prompts, (*s)->prompt_bytes);
-    sh_buf_release(&(*s)->text);
-    free(*s);
-    *s = NULL;
+void sh_sampler_destroy(sh_sampler **sp) {
+    sh_sampler *s = *sp;
+    if (!s) return;
+    for (int i = 0; s->desks && i < s->n_desks; i++) {
+        sh_draw_destroy(&s->desks[i].draw);
+        sh_buf_release(&s->desks[i].text);
+    }
+    free(s->desks);
+    if (s->states) sh_mem_free(s->states, s->state_bytes);
+    if (s->prompts) sh_mem_free(s->prompts, s->prompt_bytes);
+    free(s);
+    *sp = NULL;
 }
 
 static state *find(const sh_sampler *s, uint64_t seq) {
@@ -116,14 +144,14 @@ static int64_t find_stop(const sh_sampling *p, const char *text, size_t len, siz
 
 /* Takes one generated token into the text (id < 0: the text that detok holds back, at an end). With `search`, *cut gets
  * the offset in the generated text at which a stop string begins, if one ends in the new part. */
-static sh_status add_text(sh_sampler *s, state *q, int32_t id, bool search, int64_t *cut) {
-    sh_buf_clear(&s->text);
-    SH_TRY(sh_buf_add(&s->text, q->tail, (size_t)q->tail_len));
-    sh_status st = id >= 0 ? sh_detok_add(&q->detok, id, &s->text) : sh_detok_flush(&q->detok, &s->text);
+static sh_status add_text(desk *d, state *q, int32_t id, bool search, int64_t *cut) {
+    sh_buf_clear(&d->text);
+    SH_TRY(sh_buf_add(&d->text, q->tail, (size_t)q->tail_len));
+    sh_status st = id >= 0 ? sh_detok_add(&q->detok, id, &d->text) : sh_detok_flush(&q->detok, &d->text);
     if (st != SH_OK && st != SH_EINPUT)
         return sh_error_pass(st, __FILE__, __LINE__); /* EINPUT: padding, an id without text */
-    const char *text = (const char *)s->text.data;
-    size_t old = (size_t)q->tail_len, len = s->text.len;
+    const char *text = (const char *)d->text.data;
+    size_t old = (size_t)q->tail_len, len = d->text.len;
     int64_t begin = q->text_bytes - (int64_t)old;
     if (search) {
         int64_t at = find_stop(&q->p, text, len, old);
@@ -190,7 +218,7 @@ sh_status sh_sampler_start(sh_sampler *s, const sh_seq_start *b) {
     if (q->longest > 0) { /* the text so far, exactly as decoding its tokens went */
         sh_detok_init(&q->detok, s->tok, true);
         int64_t unused;
-        for (int i = b->n_prompt; i < b->n_tokens; i++) SH_TRY(add_text(s, q, b->tokens[i], false, &unused));
+        for (int i = b->n_prompt; i < b->n_tokens; i++) SH_TRY(add_text(&s->desks[0], q, b->tokens[i], false, &unused));
     }
     if (q->p.score_prompt)
         memcpy(s->prompts + (size_t)(q - s->states) * (size_t)s->max_context, b->tokens,
@@ -226,19 +254,19 @@ static void ban_all(const state *q, int made, float *x, int n, int base) {
     ban(x, n, base, q->p.stop_ids, q->p.n_stop_ids);
 }
 
-static sh_status find_lse(sh_sampler *s, const view *v, sh_lse *out) {
-    return v->x ? sh_draw_lse(s->draw, v->x, out) : sh_row_lse(v->parts, out);
+static sh_status find_lse(desk *d, const view *v, sh_lse *out) {
+    return v->x ? sh_draw_lse(d->draw, v->x, out) : sh_row_lse(v->parts, out);
 }
 
 /* Log-probability of `id` and of the alternatives asked for. */
-static sh_status report(sh_sampler *s, const state *q, view *v, int32_t id, const sh_lse *lse, sh_token *t) {
+static sh_status report(desk *d, const state *q, view *v, int32_t id, const sh_lse *lse, sh_token *t) {
     float logit = 0;
     if (v->x)
         logit = v->x[id];
     else
         SH_TRY(sh_row_value(v->parts, id, &logit));
     t->logprob = sh_lse_logprob(*lse, logit);
-    t->n_top = v->x ? sh_draw_top(s->draw, v->x, *lse, q->p.logprobs, t->top)
+    t->n_top = v->x ? sh_draw_top(d->draw, v->x, *lse, q->p.logprobs, t->top)
                     : sh_row_top(v->parts, *lse, q->p.logprobs, t->top, &v->ask);
     return SH_OK;
 }
@@ -252,31 +280,31 @@ static bool is_scored(const state *q, int pos) {
     return q->p.score_prompt && pos + 1 < q->n_prompt;
 }
 
-static sh_status score(sh_sampler *s, const state *q, int pos, view *v, sh_token *out) {
+static sh_status score(const sh_sampler *s, desk *d, const state *q, int pos, view *v, sh_token *out) {
     int32_t id = scored_id(s, q, pos);
     sh_lse lse;
-    SH_TRY(find_lse(s, v, &lse));
+    SH_TRY(find_lse(d, v, &lse));
     sh_token t = {.seq = q->seq, .index = pos + 1, .id = id, .score = true, .finish = SH_FINISH_NONE, .text_len = -1};
-    SH_TRY(report(s, q, v, id, &lse, &t));
+    SH_TRY(report(d, q, v, id, &lse, &t));
     *out = t;
     return SH_OK;
 }
 
 /* Chooses the next id. */
-static sh_status choose(sh_sampler *s, const state *q, view *v, sh_token *t) {
+static sh_status choose(const sh_sampler *s, desk *d, const state *q, view *v, sh_token *t) {
     if (v->x) ban_all(q, q->n_tokens - q->n_prompt, v->x, s->vocab, 0);
     sh_lse lse = {0};
-    if (q->p.logprobs >= 0) SH_TRY(find_lse(s, v, &lse));
+    if (q->p.logprobs >= 0) SH_TRY(find_lse(d, v, &lse));
     double u = sh_draw_uniform(q->p.seed, (uint32_t)q->p.choice, (uint32_t)q->n_tokens);
-    SH_TRY(v->x ? sh_draw_id(s->draw, v->x, &q->p, u, &t->id) : sh_row_id(v->parts, &q->p, u, &t->id, &v->ask));
+    SH_TRY(v->x ? sh_draw_id(d->draw, v->x, &q->p, u, &t->id) : sh_row_id(v->parts, &q->p, u, &t->id, &v->ask));
     if (q->p.logprobs < 0 || v->ask.kind != SH_ASK_NOTHING) return SH_OK;
-    return report(s, q, v, t->id, &lse, t);
+    return report(d, q, v, t->id, &lse, t);
 }
 
 /* --- step --- */
 
 /* Whether token t (already counted) ends the sequence, and how much text stays. */
-static sh_status conclude(sh_sampler *s, state *q, sh_token *t) {
+static sh_status conclude(const sh_sampler *s, desk *d, state *q, sh_token *t) {
     int made = q->n_tokens - q->n_prompt;
     bool stop =
         (!q->p.ignore_eos && has_id(q->p.eos, q->p.n_eos, t->id)) || has_id(q->p.stop_ids, q->p.n_stop_ids, t->id);
@@ -285,8 +313,8 @@ static sh_status conclude(sh_sampler *s, state *q, sh_token *t) {
     if (q->longest == 0) return SH_OK;
     int64_t cut = -1;
     bool search = made > q->p.min_tokens;
-    if (!stop) SH_TRY(add_text(s, q, t->id, search, &cut)); /* the text of a stop id is no part of the output */
-    if (cut < 0 && t->finish != SH_FINISH_NONE) SH_TRY(add_text(s, q, -1, search, &cut));
+    if (!stop) SH_TRY(add_text(d, q, t->id, search, &cut)); /* the text of a stop id is no part of the output */
+    if (cut < 0 && t->finish != SH_FINISH_NONE) SH_TRY(add_text(d, q, -1, search, &cut));
     if (cut >= 0) {
         t->finish = SH_FINISH_STOP;
         t->text_len = cut > INT32_MAX ? INT32_MAX : (int32_t)cut;
@@ -303,14 +331,14 @@ static bool has_room(const sh_sampler *s, const state *q) {
     return q->n_tokens - q->n_prompt < q->p.max_tokens && q->n_tokens < s->max_context;
 }
 
-static sh_status next(sh_sampler *s, state *q, view *v, sh_token *out) {
+static sh_status next(const sh_sampler *s, desk *d, state *q, view *v, sh_token *out) {
     int made = q->n_tokens - q->n_prompt;
     sh_token t = {.seq = q->seq, .index = made, .id = -1, .finish = SH_FINISH_LENGTH, .text_len = -1};
     if (has_room(s, q)) {
-        SH_TRY(choose(s, q, v, &t));
+        SH_TRY(choose(s, d, q, v, &t));
         if (v->ask.kind != SH_ASK_NOTHING) return not_given();
         q->n_tokens++;
-        SH_TRY(conclude(s, q, &t));
+        SH_TRY(conclude(s, d, q, &t));
     } /* else an end without a token */
     *out = t;
     return SH_OK;
@@ -326,16 +354,16 @@ static sh_status find_step(const sh_sampler *s, uint64_t seq, int pos, state **o
     return SH_OK;
 }
 
-static sh_status step(sh_sampler *s, uint64_t seq, int pos, view *v, sh_token *out, int *n) {
+static sh_status step(const sh_sampler *s, desk *d, uint64_t seq, int pos, view *v, sh_token *out, int *n) {
     state *q = NULL;
     SH_TRY(find_step(s, seq, pos, &q));
     int made = 1;
     sh_status st = SH_OK;
     if (pos + 1 == q->n_tokens)
-        st = next(s, q, v, out);
+        st = next(s, d, q, v, out);
     else if (is_scored(q, pos)) {
         sh_token t;
-        st = score(s, q, pos, v, &t);
+        st = score(s, d, q, pos, v, &t);
         if (st == SH_OK && v->ask.kind != SH_ASK_NOTHING) st = not_given();
         if (st == SH_OK) *out = t;
     } else
@@ -347,7 +375,58 @@ static sh_status step(sh_sampler *s, uint64_t seq, int pos, view *v, sh_token *o
 
 sh_status sh_sampler_step(sh_sampler *s, uint64_t seq, int pos, float *logits, sh_token *out, int *n) {
     view v = {.x = logits};
-    return step(s, seq, pos, &v, out, n);
+    return step(s, &s->desks[0], seq, pos, &v, out, n);
+}
+
+/* --- many rows --- */
+
+typedef struct rows_job {
+    sh_sampler *s;
+    const sh_sampler_row *row;
+    int n;
+    float *logits;
+    sh_token *out;
+    int *made;
+    atomic_int next;
+} rows_job;
+
+/* The rows of one sequence, from row k: they follow each other, and each leaves the state that the next one needs. */
+static void step_sequence(rows_job *j, desk *d, int k) {
+    uint64_t seq = j->row[k].seq;
+    for (; k < j->n && j->row[k].seq == seq; k++) {
+        view v = {.x = j->logits + (size_t)k * (size_t)j->s->vocab};
+        sh_status st = step(j->s, d, seq, j->row[k].pos, &v, &j->out[k], &j->made[k]);
+        if (st == SH_OK) continue;
+        if (d->row >= 0 && d->row < k) return;
+        d->row = k;
+        d->failed = st;
+        snprintf(d->why, sizeof d->why, "%s", sh_error_text());
+        return;
+    }
+}
+
+static void step_member(void *arg, int member, int size) {
+    rows_job *j = arg;
+    (void)size;
+    for (int k; member < j->s->n_desks && (k = atomic_fetch_add(&j->next, 1)) < j->n;) {
+        if (k == 0 || j->row[k].seq != j->row[k - 1].seq) step_sequence(j, &j->s->desks[member], k);
+        if (j->s->team) sh_team_poll(j->s->team, member);
+    }
+}
+
+sh_status sh_sampler_steps(sh_sampler *s, const sh_sampler_row *row, int n, float *logits, sh_token *out, int *made) {
+    rows_job j = {.s = s, .row = row, .n = n, .logits = logits, .out = out, .made = made};
+    const desk *first = NULL;
+    for (int i = 0; i < s->n_desks; i++) s->desks[i].row = -1;
+    if (s->team && n > 1)
+        sh_team_run(s->team, step_member, &j);
+    else
+        step_member(&j, 0, 1);
+    for (int i = 0; i < s->n_desks; i++) {
+        const desk *d = &s->desks[i];
+        if (d->row >= 0 && (!first || d->row < first->row)) first = d;
+    }
+    return first ? sh_error_set(first->failed, __FILE__, __LINE__, "%s", first->why) : SH_OK;
 }
 
 /* --- parts --- */
@@ -373,7 +452,7 @@ sh_status sh_sampler_digest(sh_sampler *s, uint64_t seq, int pos, float *x, int 
     bool samples = pos + 1 >= q->n_tokens; /* a quiet part counts no tokens */
     if (samples) ban_all(q, pos + 1 - q->n_prompt, x, n, base);
     sh_digest_want w = want_of(s, q, pos, samples);
-    sh_digest_make(s->draw, x, n, base, &w, to, bytes);
+    sh_digest_make(s->desks[0].draw, x, n, base, &w, to, bytes);
     return SH_OK;
 }
 
@@ -384,9 +463,9 @@ sh_status sh_sampler_ask(sh_sampler *s, uint64_t seq, int pos, sh_row *row, sh_r
     sh_status st = SH_OK;
     SH_TRY(find_step(s, seq, pos, &q));
     if (pos + 1 == q->n_tokens) {
-        if (has_room(s, q)) st = choose(s, q, &v, &t);
+        if (has_room(s, q)) st = choose(s, &s->desks[0], q, &v, &t);
     } else if (is_scored(q, pos))
-        st = score(s, q, pos, &v, &t);
+        st = score(s, &s->desks[0], q, pos, &v, &t);
     if (st != SH_OK) return sh_error_prefix(st, "sequence %llu, position %d", (unsigned long long)seq, pos);
     *ask = v.ask;
     return SH_OK;
@@ -394,5 +473,5 @@ sh_status sh_sampler_ask(sh_sampler *s, uint64_t seq, int pos, sh_row *row, sh_r
 
 sh_status sh_sampler_step_row(sh_sampler *s, uint64_t seq, int pos, sh_row *row, sh_token *out, int *n) {
     view v = view_of(row);
-    return step(s, seq, pos, &v, out, n);
+    return step(s, &s->desks[0], seq, pos, &v, out, n);
 }

@@ -11,13 +11,15 @@
 #include "model/batch.h"
 #include "model/digest.h"
 #include "model/kernels/kernels.h"
+#include "model/team.h"
 #include "model/tokenizer.h"
 
 typedef struct sh_sampler sh_sampler;
 
-/* tokenizer: for stop strings; borrowed, may be NULL when no request has any. max_seqs states at once. */
+/* tokenizer: for stop strings; borrowed, may be NULL when no request has any. max_seqs states at once. team: whose
+ * threads share the rows of sh_sampler_steps; borrowed; NULL: there is but the caller's. */
 sh_status sh_sampler_create(const sh_kernels *kn, const sh_tokenizer *tok, int vocab, int max_seqs, int max_context,
-                            sh_sampler **out);
+                            sh_team *team, sh_sampler **out);
 void sh_sampler_destroy(sh_sampler **s);
 /* Copies what it needs. A sequence already known is replaced. */
 sh_status sh_sampler_start(sh_sampler *s, const sh_seq_start *start);
@@ -26,6 +28,15 @@ void sh_sampler_drop(sh_sampler *s, uint64_t seq); /* unknown: nothing happens *
  * last known token's position they only score (score_prompt) the token at pos + 1 and give at most one sh_token with
  * score set; at it they sample the next token. *n is 0 or 1. Allocates nothing. */
 sh_status sh_sampler_step(sh_sampler *s, uint64_t seq, int pos, float *logits, sh_token *out, int *n);
+
+/* A row of logits is that after position `pos` of a sequence. */
+typedef struct sh_sampler_row {
+    uint64_t seq;
+    int pos;
+} sh_sampler_row;
+/* sh_sampler_step for n rows, logits [n, vocab], on the team's threads: out[i] is made when made[i] is 1. Rows of one
+ * sequence follow each other, ascending. A failure is that of the first row that fails. */
+sh_status sh_sampler_steps(sh_sampler *s, const sh_sampler_row *row, int n, float *logits, sh_token *out, int *made);
 
 /*
  * A head that is cut by vocabulary: every part starts and drops the same sequences; one part chooses, the others, which

@@ -23,6 +23,7 @@ struct sh_tensors {
     sh_tensors_file *file;
     sh_tensors_entry *entry;
     int n_files, n_entries, cap;
+    bool blocks; /* safetensors may hold Q8_0 and Q4_0 too */
 };
 
 /* Maps DIR/NAME as the last of the files. */

@@ -306,8 +306,12 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *config, const Shoal__Plan *p
     m.scratch += exchange_bytes(all, share, first, last, rows) + spread_bytes(c, members, first, last, rows, own);
     m.scratch += expert_exchange_bytes(all, p, rows, held);
     m.scratch += block_bytes(c, first, rows) + 4 * block_bytes(c, last, rows); /* in, and out until sent */
-    if (sh_config_has_head(c, last))
-        m.scratch += 64 * vocab + 512 * vocab + seqs * context * 4; /* logits, tokenizer, scored prompts */
+    if (sh_config_has_head(c, last)) {
+        uint64_t samplers = threads < SH_SAMPLE_THREADS ? threads : SH_SAMPLE_THREADS;
+        m.scratch += 4 * SH_LOGIT_ROWS * vocab + (512 + 20 * samplers) * (uint64_t)all->vocab; /* logits, tokenizer */
+        if (p->tp > 1) m.scratch += 4 * SH_LOGIT_ROWS * (uint64_t)all->vocab;                  /* whole rows of them */
+        m.scratch += seqs * context * 4;                                                       /* scored prompts */
+    }
     m.reserve = 64 * MIB + m.weights / 50;
     return m;
 }

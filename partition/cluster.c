@@ -73,6 +73,10 @@ static sh_status kernels_of(sh_cluster *c, const Shoal__MachineKernels *k) {
 #undef SHARE
     SH_TRY(number("kernels.q8_fma", k && k->has_q8_fma, k ? k->q8_fma : 0, 0.001, 64, 0, &c->kernels.q8_fma));
     SH_TRY(number("kernels.q4_fma", k && k->has_q4_fma, k ? k->q4_fma : 0, 0.001, 64, 0, &c->kernels.q4_fma));
+    SH_TRY(number("kernels.weights_both", k && k->has_weights_both, k ? k->weights_both : 0, 0, 1, 0,
+                  &c->kernels.weights_both));
+    SH_TRY(number("kernels.q8_both", k && k->has_q8_both, k ? k->q8_both : 0, 0, 1, 0, &c->kernels.q8_both));
+    SH_TRY(number("kernels.q4_both", k && k->has_q4_both, k ? k->q4_both : 0, 0, 1, 0, &c->kernels.q4_both));
     SH_TRY(number("kernels.layer_us", k && k->has_layer_us, k ? k->layer_us : 0, 0, 1e6, u.layer * 1e6, &layer));
     SH_TRY(number("kernels.sample_ns", k && k->has_sample_ns, k ? k->sample_ns : 0, 0, 1e6, u.sample * 1e9, &sample));
     c->kernels.layer = layer * 1e-6;
@@ -175,6 +179,7 @@ sh_cost_rates sh_cluster_rates(const sh_cluster *c, int ranks) {
     sh_cost_rates r = c->kernels;
     r.read = c->read / ranks * (ranks < c->numa ? c->spanning : 1);
     r.fma = c->fma / ranks;
+    r.threads = (double)c->cores / ranks;
     return r;
 }
 

@@ -8,7 +8,6 @@
 #include "partition/cost_int.h"
 
 #define POSITIONS     8     /* samples of a span's first position */
-#define LOGIT_ROWS    16    /* rows of one product with the head: worker/stage.c */
 #define GELU_FLOPS    120.0 /* multiply-adds' worth of one gelu(x)·y: docs/performance.md */
 #define NORM_FLOPS    10.0  /* the same for one value that a norm, a rotation or a sum passes */
 #define SAME_AS_LAYER 8     /* shapes of layers that a step remembers */
@@ -49,9 +48,10 @@ const sh_cost_rates *sh_cost_rates_of(const sh_cost_model *m, int rank) {
     return &m->rates[m->alike ? 0 : rank];
 }
 
-/* The roofline: whichever of memory and arithmetic takes longer. */
-static sh_cost_part part(double bytes, double flops, double read, double fma) {
-    return (sh_cost_part){.bytes = bytes, .flops = flops, .seconds = fmax(bytes / read, flops / fma)};
+/* The roofline: whichever of memory and arithmetic takes longer, and of the other what that does not hide. */
+static sh_cost_part part(double bytes, double flops, double read, double fma, double both) {
+    double a = bytes / read, b = flops / fma;
+    return (sh_cost_part){.bytes = bytes, .flops = flops, .seconds = fmax(a, b) + both * fmin(a, b)};
 }
 
 /* Integer products do more at a time than those of f32. */
@@ -65,12 +65,20 @@ double sh_cost_weights_read(const sh_cost_rates *r, sh_mode mode) {
     return r->read * (share > 0 ? share : r->weights_read);
 }
 
+double sh_cost_both(const sh_cost_rates *r, sh_mode mode) {
+    return mode == SH_MODE_Q8 ? r->q8_both : mode == SH_MODE_Q4 ? r->q4_both : r->weights_both;
+}
+
+static sh_cost_part weights_part(const sh_cost_place *p, double bytes, double flops) {
+    const sh_cost_rates *r = p->rates;
+    return part(bytes, flops, sh_cost_weights_read(r, p->mode), sh_cost_products_rate(r, p->mode),
+                sh_cost_both(r, p->mode));
+}
+
 /* Weights are read once for each part of the rows. */
 static sh_cost_part product(const sh_cost_place *p, double elements, double rows, double parts) {
-    const sh_cost_rates *r = p->rates;
-    double bytes = elements * parts * sh_mode_weight_bytes(p->mode);
     if (!(rows > 0)) return (sh_cost_part){0};
-    return part(bytes, 2 * elements * rows, sh_cost_weights_read(r, p->mode), sh_cost_products_rate(r, p->mode));
+    return weights_part(p, elements * parts * sh_mode_weight_bytes(p->mode), 2 * elements * rows);
 }
 
 /* Of n columns or outputs, those of this member. */
@@ -97,7 +105,7 @@ static sh_cost_part attention(const sh_cost_model *m, const sh_cost_place *p, in
     double share = context_share(p, l, d), row = (double)sh_layer_kv_bytes(&c->layer[l->kv_from], p->kv);
     double bytes = d->keys * row * kv_heads_of(l, p) / l->kv_heads * share;
     double flops = 4.0 * l->heads / p->shape.tp * l->head_dim * d->pairs * share;
-    return part(bytes, flops, r->read * r->attention_read, r->fma * r->attention_fma);
+    return part(bytes, flops, r->read * r->attention_read, r->fma * r->attention_fma, 0);
 }
 
 static double project_elements(const sh_config *c, const sh_layer *l, const sh_cost_place *p) {
@@ -131,13 +139,11 @@ static double own_rows(const sh_cost_place *p, double rows) {
 
 static void experts(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows, sh_cost_layer *out) {
     const sh_config *c = m->config;
-    const sh_cost_rates *r = p->rates;
     double parts = sh_cost_parts(m, p, rows);
     sh_cost_routes e = sh_cost_routes_of(m, p, layer, rows * p->shape.ep / parts);
     double elements = 3.0 * c->expert_ff * c->hidden; /* whole ones, also where heads and columns are divided */
     e.rows *= parts;
-    out->experts = part(e.touched * parts * elements * sh_mode_weight_bytes(p->mode), 2 * e.rows * elements,
-                        sh_cost_weights_read(r, p->mode), sh_cost_products_rate(r, p->mode));
+    out->experts = weights_part(p, e.touched * parts * elements * sh_mode_weight_bytes(p->mode), 2 * e.rows * elements);
     out->experts_touched = e.touched;
     out->router = product(p, (double)c->hidden * c->experts, rows, parts);
     sh_cost_wire_experts(m, p, rows, &e, out);
@@ -266,9 +272,10 @@ static double add_head(const sh_cost_model *m, const sh_cost_place *p, double ke
     sh_cost_wire_head(m, p, kept, &out->head);
     out->exposed += out->head.seconds;
     if (p->shape.cp > 1 && p->member > 0) return out->head.seconds;
-    double vocab = sh_cost_share(c->vocab, SH_SHARE_VOCAB, p->member, p->shape.tp), passes = ceil(kept / LOGIT_ROWS);
+    double vocab = sh_cost_share(c->vocab, SH_SHARE_VOCAB, p->member, p->shape.tp), passes = ceil(kept / SH_LOGIT_ROWS);
     sh_cost_part head = product(p, vocab * c->hidden, kept, passes);
-    sh_cost_part sample = {.seconds = kept * vocab * p->rates->sample};
+    double threads = fmin(kept, fmin(fmax(1, p->rates->threads), SH_SAMPLE_THREADS)); /* a row is one thread's */
+    sh_cost_part sample = {.seconds = kept * vocab * p->rates->sample / threads};
     add_part(p->rates, out, SH_CAUSE_WEIGHTS, &head);
     add_part(p->rates, out, SH_CAUSE_OTHER, &sample);
     return head.seconds + sample.seconds + out->head.seconds;

@@ -24,12 +24,15 @@ typedef struct sh_cost_rates {
     double read; /* bytes/s that the rank's cores read from memory together */
     double fma;  /* f32 operations/s of the same cores, a multiply-add counting as two */
     /* Shares of these that the kernels reach, and what is left over */
-    double weights_read, weights_fma;     /* products with weights */
-    double q8_read, q8_fma;               /* of 8-bit weights; 0: weights_read, weights_fma × SH_COST_INT8 */
-    double q4_read, q4_fma;               /* of 4-bit weights; the same */
+    double weights_read, weights_fma; /* products with weights */
+    double q8_read, q8_fma;           /* of 8-bit weights; 0: weights_read, weights_fma × SH_COST_INT8 */
+    double q4_read, q4_fma;           /* of 4-bit weights; the same */
+    double weights_both, q8_both,
+        q4_both; /* of reading and computing, the part of the shorter that adds to the longer */
     double attention_read, attention_fma; /* scores and weighted sums */
     double layer;                         /* seconds of each layer whatever its rows: starting and joining threads */
-    double sample;                        /* seconds per sampled row and entry of the vocabulary */
+    double sample;                        /* seconds per sampled row and entry of the vocabulary, of one thread */
+    double threads;                       /* of the rank; 0: one */
 } sh_cost_rates;
 
 typedef struct sh_cost_link {

@@ -23,6 +23,7 @@ bool sh_cost_once(const sh_cost_model *m, int stage);
 /* f32 operations/s of products with weights in a mode, a multiply-add counting as two. */
 double sh_cost_products_rate(const sh_cost_rates *r, sh_mode mode);
 double sh_cost_weights_read(const sh_cost_rates *r, sh_mode mode);
+double sh_cost_both(const sh_cost_rates *r, sh_mode mode);
 const sh_cost_rates *sh_cost_rates_of(const sh_cost_model *m, int rank);
 
 /* Rows of a micro-batch as a layer sees them. */

@@ -22,7 +22,7 @@
 #include "worker/tokens.h"
 #include "worker/vocabulary.h"
 
-enum { SENDS = 2, LOGIT_ROWS = 16 };
+enum { SENDS = 2 };
 #define POLL_SECONDS 100e-6 /* between two looks at what is under way, while a step computes */
 
 typedef struct sending {
@@ -184,15 +184,15 @@ static sh_status create_sampler(sh_stage *s) {
     sh_range ids = sh_model_ids(s->model);
     if (s->samples) SH_TRY(sh_tokenizer_load(o->model_dir, &s->tokenizer));
     SH_TRY(sh_sampler_create(sh_model_kernels(s->model), s->tokenizer, o->config->vocab, o->schedule->max_seqs,
-                             o->schedule->max_context, &s->sampler));
-    s->logit_bytes = LOGIT_ROWS * (size_t)(ids.hi - ids.lo) * sizeof(float);
+                             o->schedule->max_context, sh_model_team(s->model), &s->sampler));
+    s->logit_bytes = SH_LOGIT_ROWS * (size_t)(ids.hi - ids.lo) * sizeof(float);
     SH_TRY(sh_mem_alloc(s->logit_bytes, "logits", &logits));
     s->logits = logits;
     sh_vocabulary_options v = {.link = o->link,
                                .first_rank = s->stage * o->width,
                                .share = o->share,
                                .vocab = o->config->vocab,
-                               .max_rows = LOGIT_ROWS,
+                               .max_rows = SH_LOGIT_ROWS,
                                .sampler = s->sampler,
                                .timeline = o->timeline};
     return o->share.parts > 1 ? sh_vocabulary_create(&v, &s->vocabulary) : SH_OK;
@@ -389,27 +389,26 @@ typedef struct cursor {
     int span, row;
 } cursor;
 
-static sh_vocabulary_row next_row(const sh_batch *b, cursor *at) {
+static sh_sampler_row next_row(const sh_batch *b, cursor *at) {
     while (at->row == b->spans[at->span].keep) {
         at->span++;
         at->row = 0;
     }
     const sh_span *p = &b->spans[at->span];
-    return (sh_vocabulary_row){.seq = p->seq, .pos = p->pos + p->rows - p->keep + at->row++};
+    return (sh_sampler_row){.seq = p->seq, .pos = p->pos + p->rows - p->keep + at->row++};
 }
 
 /* Samples n kept rows from their logits. Members that divide the vocabulary do it together, for member 0. */
 static sh_status sample_rows(sh_stage *s, const sh_batch *b, int n, cursor *at, sh_buf *answer, int *count) {
-    size_t vocab = (size_t)s->o.config->vocab;
-    sh_vocabulary_row rows[LOGIT_ROWS];
-    sh_token token[LOGIT_ROWS];
-    int made[LOGIT_ROWS] = {0};
+    sh_sampler_row rows[SH_LOGIT_ROWS];
+    sh_token token[SH_LOGIT_ROWS];
+    int made[SH_LOGIT_ROWS] = {0};
     for (int i = 0; i < n; i++) rows[i] = next_row(b, at);
-    if (s->vocabulary) SH_TRY(sh_vocabulary_sample(s->vocabulary, rows, n, s->logits, token, made));
+    if (s->vocabulary)
+        SH_TRY(sh_vocabulary_sample(s->vocabulary, rows, n, s->logits, token, made));
+    else
+        SH_TRY(sh_sampler_steps(s->sampler, rows, n, s->logits, token, made));
     for (int i = 0; i < n; i++) {
-        if (!s->vocabulary)
-            SH_TRY(sh_sampler_step(s->sampler, rows[i].seq, rows[i].pos, s->logits + (size_t)i * vocab, &token[i],
-                                   &made[i]));
         if (made[i]) SH_TRY(sh_tokens_add(answer, &token[i]));
         *count += made[i];
     }
@@ -424,8 +423,8 @@ static sh_status sample_batch(sh_stage *s, const sh_batch *b, sending *to) {
         sh_buf_clear(&to->answer);
         SH_TRY(sh_tokens_begin(&to->answer, b->step));
     }
-    for (int k = 0; k < b->n_kept; k += LOGIT_ROWS) {
-        int n = b->n_kept - k < LOGIT_ROWS ? b->n_kept - k : LOGIT_ROWS;
+    for (int k = 0; k < b->n_kept; k += SH_LOGIT_ROWS) {
+        int n = b->n_kept - k < SH_LOGIT_ROWS ? b->n_kept - k : SH_LOGIT_ROWS;
         sh_model_logits(s->model, s->hidden + (size_t)k * (size_t)s->o.config->hidden, n, s->logits);
         double t0 = sh_now();
         SH_TRY(sample_rows(s, b, n, &at, to ? &to->answer : NULL, &count));

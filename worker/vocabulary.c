@@ -209,7 +209,7 @@ static const float *own_row(const sh_vocabulary *v, const float *logits, int i) 
     return logits + (size_t)i * (size_t)(v->ids.hi - v->ids.lo);
 }
 
-static sh_status make_digests(sh_vocabulary *v, const sh_vocabulary_row *rows, int n, float *logits, uint8_t *to,
+static sh_status make_digests(sh_vocabulary *v, const sh_sampler_row *rows, int n, float *logits, uint8_t *to,
                               size_t *bytes) {
     int width = v->ids.hi - v->ids.lo;
     size_t at = 0, one = 0;
@@ -235,7 +235,7 @@ static sh_status send_rest(sh_vocabulary *v, int n, const float *logits) {
     return finish_send(v, 0);
 }
 
-static sh_status tell(sh_vocabulary *v, const sh_vocabulary_row *rows, int n, float *logits) {
+static sh_status tell(sh_vocabulary *v, const sh_sampler_row *rows, int n, float *logits) {
     size_t bytes = 0;
     SH_TRY(make_digests(v, rows, n, logits, body(v->send), &bytes));
     write_head(v, DIGESTS, n, bytes);
@@ -253,7 +253,7 @@ static sh_status tell(sh_vocabulary *v, const sh_vocabulary_row *rows, int n, fl
 /* --- member 0 ------------------------------------------------------------------------------------------------------
  */
 
-static sh_status collect(sh_vocabulary *v, const sh_vocabulary_row *rows, int n, float *logits) {
+static sh_status collect(sh_vocabulary *v, const sh_sampler_row *rows, int n, float *logits) {
     size_t bytes = 0, used = 0;
     SH_TRY(make_digests(v, rows, n, logits, body(received(v, 0)), &bytes));
     for (int i = 0; i < n; i++) sh_row_clear(v->row[i]);
@@ -267,7 +267,7 @@ static sh_status collect(sh_vocabulary *v, const sh_vocabulary_row *rows, int n,
     return SH_OK;
 }
 
-static sh_status ask_all(sh_vocabulary *v, const sh_vocabulary_row *rows, int n) {
+static sh_status ask_all(sh_vocabulary *v, const sh_sampler_row *rows, int n) {
     size_t bytes = (size_t)n * sizeof *v->ask;
     for (int i = 0; i < n; i++) SH_TRY(sh_sampler_ask(v->o.sampler, rows[i].seq, rows[i].pos, v->row[i], &v->ask[i]));
     memcpy(body(v->send), v->ask, bytes);
@@ -308,7 +308,7 @@ static sh_status take_rest(sh_vocabulary *v, int n, const float *logits) {
     return SH_OK;
 }
 
-static sh_status choose(sh_vocabulary *v, const sh_vocabulary_row *rows, int n, float *logits, sh_token *token,
+static sh_status choose(sh_vocabulary *v, const sh_sampler_row *rows, int n, float *logits, sh_token *token,
                         int *made) {
     SH_TRY(collect(v, rows, n, logits));
     for (;;) {
@@ -321,7 +321,7 @@ static sh_status choose(sh_vocabulary *v, const sh_vocabulary_row *rows, int n, 
     return SH_OK;
 }
 
-sh_status sh_vocabulary_sample(sh_vocabulary *v, const sh_vocabulary_row *rows, int n, float *logits, sh_token *token,
+sh_status sh_vocabulary_sample(sh_vocabulary *v, const sh_sampler_row *rows, int n, float *logits, sh_token *token,
                                int *made) {
     if (n < 1 || n > v->o.max_rows) SH_FAIL(SH_ESTATE, "%d rows of logits: 1 to %d are allowed", n, v->o.max_rows);
     SH_TRY(v->o.share.part == 0 ? choose(v, rows, n, logits, token, made) : tell(v, rows, n, logits));

@@ -21,17 +21,11 @@ typedef struct sh_vocabulary_options {
     sh_timeline *timeline; /* waiting for others as slices; NULL: off */
 } sh_vocabulary_options;
 
-/* A kept row: it is at position pos of the sequence. */
-typedef struct sh_vocabulary_row {
-    uint64_t seq;
-    int pos;
-} sh_vocabulary_row;
-
 sh_status sh_vocabulary_create(const sh_vocabulary_options *o, sh_vocabulary **out);
 void sh_vocabulary_destroy(sh_vocabulary **v);
 /* Collective over the members, which have the same rows [n]. logits [n, own ids]; overwritten by bans. At member 0 the
  * sampler steps: made[i] tells whether token[i] is one. The other members leave token and made as they are. */
-sh_status sh_vocabulary_sample(sh_vocabulary *v, const sh_vocabulary_row *rows, int n, float *logits, sh_token *token,
+sh_status sh_vocabulary_sample(sh_vocabulary *v, const sh_sampler_row *rows, int n, float *logits, sh_token *token,
                                int *made);
 double sh_vocabulary_seconds(const sh_vocabulary *v); /* waiting for others */
 

@@ -1,43 +1,36 @@
 /*
- * make_shape SHAPE DIR: writes a checkpoint with random, well-scaled weights and no tokenizer. With the layer shapes of
+ * make_shape SHAPE DIR [TYPE]: writes a checkpoint with random, well-scaled weights and no tokenizer, as safetensors in
+ * bf16 or, with a TYPE of BF16, Q8_0 or Q4_0, as one GGUF file that llama.cpp reads too. With the layer shapes of
  * a released model and a vocabulary of 32,768, for tests and benchmarks where K-blocking, panels and wide heads come
  * into play:
  *   e2b          6 layers around the border of producers and consumers of shared K/V (0.9 GB)
- *   31b          6 layers, one of them global with K = V (6.2 GB)
- *   26b-a4b      2 layers with 128 experts (3.4 GB)
+ *   31b, 31b-3   6 or 3 layers, one of them global with K = V (6.2 GB, 3.3 GB)
+ *   26b-a4b      2 layers with 128 experts (3.4 GB); 26b-a4b-3 and -6 have more (5.0 GB, 9.8 GB)
+ *   e2b-whole    all 35 layers and the whole vocabulary (9.3 GB)
  * Small ones with the demo model's vocabulary, whose tokenizer files may be put beside them, to compare layouts:
  *   small-moe    12 layers with 32 experts (0.3 GB)
  *   small-dense  12 layers (0.2 GB)
  */
 #include <math.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-
-typedef struct shape {
-    const char *name;
-    int layers, global_every, hidden, heads, kv, global_kv, hd, global_hd, ff, window, ple, shared, experts, top_k, eff;
-    int k_eq_v, vocab;
-} shape;
+#include "shape.h"
 
 static const shape shapes[] = {
     {"e2b", 6, 3, 1536, 8, 1, 1, 256, 512, 6144, 512, 256, 3, 0, 0, 0, 0, 32768},
+    {"e2b-whole", 35, 5, 1536, 8, 1, 1, 256, 512, 6144, 512, 256, 20, 0, 0, 0, 0, 262144},
     {"31b", 6, 6, 5376, 32, 16, 4, 256, 512, 21504, 1024, 0, 0, 0, 0, 0, 1, 32768},
+    {"31b-3", 3, 6, 5376, 32, 16, 4, 256, 512, 21504, 1024, 0, 0, 0, 0, 0, 1, 32768},
     {"26b-a4b", 2, 2, 2816, 16, 8, 2, 256, 512, 2112, 1024, 0, 0, 128, 8, 704, 1, 32768},
+    {"26b-a4b-3", 3, 6, 2816, 16, 8, 2, 256, 512, 2112, 1024, 0, 0, 128, 8, 704, 1, 32768},
+    {"26b-a4b-6", 6, 6, 2816, 16, 8, 2, 256, 512, 2112, 1024, 0, 0, 128, 8, 704, 1, 32768},
     {"small-moe", 12, 6, 512, 8, 4, 2, 64, 128, 1024, 1024, 0, 0, 32, 4, 256, 1, 3072},
     {"small-dense", 12, 6, 768, 8, 4, 2, 96, 192, 3072, 1024, 0, 0, 0, 0, 0, 1, 3072},
 };
 
-typedef struct tensor {
-    char name[96];
-    size_t rows, cols; /* rows 0: a vector of cols */
-    size_t experts;    /* a stack of matrices when > 0 */
-    float scale, mean;
-} tensor;
-
-static tensor list[512];
+static tensor list[1024];
 static int n_list;
 
 static void add(int layer, const char *name, size_t experts, size_t rows, size_t cols, float scale, float mean) {
@@ -62,7 +55,7 @@ static void norm(int layer, const char *name, size_t n, float mean) {
     add(layer, name, 0, 0, n, 0.1f, mean);
 }
 
-static int is_global(const shape *s, int layer) {
+int is_global(const shape *s, int layer) {
     return (layer + 1) % s->global_every == 0 || layer + 1 == s->layers;
 }
 
@@ -117,19 +110,19 @@ static void add_all(const shape *s) {
     for (int i = 0; i < s->layers; i++) add_layer(s, i);
 }
 
-static size_t items(const tensor *t) {
+size_t items(const tensor *t) {
     return (t->experts ? t->experts : 1) * (t->rows ? t->rows : 1) * t->cols;
 }
 
 static uint64_t state = 1;
-static float noise(void) {
+float noise(void) {
     state ^= state << 13;
     state ^= state >> 7;
     state ^= state << 17;
     return (float)((double)(int64_t)state * 0x1p-63);
 }
 
-static uint16_t bf16(float x) {
+uint16_t bf16(float x) {
     uint32_t u;
     memcpy(&u, &x, 4);
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
@@ -200,14 +193,18 @@ static int write_tensors(const char *dir) {
 }
 
 int main(int argc, char **argv) {
-    for (size_t i = 0; argc == 3 && i < sizeof shapes / sizeof shapes[0]; i++) {
+    for (size_t i = 0; (argc == 3 || argc == 4) && i < sizeof shapes / sizeof shapes[0]; i++) {
         if (strcmp(argv[1], shapes[i].name) != 0) continue;
         mkdir(argv[2], 0700);
         add_all(&shapes[i]);
-        if (write_config(&shapes[i], argv[2]) && write_tensors(argv[2])) return 0;
+        if (write_config(&shapes[i], argv[2]) &&
+            (argc == 3 ? write_tensors(argv[2]) : write_gguf(&shapes[i], list, n_list, argv[2], argv[3])))
+            return 0;
         perror(argv[2]);
         return 1;
     }
-    fprintf(stderr, "usage: make_shape e2b|31b|26b-a4b|small-moe|small-dense DIR\n");
+    fprintf(stderr, "usage: make_shape SHAPE DIR [BF16|Q8_0|Q4_0], SHAPE being one of");
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) fprintf(stderr, " %s", shapes[i].name);
+    fprintf(stderr, "\n");
     return 2;
 }

@@ -36,14 +36,19 @@ def refused(s, model, words, *options):
 
 
 def packs(s, want):
-    """Values go into a packed folder; blocks do not."""
-    pack = lambda source, to: subprocess.run([st.shoal(), "pack", "-q", "-m", s.file(source), "-o", s.file(to)], capture_output=True,
-                                             text=True, timeout=60)
-    p = pack("plain3", "packed")
-    same("pack of F32", p.returncode, 0)
+    """What a packed folder answers is what the file would; blocks are packed in the modes that make codes of them."""
+    pack = lambda source, to, *o: subprocess.run([st.shoal(), "pack", "-q", "-m", s.file(source), "-o", s.file(to), *o], capture_output=True,
+                                                 text=True, timeout=60)
+    same("pack of F32", pack("plain3", "packed").returncode, 0)
     same("packed F32", answers(s, s.file("packed")), want)
+    for kind, mode in (("Q4_0", "q4"), ("Q4_0", "q8"), ("Q8_0", "q8"), ("Q8_0", "q4"), ("Q4_0-ple", "q4"), ("Q8_0-ple", "q8")):
+        to = f"packed-{kind}-{mode}"
+        p = pack(kind, to, "--mode", mode)
+        same(f"pack of {kind} in {mode}", (p.returncode, p.stderr), (0, ""))
+        same(f"packed {kind} in {mode}", answers(s, s.file(to)), answers(s, s.file(kind), "--mode", mode))
     p = pack("Q4_0", "never")
-    if p.returncode == 0 or "is Q4_0: allowed in a packed folder are BF16, F16 and F32" not in p.stderr or os.path.exists(s.file("never")):
+    if p.returncode == 0 or "is Q4_0: allowed in a packed folder of mode bf16 are BF16, F16 and F32" not in p.stderr or \
+            os.path.exists(s.file("never")):
         sys.exit(f"pack of blocks: exit status {p.returncode}: {p.stderr}")
 
 
@@ -66,6 +71,7 @@ def main():
                 same(f"{kind} rounded", answers(s, to), answers(s, rounded))
             all_blocks = s.file(kind)
             make_gguf.make(moe, all_blocks, kind)
+            make_gguf.make(ple, all_blocks + "-ple", kind)
             for mode in ("bf16", "q8", "q4"):
                 one = answers(s, all_blocks, "--mode", mode)
                 for layout in (["--pp", "2"], ["--tp", "2"], ["--ep", "2"]):

@@ -1,6 +1,8 @@
-"""Runs the registered tests one after the other: each with a time limit, a TMPDIR of its own and a log that is kept when it fails, and
-looks afterwards for processes, sockets and shared memory that it left behind. See tests/run."""
+"""Runs the registered tests: each with a time limit, a TMPDIR of its own and a log that is kept when it fails, and looks afterwards for
+processes, sockets and shared memory that it left behind. Programs of one process (unit, golden, kernels) run two at a time, then the
+others, which have ranks and deadlines, one after the other. See tests/run."""
 import argparse
+import concurrent.futures
 import fnmatch
 import glob
 import os
@@ -28,8 +30,8 @@ ADDED = {"tsan": ["unit/link_local_test"]}
 
 
 class Test:
-    def __init__(self, name, tier, seconds, build, command):
-        self.name, self.tier, self.seconds, self.build, self.command = name, tier, seconds, build, command
+    def __init__(self, name, tier, seconds, build, command, alone=True):
+        self.name, self.tier, self.seconds, self.build, self.command, self.alone = name, tier, seconds, build, command, alone
 
 
 def registered():
@@ -44,7 +46,7 @@ def registered():
                 if base in LEFT_OUT.get(build, ()):
                     continue
                 program = os.path.join(ROOT, "build", build, "tests", base)
-                tests.append(Test(f"{build}/{kind}/{base}", "ci", seconds, build, [program]))
+                tests.append(Test(f"{build}/{kind}/{base}", "ci", seconds, build, [program], alone=kind == "cluster"))
     with open(os.path.join(ROOT, "tests", "list")) as f:
         for line in f:
             if not line.strip() or line.startswith("#"):
@@ -168,6 +170,31 @@ def run(test, long_tier):
     return ("passed" if code == 0 else "skipped" if code == SKIPPED else "failed"), took, note, log
 
 
+def results(chosen, long_tier):
+    """(test, what run gave) of each, as they end."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
+        under_way = {pool.submit(run, t, long_tier): t for t in chosen if not t.alone}
+        for done in concurrent.futures.as_completed(under_way):
+            yield under_way[done], done.result()
+    for t in chosen:
+        if t.alone:
+            yield t, run(t, long_tier)
+
+
+def tell(number, test, outcome, took, note, log):
+    print(f"{number} {outcome:8}{took:7.1f} s  {test.name}{': ' + note if note else ''}", flush=True)
+    if outcome == "passed":
+        return
+    with open(log, errors="replace") as f:
+        lines = f.read().strip().splitlines()
+    if outcome == "skipped":
+        print("        " + (lines or ["no reason given"])[-1], flush=True)
+        return
+    for line in lines[-25:]:
+        print("        " + line[:220])
+    print(f"        log: {os.path.relpath(log, ROOT)}", flush=True)
+
+
 def main():
     a = argparse.ArgumentParser()
     a.add_argument("--long", action="store_true")
@@ -184,18 +211,9 @@ def main():
     os.makedirs(LOGS, exist_ok=True)
     count = {"passed": 0, "failed": 0, "skipped": 0}
     began = time.time()
-    for k, test in enumerate(chosen):
-        outcome, took, note, log = run(test, a.long)
-        count[outcome] += 1
-        print(f"{k + 1:3}/{len(chosen)} {outcome:8}{took:7.1f} s  {test.name}{': ' + note if note else ''}", flush=True)
-        if outcome == "failed":
-            with open(log, errors="replace") as f:
-                for line in f.read().splitlines()[-25:]:
-                    print("        " + line[:220])
-            print(f"        log: {os.path.relpath(log, ROOT)}", flush=True)
-        elif outcome == "skipped":
-            with open(log, errors="replace") as f:
-                print("        " + (f.read().strip().splitlines() or ["no reason given"])[-1], flush=True)
+    for k, (test, result) in enumerate(results(chosen, a.long)):
+        count[result[0]] += 1
+        tell(f"{k + 1:3}/{len(chosen)}", test, *result)
     print(f"{time.time() - began:.0f} s")
     if not chosen:
         print("no test has such a name", file=sys.stderr)

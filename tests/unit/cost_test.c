@@ -340,6 +340,35 @@ static void test_seconds(void) {
     sh_plan_free(&p);
 }
 
+/* What the longer of reading and computing does not hide; sampling by the threads of a rank. */
+static void test_hiding(void) {
+    sh_cost_rates r = {.read = 100e9, .fma = 1e12, .weights_read = 0.9, .weights_fma = 0.8, .sample = 1e-9};
+    Shoal__Plan *p = plan_of(&a4b, bf16);
+    sh_cost_model m = model_of(&a4b, p);
+    m.rates = &r;
+    m.alike = true;
+    sh_cost_span s = decode(8, 1024);
+    sh_cost_layer l;
+    double bytes = 3.0 * 2816 * 2112 * 2 / 90e9, flops = 3.0 * 2816 * 2112 * 2 * 8 / 0.8e12, head = 0, threaded = 0;
+    for (int i = 0; i <= 2; i++) {
+        r.weights_both = 0.5 * i;
+        CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
+        near(l.dense.seconds, fmax(bytes, flops) + 0.5 * i * fmin(bytes, flops), 1e-9, "dense");
+    }
+    r.q8_both = 0.25, r.q4_both = 0.75;
+    near(sh_cost_both(&r, SH_MODE_Q8) + sh_cost_both(&r, SH_MODE_Q4) + sh_cost_both(&r, SH_MODE_EXACT), 2, 1e-12,
+         "modes");
+    CU_ASSERT_EQUAL(sh_cost_head(&m, 0, &s, 1, 1, 0, &head), SH_OK);
+    r.threads = 4;
+    CU_ASSERT_EQUAL(sh_cost_head(&m, 0, &s, 1, 1, 0, &threaded), SH_OK);
+    near(head - threaded, 8 * 262144e-9 * 0.75, 1e-12, "a row is one thread's");
+    r.threads = 64;
+    CU_ASSERT_EQUAL(sh_cost_head(&m, 0, &s, 1, 1, 0, &threaded), SH_OK);
+    near(threaded, head * 2 - 8 * 262144e-9 * 0.75 - 8 * 262144e-9 * 0.875, 1e-12,
+         "eight rows: no more than eight threads");
+    sh_plan_free(&p);
+}
+
 static void test_ring(void) {
     sh_cost_cycle c;
     /* even stages, nothing on the way: full when as many are in flight as stages */
@@ -443,6 +472,7 @@ int main(void) {
     CU_add_test(s, "traffic of positions", test_context_traffic);
     CU_add_test(s, "rates of quantised products", test_quantised_rates);
     CU_add_test(s, "seconds", test_seconds);
+    CU_add_test(s, "what does not hide", test_hiding);
     CU_add_test(s, "ring", test_ring);
     CU_add_test(s, "rows of a micro-batch", test_mix);
     CU_add_test(s, "workload", test_workload);

@@ -70,9 +70,9 @@ typedef struct group {
 
 static void open_group(group *g, int vocab, int parts) {
     *g = (group){.vocab = vocab, .parts = parts};
-    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, NULL, vocab, 1, CONTEXT, &g->whole), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, NULL, vocab, 1, CONTEXT, NULL, &g->whole), SH_OK);
     for (int i = 0; i < parts; i++) {
-        CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, NULL, vocab, 1, CONTEXT, &g->quiet[i]), SH_OK);
+        CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, NULL, vocab, 1, CONTEXT, NULL, &g->quiet[i]), SH_OK);
         if (i > 0) sh_sampler_quiet(g->quiet[i]);
     }
     CU_ASSERT_EQUAL_FATAL(sh_row_create(vocab, parts, &g->row), SH_OK);

@@ -403,24 +403,68 @@ static void test_choice(void) {
     bool chosen = false;
     sh_option t[SH_OPTIONS_MAX];
     sh_shared_options s;
+    sh_workload w = sh_workload_default();
     sh_options_shared(&s, t);
     machine("xeon-1", &k);
-    must(sh_plan_choose(&s, &a4b, &k, 1e6, &chosen));
+    must(sh_plan_choose(&s, &a4b, &k, &w, &chosen));
     CU_ASSERT_TRUE(chosen && s.ranks == 1 && s.replicas == 2 && s.pp == 1 && s.ep == 1); /* a socket each */
     machine("box-24g", &k);
     k.nodes = 4;
     k.between = (sh_cost_link){20e-6, 25e9 / 8};
     sh_options_shared(&s, t);
-    must(sh_plan_choose(&s, &a4b, &k, 1e6, &chosen));
+    must(sh_plan_choose(&s, &a4b, &k, &w, &chosen));
     CU_ASSERT_TRUE(chosen && s.ranks == 4 && s.replicas == 1 && s.ep == 4 && s.max_seqs > 0);
     sh_options_shared(&s, t);
     s.pp = 4;
-    must(sh_plan_choose(&s, &a4b, &k, 1e6, &chosen));
+    must(sh_plan_choose(&s, &a4b, &k, &w, &chosen));
     CU_ASSERT_TRUE(!chosen && s.ep == 0 && s.ranks == 0); /* something is said */
     s.pp = 0;
     k.nodes = 1;
-    must(sh_plan_choose(&s, &b31, &k, 1e6, &chosen));
+    must(sh_plan_choose(&s, &b31, &k, &w, &chosen));
     CU_ASSERT_TRUE(!chosen && s.ranks == 0); /* nothing fits */
+}
+
+static double seconds_with(const sh_cluster *k, const sh_workload *w, int seqs, int chunk) {
+    sh_search *found = NULL;
+    sh_search_options o = {.config = &a4b, .cluster = k, .workload = w, .replicas = 1};
+    o.fixed = (sh_plan_request){
+        .ranks = 4, .ep = 4, .mode = SH_MODE_BF16, .kv = SH_KV_BF16, .max_seqs = seqs, .chunk = chunk};
+    must(sh_search_run(&o, &found));
+    CU_ASSERT_FATAL(found->n > 0);
+    double seconds = found->best[0].forecast.seconds;
+    sh_search_free(&found);
+    return seconds;
+}
+
+/* What a run takes when the layout is said, and the batch is not. */
+static void test_batch(void) {
+    sh_cluster k;
+    sh_option t[SH_OPTIONS_MAX];
+    sh_shared_options s;
+    sh_plan_batch b;
+    sh_workload w = sh_workload_default();
+    machine("box-24g", &k);
+    k.nodes = 4;
+    sh_options_shared(&s, t);
+    s.ranks = s.ep = 4;
+    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
+    CU_ASSERT_TRUE(b.max_seqs > 32 && b.chunk >= 64 && s.max_seqs == 0 && s.chunk == 0);
+    CU_ASSERT_TRUE(fabs(b.seconds / seconds_with(&k, &w, b.max_seqs, b.chunk) - 1) < 1e-9);
+    CU_ASSERT_TRUE(b.seconds < seconds_with(&k, &w, 16, 64) && b.seconds < seconds_with(&k, &w, 32, 512));
+    s.max_seqs = 7;
+    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
+    CU_ASSERT_TRUE(b.max_seqs == 7 && b.chunk > 0); /* what is given stays */
+    s.chunk = 64;
+    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
+    CU_ASSERT_EQUAL(b.max_seqs, 0); /* both are given */
+    s.max_seqs = s.chunk = 0;
+    s.prefill = 2;
+    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
+    CU_ASSERT_EQUAL(b.max_seqs, 0); /* nothing is forecast of it */
+    s.prefill = 0;
+    k.nodes = 1;
+    must(sh_plan_tune(&s, &b31, &k, &w, 1, 1, &b));
+    CU_ASSERT_EQUAL(b.max_seqs, 0); /* does not fit: who makes the plan says so */
 }
 
 static void test_json_errors(void) {
@@ -526,6 +570,7 @@ int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("planner", load, NULL);
     CU_add_test(s, "committed plans", test_goldens);
+    CU_add_test(s, "sequences and chunk of a layout", test_batch);
     CU_add_test(s, "10,000 machines and models", test_properties);
     CU_add_test(s, "the best of all", test_exhaustive);
     CU_add_test(s, "more is not slower", test_monotone);

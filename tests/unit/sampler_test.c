@@ -256,9 +256,73 @@ static void text_of(const run *r, int n, sh_buf *b) {
     CU_ASSERT_EQUAL_FATAL(sh_tokenizer_decode(tok, r->tokens + r->n_prompt, (size_t)n, true, b), SH_OK);
 }
 
+enum { TEAM_SEQS = 7, TEAM_STEPS = 12 };
+
+static sh_sampling team_sampling(int k) {
+    sh_sampling p = some_sampling();
+    p.seed = (uint64_t)k;
+    p.temperature = k % 3 ? 1 : 0;
+    p.score_prompt = k % 2;
+    if (k == 4) {
+        p.n_stops = 1;
+        p.stop_len[0] = 9;
+        memcpy(p.stop[0], "not there", 9);
+    }
+    return p;
+}
+
+/* Rows of several sequences in one call: as step by step, whatever the threads; some have prompt rows to score before.
+ */
+static void test_team(void) {
+    static float one[VOCAB], all[(TEAM_SEQS * 4) * VOCAB];
+    sh_team *team = NULL;
+    sh_sampler *s = NULL, *t = NULL;
+    CU_ASSERT_EQUAL_FATAL(sh_team_create(3, NULL, 0, &team), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, TEAM_SEQS, CONTEXT, NULL, &s), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, TEAM_SEQS, CONTEXT, team, &t), SH_OK);
+    run r[TEAM_SEQS];
+    for (int k = 0; k < TEAM_SEQS; k++) {
+        sh_sampling p = team_sampling(k);
+        begin(&r[k]);
+        r[k].tokens[1] = 100 + k;
+        sh_seq_start b = {.seq = (uint64_t)k, .sampling = &p, .tokens = r[k].tokens, .n_prompt = 4, .n_tokens = 4};
+        CU_ASSERT_EQUAL_FATAL(sh_sampler_start(s, &b), SH_OK);
+        CU_ASSERT_EQUAL_FATAL(sh_sampler_start(t, &b), SH_OK);
+    }
+    for (int step = 0; step < TEAM_STEPS; step++) {
+        sh_sampler_row row[TEAM_SEQS * 4];
+        sh_token got[TEAM_SEQS * 4];
+        int n = 0, made[TEAM_SEQS * 4] = {0}, bad = 0;
+        for (int k = 0; k < TEAM_SEQS; k++) /* at first the whole prompt */
+            for (int pos = step ? 3 + step : 0; pos <= 3 + step; pos++) {
+                row[n] = (sh_sampler_row){.seq = (uint64_t)k, .pos = pos};
+                fake_logits(r[k].tokens, pos + 1, all + (size_t)n++ * VOCAB);
+            }
+        CU_ASSERT_EQUAL_FATAL(sh_sampler_steps(t, row, n, all, got, made), SH_OK);
+        for (int i = 0; i < n; i++) {
+            sh_token want;
+            int k = (int)row[i].seq, one_made = 0;
+            fake_logits(r[k].tokens, row[i].pos + 1, one);
+            CU_ASSERT_EQUAL_FATAL(sh_sampler_step(s, row[i].seq, row[i].pos, one, &want, &one_made), SH_OK);
+            bad += made[i] != one_made || (one_made && !same_token(&got[i], &want));
+            if (one_made && !want.score) r[k].tokens[4 + step] = want.id;
+        }
+        CU_ASSERT_EQUAL(bad, 0);
+    }
+    sh_sampler_row wrong[3] = {{0, 3 + TEAM_STEPS}, {99, 0}, {98, 0}};
+    sh_token got[3];
+    int made[3] = {0};
+    fake_logits(r[0].tokens, 4 + TEAM_STEPS, all);
+    CU_ASSERT_EQUAL(sh_sampler_steps(t, wrong, 3, all, got, made), SH_ESTATE);
+    CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "sequence 99: a step before its start")); /* the first that failed */
+    sh_sampler_destroy(&s);
+    sh_sampler_destroy(&t);
+    sh_team_destroy(&team);
+}
+
 static void test_restart(void) {
     sh_sampler *s = NULL;
-    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, 3, CONTEXT, &s), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, 3, CONTEXT, NULL, &s), SH_OK);
     sh_sampling p = some_sampling();
     run whole, again;
     begin(&whole);
@@ -318,7 +382,7 @@ static sh_token one_step(sh_sampler *s, const sh_sampling *p, const float *x) {
 static void test_bans_and_ends(void) {
     static float x[VOCAB];
     sh_sampler *s = NULL;
-    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, 2, CONTEXT, &s), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, 2, CONTEXT, NULL, &s), SH_OK);
     x[3] = 9, x[50] = 8, x[60] = 7, x[70] = 6; /* 3 ends, 50 stops, 60 is suppressed */
     sh_sampling p = {
         .top_p = 1, .max_tokens = 5, .logprobs = -1, .eos = {3}, .n_eos = 1, .stop_ids = {50}, .n_stop_ids = 1};
@@ -352,7 +416,7 @@ static void test_scores(void) {
     sh_sampler *s = NULL;
     run r;
     begin(&r);
-    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, NULL, VOCAB, 1, CONTEXT, &s), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, NULL, VOCAB, 1, CONTEXT, NULL, &s), SH_OK);
     sh_sampling p = {
         .top_p = 1, .max_tokens = 0, .logprobs = 1, .score_prompt = true, .suppress = {500}, .n_suppress = 1};
     sh_seq_start b = {.seq = 1, .sampling = &p, .tokens = r.tokens, .n_prompt = 4, .n_tokens = 4};
@@ -379,7 +443,7 @@ static void test_misuse(void) {
     run r;
     int n = 7;
     begin(&r);
-    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, NULL, VOCAB, 1, CONTEXT, &s), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, NULL, VOCAB, 1, CONTEXT, NULL, &s), SH_OK);
     sh_sampling p = some_sampling();
     sh_seq_start b = {.seq = 1, .sampling = &p, .tokens = r.tokens, .n_prompt = 4, .n_tokens = 4};
     CU_ASSERT_EQUAL(sh_sampler_step(s, 1, 3, x, &t, &n), SH_ESTATE); /* before its start */
@@ -405,7 +469,7 @@ static void test_misuse(void) {
  * too. */
 static void test_stop_rules(void) {
     sh_sampler *s = NULL;
-    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, 1, CONTEXT, &s), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, 1, CONTEXT, NULL, &s), SH_OK);
     sh_sampling p = some_sampling();
     run r;
     begin(&r);
@@ -450,7 +514,7 @@ static void test_held_back_bytes(void) {
     sh_sampler *s = NULL;
     int c3 = sh_tokenizer_id(tok, "<0xC3>"), a9 = sh_tokenizer_id(tok, "<0xA9>"), other = sh_tokenizer_id(tok, "a");
     CU_ASSERT_FATAL(c3 >= 0 && a9 >= 0 && other >= 0);
-    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, 1, CONTEXT, &s), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_sampler_create(kn, tok, VOCAB, 1, CONTEXT, NULL, &s), SH_OK);
     sh_sampling p = {.top_p = 1,
                      .max_tokens = 9,
                      .logprobs = -1,
@@ -484,6 +548,7 @@ int main(void) {
     CU_add_test(s, "bad logits", test_bad_logits);
     CU_add_test(s, "fair draw", test_draw_is_fair);
     CU_add_test(s, "restart", test_restart);
+    CU_add_test(s, "rows on several threads", test_team);
     CU_add_test(s, "bans and ends", test_bans_and_ends);
     CU_add_test(s, "scores", test_scores);
     CU_add_test(s, "misuse", test_misuse);
