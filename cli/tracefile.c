@@ -355,7 +355,11 @@ static sh_status find_zero(void *ctx, const Shoal__TraceRecord *m) {
 }
 
 static sh_status add_record(void *ctx, const Shoal__TraceRecord *m) {
-    return sh_tracefile_add(ctx, m);
+    sh_tracefile *t = ctx;
+    sh_status st = sh_tracefile_add(t, m);
+    if (st != SH_EFORMAT) return st;
+    t->count.dropped += m->trace->n_kind; /* a rank of another build */
+    return SH_OK;
 }
 
 sh_status sh_tracefile_of_store(const char *store, const char *path, sh_tracefile_count *out) {

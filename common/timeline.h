@@ -14,7 +14,7 @@
 #include <stdint.h>
 #include "common/status.h"
 
-#define SH_SLICE_LEAST 1e-6 /* seconds */
+#define SH_SLICE_LEAST 0.25e-6 /* seconds */
 
 typedef enum sh_slice_kind { /* numbers go into messages: append only */
                              SH_SLICE_STEP,

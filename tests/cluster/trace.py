@@ -79,7 +79,8 @@ def run(s, name, model, options, window=None, progress="json", reqs=None):
         command += ["--trace-steps", window]
     p = subprocess.run(command, capture_output=True, text=True, timeout=200, env=s.env())
     check(p.returncode == 0, f"{name}: exit status {p.returncode}: {p.stderr[-600:]}")
-    check(os.path.exists(trace), f"{name}: no trace: {p.stderr[-600:]}")
+    if not check(os.path.exists(trace), f"{name}: no trace: {p.stderr[-600:]}"):
+        sys.exit(1)
     return p, Trace(trace)
 
 
@@ -108,8 +109,8 @@ def layout(s, name, model, options, ranks, width=1, prefill=0, replicas=1, lanes
             said = table[t.process[g].split()[1], r]
             # the table is of the last heartbeat: it may know less than the trace, but not more
             check(len(numbers) >= said["steps"] > 0, f"{what}: {len(numbers)} steps, the table has {said['steps']}")
-            for cause in CAUSES:  # shorter slices than a microsecond are left out
-                least = 0.97 * said[cause] - 40e-6 * len(numbers) - 1e-3
+            for cause in CAUSES:  # slices below a quarter of a microsecond are left out, at most a few per layer
+                least = 0.97 * said[cause] - 25e-6 * len(numbers) - 1e-4
                 check(own.get(cause, 0) >= least, f"{what}: {cause} {own.get(cause, 0):.6f} s, the table has {said[cause]:.6f}")
                 if len(numbers) == said["steps"]:
                     check(own.get(cause, 0) <= 1.03 * said[cause] + 1e-3, f"{what}: {cause} {own.get(cause, 0):.6f} s, the table has {said[cause]:.6f}")
@@ -119,7 +120,7 @@ def layout(s, name, model, options, ranks, width=1, prefill=0, replicas=1, lanes
             before = r - width if r < decode else r - 1
             check(len(steps[r]) == len(steps[before]), f"{name}: rank {r} has {len(steps[r])} steps, rank {before} {len(steps[before])}")
             for a, b in zip(steps[before], steps[r]):
-                if not check(a[2] == b[2] and a[0] < b[0] and a[1] < b[1], f"{name}: {a} on rank {before}, {b} on rank {r}"):
+                if not check(a[2] == b[2] and a[0] < b[0], f"{name}: {a} on rank {before}, {b} on rank {r}"):
                     break
         for m in range(1, width):
             check(len(steps[m]) == len(steps[0]), f"{name}: member {m} has {len(steps[m])} steps, member 0 {len(steps[0])}")
@@ -174,8 +175,8 @@ def later(s):
         time.sleep(0.01)
     shutil.rmtree(folder)
     err = p.communicate(timeout=100)[1]
-    check(p.returncode == 0, f"later: exit status {p.returncode}: {err[-400:]}")
-    check(len(st.rows(out)) == 12, "later: rows are missing")
+    if check(p.returncode == 0, f"later: exit status {p.returncode}: {err[-400:]}"):
+        check(len(st.rows(out)) == 12, "later: rows are missing")
     check("--trace" in err and "t.json" in err, f"later: no warning: {err[-400:]}")
 
 

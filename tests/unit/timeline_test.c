@@ -51,7 +51,7 @@ static void test_joined(void) {
     sh_timeline_begin(t, 0);
     sh_timeline_note(t, SH_SLICE_OTHER, 1.0, 1.5);
     sh_timeline_note(t, SH_SLICE_OTHER, 1.5, 2.0);
-    sh_timeline_note(t, SH_SLICE_WEIGHTS, 2.0, 2.0 + 0.5e-6); /* too short */
+    sh_timeline_note(t, SH_SLICE_WEIGHTS, 2.0, 2.0 + 0.2e-6); /* too short */
     sh_timeline_note(t, SH_SLICE_OTHER, 2.5, 3.0);            /* apart */
     CU_ASSERT_EQUAL(sh_timeline_waiting(t), 0);               /* the step is not over */
     sh_timeline_end(t, 1, 3, &w);
