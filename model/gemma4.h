@@ -25,6 +25,8 @@ typedef struct sh_model_options {
     int32_t pages[SH_KV_KINDS]; /* KV pool */
     sh_share share;             /* heads and columns of each layer that are this member's; {0}: all */
     const sh_peers *peers;      /* NULL: alone; borrowed */
+    sh_load_told *load_told;    /* how loading gets on; NULL: nobody asks */
+    void *load_arg;
 } sh_model_options;
 
 /* Loads weights and reserves KV and scratch. */
@@ -81,6 +83,7 @@ uint64_t sh_model_expert_rows(const sh_model *m);
 const sh_kernels *sh_model_kernels(const sh_model *m);
 sh_team *sh_model_team(sh_model *m);
 size_t sh_model_weight_bytes(const sh_model *m);
+sh_load_times sh_model_load(const sh_model *m); /* what loading the weights took */
 sh_kv_pool *sh_model_kv(const sh_model *m);
 
 #endif
