@@ -291,6 +291,9 @@ static void print_table(const bench *b) {
            b->threads == 1 ? "" : "s", sh_model_kernels(m)->isa);
     printf("loaded %.2f GB of weights in %.1f s (%.2f GB/s); first token after %.1f s\n", bytes * 1e-9, b->load_seconds,
            bytes * 1e-9 / b->load_seconds, b->first_token);
+    sh_load_times t = sh_model_load(m);
+    printf("  the weights' part: %.1f s: %.2f GB of files, %.2f GB/s; reading %.1f s, packing %.1f s\n", t.seconds,
+           (double)t.bytes * 1e-9, (double)t.bytes / t.seconds * 1e-9, t.reading, t.packing);
     if (b->o.no_limits)
         printf("limits not measured: shares of them are 0\n\n");
     else
@@ -341,7 +344,11 @@ static sh_status print_json(const bench *b) {
                   "load", "seconds", b->load_seconds, "first_token_seconds", b->first_token, "weight_bytes",
                   (double)sh_model_weight_bytes(m), "limits", "read_gbs", median(b->read, b->n_limits), "fma_gflops",
                   median(b->fma, b->n_limits), "prefill", line_json(b, &b->lines[0]), "decode");
-    if (!j) SH_FAIL(SH_EMEMORY, "bench: no memory for the report");
+    sh_load_times t = sh_model_load(m);
+    json_t *l = json_pack("{s:f, s:f, s:f, s:f}", "seconds", t.seconds, "file_bytes", (double)t.bytes,
+                          "reading_seconds", t.reading, "packing_seconds", t.packing);
+    if (!j || json_object_set_new(json_object_get(j, "load"), "weights", l) != 0)
+        SH_FAIL(SH_EMEMORY, "bench: no memory for the report");
     for (int i = 1; i < b->n_lines; i++)
         if (json_array_append_new(json_object_get(j, "decode"), line_json(b, &b->lines[i])) != 0)
             SH_FAIL(SH_EMEMORY, "bench: no memory for the report");

@@ -519,6 +519,7 @@ static void show(sh_session *s, bool at_once) {
         const Shoal__GroupState *g = state_of(s, &s->replica[i]);
         if (!g || s->replica[i].state < SH_REPLICA_STARTING || !sh_replica_lives(&s->replica[i])) continue;
         v.ranks_up += g->ranks_up;
+        if (strcmp(g->state, "loading") == 0) sh_progress_add_load(&v, g);
         state = g->state;
     }
     v.state = count_state(s, SH_REPLICA_READY) ? "" : state;

@@ -159,6 +159,8 @@ static sh_status create_model(sh_stage *s) {
                           .max_spans = o->schedule->max_seqs,
                           .max_context = o->schedule->max_context,
                           .share = o->share,
+                          .load_told = o->load_told,
+                          .load_arg = o->load_arg,
                           .peers = s->tensor                               ? sh_tensor_link_peers(s->tensor)
                                    : s->experts || s->context || s->sender ? &s->peers
                                                                            : NULL};

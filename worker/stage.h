@@ -37,6 +37,8 @@ typedef struct sh_stage_options {
      * or the first of those ranks, whose stages have a config with kv_end. */
     int root;
     const sh_kv_stream_options *stream;
+    sh_load_told *load_told; /* how loading gets on; NULL: nobody asks */
+    void *load_arg;
     sh_timeline *timeline; /* where its steps' time goes; NULL: off. Borrowed */
 } sh_stage_options;
 /* Micro-batches of a step: one per lane. */

@@ -53,6 +53,7 @@ struct sh_uplink {
     out_item *out; /* ring [OUTBOX] */
     int out_at, out_n;
     sh_beat beat;
+    sh_load_times load;
     Shoal__Routing routing; /* n_layer 0: nothing was counted */
     bool routing_news;
     bool ready, stop;
@@ -134,6 +135,12 @@ static void fill_traffic(Shoal__StageTimes *t, const sh_beat *b) {
     t->expert_rows = b->expert_rows;
 }
 
+static void fill_load(Shoal__StageTimes *t, const sh_load_times *l) {
+    t->has_load_seconds = t->has_load_bytes = t->has_load_total = t->has_load_reading = t->has_load_packing = true;
+    t->load_seconds = l->seconds, t->load_reading = l->reading, t->load_packing = l->packing;
+    t->load_bytes = l->bytes, t->load_total = l->total;
+}
+
 static sh_trace *trace_of(sh_uplink *u) {
     pthread_mutex_lock(&u->lock);
     sh_trace *x = u->trace;
@@ -144,6 +151,7 @@ static sh_trace *trace_of(sh_uplink *u) {
 static sh_status say_beat(sh_uplink *u) {
     pthread_mutex_lock(&u->lock);
     sh_beat b = u->beat;
+    sh_load_times load = u->load;
     pthread_mutex_unlock(&u->lock);
     Shoal__StageTimes t = SHOAL__STAGE_TIMES__INIT;
     t.rank = u->o.rank;
@@ -153,6 +161,7 @@ static sh_status say_beat(sh_uplink *u) {
     t.has_bytes = t.has_steps = t.has_sent = true;
     t.bytes = b.bytes, t.steps = b.steps, t.sent = b.sent;
     fill_traffic(&t, &b);
+    fill_load(&t, &load);
     Shoal__Heartbeat h = SHOAL__HEARTBEAT__INIT;
     h.step = b.step;
     h.busy = b.busy;
@@ -638,6 +647,12 @@ void sh_uplink_reject(sh_uplink *u, uint64_t key, const char *reason) {
     out_item item = {.key = key, .reject = true};
     snprintf(item.reason, sizeof item.reason, "%s", reason);
     put_out(u, &item);
+}
+
+void sh_uplink_load(sh_uplink *u, const sh_load_times *t) {
+    pthread_mutex_lock(&u->lock);
+    u->load = *t;
+    pthread_mutex_unlock(&u->lock);
 }
 
 void sh_uplink_trace(sh_uplink *u, sh_trace *x) {

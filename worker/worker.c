@@ -211,6 +211,11 @@ static sh_status prepare_stream(rank *r) {
     return r->shape.prefill > 0 ? fingerprint(r, &r->stream.model) : SH_OK;
 }
 
+static void told_of_load(void *arg, const sh_load_times *t) {
+    const rank *r = arg;
+    sh_uplink_load(r->uplink, t);
+}
+
 static sh_status load(rank *r) {
     const Shoal__PlanRank *layers = r->plan->rank[r->link->rank];
     int threads = r->o->threads > 0 ? r->o->threads : r->plan->threads;
@@ -234,6 +239,8 @@ static sh_status load(rank *r) {
                           .share = sh_plan_share(r->plan, r->link->rank),
                           .plan = r->plan,
                           .link = r->link,
+                          .load_told = told_of_load,
+                          .load_arg = r,
                           .timeline = r->timeline};
     SH_TRY(sh_stage_create(&o, &r->stage));
     if (o.stream && !makes_prompts(r)) SH_TRY(sh_kv_receiver_create(o.stream, sh_stage_kv(r->stage), &r->receiver));
@@ -264,9 +271,13 @@ static sh_status announce(rank *r) {
     free(all);
     if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
     const Shoal__PlanRank *p = r->plan->rank[r->link->rank];
-    sh_info("layers %d-%d loaded: %.1f MiB of weights, %d threads, %s kernels", p->first, p->last - 1,
-            (double)sh_model_weight_bytes(sh_stage_model(r->stage)) / 1048576.0,
-            sh_team_size(sh_model_team((sh_model *)sh_stage_model(r->stage))), isa);
+    sh_load_times l = sh_model_load(sh_stage_model(r->stage));
+    sh_info(
+        "layers %d-%d loaded: %.1f MiB of weights, %d threads, %s kernels; %.2f GB of files in %.1f s (reading %.1f s, "
+        "packing %.1f s)",
+        p->first, p->last - 1, (double)sh_model_weight_bytes(sh_stage_model(r->stage)) / 1048576.0,
+        sh_team_size(sh_model_team((sh_model *)sh_stage_model(r->stage))), isa, (double)l.bytes * 1e-9, l.seconds,
+        l.reading, l.packing);
     if (r->link->rank > 0) return SH_OK;
     char note[256] = "";
     if (any.blas) add_note(note, sizeof note, "SHOAL_ISA=blas: results are not invariant");
