@@ -445,8 +445,8 @@ static sh_status closing_json(const sh_closing *c, sh_buf *to) {
     load_sums load = sum_loads(c);
     if (load.seconds > 0)
         json_object_set_new(j, "load",
-                            json_pack("{s:f, s:f, s:f}", "seconds", load.seconds, "file_bytes", load.bytes, "gbs",
-                                      load.bytes / load.seconds * 1e-9));
+                            json_pack("{s:f, s:I, s:f}", "seconds", load.seconds, "file_bytes", (json_int_t)load.bytes,
+                                      "gbs", load.bytes / load.seconds * 1e-9));
     json_object_set_new(j, "stages", stages);
     if (c->predicted) json_object_set_new(j, "predicted", predicted_json(c->predicted));
     json_object_set_new(j, "output", json_string(c->output));

@@ -15,6 +15,7 @@ import shoaltest as st
 
 CAUSES = ("weights", "attention", "experts", "exchange", "other")
 check = st.Checks()
+files = {}  # bytes of weight files that all ranks of a layout read
 
 
 def requests(n=14, tokens=9):
@@ -107,6 +108,8 @@ def layout(s, name, model, options, ranks, width=1, prefill=0, replicas=1, lanes
             samples = stage == decode // width - 1 and r < decode and (lanes or width == 1 or member == 0)
             check(("sampling" in own) == samples or (stage == decode // width - 1 and width > 1), f"{what}: samples: {sorted(own)}")
             said = table[t.process[g].split()[1], r]
+            load = said["load"]
+            check(load["file_bytes"] > 0 and 0 <= load["reading"] + load["packing"] <= 1.01 * load["seconds"], f"{what}: {load}")
             # the table is of the last heartbeat: it may know less than the trace, but not more
             check(len(numbers) >= said["steps"] > 0, f"{what}: {len(numbers)} steps, the table has {said['steps']}")
             for cause in CAUSES:  # slices below a quarter of a microsecond are left out, at most a few per layer
@@ -132,6 +135,9 @@ def layout(s, name, model, options, ranks, width=1, prefill=0, replicas=1, lanes
         last = max((e for e in flying if e["pid"] == g), key=lambda e: e["ts"])
         check(last["args"]["micro-batches"] == 0, f"{name}: group {g} ends with {last['args']} in flight")
     check(t.file["otherData"]["dropped_slices"] == 0, f"{name}: {t.file['otherData']}")
+    read = ends(p)[0]["load"]
+    check(read["file_bytes"] == sum(x["load"]["file_bytes"] for x in table.values()), f"{name}: {read} of {table}")
+    files.setdefault(model, {})[name] = read["file_bytes"]
     check('"event":"trace"' in p.stderr, f"{name}: the trace is not mentioned: {p.stderr[-300:]}")
 
 
@@ -213,6 +219,9 @@ with st.Scratch() as s:
         jobs += [pool.submit(f, s) for f in (window, later, bench, refusals)]
     for j in jobs:
         j.result()
+    e2b, moe = files["e2b-like"], files["26b-a4b-like"]
+    check(e2b["one"] <= e2b["pp"] < 1.02 * e2b["one"], f"a pipeline reads each byte once: {e2b}")
+    check(moe["replicas"] == 2 * moe["mpi"] and moe["mpi"] < moe["ep"] < 2 * moe["mpi"], f"members read what they share twice: {moe}")
     left = st.left_behind(s)
     check(not left, f"left behind: {left}")
 print(f"trace: {check.n} checks, {check.bad} failed, {time.time() - check.t0:.1f} s")
