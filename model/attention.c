@@ -12,6 +12,7 @@
 #include "common/mem.h"
 
 #define BLOCK_ROWS 64  /* query rows (positions × heads of the group) that share a tile */
+#define FEW_ROWS   4   /* rows at most for which keys and values are not widened in memory */
 #define JOIN_ALONE 256 /* rows to join below which waking the team costs more */
 
 /* Query rows of one KV head of one span, and the run of segments they see. */
@@ -249,6 +250,17 @@ static void segment_ranges(const sh_attention *a, scratch *t, const piece *p, in
     }
 }
 
+/* One position over one segment, from the pages as they are: its few rows would not pay for widening them. */
+static void segment_few(const sh_attention *a, scratch *t, const piece *p, int i) {
+    int g = a->group, from = t->lo[i], n = t->hi[i] - from, layer = a->layer->kv_from;
+    size_t row = (size_t)(i * g), dim = (size_t)a->layer->head_dim, S = SH_SEGMENT_TOKENS;
+    sh_kv_rows rows = {
+        .rows = g, .q = t->q + row * dim, .ldq = dim, .s = t->s + row * S, .lds = S, .o = t->o + row * dim, .ldo = dim};
+    sh_kv_scores(a->kv, a->kn, layer, p->rows->span, from, n, p->kv_head, &rows);
+    for (size_t r = row; r < row + (size_t)g; r++) a->kn->softmax_part(t->s + r * S, n, &t->m[r], &t->l[r]);
+    sh_kv_weigh(a->kv, a->kn, layer, p->rows->span, from, n, p->kv_head, &rows);
+}
+
 /* Positions [p0, p1) of the piece over one segment, each over the keys it sees: o, m, l of the segment. */
 static void segment_run(const sh_attention *a, scratch *t, const piece *p, int p0, int p1) {
     const sh_kernels *kn = a->kn;
@@ -324,7 +336,10 @@ static void piece_run(const sh_attention *a, scratch *t, const piece *p) {
         int p0, p1;
         segment_ranges(a, t, p, seg, &p0, &p1);
         if (p0 >= p1) continue;
-        segment_run(a, t, p, p0, p1);
+        if (p1 - p0 == 1 && g <= FEW_ROWS && sh_kv_in_place(a->kv, a->kn, a->layer->kv_from))
+            segment_few(a, t, p, p0);
+        else
+            segment_run(a, t, p, p0, p1);
         for (int i = p0; i < p1; i++)
             tree_add(a, t, i, 0, seg, t->o + (size_t)i * row_floats, t->m + i * g, t->l + i * g);
     }

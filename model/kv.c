@@ -10,6 +10,7 @@
 #include "model/rope.h"
 
 #define STEP_BYTES  512  /* widened at a time, or one vector */
+#define PLACE_STEP  8    /* vectors at a time that are used where they lie */
 #define AHEAD_BYTES 8192 /* asked for in advance: measured, 28 GB/s from memory on one core instead of 7 */
 
 typedef struct layer_pages {
@@ -160,33 +161,45 @@ void sh_kv_import(sh_kv_pool *p, int layer, const sh_span *s, int row, int n, co
         copy_row(lp, s, s->pos + row + i, (uint8_t *)from + (size_t)i * packed_bytes(lp), false);
 }
 
-/* One stream of loads from memory is several times slower than memory: ask ahead, in the run and then in the next one.
- */
-static void widen_run(const sh_kv_pool *p, const sh_kernels *kn, const layer_pages *lp, const uint8_t *from, int rows,
-                      const uint8_t *next, float *to) {
-    size_t bytes = (size_t)rows * lp->vec;
-    int most = lp->vec < STEP_BYTES ? (int)(STEP_BYTES / lp->vec) : 1;
-    for (int r = 0; r < rows; r += most) {
-        size_t at = (size_t)r * lp->vec, ahead = at + AHEAD_BYTES;
-        int n = rows - r < most ? rows - r : most;
-        const uint8_t *want = ahead < bytes || !next ? from + ahead : next + (ahead - bytes);
-        for (size_t i = 0; i < (size_t)n * lp->vec; i += 64) __builtin_prefetch(want + i);
-        widen(p, kn, to + (size_t)r * (size_t)lp->head_dim, from + at, lp->head_dim, n);
+/* Takes some vectors that lie one behind the other, `at` positions after the first that was asked for. */
+typedef void (*take_fn)(void *arg, const uint8_t *from, int at, int rows);
+
+/* Gives one part of positions [pos, pos+n), `most` vectors at a time at most, page by page. One stream of loads from
+ * memory is several times slower than memory: asks ahead, in the run and then in the next one. */
+static void each_run(const layer_pages *lp, const sh_span *s, int pos, int n, int head, bool value, int most,
+                     take_fn take, void *arg) {
+    for (int done = 0, run; done < n; done += run) {
+        run = SH_PAGE_TOKENS - (pos + done) % SH_PAGE_TOKENS;
+        if (run > n - done) run = n - done;
+        const uint8_t *from = slot(lp, s, pos + done, head, value);
+        const uint8_t *next = n - done > run ? slot(lp, s, pos + done + run, head, value) : NULL;
+        size_t bytes = (size_t)run * lp->vec;
+        for (int r = 0; r < run; r += most) {
+            size_t at = (size_t)r * lp->vec, ahead = at + AHEAD_BYTES;
+            int rows = run - r < most ? run - r : most;
+            const uint8_t *want = ahead < bytes || !next ? from + ahead : next + (ahead - bytes);
+            for (size_t i = 0; i < (size_t)rows * lp->vec; i += 64) __builtin_prefetch(want + i);
+            take(arg, from + at, done + r, rows);
+        }
     }
 }
 
-/* Widens one part of positions [pos, pos+n), page by page. */
+typedef struct widening {
+    const sh_kv_pool *p;
+    const sh_kernels *kn;
+    int head_dim;
+    float *to;
+} widening;
+
+static void take_widened(void *arg, const uint8_t *from, int at, int rows) {
+    const widening *w = arg;
+    widen(w->p, w->kn, w->to + (size_t)at * (size_t)w->head_dim, from, w->head_dim, rows);
+}
+
 static void read_part(const sh_kv_pool *p, const sh_kernels *kn, const layer_pages *lp, const sh_span *s, int pos,
                       int n, int head, bool value, float *to) {
-    while (n > 0) {
-        int run = SH_PAGE_TOKENS - pos % SH_PAGE_TOKENS;
-        if (run > n) run = n;
-        const uint8_t *next = n > run ? slot(lp, s, pos + run, head, value) : NULL;
-        widen_run(p, kn, lp, slot(lp, s, pos, head, value), run, next, to);
-        to += (size_t)run * (size_t)lp->head_dim;
-        pos += run;
-        n -= run;
-    }
+    widening w = {p, kn, lp->head_dim, to};
+    each_run(lp, s, pos, n, head, value, lp->vec < STEP_BYTES ? (int)(STEP_BYTES / lp->vec) : 1, take_widened, &w);
 }
 
 /* K = V layers: both norms act on the same vector and share its root mean square, so k = rope(k_norm ⊙ v). */
@@ -207,4 +220,45 @@ void sh_kv_read(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_s
         form_keys(kn, lp, k_norm, rope, pos, n, v, k);
     else
         read_part(p, kn, lp, s, pos, n, kv_head, false, k);
+}
+
+/* --- keys and values where they lie --------------------------------------------------------------------------------
+ */
+
+bool sh_kv_in_place(const sh_kv_pool *p, const sh_kernels *kn, int layer) {
+    return p->type == SH_KV_BF16 && kn->scores_bf16 && !p->layer[layer].k_eq_v;
+}
+
+/* Rows that look at keys, or take values. */
+typedef struct looking {
+    const sh_kernels *kn;
+    const sh_kv_rows *r;
+    int head_dim;
+} looking;
+
+static void take_keys(void *arg, const uint8_t *from, int at, int rows) {
+    const looking *l = arg;
+    const sh_kv_rows *r = l->r;
+    l->kn->scores_bf16(r->s + at, r->lds, r->q, r->ldq, r->rows, (const uint16_t *)(const void *)from, rows,
+                       l->head_dim);
+}
+
+static void take_values(void *arg, const uint8_t *from, int at, int rows) {
+    const looking *l = arg;
+    const sh_kv_rows *r = l->r;
+    l->kn->add_weighted_bf16(r->o, r->ldo, r->s + at, r->lds, r->rows, (const uint16_t *)(const void *)from, rows,
+                             l->head_dim);
+}
+
+void sh_kv_scores(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,
+                  const sh_kv_rows *rows) {
+    looking l = {kn, rows, p->layer[layer].head_dim};
+    each_run(&p->layer[layer], s, pos, n, kv_head, false, PLACE_STEP, take_keys, &l);
+}
+
+void sh_kv_weigh(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,
+                 const sh_kv_rows *rows) {
+    looking l = {kn, rows, p->layer[layer].head_dim};
+    for (int r = 0; r < rows->rows; r++) memset(rows->o + (size_t)r * rows->ldo, 0, (size_t)l.head_dim * sizeof(float));
+    each_run(&p->layer[layer], s, pos, n, kv_head, true, PLACE_STEP, take_values, &l);
 }

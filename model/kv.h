@@ -37,4 +37,21 @@ struct sh_rope;
 void sh_kv_read(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,
                 const float *k_norm, const struct sh_rope *rope, float *k, float *v);
 
+/* The same for few rows without tiles, where bf16 is stored and the kernels can: scores of positions [pos, pos+n), and
+ * after their softmax the weighted sum, straight from the pages. Bits as with tiles. */
+typedef struct sh_kv_rows {
+    int rows;
+    const float *q; /* [rows, head_dim], stride ldq */
+    size_t ldq;
+    float *s; /* [rows, n], stride lds: scores, then weights */
+    size_t lds;
+    float *o; /* [rows, head_dim], stride ldo */
+    size_t ldo;
+} sh_kv_rows;
+bool sh_kv_in_place(const sh_kv_pool *p, const sh_kernels *kn, int layer);
+void sh_kv_scores(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,
+                  const sh_kv_rows *rows);
+void sh_kv_weigh(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,
+                 const sh_kv_rows *rows);
+
 #endif

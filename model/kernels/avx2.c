@@ -170,21 +170,28 @@ static void x86_gemm(const sh_wmat *w, int p0, int p1, const float *x, size_t ld
 #define KEYS      4  /* keys at once for one row: eight sums */
 #define KEY_BLOCK 12 /* keys that stay in L1 while all rows pass: 24 KiB at 512 wide heads */
 
-/* One row times four keys, of which the first `some` exist; the rest read the last one again. */
-static void score_tile(float *s, const float *q, const float *k, int some, int hd) {
+/* n lanes of a key from element `at`. */
+SH_INLINE v16 key_lanes(const void *k, size_t at, bool bf16, int n) {
+    if (bf16) return v_from_bf16_n((const uint16_t *)k + at, n);
+    return n == SH_LANES ? v_load((const float *)k + at) : v_load_n((const float *)k + at, n);
+}
+
+/* One row times four keys from number j0, of which the first `some` exist; the rest read the last one again. */
+SH_INLINE void score_tile(float *s, const float *q, const void *k, bool bf16, int j0, int some, int hd) {
     v16 acc[KEYS] = {v_zero(), v_zero(), v_zero(), v_zero()};
-    const float *kp[KEYS];
-    for (int j = 0; j < KEYS; j++) kp[j] = k + (size_t)(j < some ? j : some - 1) * (size_t)hd;
+    size_t at[KEYS];
+    for (int j = 0; j < KEYS; j++) at[j] = (size_t)(j0 + (j < some ? j : some - 1)) * (size_t)hd;
     int d = 0;
     for (; d + SH_LANES <= hd; d += SH_LANES) {
         v16 a = v_load(q + d);
 #pragma GCC unroll 4
-        for (int j = 0; j < KEYS; j++) acc[j] = v_fma(a, v_load(kp[j] + d), acc[j]);
+        for (int j = 0; j < KEYS; j++) acc[j] = v_fma(a, key_lanes(k, at[j] + (size_t)d, bf16, SH_LANES), acc[j]);
     }
     if (d < hd) {
         v16 a = v_load_n(q + d, hd - d);
 #pragma GCC unroll 4
-        for (int j = 0; j < KEYS; j++) acc[j] = v_fma_n(a, v_load_n(kp[j] + d, hd - d), acc[j], hd - d);
+        for (int j = 0; j < KEYS; j++)
+            acc[j] = v_fma_n(a, key_lanes(k, at[j] + (size_t)d, bf16, hd - d), acc[j], hd - d);
     }
     __m256 e[KEYS];
 #pragma GCC unroll 4
@@ -197,20 +204,31 @@ static void score_tile(float *s, const float *q, const float *k, int some, int h
     }
 }
 
-static void x86_scores(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys, int hd) {
+SH_INLINE void score_keys(float *s, size_t lds, const float *q, size_t ldq, int rows, const void *k, bool bf16,
+                          int keys, int hd) {
     for (int j0 = 0; j0 < keys; j0 += KEY_BLOCK) {
         int end = keys - j0 < KEY_BLOCK ? keys : j0 + KEY_BLOCK;
         for (int r = 0; r < rows; r++) {
             for (int j = j0; j < end; j += KEYS) {
-                score_tile(s + (size_t)r * lds + j, q + (size_t)r * ldq, k + (size_t)j * (size_t)hd,
-                           end - j < KEYS ? end - j : KEYS, hd);
+                score_tile(s + (size_t)r * lds + j, q + (size_t)r * ldq, k, bf16, j, end - j < KEYS ? end - j : KEYS,
+                           hd);
             }
         }
     }
+}
+
+static void x86_scores(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys, int hd) {
+    score_keys(s, lds, q, ldq, rows, k, false, keys, hd);
+}
+
+static void x86_scores_bf16(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys,
+                            int hd) {
+    score_keys(s, lds, q, ldq, rows, k, true, keys, hd);
 }
 
 void sh_kernels_fill_avx2(sh_kernels *t) {
     fill_rows(t);
     t->gemm = x86_gemm;
     t->scores = x86_scores;
+    t->scores_bf16 = x86_scores_bf16;
 }

@@ -1,7 +1,11 @@
 /*
- * Products with quantised weights for AVX2. The 8-bit multiply-add joins pairs in 16 bits and saturates: codes of q4
- * are at most 15, and q8 takes |w| times x with the sign of w, both within ±127, so that 2 · 127 · 127 fits. Same bits
- * as ref.c (kernels.h, quant.h).
+ * Products with quantised weights for AVX2, which has no integer dot product that is exact for all codes of q8: its
+ * 8-bit multiply-add joins pairs in 16 bits and saturates. So
+ *   q8  codes are widened to 16 bits: of each four inputs 0 and 2 lie in one register, 1 and 3 in another, where two
+ *       multiply-adds bring all four to their output's lane of 32 bits
+ *   q4  codes are at most 15, and the pairs of a whole group fit in 16 bits: 8 · 2 · 15 · 128 < 2¹⁵
+ * Both take weights unsigned; their zero point comes off through the row's sum of codes. Same bits as ref.c (kernels.h,
+ * quant.h).
  */
 #include <immintrin.h>
 #include <stdbool.h>
@@ -10,123 +14,247 @@
 
 #define SH_INLINE static inline __attribute__((always_inline))
 
-#define TILE_ROWS   2
-#define K_BLOCK     1024
-#define PANEL_BLOCK 8
-#define AHEAD       2048 /* bytes */
+#define TILE_ROWS    4 /* eight integer sums; four registers of codes, constants, a row's codes, a product */
+#define WALK_WORDS   2
+#define CHUNK_INPUTS 256 /* of a single tile that pass for one half of a panel before they do for the other */
+#include "model/kernels/quant_walk.h"
 
 SH_INLINE __m256i load(const void *p) {
     return _mm256_loadu_si256(p);
 }
 
-SH_INLINE __m256i four(const int8_t *x) {
-    int32_t v;
-    memcpy(&v, x, sizeof v);
-    return _mm256_set1_epi32(v);
+SH_INLINE void store(uint32_t *p, __m256i v) {
+    _mm256_storeu_si256((__m256i *)(void *)p, v);
 }
 
 SH_INLINE __m256i lanes8(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-/* s + Σ of four products in each 32-bit lane: |u| ≤ 127 unsigned, v signed. */
-SH_INLINE __m256i dot(__m256i s, __m256i u, __m256i v) {
-    return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(u, v), _mm256_set1_epi16(1)));
+SH_INLINE __m256i word(const uint32_t *x) {
+    return _mm256_set1_epi32((int)*x);
 }
 
-/* Eight outputs (quarter h of a panel) of one block. */
-SH_INLINE void quarter_sums(sh_wtype t, const uint8_t *codes, const int8_t *x, size_t ld, int rows,
-                            __m256i s[TILE_ROWS]) {
-    const __m256i low = _mm256_set1_epi8(15), zero = _mm256_set1_epi8((char)0x80);
-    for (int i = 0; i < sh_wtype_group(t); i += t == SH_W_Q8 ? 4 : 8, codes += 128) {
-        __m256i w = load(codes);
-        if (t == SH_W_Q8) {
-            w = _mm256_xor_si256(w, zero);
-            __m256i size = _mm256_abs_epi8(w);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) s[r] = dot(s[r], size, _mm256_sign_epi8(four(x + (size_t)r * ld + i), w));
-            continue;
+/* Keeps the compiler from joining products before it adds them: it would run out of registers. */
+SH_INLINE void settle(__m256i *s) {
+    __asm__("" : "+x"(*s));
+}
+
+/* Words of a group of a row: in q8 all pairs of even inputs, then all of odd ones; in q4 the codes as they are. */
+static inline size_t walk_words(sh_wtype t) {
+    return (size_t)sh_wtype_group(t) / (t == SH_W_Q8 ? 2 : 4);
+}
+
+/* Group by group, in it row by row. */
+static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t g0, size_t g1, uint32_t *to) {
+    for (size_t g = g0; g < g1; g++)
+        for (size_t r = r0; r < r0 + (size_t)rows; r++, to += walk_words(t)) {
+            const int8_t *code = x->code + r * x->ld + g * (size_t)sh_wtype_group(t);
+            if (t == SH_W_Q4) {
+                store(to, load(code));
+                continue;
+            }
+            for (int i = 0; i < SH_Q8_GROUP / 4; i += 8) {
+                __m256i v = load(code + 4 * i);
+                store(to + i, _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
+                store(to + SH_Q8_GROUP / 4 + i, _mm256_srai_epi16(v, 8));
+            }
         }
-        __m256i a = _mm256_and_si256(w, low), b = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
+}
+
+/* ---- one group: integer sums of `rows` rows with `quarters` times eight outputs -----------------------------------
+ */
+
+/* What is fetched meanwhile: `step` bytes from `next` on for each 128 bytes of codes. */
+SH_INLINE const uint8_t *fetch(const uint8_t *next, size_t step, int quarters) {
+    _mm_prefetch((const char *)next, _MM_HINT_T0);
+    if (quarters == 4) _mm_prefetch((const char *)next + step / 2, _MM_HINT_T0);
+    return next + step;
+}
+
+SH_INLINE void sums_q8(const uint8_t *codes, const uint32_t *x, int rows, int quarters, const uint8_t *next,
+                       size_t step, __m256i s[TILE_ROWS][4]) {
+    const __m256i low = _mm256_set1_epi16(255);
+    for (int i = 0; i < SH_Q8_GROUP; i += 4, codes += 128, x++) {
+        __m256i a[4], b[4];
+        next = fetch(next, step, quarters);
+#pragma GCC unroll 4
+        for (int q = 0; q < quarters; q++) {
+            __m256i w = load(codes + 32 * q);
+            a[q] = _mm256_and_si256(w, low);
+            b[q] = _mm256_srli_epi16(w, 8);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            s[r] = dot(s[r], a, four(x + (size_t)r * ld + i));
-            s[r] = dot(s[r], b, four(x + (size_t)r * ld + i + 4));
+            __m256i u = word(x + r * SH_Q8_GROUP / 2), v = word(x + r * SH_Q8_GROUP / 2 + SH_Q8_GROUP / 4);
+#pragma GCC unroll 8
+            for (int q = 0; q < 2 * quarters; q++) {
+                __m256i *to = &s[r][q % quarters];
+                *to = _mm256_add_epi32(*to, q < quarters ? _mm256_madd_epi16(a[q], u)
+                                                         : _mm256_madd_epi16(b[q - quarters], v));
+                settle(to);
+            }
         }
     }
 }
 
-/* What a tile works on: rows of x from r0, groups [g0, g1) of one panel; the sums wait in y between K blocks. */
-typedef struct tile {
-    const uint8_t *block; /* of group g0 */
-    const sh_qrows *x;
-    size_t r0, g0, g1;
-    float *y;
-    size_t ldy;
-    int outputs; /* of the panel that exist */
-} tile;
-
-SH_INLINE void run_quarter(sh_wtype t, const tile *j, int h, int rows) {
-    __m256i mask = lanes8(j->outputs - 8 * h);
-    __m256 acc[TILE_ROWS];
+SH_INLINE void sums_q4(const uint8_t *codes, const uint32_t *x, int rows, int quarters, const uint8_t *next,
+                       size_t step, __m256i s[TILE_ROWS][4]) {
+    const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
-        acc[r] = j->g0 ? _mm256_maskload_ps(j->y + (size_t)r * j->ldy + 8 * h, mask) : _mm256_setzero_ps();
-    const int8_t *x = j->x->code + j->r0 * j->x->ld + j->g0 * (size_t)sh_wtype_group(t);
-    const uint8_t *block = j->block;
-    for (size_t g = j->g0; g < j->g1; g++, block += sh_wtype_block(t), x += sh_wtype_group(t)) {
-        __m256i s[TILE_ROWS];
-        _mm_prefetch((const char *)block + AHEAD, _MM_HINT_T0);
+    for (int i = 0; i < SH_Q4_GROUP; i += 8, codes += 128, x += 2) {
+        __m256i a[4], b[4];
+        next = fetch(next, step, quarters);
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            int32_t sum = j->x->sum[(j->r0 + (size_t)r) * j->x->groups + g];
-            s[r] = _mm256_set1_epi32(t == SH_W_Q4 ? -(sum * SH_Q4_ZERO) : 0);
+        for (int q = 0; q < quarters; q++) {
+            __m256i w = load(codes + 32 * q);
+            a[q] = _mm256_and_si256(w, low);
+            b[q] = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
         }
-        quarter_sums(t, block + 2 * SH_PANEL + 32 * h, x, j->x->ld, rows, s);
-        __m256 d = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(block + 16 * h)));
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            __m256 e = _mm256_set1_ps(j->x->scale[(j->r0 + (size_t)r) * j->x->groups + g]);
-            acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[r]), _mm256_mul_ps(d, e), acc[r]);
+            __m256i u = word(x + r * SH_Q4_GROUP / 4), v = word(x + r * SH_Q4_GROUP / 4 + 1);
+#pragma GCC unroll 8
+            for (int q = 0; q < 2 * quarters; q++) {
+                __m256i *to = &s[r][q % quarters];
+                *to = _mm256_add_epi16(*to, q < quarters ? _mm256_maddubs_epi16(a[q], u)
+                                                         : _mm256_maddubs_epi16(b[q - quarters], v));
+                settle(to);
+            }
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) _mm256_maskstore_ps(j->y + (size_t)r * j->ldy + 8 * h, mask, acc[r]);
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (int q = 0; q < quarters; q++) s[r][q] = _mm256_madd_epi16(s[r][q], one);
+    }
 }
 
-static void run_tile(sh_wtype t, const tile *j, int rows) {
-    for (int h = 0; h < 4 && 8 * h < j->outputs; h++) {
+/* ---- a tile -------------------------------------------------------------------------------------------------------
+ */
+
+/* A chunk of groups for some quarters of a panel. The float sums lie in memory: the integer sums need the registers. */
+typedef struct part {
+    const uint8_t *scales, *codes, *next;
+    size_t shares; /* of what is next */
+    const uint32_t *x;
+    const float *scale;
+    const int32_t *sum;
+    size_t groups, n; /* groups: from row to row of scale and sum */
+    float *acc;       /* [rows, SH_PANEL] */
+} part;
+
+SH_INLINE void run_part(sh_wtype t, const part *j, int rows, int quarters) {
+    const size_t step = 128 / j->shares;
+    const uint8_t *next = j->next;
+    const uint32_t *x = j->x;
+    __m256 only[4]; /* of a single row, whose sums do fit in registers */
+#pragma GCC unroll 4
+    for (int q = 0; q < quarters; q++) only[q] = _mm256_loadu_ps(j->acc + 8 * q);
+    for (size_t g = 0; g < j->n; g++) {
+        const uint8_t *codes = j->codes + g * sh_wtype_block(t), *scales = j->scales + g * sh_wtype_block(t);
+        __m256i s[TILE_ROWS][4];
+        __m256 d[4];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows * quarters; i++) s[i / quarters][i % quarters] = _mm256_setzero_si256();
         if (t == SH_W_Q8)
-            rows == 1 ? run_quarter(SH_W_Q8, j, h, 1) : run_quarter(SH_W_Q8, j, h, 2);
+            sums_q8(codes, x, rows, quarters, next, step, s);
         else
-            rows == 1 ? run_quarter(SH_W_Q4, j, h, 1) : run_quarter(SH_W_Q4, j, h, 2);
+            sums_q4(codes, x, rows, quarters, next, step, s);
+#pragma GCC unroll 4
+        for (int q = 0; q < quarters; q++)
+            d[q] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(scales + 16 * q)));
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            size_t at = (size_t)r * j->groups + g;
+            __m256i zero = _mm256_slli_epi32(_mm256_set1_epi32(j->sum[at]), t == SH_W_Q8 ? 7 : 3); /* · 128, · 8 */
+            __m256 e = _mm256_set1_ps(j->scale[at]);
+#pragma GCC unroll 4
+            for (int q = 0; q < quarters; q++) {
+                float *acc = j->acc + r * SH_PANEL + 8 * q;
+                __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(s[r][q], zero)), de = _mm256_mul_ps(d[q], e);
+                if (rows == 1)
+                    only[q] = _mm256_fmadd_ps(v, de, only[q]);
+                else
+                    _mm256_storeu_ps(acc, _mm256_fmadd_ps(v, de, _mm256_loadu_ps(acc)));
+            }
+        }
+        next += sh_wtype_block(t) / j->shares;
+        x += walk_words(t) * (size_t)rows;
+    }
+    if (rows > 1) return;
+#pragma GCC unroll 4
+    for (int q = 0; q < quarters; q++) _mm256_storeu_ps(j->acc + 8 * q, only[q]);
+}
+
+/* Functions of their own, so that nothing else wants their registers. One or two rows take all of a panel. */
+#define RUN_ROWS(name, t)                                                                                              \
+    static __attribute__((noinline)) void name(const part *j, int rows) {                                              \
+        switch (rows) {                                                                                                \
+        case 1:                                                                                                        \
+            run_part(t, j, 1, 4);                                                                                      \
+            break;                                                                                                     \
+        case 2:                                                                                                        \
+            run_part(t, j, 2, 4);                                                                                      \
+            break;                                                                                                     \
+        case 3:                                                                                                        \
+            run_part(t, j, 3, 2);                                                                                      \
+            break;                                                                                                     \
+        default:                                                                                                       \
+            run_part(t, j, 4, 2);                                                                                      \
+            break;                                                                                                     \
+        }                                                                                                              \
+    }
+RUN_ROWS(run_q8, SH_W_Q8)
+RUN_ROWS(run_q4, SH_W_Q4)
+#undef RUN_ROWS
+
+/* Groups [g, g + n) of a tile, one half of the panel after the other where there are `halves`. */
+static void run_chunk(sh_wtype t, const tile *j, size_t g, size_t n, int rows, size_t halves, float *acc) {
+    size_t at = (g - j->g0) * sh_wtype_block(t), bytes = n * sh_wtype_block(t), shares = j->shares * halves;
+    const uint8_t *block = j->block + at, *next = j->next + at;
+    if (j->shares == 1 && halves > 1) next = block + bytes; /* nearer would be too late for the other half */
+    for (size_t h = 0; h < halves; h++) {
+        part k = {.scales = block + 32 * h,
+                  .codes = block + 2 * SH_PANEL + 64 * h,
+                  .next = next + bytes * (j->share * halves + h) / shares,
+                  .shares = shares,
+                  .x = j->x + (g - j->g0) * walk_words(t) * (size_t)rows,
+                  .scale = j->scale + g,
+                  .sum = j->sum + g,
+                  .groups = j->groups,
+                  .n = n,
+                  .acc = acc + 16 * h};
+        if (t == SH_W_Q8)
+            run_q8(&k, rows);
+        else
+            run_q4(&k, rows);
     }
 }
 
-static void run_block(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, size_t g0, size_t g1,
-                      float *y, size_t ldy) {
-    size_t groups = (size_t)sh_wtype_groups(w->type, w->k), block = sh_wtype_block(w->type);
-    for (int a = 0; a < m; a += TILE_ROWS)
-        for (int p = p0; p < p1; p++) {
-            int outputs = w->n - p * SH_PANEL;
-            tile j = {.block = (const uint8_t *)w->data + ((size_t)p * groups + g0) * block,
-                      .x = x,
-                      .r0 = (size_t)(r0 + a),
-                      .g0 = g0,
-                      .g1 = g1,
-                      .y = y + (size_t)a * ldy + (size_t)p * SH_PANEL,
-                      .ldy = ldy,
-                      .outputs = outputs < SH_PANEL ? outputs : SH_PANEL};
-            run_tile(w->type, &j, m - a < TILE_ROWS ? m - a : TILE_ROWS);
-        }
+/* The first n (≤ 0: none, ≥ 8: all) of eight outputs; masked stores are slow on some CPUs. */
+SH_INLINE __m256 load8(const float *y, int n) {
+    return n >= 8 ? _mm256_loadu_ps(y) : _mm256_maskload_ps(y, lanes8(n));
+}
+SH_INLINE void store8(float *y, __m256 v, int n) {
+    if (n >= 8)
+        _mm256_storeu_ps(y, v);
+    else if (n > 0)
+        _mm256_maskstore_ps(y, lanes8(n), v);
 }
 
-static void avx2_gemm_q(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, float *y, size_t ldy) {
-    size_t groups = (size_t)sh_wtype_groups(w->type, w->k), step = (size_t)(K_BLOCK / sh_wtype_group(w->type));
-    for (int p = p0; p < p1; p += PANEL_BLOCK)
-        for (size_t g = 0; g < groups; g += step)
-            run_block(w, p, p1 - p < PANEL_BLOCK ? p1 : p + PANEL_BLOCK, x, r0, m, g,
-                      g + step < groups ? g + step : groups, y, ldy);
+static void walk_tile(sh_wtype t, const tile *j, int rows) {
+    float acc[TILE_ROWS * SH_PANEL] __attribute__((aligned(32)));
+    size_t halves = rows > 2 ? 2 : 1;
+    size_t chunk = halves > 1 && j->shares == 1 ? CHUNK_INPUTS / (size_t)sh_wtype_group(t) : j->g1 - j->g0;
+    for (int i = 0; i < 4 * rows; i++) {
+        const float *y = j->y + (size_t)(i / 4) * j->ldy + i % 4 * 8;
+        _mm256_store_ps(acc + 8 * i, j->g0 ? load8(y, j->outputs - i % 4 * 8) : _mm256_setzero_ps());
+    }
+    for (size_t g = j->g0; g < j->g1; g += chunk)
+        run_chunk(t, j, g, g + chunk < j->g1 ? chunk : j->g1 - g, rows, halves, acc);
+    for (int i = 0; i < 4 * rows; i++)
+        store8(j->y + (size_t)(i / 4) * j->ldy + i % 4 * 8, _mm256_load_ps(acc + 8 * i), j->outputs - i % 4 * 8);
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------- */
@@ -176,5 +304,5 @@ void sh_kernels_fill_avx2_quant(sh_kernels *t) {
     t->quant_q8 = group_q8;
     t->quant_q4 = group_q4;
     t->quantize = avx2_quantize;
-    t->gemm_q = avx2_gemm_q;
+    t->gemm_q = walk_gemm;
 }

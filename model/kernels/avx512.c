@@ -175,21 +175,28 @@ static void x86_gemm(const sh_wmat *w, int p0, int p1, const float *x, size_t ld
 
 /* ---- scores ------------------------------------------------------------------------------------------------------ */
 
-/* `rows` rows times `keys` keys, rows · keys ≤ 16; the first `some` keys exist, the rest read the last one again. One
- * row takes eight keys, in two quarters of the joined vector; more rows take four keys, a quarter each. */
-SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys,
-                          int some, int hd) {
+/* n lanes of a key from element `at`. */
+SH_INLINE v16 key_lanes(const void *k, size_t at, bool bf16, int n) {
+    if (bf16) return v_from_bf16_n((const uint16_t *)k + at, n);
+    return n == SH_LANES ? v_load((const float *)k + at) : v_load_n((const float *)k + at, n);
+}
+
+/* `rows` rows times `keys` keys from number j0, rows · keys ≤ 16; the first `some` keys exist, the rest read the last
+ * one again. One row takes eight keys, in two quarters of the joined vector; more rows take four keys, a quarter each.
+ */
+SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int rows, const void *k, bool bf16, int j0,
+                          int keys, int some, int hd) {
     __m512 acc[SH_LANES];
-    const float *kp[8];
+    size_t at[8];
 #pragma GCC unroll 16
     for (int i = 0; i < SH_LANES; i++) acc[i] = _mm512_setzero_ps();
 #pragma GCC unroll 16
-    for (int j = 0; j < keys; j++) kp[j] = k + (size_t)(j < some ? j : some - 1) * (size_t)hd;
+    for (int j = 0; j < keys; j++) at[j] = (size_t)(j0 + (j < some ? j : some - 1)) * (size_t)hd;
     int d = 0;
     for (; d + SH_LANES <= hd; d += SH_LANES) {
 #pragma GCC unroll 16
         for (int j = 0; j < keys; j++) {
-            __m512 b = _mm512_loadu_ps(kp[j] + d);
+            __m512 b = key_lanes(k, at[j] + (size_t)d, bf16, SH_LANES);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 int i = j % 4 * 4 + r + j / 4;
@@ -201,7 +208,7 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
         __mmask16 m = lanes(hd - d);
 #pragma GCC unroll 16
         for (int j = 0; j < keys; j++) {
-            __m512 b = _mm512_maskz_loadu_ps(m, kp[j] + d);
+            __m512 b = key_lanes(k, at[j] + (size_t)d, bf16, hd - d);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 int i = j % 4 * 4 + r + j / 4;
@@ -218,10 +225,10 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
     for (int r = 0; r < rows; r++) v_store_quarter(s + (size_t)r * lds, sums, r, some);
 }
 
-SH_INLINE void score_rows(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys, int hd,
-                          int step) {
+SH_INLINE void score_rows(float *s, size_t lds, const float *q, size_t ldq, int rows, const void *k, bool bf16, int j0,
+                          int keys, int hd, int step) {
     for (int j = 0; j < keys; j += step) {
-        score_tile(s + j, lds, q, ldq, rows, k + (size_t)j * (size_t)hd, step, keys - j < step ? keys - j : step, hd);
+        score_tile(s + j, lds, q, ldq, rows, k, bf16, j0 + j, step, keys - j < step ? keys - j : step, hd);
     }
 }
 
@@ -230,15 +237,24 @@ SH_INLINE void score_rows(float *s, size_t lds, const float *q, size_t ldq, int 
 static void x86_scores(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys, int hd) {
     for (int j = 0; j < keys; j += KEY_BLOCK) {
         int n = keys - j < KEY_BLOCK ? keys - j : KEY_BLOCK, r = 0;
-        const float *kj = k + (size_t)j * (size_t)hd;
         for (; r + 4 <= rows; r += 4)
-            score_rows(s + (size_t)r * lds + j, lds, q + (size_t)r * ldq, ldq, 4, kj, n, hd, 4);
-        for (; r < rows; r++) score_rows(s + (size_t)r * lds + j, lds, q + (size_t)r * ldq, ldq, 1, kj, n, hd, 8);
+            score_rows(s + (size_t)r * lds + j, lds, q + (size_t)r * ldq, ldq, 4, k, false, j, n, hd, 4);
+        for (; r < rows; r++)
+            score_rows(s + (size_t)r * lds + j, lds, q + (size_t)r * ldq, ldq, 1, k, false, j, n, hd, 8);
     }
+}
+
+static void x86_scores_bf16(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys,
+                            int hd) {
+    int r = 0;
+    for (; r + 2 <= rows; r += 2)
+        score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, 2, k, true, 0, keys, hd, 4);
+    if (r < rows) score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, 1, k, true, 0, keys, hd, 8);
 }
 
 void sh_kernels_fill_avx512(sh_kernels *t) {
     fill_rows(t);
     t->gemm = x86_gemm;
     t->scores = x86_scores;
+    t->scores_bf16 = x86_scores_bf16;
 }

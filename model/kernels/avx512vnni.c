@@ -10,28 +10,24 @@
 
 #define SH_INLINE static inline __attribute__((always_inline))
 
-#define TILE_ROWS   6    /* 12 integer sums, 12 float sums, scales, codes */
-#define K_BLOCK     1024 /* inputs per pass: at most 33 KiB of a panel */
-#define PANEL_BLOCK 16   /* panels whose K_BLOCK stays in L2 while all rows pass */
-#define AHEAD       2048 /* bytes */
-
-typedef struct halves {
-    __mmask16 lo, hi;
-} halves;
+#define TILE_ROWS  6 /* 12 integer sums, 12 float sums, scales, codes */
+#define WALK_WORDS 1
+#include "model/kernels/quant_walk.h"
 
 static __mmask16 lanes(int n) {
     return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1);
 }
 
-static halves panel_masks(const sh_wmat *w, int p) {
-    int n = w->n - p * SH_PANEL;
-    return (halves){lanes(n), lanes(n - 16)};
+static inline size_t walk_words(sh_wtype t) {
+    return (size_t)sh_wtype_group(t) / 4;
 }
 
-SH_INLINE __m512i four(const int8_t *x) {
-    int32_t v;
-    memcpy(&v, x, sizeof v);
-    return _mm512_set1_epi32(v);
+/* Group by group, in it row by row: the codes as they are. */
+static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t g0, size_t g1, uint32_t *to) {
+    size_t size = (size_t)sh_wtype_group(t);
+    for (size_t g = g0; g < g1; g++)
+        for (size_t r = r0; r < r0 + (size_t)rows; r++, to += walk_words(t))
+            memcpy(to, x->code + r * x->ld + g * size, size);
 }
 
 /* Adds 64 bytes of unsigned codes times four inputs of each row to the sums of half h. */
@@ -40,16 +36,17 @@ SH_INLINE void dot(__m512i s[TILE_ROWS][2], int h, __m512i u, const __m512i *x, 
     for (int r = 0; r < rows; r++) s[r][h] = _mm512_dpbusd_epi32(s[r][h], u, x[r]);
 }
 
-/* One block: integer sums of `rows` rows with 32 outputs. */
-SH_INLINE void block_sums(sh_wtype t, const uint8_t *codes, const int8_t *x, size_t ld, int rows,
-                          __m512i s[TILE_ROWS][2]) {
+/* One block: integer sums of `rows` rows with 32 outputs. `step` bytes are fetched for each 128 of codes. */
+SH_INLINE void block_sums(sh_wtype t, const uint8_t *codes, const uint32_t *x, int rows, const uint8_t *next,
+                          size_t step, __m512i s[TILE_ROWS][2]) {
     const __m512i low = _mm512_set1_epi8(15);
-    for (int i = 0; i < sh_wtype_group(t); i += t == SH_W_Q8 ? 4 : 8, codes += 128) {
+    const size_t ld = walk_words(t);
+    for (size_t i = 0; i < ld; i += t == SH_W_Q8 ? 1 : 2, codes += 128, next += step) {
         __m512i a = _mm512_loadu_si512(codes), b = _mm512_loadu_si512(codes + 64), v[TILE_ROWS];
-        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char *)codes + AHEAD + 64, _MM_HINT_T0);
+        _mm_prefetch((const char *)next, _MM_HINT_T0);
+        _mm_prefetch((const char *)next + step / 2, _MM_HINT_T0);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) v[r] = four(x + (size_t)r * ld + i);
+        for (int r = 0; r < rows; r++) v[r] = _mm512_set1_epi32((int)x[(size_t)r * ld + i]);
         if (t == SH_W_Q8) {
             dot(s, 0, a, v, rows);
             dot(s, 1, b, v, rows);
@@ -58,59 +55,53 @@ SH_INLINE void block_sums(sh_wtype t, const uint8_t *codes, const int8_t *x, siz
         dot(s, 0, _mm512_and_si512(a, low), v, rows);
         dot(s, 1, _mm512_and_si512(b, low), v, rows);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) v[r] = four(x + (size_t)r * ld + i + 4);
+        for (int r = 0; r < rows; r++) v[r] = _mm512_set1_epi32((int)x[(size_t)r * ld + i + 1]);
         dot(s, 0, _mm512_and_si512(_mm512_srli_epi16(a, 4), low), v, rows);
         dot(s, 1, _mm512_and_si512(_mm512_srli_epi16(b, 4), low), v, rows);
     }
 }
 
-/* What a tile works on: rows of x from r0, groups [g0, g1) of one panel; the sums wait in y between K blocks. */
-typedef struct tile {
-    const uint8_t *block; /* of group g0 */
-    const sh_qrows *x;
-    size_t r0, g0, g1;
-    float *y;
-    size_t ldy;
-    halves mask;
-} tile;
-
 SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows) {
-    const int zero = t == SH_W_Q8 ? SH_Q8_ZERO : SH_Q4_ZERO;
+    const __mmask16 exist[2] = {lanes(j->outputs), lanes(j->outputs - 16)};
+    const size_t step = 128 / j->shares;
     __m512 acc[TILE_ROWS][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        float *y = j->y + (size_t)r * j->ldy;
-        acc[r][0] = j->g0 ? _mm512_maskz_loadu_ps(j->mask.lo, y) : _mm512_setzero_ps();
-        acc[r][1] = j->g0 ? _mm512_maskz_loadu_ps(j->mask.hi, y + 16) : _mm512_setzero_ps();
-    }
-    const int8_t *x = j->x->code + j->r0 * j->x->ld + j->g0 * (size_t)sh_wtype_group(t);
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++)
+            acc[r][h] =
+                j->g0 ? _mm512_maskz_loadu_ps(exist[h], j->y + (size_t)r * j->ldy + 16 * h) : _mm512_setzero_ps();
+    const uint32_t *x = j->x;
     const uint8_t *block = j->block;
-    for (size_t g = j->g0; g < j->g1; g++, block += sh_wtype_block(t), x += sh_wtype_group(t)) {
+    const uint8_t *next = j->next + (j->g1 - j->g0) * sh_wtype_block(t) * j->share / j->shares;
+    for (size_t g = j->g0; g < j->g1; g++) {
         __m512i s[TILE_ROWS][2];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            int32_t sum = j->x->sum[(j->r0 + (size_t)r) * j->x->groups + g];
-            s[r][0] = s[r][1] = _mm512_set1_epi32(-sum * zero);
+            __m512i sum = _mm512_set1_epi32(j->sum[(size_t)r * j->groups + g]);
+            s[r][0] = s[r][1] =
+                _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, t == SH_W_Q8 ? 7 : 3)); /* · −128, −8 */
         }
-        block_sums(t, block + 2 * SH_PANEL, x, j->x->ld, rows, s);
+        block_sums(t, block + 2 * SH_PANEL, x, rows, next, step, s);
         __m512 lo = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)block));
         __m512 hi = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(block + 32)));
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            __m512 d = _mm512_set1_ps(j->x->scale[(j->r0 + (size_t)r) * j->x->groups + g]);
+            __m512 d = _mm512_set1_ps(j->scale[(size_t)r * j->groups + g]);
             acc[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[r][0]), _mm512_mul_ps(lo, d), acc[r][0]);
             acc[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[r][1]), _mm512_mul_ps(hi, d), acc[r][1]);
         }
+        block += sh_wtype_block(t);
+        next += sh_wtype_block(t) / j->shares;
+        x += walk_words(t) * (size_t)rows;
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        float *y = j->y + (size_t)r * j->ldy;
-        _mm512_mask_storeu_ps(y, j->mask.lo, acc[r][0]);
-        _mm512_mask_storeu_ps(y + 16, j->mask.hi, acc[r][1]);
-    }
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) _mm512_mask_storeu_ps(j->y + (size_t)r * j->ldy + 16 * h, exist[h], acc[r][h]);
 }
 
-static void run_rows(sh_wtype t, const tile *j, int rows) {
+static void walk_tile(sh_wtype t, const tile *j, int rows) {
 #define ROWS(n)                                                                                                        \
     case n:                                                                                                            \
         t == SH_W_Q8 ? run_tile(SH_W_Q8, j, n) : run_tile(SH_W_Q4, j, n);                                              \
@@ -126,36 +117,6 @@ static void run_rows(sh_wtype t, const tile *j, int rows) {
         break;
     }
 #undef ROWS
-}
-
-/* Panels [p0, p1) over groups [g0, g1), all rows: tiles as even as possible. */
-static void run_block(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, size_t g0, size_t g1,
-                      float *y, size_t ldy) {
-    int tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
-    size_t groups = (size_t)sh_wtype_groups(w->type, w->k), block = sh_wtype_block(w->type);
-    for (int t = 0; t < tiles; t++) {
-        int a = (int)((long)m * t / tiles), n = (int)((long)m * (t + 1) / tiles) - a;
-        for (int p = p0; p < p1; p++) {
-            tile j = {.block = (const uint8_t *)w->data + ((size_t)p * groups + g0) * block,
-                      .x = x,
-                      .r0 = (size_t)(r0 + a),
-                      .g0 = g0,
-                      .g1 = g1,
-                      .y = y + (size_t)a * ldy + (size_t)p * SH_PANEL,
-                      .ldy = ldy,
-                      .mask = panel_masks(w, p)};
-            run_rows(w->type, &j, n);
-        }
-    }
-}
-
-static void vnni_gemm_q(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, float *y, size_t ldy) {
-    size_t groups = (size_t)sh_wtype_groups(w->type, w->k), step = (size_t)(K_BLOCK / sh_wtype_group(w->type));
-    if (m <= TILE_ROWS) step = groups; /* weights pass once: nothing is to be kept near */
-    for (int p = p0; p < p1; p += PANEL_BLOCK)
-        for (size_t g = 0; g < groups; g += step)
-            run_block(w, p, p1 - p < PANEL_BLOCK ? p1 : p + PANEL_BLOCK, x, r0, m, g,
-                      g + step < groups ? g + step : groups, y, ldy);
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------- */
@@ -191,5 +152,5 @@ void sh_kernels_fill_avx512vnni(sh_kernels *t) {
     t->quant_q8 = group_q8;
     t->quant_q4 = group_q4;
     t->quantize = vnni_quantize;
-    t->gemm_q = vnni_gemm_q;
+    t->gemm_q = walk_gemm;
 }

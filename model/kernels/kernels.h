@@ -128,6 +128,13 @@ typedef struct sh_kernels {
     void (*softmax_part)(float *s, int keys, float *m, float *l);
     /* o[r·ldo + d] = Σ_j fma(p[r·lds + j], v[j, d]) in ascending j, from 0. */
     void (*weighted_sum)(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys, int hd);
+    /* The same two of keys and values in bf16, [keys, hd] without gaps as pages hold them, for rows so few that
+     * widening them in memory first would cost more than it saves. add_weighted_bf16 goes on from what o is: 0, or what
+     * fewer keys gave. NULL: there is none, tiles serve. */
+    void (*scores_bf16)(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys,
+                        int hd);
+    void (*add_weighted_bf16)(float *o, size_t ldo, const float *p, size_t lds, int rows, const uint16_t *v, int keys,
+                              int hd);
     /* Joins two parts of one row, a before b: m = max(ma, mb); ea = exp(ma − m), eb = exp(mb − m);
      * oa = fma(eb, ob, ea · oa); la = fma(eb, lb, ea · la); ma = m. Neither is empty. */
     void (*merge)(float *oa, float *ma, float *la, const float *ob, float mb, float lb, int hd);

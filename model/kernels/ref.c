@@ -281,6 +281,25 @@ static void ref_scores(float *s, size_t lds, const float *q, size_t ldq, int row
     }
 }
 
+static float widen(uint16_t x) {
+    uint32_t u = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+static void ref_scores_bf16(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys,
+                            int hd) {
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < keys; j++) {
+            float l[SH_LANES] = {0};
+            for (int d = 0; d < hd; d++)
+                l[d % SH_LANES] =
+                    fmaf(q[(size_t)r * ldq + (size_t)d], widen(k[(size_t)j * (size_t)hd + (size_t)d]), l[d % SH_LANES]);
+            s[(size_t)r * lds + (size_t)j] = join_lanes(l);
+        }
+}
+
 /* p[i] = exp(x[i] − m), stored unless p is NULL; returns Σ p by lanes. A maximum of −inf counts as 0, so that entries
  * of −inf alone sum to 0 instead of NaN. */
 static float sum_exp(float *p, const float *x, int n, float m) {
@@ -296,6 +315,16 @@ static float sum_exp(float *p, const float *x, int n, float m) {
 static void ref_softmax_part(float *s, int keys, float *m, float *l) {
     *m = lanes_max(s, keys);
     *l = sum_exp(s, s, keys, *m);
+}
+
+static void ref_add_weighted_bf16(float *o, size_t ldo, const float *p, size_t lds, int rows, const uint16_t *v,
+                                  int keys, int hd) {
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < keys; j++)
+            for (int d = 0; d < hd; d++) {
+                float *out = &o[(size_t)r * ldo + (size_t)d];
+                *out = fmaf(p[(size_t)r * lds + (size_t)j], widen(v[(size_t)j * (size_t)hd + (size_t)d]), *out);
+            }
 }
 
 static void ref_weighted_sum(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys,
@@ -427,8 +456,10 @@ void sh_kernels_fill_ref(sh_kernels *t) {
         .to_kv8 = ref_to_kv8,
         .from_kv8 = ref_from_kv8,
         .scores = ref_scores,
+        .scores_bf16 = ref_scores_bf16,
         .softmax_part = ref_softmax_part,
         .weighted_sum = ref_weighted_sum,
+        .add_weighted_bf16 = ref_add_weighted_bf16,
         .merge = ref_merge,
         .max_sum_exp = ref_max_sum_exp,
         .exp = ref_exp,

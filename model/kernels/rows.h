@@ -248,21 +248,31 @@ static void x86_max_sum_exp(const float *x, int n, float *m, float *s) {
     *m = top;
 }
 
-/* `rows` rows times `vecs` vectors of one head: the sums stay in registers over all keys. c: lanes of the last vector.
- */
-SH_INLINE void weighted_tile(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys,
-                             int hd, int vecs, int c) {
+/* n lanes of a value vector from element `at`. */
+SH_INLINE v16 v_value(const void *v, size_t at, bool bf16, int n) {
+    if (bf16) return v_from_bf16_n((const uint16_t *)v + at, n);
+    return n == SH_LANES ? v_load((const float *)v + at) : v_load_n((const float *)v + at, n);
+}
+
+/* `rows` rows times `vecs` vectors of one head, from element d0 on: the sums stay in registers over all keys. c: lanes
+ * of the last vector. */
+SH_INLINE void weighted_tile(float *o, size_t ldo, const float *p, size_t lds, int rows, const void *v, bool bf16,
+                             int keys, int hd, int d0, int vecs, int c) {
     v16 acc[SH_WS_ROWS][SH_WS_VECS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 8
-        for (int d = 0; d < vecs; d++) acc[r][d] = v_zero();
+        for (int d = 0; d < vecs; d++) {
+            const float *from = o + (size_t)r * ldo + d0 + d * SH_LANES;
+            acc[r][d] = !bf16 ? v_zero() : d + 1 < vecs || c == SH_LANES ? v_load(from) : v_load_n(from, c);
+        }
     }
-    for (int j = 0; j < keys; j++, v += hd) {
+    size_t at = (size_t)d0;
+    for (int j = 0; j < keys; j++, at += (size_t)hd) {
         v16 x[SH_WS_VECS];
 #pragma GCC unroll 8
         for (int d = 0; d < vecs; d++) {
-            x[d] = d + 1 < vecs || c == SH_LANES ? v_load(v + d * SH_LANES) : v_load_n(v + d * SH_LANES, c);
+            x[d] = v_value(v, at + (size_t)(d * SH_LANES), bf16, d + 1 < vecs ? SH_LANES : c);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
@@ -274,18 +284,20 @@ SH_INLINE void weighted_tile(float *o, size_t ldo, const float *p, size_t lds, i
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 8
-        for (int d = 0; d < vecs; d++) put(o + (size_t)r * ldo + d * SH_LANES, acc[r][d], d + 1 < vecs ? SH_LANES : c);
+        for (int d = 0; d < vecs; d++) {
+            put(o + (size_t)r * ldo + d0 + d * SH_LANES, acc[r][d], d + 1 < vecs ? SH_LANES : c);
+        }
     }
 }
 
-SH_INLINE void weighted_rows(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys,
-                             int hd) {
+SH_INLINE void weighted_rows(float *o, size_t ldo, const float *p, size_t lds, int rows, const void *v, bool bf16,
+                             int keys, int hd) {
     int d = 0;
     for (; d + SH_WS_VECS * SH_LANES <= hd; d += SH_WS_VECS * SH_LANES) {
-        weighted_tile(o + d, ldo, p, lds, rows, v + d, keys, hd, SH_WS_VECS, SH_LANES);
+        weighted_tile(o, ldo, p, lds, rows, v, bf16, keys, hd, d, SH_WS_VECS, SH_LANES);
     }
     for (; d < hd; d += SH_LANES) {
-        weighted_tile(o + d, ldo, p, lds, rows, v + d, keys, hd, 1, hd - d < SH_LANES ? hd - d : SH_LANES);
+        weighted_tile(o, ldo, p, lds, rows, v, bf16, keys, hd, d, 1, hd - d < SH_LANES ? hd - d : SH_LANES);
     }
 }
 
@@ -293,9 +305,18 @@ static void x86_weighted_sum(float *o, size_t ldo, const float *p, size_t lds, i
                              int hd) {
     int r = 0;
     for (; r + SH_WS_ROWS <= rows; r += SH_WS_ROWS) {
-        weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, SH_WS_ROWS, v, keys, hd);
+        weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, SH_WS_ROWS, v, false, keys, hd);
     }
-    for (; r < rows; r++) weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, 1, v, keys, hd);
+    for (; r < rows; r++) weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, 1, v, false, keys, hd);
+}
+
+static void x86_add_weighted_bf16(float *o, size_t ldo, const float *p, size_t lds, int rows, const uint16_t *v,
+                                  int keys, int hd) {
+    int r = 0;
+    for (; r + 2 <= rows; r += 2) {
+        weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, 2, v, true, keys, hd);
+    }
+    if (r < rows) weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, 1, v, true, keys, hd);
 }
 
 static void x86_merge(float *oa, float *ma, float *la, const float *ob, float mb, float lb, int hd) {
@@ -324,6 +345,7 @@ static void fill_rows(sh_kernels *t) {
     t->from_kv8 = x86_from_kv8;
     t->softmax_part = x86_softmax_part;
     t->weighted_sum = x86_weighted_sum;
+    t->add_weighted_bf16 = x86_add_weighted_bf16;
     t->merge = x86_merge;
     t->max_sum_exp = x86_max_sum_exp;
     t->exp = x86_exp;

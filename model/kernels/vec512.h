@@ -137,7 +137,8 @@ SH_INLINE void v_store_quarter(float *p, v16 a, int i, int n) {
 }
 
 SH_INLINE v16 v_from_bf16_n(const uint16_t *p, int n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(n), p)), 16));
+    __m256i x = n == 16 ? _mm256_loadu_si256((const __m256i *)(const void *)p) : _mm256_maskz_loadu_epi16(lanes(n), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 SH_INLINE void v_to_bf16_n(uint16_t *p, v16 a, int n) {
     __m512i u = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));

@@ -18,8 +18,9 @@
 #include "model/ceiling.h"
 #include "model/linear.h"
 
-#define ROUNDS 60
-#define BORDER 24 /* floats of pattern before and after an output */
+#define ROUNDS     60
+#define FEW_ROUNDS 8
+#define BORDER     24 /* floats of pattern before and after an output */
 
 /* ---- random numbers and guarded memory --------------------------------------------------------------------------- */
 
@@ -146,14 +147,59 @@ static sh_qrows quantized(sh_wtype t, const float *x, int k, int m) {
     return q;
 }
 
-static void case_gemm_q(const sh_kernels *kn) {
-    sh_wtype t = rnd() % 2 ? SH_W_Q8 : SH_W_Q4;
-    int n = upto(150), k = rnd() % 3 ? upto(300) : upto(2500), m = (int)(rnd() % 20), r0 = (int)(rnd() % 3);
+/* Any codes, the ends of their ranges above all, and any finite scales: nothing may saturate on the way. */
+static void extreme_codes(sh_wmat *w, sh_qrows *q, int m) {
+    uint8_t *d = (uint8_t *)(uintptr_t)w->data;
+    size_t bytes = sh_wmat_bytes(w->type, w->n, w->k), block = sh_wtype_block(w->type);
+    uint8_t of[] = {0, 255, (uint8_t)rnd(), (uint8_t)rnd()};
+    int8_t xs[] = {127, -127, -128, (int8_t)rnd()};
+    uint32_t kinds = 1 + rnd() % 4; /* 1: all alike, the largest sums */
+    for (size_t i = 0; i < bytes; i++) {
+        bool scale = i % block < 2 * SH_PANEL;
+        d[i] = scale ? (i % 2 ? rnd() & 0xbb : rnd()) & 0xff : of[rnd() % kinds];
+    }
+    for (size_t r = 0; r < (size_t)m; r++)
+        for (size_t g = 0; g < q->groups; g++) {
+            int size = sh_wtype_group(w->type);
+            int8_t *code = q->code + r * q->ld + g * (size_t)size;
+            int32_t *sum = q->sum + r * q->groups + g;
+            *sum = 0;
+            for (int i = 0; i < size; i++) *sum += code[i] = xs[rnd() % kinds];
+        }
+}
+
+static void run_gemm_q(const sh_kernels *kn, sh_wtype t, int n, int k, int m) {
+    int r0 = (int)(rnd() % 3);
     sh_wmat w = random_quant(t, n, k);
     int panels = sh_wmat_panels(n), p0 = (int)(rnd() % (uint32_t)panels), p1 = p0 + upto(panels - p0);
     int ldy = n + (int)(rnd() % 9);
     sh_qrows q = quantized(t, floats((r0 + m + 1) * k, 3), k, r0 + m + 1);
+    if (rnd() % 3 == 0) extreme_codes(&w, &q, r0 + m + 1);
     kn->gemm_q(&w, p0, p1, &q, r0, m, output((m ? m - 1 : 0) * ldy + n), (size_t)ldy);
+}
+
+static sh_wtype random_type(void) {
+    return rnd() % 2 ? SH_W_Q8 : SH_W_Q4;
+}
+
+static void case_gemm_q(const sh_kernels *kn) {
+    sh_wtype t = random_type();
+    int n = upto(150), k = rnd() % 3 ? upto(300) : upto(2500), m = (int)(rnd() % 20);
+    run_gemm_q(kn, t, n, k, m);
+}
+
+/* More rows and panels than one block of any level, several runs of inputs. */
+static void case_gemm_q_wide(const sh_kernels *kn) {
+    sh_wtype t = random_type();
+    int n = 32 * 26 + upto(64), k = 1024 + upto(1500), m = 12 + upto(40);
+    run_gemm_q(kn, t, n, k, m);
+}
+
+/* Few rows, more inputs than are packed at once. */
+static void case_gemm_q_long(const sh_kernels *kn) {
+    sh_wtype t = random_type();
+    int m = upto(9), k = 65536 / m + upto(700), n = upto(70);
+    run_gemm_q(kn, t, n, k, m);
 }
 
 static void case_quant_group(const sh_kernels *kn) {
@@ -263,6 +309,29 @@ static void case_scores(const sh_kernels *kn) {
     kn->scores(output((rows - 1) * lds + keys), (size_t)lds, q, (size_t)ldq, rows, k, keys, hd);
 }
 
+static const uint16_t *bf16s(int n) {
+    uint16_t *x = guarded((size_t)n * sizeof *x);
+    uint32_t size = rnd() % 8 ? 0x3e00 : 0; /* now and then denormal */
+    for (int i = 0; i < n; i++) x[i] = (uint16_t)((rnd() & 0x80ff) | size);
+    return x;
+}
+
+static void case_scores_bf16(const sh_kernels *kn) {
+    int hd = rnd() % 4 ? upto(90) : 256, rows = upto(5), keys = upto(50);
+    int ldq = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
+    const float *q = floats((rows - 1) * ldq + hd, 2);
+    kn->scores_bf16(output((rows - 1) * lds + keys), (size_t)lds, q, (size_t)ldq, rows, bf16s(keys * hd), keys, hd);
+}
+
+static void case_add_weighted_bf16(const sh_kernels *kn) {
+    int hd = upto(150), rows = upto(5), keys = upto(60), ldo = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
+    const float *p = floats((rows - 1) * lds + keys, 1);
+    float *o = output((rows - 1) * ldo + hd);
+    for (int r = 0; r < rows; r++)
+        for (int d = 0; d < hd; d++) o[r * ldo + d] = value(3);
+    kn->add_weighted_bf16(o, (size_t)ldo, p, (size_t)lds, rows, bf16s(keys * hd), keys, hd);
+}
+
 static void fill_scores(float *s, int n) {
     float size = rnd() % 2 ? 5 : 90;
     for (int i = 0; i < n; i++) s[i] = rnd() % 16 ? value(size) : -INFINITY;
@@ -321,6 +390,8 @@ static const struct {
     {"gemm", case_gemm},
     {"gemm, wide", case_gemm_wide},
     {"gemm_q", case_gemm_q},
+    {"gemm_q, wide", case_gemm_q_wide},
+    {"gemm_q, long", case_gemm_q_long},
     {"quantize", case_quantize},
     {"quant_q8, quant_q4", case_quant_group},
     {"rmsnorm", case_rmsnorm},
@@ -338,6 +409,8 @@ static const struct {
     {"softmax_part", case_softmax_part},
     {"max_sum_exp", case_max_sum_exp},
     {"weighted_sum", case_weighted_sum},
+    {"scores_bf16", case_scores_bf16},
+    {"add_weighted_bf16", case_add_weighted_bf16},
     {"merge", case_merge},
     {"exp", case_exp},
     {"sincos", case_sincos},
@@ -390,7 +463,7 @@ static void test_levels_equal_ref(void) {
         for (int c = 0; c < (int)(sizeof cases / sizeof *cases); c++) {
             bool sums = strncmp(cases[c].name, "gemm", 4) == 0;
             if (sums && strcmp(kn->isa, "blas") == 0) continue;
-            int rounds = strcmp(cases[c].name, "gemm, wide") == 0 ? 3 : ROUNDS;
+            int rounds = strchr(cases[c].name, ',') && sums ? FEW_ROUNDS : ROUNDS; /* the large ones */
             for (int i = 0; i < rounds; i++) {
                 bool is = same_as_ref(kn, ref, c, 0x9e3779b97f4a7c15u * (uint64_t)(i + 1) + (uint64_t)c);
                 CU_ASSERT(is);
@@ -598,6 +671,30 @@ static void test_attention_meaning(void) {
     kn->merge(o, &m, &l, o2, m2, l2, HD);
     CU_ASSERT(fabs((double)m - top) < 1e-5 && fabs((double)l / sum - 1) < 1e-5);
     for (int i = 0; i < HD; i++) CU_ASSERT(fabs((double)o[i] / (double)l - want[i] / sum) < 1e-5);
+}
+
+/* Keys and values as they are stored give what they give when widened, in one go or in pieces. */
+static void test_attention_in_place(void) {
+    enum { HD = 52, KEYS = 41, ROWS = 3, FIRST = 17 };
+    float q[ROWS * HD], wide[KEYS * HD], s[ROWS * KEYS], s2[ROWS * KEYS], o[ROWS * HD], o2[ROWS * HD] = {0};
+    seed = 11;
+    for (int i = 0; i < ROWS * HD; i++) q[i] = value(1);
+    const uint16_t *k = bf16s(KEYS * HD);
+    for (const char *const *isa = sh_kernels_levels; *isa; isa++) {
+        const sh_kernels *kn = level(*isa);
+        if (!kn || !kn->scores_bf16 || strcmp(*isa, "blas") == 0) continue;
+        kn->from_bf16(wide, k, KEYS * HD);
+        kn->scores(s, KEYS, q, HD, ROWS, wide, KEYS, HD);
+        kn->scores_bf16(s2, KEYS, q, HD, ROWS, k, FIRST, HD);
+        kn->scores_bf16(s2 + FIRST, KEYS, q, HD, ROWS, k + FIRST * HD, KEYS - FIRST, HD);
+        CU_ASSERT(memcmp(s, s2, sizeof s) == 0);
+        kn->weighted_sum(o, HD, s, KEYS, ROWS, wide, KEYS, HD);
+        memset(o2, 0, sizeof o2);
+        kn->add_weighted_bf16(o2, HD, s, KEYS, ROWS, k, FIRST, HD);
+        kn->add_weighted_bf16(o2, HD, s + FIRST, KEYS, ROWS, k + FIRST * HD, KEYS - FIRST, HD);
+        CU_ASSERT(memcmp(o, o2, sizeof o) == 0);
+    }
+    release_all();
 }
 
 /* Bytes do not depend on threads, on the number of rows, or on whether matrices run together. */
@@ -812,6 +909,7 @@ int main(void) {
     CU_add_test(s, "sh_linear, quantised", test_linear_quantized);
     CU_add_test(s, "elementary functions", test_elementary_functions);
     CU_add_test(s, "attention entries", test_attention_meaning);
+    CU_add_test(s, "attention in place", test_attention_in_place);
     CU_add_test(s, "sh_linear invariance", test_linear_invariance);
     CU_add_test(s, "team", test_team);
     CU_add_test(s, "binding", test_binding);
