@@ -5,13 +5,17 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 #include "cli/commands.h"
 #include "cli/drive.h"
 #include "cli/options.h"
+#include "cli/tracefile.h"
 #include "common/clock.h"
 #include "common/json.h"
 #include "model/ceiling.h"
 #include "partition/machine.h"
+#include "worker/trace.h"
 
 #define MAX_BATCHES 32
 #define MAX_ROUNDS  99
@@ -36,7 +40,7 @@ static const char usage[] =
     "                 embeddings, choice of the token)\n\n";
 
 typedef struct options {
-    const char *model, *batches, *layers;
+    const char *model, *batches, *layers, *trace, *trace_steps;
     int mode, kv, threads, prompt, generate, chunk, rounds;
     bool json, no_limits;
 } options;
@@ -62,6 +66,10 @@ typedef struct bench {
     int n_limits;
     line lines[MAX_BATCHES + 1];
     int n_lines;
+    uint64_t trace_first, trace_steps;
+    sh_timeline *timeline;
+    sh_trace *trace;
+    sh_tracefile *trace_file;
 } bench;
 
 /* --- what was asked for --------------------------------------------------------------------------------------------
@@ -105,6 +113,8 @@ static sh_status check(bench *b) {
     if (b->o.prompt + b->o.generate >= b->config.max_context)
         SH_FAIL(SH_EINPUT, "--prompt: %d tokens and %d more: the model's context is %d", b->o.prompt, b->o.generate,
                 b->config.max_context);
+    if (b->o.trace) SH_TRY(sh_trace_window(b->o.trace_steps, &b->trace_first, &b->trace_steps));
+    if (b->o.trace) SH_TRY(sh_tracefile_check(b->o.trace));
     SH_TRY(sh_machine_read(NULL, &b->machine));
     b->threads = b->o.threads ? b->o.threads : b->machine.n_cpus;
     return SH_OK;
@@ -140,6 +150,50 @@ static sh_status load(bench *b) {
     return SH_OK;
 }
 
+/* --- the timeline ---------------------------------------------------------------------------------------------------
+ */
+
+#define TIMELINE_SLICES ((size_t)1 << 20) /* between two lines of the table; room that is not used costs nothing */
+
+static sh_status trace_open(bench *b) {
+    struct timespec now;
+    if (!b->o.trace) return SH_OK;
+    clock_gettime(CLOCK_REALTIME, &now);
+    int64_t zero = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+    sh_rank_clock clock = {.offset = zero - (int64_t)(sh_now() * 1e9)};
+    SH_TRY(sh_timeline_create(TIMELINE_SLICES, b->trace_first, b->trace_steps, &b->timeline));
+    SH_TRY(sh_trace_create(b->timeline, clock, &b->trace));
+    SH_TRY(sh_tracefile_open(b->o.trace, zero, &b->trace_file));
+    sh_drive_set_timeline(b->drive, b->timeline);
+    return SH_OK;
+}
+
+/* A timeline that cannot be written takes nothing from the figures. */
+static void trace_give_up(bench *b) {
+    fprintf(stderr, "shoal bench: --trace: %s\n", sh_error_text());
+    sh_tracefile_destroy(&b->trace_file);
+}
+
+/* Between two lines, so that it is not measured. */
+static void trace_take(bench *b) {
+    char host[128] = "";
+    if (gethostname(host, sizeof host - 1) != 0) host[0] = 0;
+    Shoal__TraceRecord r = SHOAL__TRACE_RECORD__INIT;
+    r.group = (char *)"bench";
+    r.host = host;
+    r.width = 1;
+    while (b->trace_file && (r.trace = sh_trace_next(b->trace)))
+        if (sh_tracefile_add(b->trace_file, &r) != SH_OK) trace_give_up(b);
+}
+
+static void trace_close(bench *b, bool good) {
+    sh_tracefile_count n;
+    if (b->trace_file && good && sh_tracefile_close(&b->trace_file, &n) != SH_OK) trace_give_up(b);
+    sh_tracefile_destroy(&b->trace_file);
+    sh_trace_destroy(&b->trace);
+    sh_timeline_destroy(&b->timeline);
+}
+
 /* --- measuring -----------------------------------------------------------------------------------------------------
  */
 
@@ -172,7 +226,10 @@ static sh_status measure(bench *b) {
     SH_TRY(sh_drive_prefill(b->drive, &warm)); /* touches the scratch, and starts the threads */
     b->first_token = b->load_seconds + warm.seconds;
     for (int r = 0; r < b->rounds; r++)
-        for (int i = 0; i < b->n_lines; i++) SH_TRY(line_run(b, &b->lines[i], r));
+        for (int i = 0; i < b->n_lines; i++) {
+            SH_TRY(line_run(b, &b->lines[i], r));
+            trace_take(b);
+        }
     return SH_OK;
 }
 
@@ -234,6 +291,9 @@ static void print_table(const bench *b) {
            b->threads == 1 ? "" : "s", sh_model_kernels(m)->isa);
     printf("loaded %.2f GB of weights in %.1f s (%.2f GB/s); first token after %.1f s\n", bytes * 1e-9, b->load_seconds,
            bytes * 1e-9 / b->load_seconds, b->first_token);
+    sh_load_times t = sh_model_load(m);
+    printf("  the weights' part: %.1f s: %.2f GB of files, %.2f GB/s; reading %.1f s, packing %.1f s\n", t.seconds,
+           (double)t.bytes * 1e-9, (double)t.bytes / t.seconds * 1e-9, t.reading, t.packing);
     if (b->o.no_limits)
         printf("limits not measured: shares of them are 0\n\n");
     else
@@ -284,7 +344,11 @@ static sh_status print_json(const bench *b) {
                   "load", "seconds", b->load_seconds, "first_token_seconds", b->first_token, "weight_bytes",
                   (double)sh_model_weight_bytes(m), "limits", "read_gbs", median(b->read, b->n_limits), "fma_gflops",
                   median(b->fma, b->n_limits), "prefill", line_json(b, &b->lines[0]), "decode");
-    if (!j) SH_FAIL(SH_EMEMORY, "bench: no memory for the report");
+    sh_load_times t = sh_model_load(m);
+    json_t *l = json_pack("{s:f, s:f, s:f, s:f}", "seconds", t.seconds, "file_bytes", (double)t.bytes,
+                          "reading_seconds", t.reading, "packing_seconds", t.packing);
+    if (!j || json_object_set_new(json_object_get(j, "load"), "weights", l) != 0)
+        SH_FAIL(SH_EMEMORY, "bench: no memory for the report");
     for (int i = 1; i < b->n_lines; i++)
         if (json_array_append_new(json_object_get(j, "decode"), line_json(b, &b->lines[i])) != 0)
             SH_FAIL(SH_EMEMORY, "bench: no memory for the report");
@@ -298,7 +362,9 @@ static int run(bench *b) {
     b->n_lines = 1; /* the prompt */
     if (check(b) != SH_OK) return sh_options_complain("bench", SH_EXIT_USAGE);
     sh_status st = load(b);
+    if (st == SH_OK) st = trace_open(b);
     if (st == SH_OK) st = measure(b);
+    trace_close(b, st == SH_OK);
     if (st == SH_OK && b->o.json)
         st = print_json(b);
     else if (st == SH_OK)
@@ -308,7 +374,14 @@ static int run(bench *b) {
 }
 
 int sh_cmd_bench(int argc, char **argv) {
-    options o = {.batches = "1,8,32", .mode = -1, .kv = -1, .prompt = 512, .generate = 128, .chunk = 512, .rounds = 3};
+    options o = {.batches = "1,8,32",
+                 .mode = -1,
+                 .kv = -1,
+                 .prompt = 512,
+                 .generate = 128,
+                 .chunk = 512,
+                 .rounds = 3,
+                 .trace_steps = "0:1000"};
     sh_option t[] = {
         {"model", 'm', SH_OPTION_TEXT, &o.model, "MODEL",
          "Hugging Face checkpoint folder of a Gemma 4 model; tokenizer files are not needed (default: the demo model)"},
@@ -327,6 +400,9 @@ int sh_cmd_bench(int argc, char **argv) {
         {"rounds", 0, SH_OPTION_INT, &o.rounds, "N", "rounds to take the median of (default 3)", 1, MAX_ROUNDS},
         {"no-limits", 0, SH_OPTION_FLAG, &o.no_limits,
          .help = "do not measure the limits, which takes a moment before every line and half a gigabyte"},
+        {"trace", 0, SH_OPTION_TEXT, &o.trace, "FILE",
+         "write a timeline of the steps, for Perfetto or chrome://tracing"},
+        {"trace-steps", 0, SH_OPTION_TEXT, &o.trace_steps, "A:B", "with --trace: the steps A to B-1 (default 0:1000)"},
         {"json", 0, SH_OPTION_FLAG, &o.json, .help = "print one JSON object instead of the table"},
     };
     int operands = 0, rc = sh_options_begin("bench", usage, t, sizeof t / sizeof *t, argc, argv, &operands);

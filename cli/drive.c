@@ -23,6 +23,8 @@ struct sh_drive {
     uint8_t *rows; /* K/V of the prompt in one layer */
     size_t in_bytes, out_bytes, logits_bytes, rows_bytes;
     uint64_t random;
+    sh_timeline *timeline;
+    uint64_t steps;
 };
 
 /* --- counting ------------------------------------------------------------------------------------------------------
@@ -206,6 +208,11 @@ sh_model *sh_drive_model(sh_drive *d) {
     return d->model;
 }
 
+void sh_drive_set_timeline(sh_drive *d, sh_timeline *t) {
+    d->timeline = t;
+    sh_model_set_timeline(d->model, t);
+}
+
 /* --- steps ---------------------------------------------------------------------------------------------------------
  */
 
@@ -234,6 +241,12 @@ static sh_span span_of(const sh_drive *d, int seq, int pos, int rows, int keep) 
     return s;
 }
 
+static void note_step(sh_drive *d, const sh_batch *b, bool decode, double from, double to) {
+    sh_slice_work w = {.step = d->steps++, .rows = b->n_rows, .decode = decode ? b->n_rows : 0};
+    w.prompt = w.rows - w.decode;
+    sh_timeline_end(d->timeline, from, to, &w);
+}
+
 /* What the rows of one product with the head are shared out by. */
 typedef struct choosing {
     sh_drive *d;
@@ -253,16 +266,21 @@ static void choose_rows(void *arg, int member, int size) {
 }
 
 /* Runs the batch and puts the next token of every kept row into d->next. */
-static sh_status step(sh_drive *d, sh_batch *b, double *seconds) {
+static sh_status step(sh_drive *d, sh_batch *b, bool decode, double *seconds) {
     const sh_config *c = d->o.config;
     double t0 = sh_now();
+    sh_timeline_begin(d->timeline, d->steps);
     SH_TRY(sh_model_forward(d->model, b, d->o.first > 0 ? d->in : NULL, d->out));
     for (int k = 0; d->o.last == c->n_layers && k < b->n_kept; k += SH_LOGIT_ROWS) {
         choosing x = {d, k, b->n_kept - k < SH_LOGIT_ROWS ? b->n_kept - k : SH_LOGIT_ROWS};
         sh_model_logits(d->model, (float *)d->out + (size_t)k * (size_t)c->hidden, x.n, d->logits);
+        double chosen = sh_now();
         sh_team_run(sh_model_team(d->model), choose_rows, &x);
+        sh_timeline_note(d->timeline, SH_SLICE_SAMPLING, chosen, sh_now());
     }
-    *seconds = sh_now() - t0;
+    double t1 = sh_now();
+    *seconds = t1 - t0;
+    note_step(d, b, decode, t0, t1);
     return SH_OK;
 }
 
@@ -293,7 +311,7 @@ sh_status sh_drive_prefill(sh_drive *d, sh_drive_count *out) {
         int keep = pos + rows == o->prompt ? 1 : 0;
         d->spans[0] = span_of(d, 0, pos, rows, keep);
         sh_batch b = {.n_rows = rows, .n_kept = keep, .n_spans = 1, .ids = d->prompt + pos, .spans = d->spans};
-        SH_TRY(step(d, &b, &d->step_seconds[n.steps++]));
+        SH_TRY(step(d, &b, false, &d->step_seconds[n.steps++]));
         n.flops += sh_drive_flops(o->config, o->first, o->last, pos, rows, keep);
     }
     d->first_token = d->next[0];
@@ -334,7 +352,7 @@ sh_status sh_drive_decode(sh_drive *d, int batch, sh_drive_count *out) {
             d->spans[s].row0 = d->spans[s].kept0 = s;
         }
         sh_batch b = {.n_rows = batch, .n_kept = batch, .n_spans = batch, .ids = d->next, .spans = d->spans};
-        st = step(d, &b, &d->step_seconds[n.steps]);
+        st = step(d, &b, true, &d->step_seconds[n.steps]);
         n.flops += batch * sh_drive_flops(o->config, o->first, o->last, pos, 1, 1);
         n.weight_bytes += sh_drive_dense_bytes(o->config, o->mode, o->first, o->last) + touched_bytes(d);
         n.kv_bytes += batch * sh_drive_kv_bytes(o->config, o->kv, o->first, o->last, pos);

@@ -42,6 +42,9 @@ sh_status sh_drive_create(const sh_drive_options *o, sh_drive **out);
 void sh_drive_destroy(sh_drive **d);
 sh_model *sh_drive_model(sh_drive *d);
 
+/* Steps as slices, counted from 0 over all that the drive does; NULL: off. Borrowed. */
+void sh_drive_set_timeline(sh_drive *d, sh_timeline *t);
+
 /* One prompt, from its first token to the token that follows it. */
 sh_status sh_drive_prefill(sh_drive *d, sh_drive_count *out);
 /* options.generate steps of `batch` sequences that all begin with the prompt of the last sh_drive_prefill, each with

@@ -123,6 +123,7 @@ static void show(sh_progress *p, const Shoal__JobReply *r) {
         if (strcmp(r->group[i]->state, "lost") == 0) continue;
         v.ranks += r->group[i]->ranks;
         v.ranks_up += r->group[i]->ranks_up;
+        if (strcmp(r->group[i]->state, "loading") == 0) sh_progress_add_load(&v, r->group[i]);
         v.state = strcmp(r->group[i]->state, "ready") == 0 ? "running" : "loading";
     }
     for (size_t i = 0; i < r->n_warning; i++) sh_progress_warn(p, "%s", r->warning[i]);

@@ -107,17 +107,46 @@ static void clock_text(double seconds, char *to, size_t size) {
         snprintf(to, size, "%ld:%02ld", s / 60, s % 60);
 }
 
+void sh_progress_add_load(sh_progress_view *v, const Shoal__GroupState *g) {
+    for (size_t i = 0; i < g->n_times; i++) {
+        Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, g->times[i].len, g->times[i].data);
+        if (!t) continue;
+        v->load_bytes += t->load_bytes;
+        v->load_total += t->load_total;
+        if (t->load_seconds > v->load_seconds) v->load_seconds = t->load_seconds;
+        shoal__stage_times__free_unpacked(t, NULL);
+    }
+}
+
+/* Nothing is answered while ranks load: then the bar is theirs. */
+static bool is_loading(const sh_progress_view *v) {
+    return v->state && strcmp(v->state, "loading") == 0 && v->load_total > 0;
+}
+
+static void state_text(const sh_progress_view *v, char *to, size_t size) {
+    char left[32];
+    double rate = v->load_seconds > 0 ? (double)v->load_bytes / v->load_seconds : 0;
+    to[0] = 0;
+    if (!v->state || !*v->state) return;
+    int n = snprintf(to, size, ", %s", v->state);
+    if (!is_loading(v)) return;
+    clock_text(rate > 0 ? (double)(v->load_total - v->load_bytes) / rate : -1, left, sizeof left);
+    snprintf(to + n, size - (size_t)n, " %.2f of %.2f GB, %.2f GB/s, %s left", (double)v->load_bytes * 1e-9,
+             (double)v->load_total * 1e-9, rate * 1e-9, left);
+}
+
 static void show_words(sh_progress *p, const sh_progress_view *v, double left) {
-    char text[512], bar[32] = "", clock[32], now[32] = "";
+    char text[512], bar[32] = "", clock[32], now[128];
     enum { CELLS = 20 };
-    int filled = v->total ? (int)(v->done * CELLS / v->total) : 0;
+    uint64_t done = is_loading(v) ? v->load_bytes : v->done, total = is_loading(v) ? v->load_total : v->total;
+    int filled = total ? (int)((double)done * CELLS / (double)total) : 0;
     if (p->style == SH_PROGRESS_BAR) {
         bar[0] = '[';
         for (int i = 0; i < CELLS; i++) bar[1 + i] = i < filled ? '#' : '.';
         memcpy(bar + 1 + CELLS, "] ", 3);
     }
     clock_text(left, clock, sizeof clock);
-    if (v->state && *v->state) snprintf(now, sizeof now, ", %s", v->state);
+    state_text(v, now, sizeof now);
     int n = snprintf(text, sizeof text, "%s%s%llu/%llu requests, tokens/s %.0f in %.0f out, %s left, ranks %d/%d%s",
                      p->style == SH_PROGRESS_BAR ? "\r" : "", bar, (unsigned long long)v->done,
                      (unsigned long long)v->total, p->rate_in, p->rate_out, clock, v->ranks_up, v->ranks, now);
@@ -138,6 +167,10 @@ static void show_json(sh_progress *p, const sh_progress_view *v, double left) {
                   (json_int_t)v->tokens_in, "tokens_out", (json_int_t)v->tokens_out, "tokens_shared",
                   (json_int_t)v->tokens_shared, "tokens_in_per_s", p->rate_in, "tokens_out_per_s", p->rate_out,
                   "seconds_left", left, "ranks_up", v->ranks_up, "ranks", v->ranks, "state", v->state ? v->state : "");
+    if (is_loading(v)) {
+        json_object_set_new(j, "load_bytes", json_integer((json_int_t)v->load_bytes));
+        json_object_set_new(j, "load_total", json_integer((json_int_t)v->load_total));
+    }
     char *s = j ? json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(6)) : NULL;
     if (s) put_line(p, s);
     free(s);
@@ -186,6 +219,38 @@ static const char *outcome_name(int status) {
     default:
         return "other";
     }
+}
+
+/* What the loading of all ranks took, as the last start of each group tells it. */
+typedef struct load_sums {
+    double bytes, seconds, reading, packing; /* of all; of the slowest rank, as the others */
+    int rank;
+    const char *group;
+} load_sums;
+
+static load_sums sum_loads(const sh_closing *c) {
+    load_sums s = {0};
+    for (size_t g = 0; c->last && g < c->last->n_group; g++)
+        for (size_t i = 0; strcmp(c->last->group[g]->state, "lost") != 0 && i < c->last->group[g]->n_times; i++) {
+            const ProtobufCBinaryData *b = &c->last->group[g]->times[i];
+            Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, b->len, b->data);
+            if (!t) continue;
+            s.bytes += (double)t->load_bytes;
+            if (t->load_seconds > s.seconds)
+                s = (load_sums){s.bytes,         t->load_seconds, t->load_reading,
+                                t->load_packing, t->rank,         c->last->group[g]->group};
+            shoal__stage_times__free_unpacked(t, NULL);
+        }
+    return s;
+}
+
+static sh_status load_line(const sh_closing *c, sh_buf *to) {
+    load_sums s = sum_loads(c);
+    if (s.seconds <= 0) return SH_OK;
+    SH_TRY(sh_buf_printf(to, "  load       %.1f s, %.2f GB of files, %.2f GB/s; ", s.seconds, s.bytes * 1e-9,
+                         s.bytes / s.seconds * 1e-9));
+    if (c->last->n_group > 1) SH_TRY(sh_buf_printf(to, "%s, ", s.group));
+    return sh_buf_printf(to, "rank %d took longest: reading %.1f s, packing %.1f s\n", s.rank, s.reading, s.packing);
 }
 
 /* One line per stage: shares of its time by cause, and what it read; each group under its name where there are several.
@@ -331,6 +396,7 @@ static sh_status closing_words(const sh_closing *c, sh_buf *to) {
     if (t > 0)
         SH_TRY(sh_buf_printf(to, "  speed      %.1f tokens/s in, %.1f tokens/s out\n", (double)c->tokens_in_now / t,
                              (double)c->tokens_out_now / t));
+    SH_TRY(load_line(c, to));
     SH_TRY(stage_lines(c, to));
     SH_TRY(predicted_lines(c, to));
     SH_TRY(expert_line(c, to));
@@ -359,6 +425,12 @@ static void add_expert_json(const Shoal__StageTimes *t, json_t *to) {
     json_object_set_new(to, "travel_global", json_real(t->travel_global));
 }
 
+static void add_load_json(const Shoal__StageTimes *t, json_t *to) {
+    json_object_set_new(to, "load",
+                        json_pack("{s:f, s:I, s:f, s:f}", "seconds", t->load_seconds, "file_bytes",
+                                  (json_int_t)t->load_bytes, "reading", t->load_reading, "packing", t->load_packing));
+}
+
 static sh_status closing_json(const sh_closing *c, sh_buf *to) {
     SH_CLEANUP(sh_json_release) json_t *j = json_object();
     json_t *outcomes = json_object(), *stages = json_array();
@@ -377,6 +449,7 @@ static sh_status closing_json(const sh_closing *c, sh_buf *to) {
                           "rank", t->rank, "weights", t->weights, "attention", t->attention, "experts", t->experts,
                           "exchange", t->exchange, "other", t->other, "idle", t->idle, "bytes", (json_int_t)t->bytes,
                           "steps", (json_int_t)t->steps, "sent", (json_int_t)t->sent);
+            add_load_json(t, stage);
             if (stage && c->ep > 1) add_expert_json(t, stage);
             json_array_append_new(stages, stage);
             shoal__stage_times__free_unpacked(t, NULL);
@@ -388,6 +461,11 @@ static sh_status closing_json(const sh_closing *c, sh_buf *to) {
     json_object_set_new(j, "tokens_shared", json_integer((json_int_t)sh_closing_shared(c->last)));
     json_object_set_new(j, "seconds", json_real(c->wall));
     json_object_set_new(j, "seconds_at_work", json_real(c->computing));
+    load_sums load = sum_loads(c);
+    if (load.seconds > 0)
+        json_object_set_new(j, "load",
+                            json_pack("{s:f, s:I, s:f}", "seconds", load.seconds, "file_bytes", (json_int_t)load.bytes,
+                                      "gbs", load.bytes / load.seconds * 1e-9));
     json_object_set_new(j, "stages", stages);
     if (c->predicted) json_object_set_new(j, "predicted", predicted_json(c->predicted));
     json_object_set_new(j, "output", json_string(c->output));

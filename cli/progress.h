@@ -21,7 +21,9 @@ typedef struct sh_progress_view {
     uint64_t total, done, errors, tokens_in, tokens_out;
     uint64_t tokens_shared; /* prompt tokens that groups did not compute since an earlier prompt began alike */
     int ranks, ranks_up;
-    const char *state; /* a word for what happens while no rank is ready: "starting", "loading" */
+    const char *state;               /* a word for what happens while no rank is ready: "starting", "loading" */
+    uint64_t load_bytes, load_total; /* of files, while ranks load */
+    double load_seconds;
 } sh_progress_view;
 
 typedef struct sh_progress {
@@ -35,6 +37,8 @@ typedef struct sh_progress {
 } sh_progress;
 
 void sh_progress_begin(sh_progress *p, sh_progress_style style);
+/* Adds how a group's loading gets on. */
+void sh_progress_add_load(sh_progress_view *v, const Shoal__GroupState *g);
 /* Redraws when it is time to; at_once: now. */
 void sh_progress_update(sh_progress *p, const sh_progress_view *v, bool at_once);
 /* A line above the bar: shown in every style but none; in JSON as {"event": …, "text": …}. */

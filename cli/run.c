@@ -24,6 +24,7 @@
 #include "cli/predict.h"
 #include "cli/probe.h"
 #include "cli/session.h"
+#include "cli/tracefile.h"
 #include "common/clock.h"
 #include "common/file.h"
 #include "common/hash.h"
@@ -43,7 +44,7 @@ static const char usage[] =
 
 typedef struct run {
     sh_shared_options shared;
-    const char *input, *output, *store, *hosts, *launcher, *routing;
+    const char *input, *output, *store, *hosts, *launcher, *routing, *trace, *trace_steps;
     bool ordered, keep_store, resume;
     int style;
     char model[PATH_MAX], model_name[320], program[PATH_MAX], store_path[PATH_MAX], spool[PATH_MAX];
@@ -78,6 +79,12 @@ static int option_table(run *r, sh_option *t) {
     t[n++] = (sh_option){"ordered", 0, SH_OPTION_FLAG, &r->ordered, NULL, "results in the order of the input"};
     t[n++] = (sh_option){"save-routing", 0,      SH_OPTION_TEXT,
                          &r->routing,    "FILE", "write how often each expert was chosen, for --routing"};
+    t[n++] =
+        (sh_option){"trace",   0,      SH_OPTION_TEXT,
+                    &r->trace, "FILE", "write a timeline of micro-batches per rank, for Perfetto or chrome://tracing"};
+    t[n++] =
+        (sh_option){"trace-steps",   0,     SH_OPTION_TEXT,
+                    &r->trace_steps, "A:B", "with --trace: the micro-batches A to B-1 of each rank (default 0:200)"};
     t[n++] = (sh_option){"progress",
                          0,
                          SH_OPTION_CHOICE,
@@ -313,10 +320,28 @@ static sh_status describe_job(const run *r, json_t **out) {
     return SH_OK;
 }
 
+static bool is_same_file(const char *a, const char *b) {
+    struct stat x, y;
+    if (strcmp(a, b) == 0) return true;
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+static sh_status check_trace(run *r) {
+    uint64_t first, steps;
+    if (r->trace_steps && !r->trace) SH_FAIL(SH_EINPUT, "--trace-steps: goes with --trace FILE");
+    if (!r->trace) return SH_OK;
+    if (!r->trace_steps) r->trace_steps = "0:200";
+    SH_TRY(sh_trace_window(r->trace_steps, &first, &steps));
+    if (is_same_file(r->trace, r->output) || is_same_file(r->trace, r->input))
+        SH_FAIL(SH_EINPUT, "--trace: %s: is the input or the output: give another file", r->trace);
+    return sh_tracefile_check(r->trace);
+}
+
 static sh_status check_all(run *r) {
     SH_TRY(refuse_tasks());
     if (!r->input) SH_FAIL(SH_EINPUT, "-i: is missing: give a file of requests, or - for standard input");
     SH_TRY(check_output(r));
+    SH_TRY(check_trace(r));
     r->spooled = sh_input_is_stream(r->input);
     if (!sh_file_exists(r->store_path) && r->spooled) SH_TRY(sh_dir_make(r->store_path));
     SH_TRY(check_own(r));
@@ -385,6 +410,21 @@ static void print_closing(run *r, sh_session *s, const sh_outcomes *outcomes) {
     sh_buf_release(&text);
 }
 
+/* However the run ends: what there is may tell why. Its failure is no failure of the run. */
+static void write_trace(run *r) {
+    sh_tracefile_count n;
+    char dropped[64] = "";
+    if (!r->trace) return;
+    if (sh_tracefile_of_store(r->store_path, r->trace, &n) != SH_OK) {
+        sh_progress_warn(&r->progress, "--trace: %s", sh_error_text());
+        return;
+    }
+    if (n.dropped) snprintf(dropped, sizeof dropped, "; %llu were dropped", (unsigned long long)n.dropped);
+    sh_progress_say(&r->progress, "trace", "%s: %llu slices of %llu steps on %d rank%s (micro-batches %s of each)%s",
+                    r->trace, (unsigned long long)n.slices, (unsigned long long)n.steps, n.ranks,
+                    n.ranks == 1 ? "" : "s", r->trace_steps, dropped);
+}
+
 /* With the store open: drives the session to its end, whatever that is. */
 static int answer(run *r, sh_session *s, bool *complete) {
     sh_outcomes outcomes = {0};
@@ -392,10 +432,12 @@ static int answer(run *r, sh_session *s, bool *complete) {
     bool finished = st == SH_OK;
     if (finished) st = sh_session_collect(s, r->output, &outcomes);
     if (finished && st == SH_OK && r->routing) st = sh_session_save_routing(s, r->routing);
+    if (finished && st == SH_OK) sh_session_await_trace(s);
     char reason[1024];
     snprintf(reason, sizeof reason, "%s", sh_error_text());
     sh_session_stop(s, finished && st == SH_OK);
     sh_progress_end(&r->progress);
+    write_trace(r);
     if (st == SH_ECANCELLED) return say_interrupted(r, s);
     if (st != SH_OK) {
         uint64_t total, done = sh_session_done(s, &total);
@@ -424,6 +466,7 @@ static int run_with_store(run *r) {
                              .shared = &r->shared,
                              .store = &r->folder,
                              .ordered = r->ordered,
+                             .trace_steps = r->trace ? r->trace_steps : NULL,
                              .replicas = r->replicas,
                              .ranks = r->ranks,
                              .cpus = r->cpus,

@@ -4,6 +4,7 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/planuse.h"
+#include "cli/tracefile.h"
 #include "common/log.h"
 #include "coordinator/coordinator.h"
 
@@ -22,6 +23,8 @@ typedef struct serve_options {
     const char *listen, *keys, *store;
     int orphan, ready_fd; /* orphan 0: not given */
     bool run;
+    const char *trace_steps;
+    uint64_t trace_first, trace_count;
 } serve_options;
 
 static int parse(int argc, char **argv, serve_options *s) {
@@ -51,10 +54,18 @@ static int parse(int argc, char **argv, serve_options *s) {
     t[n++] =
         (sh_option){"run",   0,    SH_OPTION_FLAG,
                     &s->run, NULL, "one job of 'shoal run': ends with it; ranks of an older epoch are told to leave"};
+    t[n++] = (sh_option){"trace-steps",   0,     SH_OPTION_TEXT,
+                         &s->trace_steps, "A:B", "with --run: keep a timeline of these micro-batches in the store"};
     int rc = sh_options_begin("serve", usage, t, n, argc, argv, &operands);
     if (rc >= 0) return rc;
     if (operands) {
         fprintf(stderr, "shoal serve: %s: takes no operands\n", argv[1]);
+        return SH_EXIT_USAGE;
+    }
+    if (s->trace_steps && sh_trace_window(s->trace_steps, &s->trace_first, &s->trace_count) != SH_OK)
+        return sh_options_complain("serve", SH_EXIT_USAGE);
+    if (s->trace_steps && !s->run) {
+        fprintf(stderr, "shoal serve: --trace-steps: goes with --run: 'shoal run --trace FILE' uses both\n");
         return SH_EXIT_USAGE;
     }
     if (!s->listen) {
@@ -117,6 +128,8 @@ int sh_cmd_serve(int argc, char **argv) {
         .routing = o->routing,
         .replicate = o->replicate,
         .groups = o->replicas,
+        .trace_first = s.trace_first,
+        .trace_steps = s.trace_count,
         .orphan_ms = s.orphan > INT_MAX / 1000 ? INT_MAX : s.orphan * 1000,
         .intake = {.seed = o->seed,
                    .default_max_tokens = o->default_max_tokens,

@@ -324,6 +324,7 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     add_number(a, "--seed", o->seed, false);
     add_number(a, "--default-max-tokens", (uint64_t)o->default_max_tokens, false);
     if (o->lenient) add(a, "--lenient", NULL);
+    if (s->o.trace_steps) add(a, "--trace-steps", s->o.trace_steps);
 }
 
 /* Seconds in which a coordinator that takes over the store may honestly be busy with it. */
@@ -520,6 +521,7 @@ static void show(sh_session *s, bool at_once) {
         const Shoal__GroupState *g = state_of(s, &s->replica[i]);
         if (!g || s->replica[i].state < SH_REPLICA_STARTING || !sh_replica_lives(&s->replica[i])) continue;
         v.ranks_up += g->ranks_up;
+        if (strcmp(g->state, "loading") == 0) sh_progress_add_load(&v, g);
         state = g->state;
     }
     v.state = count_state(s, SH_REPLICA_READY) ? "" : state;
@@ -619,6 +621,10 @@ sh_status sh_session_save_routing(sh_session *s, const char *path) {
     if (m) shoal__routing__free_unpacked(m, NULL);
     shoal__job_reply__free_unpacked(reply, NULL);
     return st == SH_OK ? SH_OK : sh_error_prefix(st, "--save-routing");
+}
+
+void sh_session_await_trace(const sh_session *s) {
+    if (s->o.trace_steps) sh_sleep(COUNTS_WAIT);
 }
 
 sh_status sh_session_drive(sh_session *s) {

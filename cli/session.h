@@ -29,6 +29,7 @@ typedef struct sh_session_options {
     const sh_shared_options *shared;
     sh_runstore *store;
     bool ordered;
+    const char *trace_steps;      /* "A:B": micro-batches whose timeline the store shall have; NULL: of none */
     int replicas, ranks;          /* groups; ranks of each */
     int cpus;                     /* of this machine */
     uint64_t memory;              /* of this machine: what is free before anything was started */
@@ -48,6 +49,8 @@ sh_status sh_session_drive(sh_session *s);
 sh_status sh_session_collect(sh_session *s, const char *output, sh_outcomes *outcomes);
 /* Writes how often each expert was chosen (partition/routing.h); after the job is finished. */
 sh_status sh_session_save_routing(sh_session *s, const char *path);
+/* Waits until the ranks have told the last of their timelines; after the job is finished. */
+void sh_session_await_trace(const sh_session *s);
 /* Ends ranks and coordinator: kindly when the job is finished, else by SIGTERM, both by SIGKILL after SH_RUN_GRACE. */
 void sh_session_stop(sh_session *s, bool finished);
 /* Numbers for the closing table, and requests answered so far. */

@@ -26,9 +26,10 @@ typedef struct sh_coordinator_options {
     sh_kv_type kv;
     int threads, max_seqs, chunk, max_context;
     uint64_t kv_memory;
-    const char *routing; /* file of counts to place experts by; NULL: even shares */
-    uint64_t replicate;  /* bytes per rank for copies of hot experts */
-    int groups;          /* how many there will be, as far as anybody knows; a run's supervisor says it itself */
+    const char *routing;               /* file of counts to place experts by; NULL: even shares */
+    uint64_t replicate;                /* bytes per rank for copies of hot experts */
+    uint64_t trace_first, trace_steps; /* micro-batches that ranks tell the timeline of (tracelog.h); 0: of none */
+    int groups; /* how many there will be, as far as anybody knows; a run's supervisor says it itself */
     int heartbeat_ms, orphan_ms;
     sh_intake_options intake;
     int load_ms;     /* for tests: in place of SH_LOAD_LEAST */

@@ -11,6 +11,7 @@
 #include "coordinator/allot.h"
 #include "coordinator/group.h"
 #include "coordinator/running.h"
+#include "coordinator/tracelog.h"
 #include "partition/placement.h"
 
 #define BUCKETS      16384
@@ -45,6 +46,7 @@ struct sh_dispatch {
     bool unsaved;           /* progress of requests that came back must be committed before they are given out again */
     sh_buf out;
     sh_routing *routing; /* experts are placed by it; NULL: in even shares */
+    sh_tracelog *trace;  /* NULL: nobody asked for it */
 };
 
 /* --- life ----------------------------------------------------------------------------------------------------------
@@ -63,6 +65,11 @@ sh_status sh_dispatch_create(const sh_coordinator_options *o, const sh_config *c
         sh_dispatch_destroy(&d);
         return sh_error_prefix(st, "--routing");
     }
+    if (o->trace_steps > 0) st = sh_tracelog_create(o->store, sh_store_epoch(s), &d->trace);
+    if (st != SH_OK) {
+        sh_dispatch_destroy(&d);
+        return st;
+    }
     *out = d;
     return SH_OK;
 }
@@ -80,6 +87,7 @@ void sh_dispatch_destroy(sh_dispatch **dp) {
     free(d->waiting);
     sh_buf_release(&d->out);
     sh_routing_destroy(&d->routing);
+    sh_tracelog_destroy(&d->trace);
     free(d);
     *dp = NULL;
 }
@@ -409,6 +417,8 @@ static void say_welcome(sh_dispatch *d, const sh_group *g, const sh_wire_peer *t
     w.orphan_ms = d->o->orphan_ms;
     w.has_seed = true;
     w.seed = d->o->intake.seed;
+    w.has_trace_first = w.has_trace_steps = d->trace != NULL;
+    w.trace_first = d->o->trace_first, w.trace_steps = d->o->trace_steps;
     Shoal__ToRank m = SHOAL__TO_RANK__INIT;
     m.welcome = &w;
     say(d, to, &m);
@@ -505,6 +515,7 @@ static void hear_heartbeat(sh_dispatch *d, sh_group *g, int rank, const Shoal__H
         s->times.base.n_unknown_fields = 0;
         s->times.base.unknown_fields = NULL;
     }
+    if (h->trace && d->trace) sh_tracelog_keep(d->trace, g, rank, h->trace);
     if (h->routing && sh_group_keep_routing(g, rank, h->routing) != SH_OK) sh_warn("%s", sh_error_text());
     if (rank == 0 && h->has_running) g->said_running = h->running;
     Shoal__ToRank m = SHOAL__TO_RANK__INIT;

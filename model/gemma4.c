@@ -41,11 +41,20 @@ static float *row(float *x, int r, int width) {
     return x + (size_t)r * (size_t)width;
 }
 
+static sh_slice_kind kind_of(const sh_model *m, const double *cause) {
+    return cause == &m->times.weights     ? SH_SLICE_WEIGHTS
+           : cause == &m->times.attention ? SH_SLICE_ATTENTION
+           : cause == &m->times.experts   ? SH_SLICE_EXPERTS
+           : cause == &m->times.exchange  ? SH_SLICE_EXCHANGE
+                                          : SH_SLICE_OTHER;
+}
+
 /* Books the time since the last call under `cause`. */
 static void book(sh_model *m, double *cause) {
     double now = sh_now();
     *cause += now - m->mark;
-    m->mark = now;
+    sh_timeline_note(m->timeline, kind_of(m, cause), m->since, now);
+    m->mark = m->since = now;
 }
 
 /* Books the time that was spent waiting for who shares positions out; the rest is of another cause. */
@@ -424,7 +433,7 @@ static void embed_rows(void *arg, int lo, int hi) {
 /* The rows' ids, positions and hidden states as this stage gets them. */
 static void begin_step(sh_model *m, const sh_batch *b, const void *in) {
     m->batch = b;
-    m->mark = sh_now();
+    m->mark = m->since = sh_now();
     for (int slot = 0; slot < m->n_parts; slot++) m->part[slot].open = false; /* a step that failed leaves them so */
     int end = 0;
     for (int i = 0; i < b->n_spans; i++)
@@ -471,7 +480,7 @@ static void softcap_rows(void *arg, int lo, int hi) {
 }
 
 void sh_model_logits(sh_model *m, const float *hidden, int n, float *logits) {
-    m->mark = sh_now();
+    m->mark = m->since = sh_now();
     project(m, &m->weights->head, hidden, n, logits);
     if (m->config.softcap > 0) {
         row_job j = {.m = m, .x = logits, .width = m->weights->head.n};

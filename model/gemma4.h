@@ -5,6 +5,7 @@
 #ifndef SH_MODEL_GEMMA4_H
 #define SH_MODEL_GEMMA4_H
 
+#include "common/timeline.h"
 #include "model/kv.h"
 #include "model/peers.h"
 #include "model/weights.h"
@@ -24,6 +25,8 @@ typedef struct sh_model_options {
     int32_t pages[SH_KV_KINDS]; /* KV pool */
     sh_share share;             /* heads and columns of each layer that are this member's; {0}: all */
     const sh_peers *peers;      /* NULL: alone; borrowed */
+    sh_load_told *load_told;    /* how loading gets on; NULL: nobody asks */
+    void *load_arg;
 } sh_model_options;
 
 /* Loads weights and reserves KV and scratch. */
@@ -71,6 +74,8 @@ typedef struct sh_model_times {
     double weights, attention, experts, other, exchange; /* exchange: what peers do */
 } sh_model_times;
 sh_model_times sh_model_time(const sh_model *m);
+/* Every piece of that time as a slice, too; NULL: off. Borrowed. */
+void sh_model_set_timeline(sh_model *m, sh_timeline *t);
 /* How often rows here chose each expert, since creation: [layers here, experts]; NULL: no experts. */
 const uint64_t *sh_model_chosen(const sh_model *m);
 /* Rows that experts here computed since creation, a row once per expert, other members' rows included. */
@@ -78,6 +83,7 @@ uint64_t sh_model_expert_rows(const sh_model *m);
 const sh_kernels *sh_model_kernels(const sh_model *m);
 sh_team *sh_model_team(sh_model *m);
 size_t sh_model_weight_bytes(const sh_model *m);
+sh_load_times sh_model_load(const sh_model *m); /* what loading the weights took */
 sh_kv_pool *sh_model_kv(const sh_model *m);
 
 #endif

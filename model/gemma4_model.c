@@ -137,9 +137,14 @@ static sh_status create_members(sh_model *m, const char *model_dir) {
     SH_TRY(sh_team_create(m->kn->modelled ? 1 : o->threads, o->cpus, o->n_cpus, &m->team));
     const sh_expert_peers *e = m->experts;
     if (e) sh_team_set_poll(m->team, e->poll, e->ctx);
-    sh_weights_options w = {.mode = o->mode, .share = o->share, .first = o->first, .last = o->last};
+    sh_weights_options w = {.mode = o->mode,
+                            .share = o->share,
+                            .first = o->first,
+                            .last = o->last,
+                            .tell = o->load_told,
+                            .tell_arg = o->load_arg};
     if (e) w.held = (sh_held_experts){.holds = e->holds, .ctx = e->ctx};
-    SH_TRY(sh_weights_load(model_dir, &m->whole, &w, m->team, NULL, NULL, &m->weights));
+    SH_TRY(sh_weights_load(model_dir, &m->whole, &w, m->team, &m->weights));
     SH_TRY(sh_kv_create(&m->config, o->kv_type, o->first, o->last, o->pages, &m->kv));
     SH_TRY(create_ropes(m));
     int rows = m->members > 1 ? o->max_rows : m->part_rows, spans = o->max_spans + m->members - 1;
@@ -193,12 +198,21 @@ void sh_model_destroy(sh_model **mp) {
     *mp = NULL;
 }
 
+sh_load_times sh_model_load(const sh_model *m) {
+    return m->weights->load;
+}
+
 void sh_model_set_probe(sh_model *m, const sh_model_probe *p) {
     m->probe = p ? *p : (sh_model_probe){0};
 }
 
 sh_model_times sh_model_time(const sh_model *m) {
     return m->times;
+}
+
+void sh_model_set_timeline(sh_model *m, sh_timeline *t) {
+    m->timeline = t;
+    if (m->spread) sh_spread_set_timeline(m->spread, t);
 }
 
 sh_range sh_model_ids(const sh_model *m) {

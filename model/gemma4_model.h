@@ -37,7 +37,9 @@ struct sh_model {
     int windows[SH_KV_KINDS]; /* the longest window among the stage's layers of a kind; 0: all positions; −1: none */
     sh_model_probe probe;
     sh_model_times times;
-    double mark; /* when the cause being timed began */
+    double mark;  /* when the cause being timed began, waiting that was booked apart left out … */
+    double since; /* … and in */
+    sh_timeline *timeline;
 
     sh_arena arena;
     float *x;         /* [R, H] residual stream */

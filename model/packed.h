@@ -38,8 +38,8 @@ uint64_t sh_packed_fingerprint(const sh_packed *p);
 /* Points everything that w needs (config, type, share, held, first, last given; laid out with base NULL) into maps,
  * and brings their pages into memory on the team. What a share cuts where panels are not is copied. w->bytes gets what
  * is mapped and copied. SH_EINPUT: w->type is not the folder's; SH_EUNSUPPORTED: --tp-reduce sum cuts a group of
- * inputs that share a scale. Maps live until close. */
-sh_status sh_packed_load(sh_packed *p, sh_weights *w, sh_wmat *expert, sh_team *team);
+ * inputs that share a scale. l gets the bytes and the times. Maps live until close. */
+sh_status sh_packed_load(sh_packed *p, sh_weights *w, sh_wmat *expert, sh_team *team, sh_loading *l);
 /* The tables, to be closed by the caller. */
 sh_status sh_packed_tables(const sh_packed *p, sh_tensors **out);
 

@@ -24,6 +24,7 @@ typedef struct placing {
     sh_team *team;
     char *copies; /* NULL: their bytes are only counted */
     size_t copied, mapped;
+    sh_loading *loading;
 } placing;
 
 /* --- pages ---------------------------------------------------------------------------------------------------------
@@ -49,16 +50,23 @@ typedef struct bringing {
     const uint8_t *from, *start;
     size_t bytes;
     _Atomic size_t next;
+    sh_loading *loading;
     _Atomic int failed;
     char why[512];
 } bringing;
 
 static void bring_pieces(void *arg, int member, int size) {
-    (void)member, (void)size;
     bringing *b = arg;
+    sh_loading *l = b->loading;
     for (size_t at; (at = atomic_fetch_add(&b->next, PIECE)) < b->bytes;) {
         size_t n = b->bytes - at < PIECE ? b->bytes - at : PIECE;
-        if (sh_packed_bring(b->path, b->from + at, n, b->start) == SH_OK || atomic_exchange(&b->failed, 1)) continue;
+        double since = sh_now();
+        sh_status st = sh_packed_bring(b->path, b->from + at, n, b->start);
+        double now = sh_now();
+        l->reading += sh_loading_share(l, since, now, size);
+        l->bytes += n;
+        if (member == 0) sh_loading_tell(l, now);
+        if (st == SH_OK || atomic_exchange(&b->failed, 1)) continue;
         snprintf(b->why, sizeof b->why, "%s", sh_error_text()); /* errors are a thread's own */
     }
 }
@@ -78,7 +86,7 @@ static sh_status open_map(const sh_packed *p, sh_packed_file *f) {
 static sh_status use(placing *x, sh_packed_file *f, const uint8_t *from, size_t bytes) {
     char path[PATH_MAX];
     SH_TRY(sh_packed_path(x->p, f->name, path));
-    bringing b = {.path = path, .from = from, .start = f->map.data, .bytes = bytes};
+    bringing b = {.path = path, .from = from, .start = f->map.data, .bytes = bytes, .loading = x->loading};
     if (x->team && bytes > PIECE)
         sh_team_run(x->team, bring_pieces, &b);
     else
@@ -242,8 +250,15 @@ static sh_status fill_copy(void *ctx, const sh_slot *s) {
     SH_TRY(sh_packed_locate(x->p, s, &f, &offset));
     char path[PATH_MAX];
     SH_TRY(sh_packed_path(x->p, f->name, path));
+    sh_loading *l = x->loading;
+    double since = sh_now();
     SH_TRY(sh_packed_bring(path, f->map.data + offset, sh_packed_item_bytes(s), f->map.data));
-    return copy_piece(x, s, f->map.data + offset, &y);
+    double there = sh_now();
+    SH_TRY(copy_piece(x, s, f->map.data + offset, &y));
+    l->reading += sh_loading_share(l, since, there, 1);
+    l->packing += sh_loading_share(l, there, sh_now(), 1);
+    l->bytes += sh_packed_item_bytes(s);
+    return SH_OK;
 }
 
 static sh_status check_mode(const sh_packed *p, sh_wtype wanted) {
@@ -252,10 +267,10 @@ static sh_status check_mode(const sh_packed *p, sh_wtype wanted) {
             sh_wtype_modes(wanted), p->dir, sh_wtype_modes(p->type));
 }
 
-sh_status sh_packed_load(sh_packed *p, sh_weights *w, sh_wmat *expert, sh_team *team) {
-    placing x = {.p = p, .w = w, .team = team};
+sh_status sh_packed_load(sh_packed *p, sh_weights *w, sh_wmat *expert, sh_team *team, sh_loading *l) {
+    placing x = {.p = p, .w = w, .team = team, .loading = l};
     SH_TRY(check_mode(p, w->type));
-    sh_weights_layout(w, expert, NULL);
+    l->total = sh_weights_layout(w, expert, NULL);
     SH_TRY(sh_slots_each(w, point, &x));
     size_t bytes = x.copied;
     if (bytes > 0) {

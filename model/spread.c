@@ -38,6 +38,7 @@ struct sh_spread {
     float *own;             /* partials of own rows from the own store */
     size_t own_bytes, kv_bytes;
     double waited;
+    sh_timeline *timeline;
 };
 
 static size_t max_size(size_t a, size_t b) {
@@ -136,18 +137,28 @@ void sh_spread_destroy(sh_spread **xp) {
 /* --- waiting --------------------------------------------------------------------------------------------------------
  */
 
+static void waited_since(sh_spread *x, double t0) {
+    double now = sh_now();
+    x->waited += now - t0;
+    sh_timeline_note(x->timeline, SH_SLICE_EXCHANGE, t0, now);
+}
+
 static sh_status room_for(sh_spread *x, int to, size_t n, void **room) {
     double t0 = sh_now();
     SH_TRY(x->peers->room(x->peers->ctx, to, n, room));
-    x->waited += sh_now() - t0;
+    waited_since(x, t0);
     return SH_OK;
 }
 
 static sh_status take_from(sh_spread *x, int from, size_t n, const void **data) {
     double t0 = sh_now();
     SH_TRY(x->peers->take(x->peers->ctx, from, n, data));
-    x->waited += sh_now() - t0;
+    waited_since(x, t0);
     return SH_OK;
+}
+
+void sh_spread_set_timeline(sh_spread *x, sh_timeline *t) {
+    x->timeline = t;
 }
 
 double sh_spread_waited(sh_spread *x) {

@@ -9,6 +9,7 @@
 #ifndef SH_MODEL_SPREAD_H
 #define SH_MODEL_SPREAD_H
 
+#include "common/timeline.h"
 #include "model/attention.h"
 #include "model/peers.h"
 
@@ -30,6 +31,8 @@ void sh_spread_put(sh_spread *x, int layer, int r, const float *k, const float *
 /* As sh_attention_run for this member's rows; first every member's K/V rows come into the pages. */
 sh_status sh_spread_attend(sh_spread *x, int layer, const float *k_norm, const sh_rope *rope, const sh_attn_rows *spans,
                            int n_spans, float *q);
+/* Waiting as slices, too; NULL: off. Borrowed. */
+void sh_spread_set_timeline(sh_spread *x, sh_timeline *t);
 /* Seconds spent waiting for others since the last call. */
 double sh_spread_waited(sh_spread *x);
 /* Member 0: out gets everybody's rows [n, width] in order; the others' rows go there. */

@@ -17,7 +17,9 @@
 #include "model/kernels/quant.h"
 #include "model/layout.h"
 #include "model/packed.h"
+#include "model/packed_int.h"
 #include "model/safetensors.h"
+#include "model/values.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tensors are little-endian and read in place");
 
@@ -53,8 +55,9 @@ typedef struct loader {
     sh_weights *w;
     const sh_kernels *kn;
     sh_tensors *tensors;
-    bool rounds; /* blocks of GGUF to bf16; else what bf16 cannot hold is refused */
-    bool *used;  /* per tensor of the set */
+    bool rounds;         /* blocks of GGUF to bf16; else what bf16 cannot hold is refused */
+    bool *used;          /* per tensor of the set */
+    sh_loading *loading; /* NULL: nothing is counted */
     job *jobs;
     int n_jobs, cap;
     char name[512]; /* of the last look-up */
@@ -423,56 +426,7 @@ static sh_status resolve_all(loader *l) {
     return refuse_unexpected(l);
 }
 
-/* --- numbers -------------------------------------------------------------------------------------------------------
- */
-
-static float widen_bf16(uint16_t b) {
-    uint32_t u = (uint32_t)b << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-static float widen_f16(uint16_t h) {
-    int e = h >> 10 & 31, m = h & 1023;
-    float f = e == 0 ? ldexpf((float)m, -24) : e < 31 ? ldexpf((float)(m + 1024), e - 25) : m ? NAN : INFINITY;
-    return h >> 15 ? -f : f;
-}
-
-/* Items [from, from + n) of a tensor as f32; any alignment. */
-static void read_floats(const sh_tensor *t, int64_t from, int n, float *to) {
-    if (sh_dtype_is_blocks(t->dtype)) {
-        sh_blocks_floats(t, from, n, to);
-        return;
-    }
-    const uint8_t *p = t->data + sh_dtype_bytes(t->dtype, (uint64_t)from);
-    if (t->dtype == SH_F32) {
-        memcpy(to, p, (size_t)n * 4);
-        return;
-    }
-    for (int i = 0; i < n; i++) {
-        uint16_t x;
-        memcpy(&x, p + 2 * (size_t)i, 2);
-        to[i] = t->dtype == SH_BF16 ? widen_bf16(x) : widen_f16(x);
-    }
-}
-
-/* The same as bf16; returns the first item that bf16 cannot hold, or n. NaN counts as held. */
-static int read_bf16(const sh_tensor *t, int64_t from, int n, uint16_t *to) {
-    if (t->dtype == SH_BF16) {
-        memcpy(to, t->data + 2 * (size_t)from, 2 * (size_t)n);
-        return n;
-    }
-    for (int i = 0; i < n; i++) {
-        float f;
-        uint32_t u;
-        read_floats(t, from + i, 1, &f);
-        memcpy(&u, &f, 4);
-        if (u & 0xffff && !isnan(f)) return i;
-        to[i] = (uint16_t)(u >> 16) | (isnan(f) ? 0x40 : 0);
-    }
-    return n;
-}
+#define READ_PIECE ((size_t)4 << 20) /* of the files, that a thread brings and packs at a time */
 
 /* --- packing -------------------------------------------------------------------------------------------------------
  */
@@ -483,6 +437,9 @@ typedef struct packing {
     uint8_t *to; /* of panels [first, last) of the matrix */
     int first, last;
     bool rounds;
+    sh_loading *loading; /* NULL: pages come as they are touched */
+    _Atomic bool unread;
+    char why[512];
     _Atomic int64_t inexact; /* lowest item of the matrix that bf16 cannot hold; INT64_MAX: none */
     _Atomic bool no_memory;
 } packing;
@@ -556,7 +513,7 @@ static void pack_panel(packing *p, int panel, uint16_t *rows) {
             round_blocks(p, t, item, m->k, rows + (size_t)r * (size_t)m->k);
             continue;
         }
-        int ok = read_bf16(t, item, m->k, rows + (size_t)r * (size_t)m->k);
+        int ok = sh_values_bf16(t, item, m->k, rows + (size_t)r * (size_t)m->k);
         if (ok < m->k) {
             note_inexact(p, (int64_t)(r0 + r) * m->k + ok);
             return;
@@ -565,12 +522,48 @@ static void pack_panel(packing *p, int panel, uint16_t *rows) {
     pack_panels(p->kn, m, to, rows, (size_t)m->k, n, 0, 1);
 }
 
-static void pack_member(void *arg, int member, int size) {
-    packing *p = arg;
+static sh_status bring_run(const sh_tensor *t, const uint8_t *from, const uint8_t *end) {
+    char what[600];
+    snprintf(what, sizeof what, "%s: %s", t->file, t->name);
+    return from == end ? SH_OK : sh_packed_bring(what, from, (size_t)(end - from), t->data);
+}
+
+/* Rows [r0, r1) of the matrix come into memory, run by run. */
+static sh_status bring_rows(const job *j, int r0, int r1) {
+    const sh_tensor *t = NULL;
+    const uint8_t *from = NULL, *end = NULL;
+    for (int r = r0; r < r1; r++) {
+        int64_t item;
+        const sh_tensor *of = job_row(j, r, &item);
+        const uint8_t *a = of->data + sh_dtype_bytes(of->dtype, (uint64_t)item);
+        const uint8_t *b = of->data + sh_dtype_bytes(of->dtype, (uint64_t)(item + j->k));
+        if (t && a != end) SH_TRY(bring_run(t, from, end));
+        if (!t || a != end) from = a;
+        t = of;
+        end = b;
+    }
+    return t ? bring_run(t, from, end) : SH_OK;
+}
+
+/* The source of panels [p0, p1): waiting for storage is not work, and a file that ends early is an error, no signal. */
+static bool bring(packing *p, int p0, int p1, int member, int size) {
+    const job *j = p->j;
+    sh_loading *l = p->loading;
+    if (!l) return true;
+    int r0 = p0 * SH_PANEL, r1 = p1 * SH_PANEL < j->mat->n ? p1 * SH_PANEL : j->mat->n;
+    double since = sh_now();
+    sh_status st = bring_rows(j, r0, r1);
+    double now = sh_now();
+    l->reading += sh_loading_share(l, since, now, size);
+    l->bytes += (uint64_t)(r1 - r0) * sh_dtype_bytes(j->t[0]->dtype, (uint64_t)j->k);
+    if (member == 0) sh_loading_tell(l, now);
+    if (st != SH_OK && !atomic_exchange(&p->unread, true)) snprintf(p->why, sizeof p->why, "%s", sh_error_text());
+    return st == SH_OK;
+}
+
+/* Panels [lo, hi), counted from the first. */
+static void pack_piece(packing *p, int lo, int hi, uint16_t *rows) {
     const sh_wmat *m = p->j->mat;
-    int lo, hi;
-    sh_team_share(p->last - p->first, member, size, &lo, &hi);
-    if (lo == hi) return;
     if (packs_in_place(p->j)) {
         size_t ld = (size_t)row_items(p->j);
         int skip = p->first * SH_PANEL;
@@ -579,30 +572,53 @@ static void pack_member(void *arg, int member, int size) {
         pack_panels(p->kn, m, p->to, src, ld, m->n - skip, lo, hi);
         return;
     }
-    uint16_t *rows = malloc(SH_PANEL * (size_t)m->k * sizeof *rows);
-    if (!rows) {
+    for (int i = lo; i < hi; i++) pack_panel(p, p->first + i, rows);
+}
+
+static void pack_member(void *arg, int member, int size) {
+    packing *p = arg;
+    int lo, hi, k = p->j->mat->k;
+    sh_team_share(p->last - p->first, member, size, &lo, &hi);
+    if (lo == hi) return;
+    bool in_place = packs_in_place(p->j);
+    uint16_t *rows = in_place ? NULL : malloc(SH_PANEL * (size_t)k * sizeof *rows);
+    if (!rows && !in_place) {
         atomic_store(&p->no_memory, true);
         return;
     }
-    for (int i = lo; i < hi; i++) pack_panel(p, p->first + i, rows);
+    int step = (int)(READ_PIECE / (SH_PANEL * sh_dtype_bytes(p->j->t[0]->dtype, (uint64_t)k) + 1)) + 1;
+    for (int at = lo; at < hi; at += step) {
+        int end = hi - at < step ? hi : at + step;
+        if (!bring(p, p->first + at, p->first + end, member, size)) break;
+        double since = sh_now();
+        pack_piece(p, at, end, rows);
+        if (p->loading) p->loading->packing += sh_loading_share(p->loading, since, sh_now(), size);
+    }
     free(rows);
 }
 
 /* Panels [first, last) of a matrix → to. */
 static sh_status pack_job(const loader *l, const job *j, sh_team *team, int first, int last, uint8_t *to) {
-    packing p = {
-        .kn = l->kn, .j = j, .to = to, .first = first, .last = last, .rounds = l->rounds, .inexact = INT64_MAX};
+    packing p = {.kn = l->kn,
+                 .j = j,
+                 .to = to,
+                 .first = first,
+                 .last = last,
+                 .rounds = l->rounds,
+                 .inexact = INT64_MAX,
+                 .loading = l->loading};
     if (team)
         sh_team_run(team, pack_member, &p);
     else
         pack_member(&p, 0, 1);
+    if (p.unread) SH_FAIL(SH_EIO, "%s/%s", l->dir, p.why);
     if (p.no_memory) SH_FAIL(SH_EMEMORY, "%s: no memory for packing", j->t[0]->name);
     if (p.inexact == INT64_MAX) return SH_OK;
     int64_t item;
     float f;
     const sh_tensor *t = job_row(j, (int)(p.inexact / j->k), &item);
     item += p.inexact % j->k;
-    read_floats(t, item, 1, &f);
+    sh_values_floats(t, item, 1, &f);
     if (sh_dtype_is_blocks(t->dtype))
         SH_FAIL(
             SH_EUNSUPPORTED,
@@ -631,22 +647,24 @@ static void let_go(const job *j) {
 
 static sh_status run_job(const loader *l, const job *j, sh_team *team) {
     if (j->to)
-        read_floats(j->t[0], 0, j->k, j->to);
+        sh_values_floats(j->t[0], 0, j->k, j->to);
     else
         SH_TRY(pack_job(l, j, team, 0, sh_wmat_panels(j->mat->n), (uint8_t *)(uintptr_t)j->mat->data));
     let_go(j);
     return SH_OK;
 }
 
-static sh_status pack_all(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
-    size_t done = 0, total = ((impl *)l->w->impl)->block_bytes;
+/* Of the files. */
+static uint64_t job_bytes(const job *j) {
+    return (uint64_t)(j->to ? 1 : j->mat->n) * sh_dtype_bytes(j->t[0]->dtype, (uint64_t)j->k);
+}
+
+static sh_status pack_all(loader *l, sh_team *team) {
+    for (int i = 0; i < l->n_jobs; i++) l->loading->total += job_bytes(&l->jobs[i]);
     for (int i = 0; i < l->n_jobs; i++) {
-        const job *j = &l->jobs[i];
-        SH_TRY(run_job(l, j, team));
-        done += j->to ? (size_t)j->k * 4 : sh_wmat_bytes(j->mat->type, j->mat->n, j->mat->k);
-        if (progress) progress(arg, done < total ? done : total, total);
+        SH_TRY(run_job(l, &l->jobs[i], team));
+        if (l->jobs[i].to) l->loading->bytes += job_bytes(&l->jobs[i]);
     }
-    if (progress) progress(arg, total, total);
     return SH_OK;
 }
 
@@ -721,7 +739,7 @@ sh_status sh_weights_check_tables(const char *model_dir, const sh_config *c, sh_
 static sh_status load_packed(loader *l, sh_team *team) {
     impl *m = l->w->impl;
     SH_TRY(sh_packed_open(l->dir, l->c, &m->packed));
-    SH_TRY(sh_packed_load(m->packed, l->w, m->expert, team));
+    SH_TRY(sh_packed_load(m->packed, l->w, m->expert, team, l->loading));
     SH_TRY(sh_packed_tables(m->packed, &m->tensors));
     l->tensors = m->tensors;
     SH_TRY(open_used(l));
@@ -730,7 +748,7 @@ static sh_status load_packed(loader *l, sh_team *team) {
     return SH_OK;
 }
 
-static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t, size_t), void *arg) {
+static sh_status load(loader *l, sh_team *team) {
     SH_TRY(sh_kernels_select(&l->kn));
     SH_TRY(allocate(l->w));
     if (sh_packed_is(l->dir)) return load_packed(l, team);
@@ -740,13 +758,13 @@ static sh_status load(loader *l, sh_team *team, void (*progress)(void *, size_t,
     l->tensors = m->tensors;
     SH_TRY(open_used(l));
     SH_TRY(resolve_all(l));
-    SH_TRY(pack_all(l, team, progress, arg));
+    SH_TRY(pack_all(l, team));
     keep_tables(m);
     return SH_OK;
 }
 
 sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_weights_options *o, sh_team *team,
-                          void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out) {
+                          sh_weights **out) {
     if (o->first < 0 || o->first >= o->last || o->last > c->n_layers)
         SH_FAIL(SH_EINPUT, "layers %d to %d: the model has %d layers", o->first, o->last, c->n_layers);
     sh_weights *w = calloc(1, sizeof *w);
@@ -757,8 +775,11 @@ sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_we
                       .held = o->held,
                       .first = o->first,
                       .last = o->last};
-    loader l = {.dir = model_dir, .c = c, .w = w, .rounds = o->mode != SH_MODE_EXACT};
-    sh_status st = load(&l, team, progress, arg);
+    sh_loading loading;
+    sh_loading_begin(&loading, team ? sh_team_size(team) : 1, o->tell, o->tell_arg);
+    loader l = {.dir = model_dir, .c = c, .w = w, .rounds = o->mode != SH_MODE_EXACT, .loading = &loading};
+    sh_status st = load(&l, team);
+    if (st == SH_OK) w->load = sh_loading_end(&loading);
     free(l.used);
     free(l.jobs);
     if (st != SH_OK) {
@@ -786,7 +807,7 @@ void sh_weights_destroy(sh_weights **wp) {
 }
 
 static void table_row(const sh_tensor *t, int64_t from, int n, float scale, float *out) {
-    read_floats(t, from, n, out);
+    sh_values_floats(t, from, n, out);
     for (int i = 0; i < n; i++) out[i] *= scale;
 }
 
@@ -844,7 +865,7 @@ static sh_status open_supply(sh_supply *s) {
     for (int i = 0; i < l->n_jobs; i++) /* layer_scalar: lies in the tables of layers, not in the room */
         if (l->jobs[i].to &&
             ((char *)l->jobs[i].to < (char *)s->room || (char *)l->jobs[i].to >= (char *)s->room + s->room_bytes))
-            read_floats(l->jobs[i].t[0], 0, 1, l->jobs[i].to);
+            sh_values_floats(l->jobs[i].t[0], 0, 1, l->jobs[i].to);
     return sh_mem_alloc(SUPPLY_PIECE, "a piece of a matrix", (void **)&s->piece);
 }
 
@@ -886,7 +907,7 @@ sh_weights *sh_supply_weights(sh_supply *s) {
 static sh_status give_vector(sh_supply *s, const job *j, sh_supply_fn *put, void *ctx) {
     size_t bytes = (size_t)j->k * sizeof(float);
     if (bytes > SUPPLY_PIECE) SH_FAIL(SH_ELIMIT, "%s: %d values: at most %zu", j->t[0]->name, j->k, SUPPLY_PIECE / 4);
-    read_floats(j->t[0], 0, j->k, (float *)(void *)s->piece);
+    sh_values_floats(j->t[0], 0, j->k, (float *)(void *)s->piece);
     return put(ctx, s->piece, bytes);
 }
 

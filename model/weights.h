@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include "model/config.h"
 #include "model/kernels/kernels.h"
+#include "model/loading.h"
 #include "model/team.h"
 
 typedef struct sh_layer_weights {
@@ -53,6 +54,7 @@ typedef struct sh_weights {
     const float *final_norm; /* last stage only */
     sh_wmat head;            /* [vocab, hidden], of this part's ids; last stage only */
     size_t bytes;            /* memory held: anonymous, or (a packed folder's) mapped */
+    sh_load_times load;      /* what loading took */
     void *impl;
 } sh_weights;
 
@@ -61,6 +63,8 @@ typedef struct sh_weights_options {
     sh_share share;
     sh_held_experts held; /* only these are read */
     int first, last;      /* layers [first, last) */
+    sh_load_told *tell;   /* how loading gets on; may be NULL */
+    void *tell_arg;
 } sh_weights_options;
 
 /* Loads a share of layers [first, last) of MODEL; the embedding when first is 0, final norm and head when last is the
@@ -68,10 +72,9 @@ typedef struct sh_weights_options {
  * kv_end − 1). Of the matrices that are shared only this part's bytes are read; experts, router and per-layer embedding
  * are whole on every part.
  * Missing, wrongly shaped or typed tensors fail by name; unexpected ones too, except those the model description allows
- * (towers of other modalities, unused K/V of consumers, v_norm). team: packing runs on it. progress may be NULL; a
- * packed folder is mapped without it. */
+ * (towers of other modalities, unused K/V of consumers, v_norm). team: reading and packing run on it. */
 sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_weights_options *o, sh_team *team,
-                          void (*progress)(void *arg, size_t done, size_t total), void *arg, sh_weights **out);
+                          sh_weights **out);
 /* Resolves and checks every tensor of an open checkpoint against config.json, from headers alone: what sh_weights_load
  * does first. model_dir is for messages. */
 struct sh_tensors;

@@ -354,7 +354,9 @@ static sh_status wait_until(sh_experts *e, const slot *s, enum kind kind,
         sh_backoff_wait(&wait);
         SH_TRY(step(e));
     }
-    e->times.exposed[e->o.config->layer[s->layer].kind] += sh_now() - since;
+    double now = sh_now();
+    e->times.exposed[e->o.config->layer[s->layer].kind] += now - since;
+    sh_timeline_note(e->o.timeline, SH_SLICE_EXCHANGE, since, now);
     return SH_OK;
 }
 

@@ -7,6 +7,7 @@
 #define SH_WORKER_EXPERTS_H
 
 #include "model/config.h"
+#include "common/timeline.h"
 #include "model/peers.h"
 #include "proto/link.h"
 
@@ -24,6 +25,7 @@ typedef struct sh_experts_options {
     /* Who computes what; asked at creation only. Every expert has at least one member, the same answer on all. */
     bool (*holds)(const void *arg, int member, int layer, int expert);
     const void *arg;
+    sh_timeline *timeline; /* waiting as slices; NULL: off */
 } sh_experts_options;
 
 /* Half of it is enough for matrix products to be bound by arithmetic, so that cutting a step costs next to nothing;

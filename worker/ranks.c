@@ -4,9 +4,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/file.h"
+#include "common/hash.h"
 #include "worker/backoff.h"
 
-#define LEAVE 0x3156454cu /* "LEV1" */
+#define LEAVE           0x3156454cu /* "LEV1" */
+#define CLOCK_QUESTIONS 16
 
 static sh_status finish_send(sh_link *l, int req, const sh_alive *alive, double until) {
     bool done = false;
@@ -52,6 +55,74 @@ sh_status sh_ranks_exchange(sh_link *l, const void *mine, size_t bytes, void *al
         SH_TRY(finish_send(l, req, alive, 0));
     }
     return SH_OK;
+}
+
+/* Same kernel, same monotonic clock. 0: not known. */
+static uint64_t boot_id(void) {
+    char *text = NULL;
+    size_t len = 0;
+    if (sh_file_read("/proc/sys/kernel/random/boot_id", 4096, &text, &len) != SH_OK) return 0;
+    uint64_t h = sh_hash64(0, text, len);
+    free(text);
+    return h;
+}
+
+typedef struct clock_word {
+    uint64_t boot;
+    int64_t offset, now;
+} clock_word;
+
+static int64_t nanoseconds(double seconds) {
+    return (int64_t)(seconds * 1e9);
+}
+
+static int64_t own_offset(void) {
+    struct timespec t;
+    double before = sh_now();
+    clock_gettime(CLOCK_REALTIME, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec - nanoseconds((before + sh_now()) / 2);
+}
+
+static sh_status give(sh_link *l, int to, const void *p, size_t bytes, const sh_alive *alive) {
+    int req = 0;
+    SH_TRY(l->ops->send(l, to, SH_TAG_CONTROL, p, bytes, &req));
+    return finish_send(l, req, alive, 0);
+}
+
+static sh_status answer_clock(sh_link *l, const sh_alive *alive, int64_t offset) {
+    clock_word w = {.boot = boot_id(), .offset = offset};
+    for (int r = 1; r < l->size; r++)
+        for (int i = 0; i < CLOCK_QUESTIONS; i++) {
+            uint32_t question = 0;
+            SH_TRY(take(l, r, &question, sizeof question, alive));
+            w.now = nanoseconds(sh_now()) + offset;
+            SH_TRY(give(l, r, &w, sizeof w, alive));
+        }
+    return SH_OK;
+}
+
+static sh_status ask_clock(sh_link *l, const sh_alive *alive, sh_rank_clock *out) {
+    static const uint32_t question = 1;
+    uint64_t boot = boot_id();
+    *out = (sh_rank_clock){.error = INT64_MAX};
+    for (int i = 0; i < CLOCK_QUESTIONS; i++) {
+        clock_word w;
+        int64_t before = nanoseconds(sh_now());
+        SH_TRY(give(l, 0, &question, sizeof question, alive));
+        SH_TRY(take(l, 0, &w, sizeof w, alive));
+        int64_t after = nanoseconds(sh_now()), half = (after - before) / 2;
+        if (w.boot && w.boot == boot)
+            *out = (sh_rank_clock){w.offset, 0};
+        else if (half < out->error)
+            *out = (sh_rank_clock){w.now - before - half, half};
+    }
+    return SH_OK;
+}
+
+sh_status sh_ranks_clock(sh_link *l, const sh_alive *alive, sh_rank_clock *out) {
+    if (l->rank > 0) return ask_clock(l, alive, out);
+    *out = (sh_rank_clock){own_offset(), 0};
+    return answer_clock(l, alive, out->offset);
 }
 
 sh_status sh_ranks_pass_leave(sh_link *l, double seconds) {

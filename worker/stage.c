@@ -62,7 +62,8 @@ struct sh_stage {
     sh_batch batch;   /* ranks above 0: the descriptor decoded */
     sh_token *tokens; /* rank 0: [max_rows] */
     uint64_t steps;
-    double exchange;  /* seconds */
+    double exchange; /* seconds */
+    double received_at;
     double polled_at; /* by poll, below */
     sh_status failed; /* of poll: told by the next progress */
     char why[512];
@@ -106,7 +107,8 @@ static sh_status create_experts(sh_stage *s) {
                             .max_rows = sh_leader_max_rows(o->schedule),
                             .split_rows = o->plan->split_rows,
                             .holds = member_holds,
-                            .arg = s};
+                            .arg = s,
+                            .timeline = o->timeline};
     SH_TRY(sh_experts_create(&e, &s->experts));
     s->peers.experts = sh_experts_peers(s->experts);
     return SH_OK;
@@ -157,11 +159,14 @@ static sh_status create_model(sh_stage *s) {
                           .max_spans = o->schedule->max_seqs,
                           .max_context = o->schedule->max_context,
                           .share = o->share,
+                          .load_told = o->load_told,
+                          .load_arg = o->load_arg,
                           .peers = s->tensor                               ? sh_tensor_link_peers(s->tensor)
                                    : s->experts || s->context || s->sender ? &s->peers
                                                                            : NULL};
     memcpy(m.pages, s->sender ? o->schedule->prefill_pages : o->schedule->pages, sizeof m.pages);
     SH_TRY(sh_model_create(o->model_dir, o->config, &m, &s->model));
+    sh_model_set_timeline(s->model, o->timeline);
     if (o->stages > 1) sh_team_set_poll(sh_model_team(s->model), poll, s);
     return SH_OK;
 }
@@ -190,7 +195,8 @@ static sh_status create_sampler(sh_stage *s) {
                                .share = o->share,
                                .vocab = o->config->vocab,
                                .max_rows = SH_LOGIT_ROWS,
-                               .sampler = s->sampler};
+                               .sampler = s->sampler,
+                               .timeline = o->timeline};
     return o->share.parts > 1 ? sh_vocabulary_create(&v, &s->vocabulary) : SH_OK;
 }
 
@@ -361,11 +367,17 @@ static sh_status claim_send(sh_stage *s, sending **out) {
 /* ---- the step
  * ------------------------------------------------------------------------------------------------------------ */
 
+static void exchanged_since(sh_stage *s, double t0) {
+    double now = sh_now();
+    s->exchange += now - t0;
+    sh_timeline_note(s->o.timeline, SH_SLICE_EXCHANGE, t0, now);
+}
+
 static sh_status forward_on(sh_stage *s, const sh_batch *b, const void *descriptor, size_t len, const void *in) {
     sending *to = NULL;
     double t0 = sh_now();
     SH_TRY(claim_send(s, &to));
-    s->exchange += sh_now() - t0;
+    exchanged_since(s, t0);
     size_t at = sh_mem_align(len), n = sh_model_block_bytes(s->model, s->o.last, b);
     memcpy(to->block, descriptor, len);
     memset(to->block + len, 0, at - len);
@@ -416,7 +428,9 @@ static sh_status sample_batch(sh_stage *s, const sh_batch *b, sending *to) {
     for (int k = 0; k < b->n_kept; k += SH_LOGIT_ROWS) {
         int n = b->n_kept - k < SH_LOGIT_ROWS ? b->n_kept - k : SH_LOGIT_ROWS;
         sh_model_logits(s->model, s->hidden + (size_t)k * (size_t)s->o.config->hidden, n, s->logits);
+        double t0 = sh_now();
         SH_TRY(sample_rows(s, b, n, &at, to ? &to->answer : NULL, &count));
+        sh_timeline_note(s->o.timeline, SH_SLICE_SAMPLING, t0, sh_now());
         SH_TRY(sh_stage_progress(s));
     }
     if (!to) return SH_OK;
@@ -436,9 +450,21 @@ static sh_status finish(sh_stage *s, const sh_batch *b, const void *in) {
     return sample_batch(s, b, to);
 }
 
+/* Members of a group count their micro-batches alike, while the leaders of lanes count their own. */
+static void note_step(const sh_stage *s, const sh_batch *b, double from) {
+    sh_slice_work w = {.step = s->steps, .rows = b->n_rows};
+    for (int i = 0; i < b->n_spans && sh_timeline_is_on(s->o.timeline); i++)
+        if (b->spans[i].rows == 1 && b->spans[i].keep == 1) w.decode++;
+    w.prompt = w.rows - w.decode;
+    sh_timeline_end(s->o.timeline, from, sh_now(), &w);
+}
+
 static sh_status step(sh_stage *s, const sh_batch *b, const void *descriptor, size_t len, const void *in) {
+    double from = sh_now();
+    sh_timeline_begin(s->o.timeline, s->steps);
     if (s->sender) sh_kv_sender_begin(s->sender, sh_model_kv(s->model), b);
     SH_TRY(s->is_last ? finish(s, b, in) : forward_on(s, b, descriptor, len, in));
+    note_step(s, b, from);
     s->steps++;
     return SH_OK;
 }
@@ -494,7 +520,8 @@ sh_status sh_stage_receive(sh_stage *s, bool *got) {
         SH_FAIL(SH_EPEER, "micro-batch of %zu bytes from rank %d: room is %zu", len, from, s->recv_bytes);
     double t0 = sh_now();
     SH_TRY(s->link->ops->recv(s->link, from, SH_TAG_BATCH, s->recv, len));
-    s->exchange += sh_now() - t0;
+    s->received_at = t0;
+    exchanged_since(s, t0);
     SH_TRY(sh_batch_decode(&s->batch, s->recv, len, &used));
     const sh_batch *b = &s->batch;
     size_t need = sh_model_block_bytes(s->model, s->o.first, b);
@@ -547,6 +574,10 @@ sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *at, const
     }
     *got = found;
     return SH_OK;
+}
+
+double sh_stage_received_at(const sh_stage *s) {
+    return s->received_at;
 }
 
 double sh_stage_exchange_seconds(const sh_stage *s) {

@@ -37,6 +37,9 @@ typedef struct sh_stage_options {
      * or the first of those ranks, whose stages have a config with kv_end. */
     int root;
     const sh_kv_stream_options *stream;
+    sh_load_told *load_told; /* how loading gets on; NULL: nobody asks */
+    void *load_arg;
+    sh_timeline *timeline; /* where its steps' time goes; NULL: off. Borrowed */
 } sh_stage_options;
 /* Micro-batches of a step: one per lane. */
 static inline int sh_stage_lanes(const sh_stage_options *o) {
@@ -65,6 +68,7 @@ sh_status sh_stage_serve(sh_stage *s);
 /* Rank 0: an answer of the last stage, if one has come, and of which lane. *tokens is borrowed until the next call. */
 sh_status sh_stage_answer(sh_stage *s, bool *got, int *lane, uint64_t *step, const sh_token **tokens, int *n);
 
+double sh_stage_received_at(const sh_stage *s);      /* when the last micro-batch began to come in */
 double sh_stage_exchange_seconds(const sh_stage *s); /* in and around the link, waiting for the next stage included */
 sh_experts_times sh_stage_experts_time(const sh_stage *s); /* zeros where experts are not divided */
 uint64_t sh_stage_steps(const sh_stage *s);                /* micro-batches finished */

@@ -53,11 +53,13 @@ struct sh_uplink {
     out_item *out; /* ring [OUTBOX] */
     int out_at, out_n;
     sh_beat beat;
+    sh_load_times load;
     Shoal__Routing routing; /* n_layer 0: nothing was counted */
     bool routing_news;
     bool ready, stop;
     Shoal__Ready ready_message;
     char *ready_note;
+    sh_trace *trace; /* set once; the uplink thread's from then on */
     int vocab;
     char fault[1024], reason[256];
     bool has_fault, lasting;
@@ -136,9 +138,23 @@ static void fill_traffic(Shoal__StageTimes *t, const sh_beat *b) {
     t->shared_rows = b->shared_rows;
 }
 
+static void fill_load(Shoal__StageTimes *t, const sh_load_times *l) {
+    t->has_load_seconds = t->has_load_bytes = t->has_load_total = t->has_load_reading = t->has_load_packing = true;
+    t->load_seconds = l->seconds, t->load_reading = l->reading, t->load_packing = l->packing;
+    t->load_bytes = l->bytes, t->load_total = l->total;
+}
+
+static sh_trace *trace_of(sh_uplink *u) {
+    pthread_mutex_lock(&u->lock);
+    sh_trace *x = u->trace;
+    pthread_mutex_unlock(&u->lock);
+    return x;
+}
+
 static sh_status say_beat(sh_uplink *u) {
     pthread_mutex_lock(&u->lock);
     sh_beat b = u->beat;
+    sh_load_times load = u->load;
     pthread_mutex_unlock(&u->lock);
     Shoal__StageTimes t = SHOAL__STAGE_TIMES__INIT;
     t.rank = u->o.rank;
@@ -148,12 +164,15 @@ static sh_status say_beat(sh_uplink *u) {
     t.has_bytes = t.has_steps = t.has_sent = true;
     t.bytes = b.bytes, t.steps = b.steps, t.sent = b.sent;
     fill_traffic(&t, &b);
+    fill_load(&t, &load);
     Shoal__Heartbeat h = SHOAL__HEARTBEAT__INIT;
     h.step = b.step;
     h.busy = b.busy;
     h.times = &t;
     h.has_running = h.has_waiting = h.has_kv_free = b.leader;
     h.running = b.running, h.waiting = b.waiting, h.kv_free = b.kv_free;
+    sh_trace *trace = trace_of(u);
+    if (trace) h.trace = sh_trace_next(trace);
     Shoal__FromRank m = SHOAL__FROM_RANK__INIT;
     m.heartbeat = &h;
     u->said_beat = sh_now();
@@ -163,6 +182,7 @@ static sh_status say_beat(sh_uplink *u) {
     u->routing_news = false;
     sh_status st = send_packed(u, &m);
     pthread_mutex_unlock(&u->lock);
+    if (st != SH_OK && h.trace) sh_trace_lost(trace);
     return st;
 }
 
@@ -388,7 +408,9 @@ static void watch_silence(sh_uplink *u) {
 static sh_status keep_time(sh_uplink *u) {
     double now = sh_now(), silent = (now - u->heard) * 1e3;
     bool welcomed = atomic_load(&u->welcomed);
-    if (welcomed && (now - u->said_beat) * 1e3 >= u->beat_ms) SH_TRY(say_beat(u));
+    sh_trace *trace = trace_of(u);
+    bool full = trace && sh_trace_is_full(trace); /* its room must not run out before the next beat is due */
+    if (welcomed && (full || (now - u->said_beat) * 1e3 >= u->beat_ms)) SH_TRY(say_beat(u));
     bool strange = !welcomed || silent > 3 * u->beat_ms;
     if (strange && (now - u->said_hello) * 1e3 >= u->beat_ms) SH_TRY(say_hello(u));
     return SH_OK;
@@ -415,6 +437,7 @@ static sh_status soften(sh_uplink *u, sh_status st) {
 
 static void last_words(sh_uplink *u) {
     SH_IGNORE(send_tokens(u));
+    if (u->trace && atomic_load(&u->welcomed)) SH_IGNORE(say_beat(u));
     if (!u->has_fault) return;
     Shoal__Fault f = SHOAL__FAULT__INIT;
     f.text = u->fault;
@@ -640,6 +663,18 @@ void sh_uplink_reject(sh_uplink *u, uint64_t key, const char *reason) {
     out_item item = {.key = key, .reject = true};
     snprintf(item.reason, sizeof item.reason, "%s", reason);
     put_out(u, &item);
+}
+
+void sh_uplink_load(sh_uplink *u, const sh_load_times *t) {
+    pthread_mutex_lock(&u->lock);
+    u->load = *t;
+    pthread_mutex_unlock(&u->lock);
+}
+
+void sh_uplink_trace(sh_uplink *u, sh_trace *x) {
+    pthread_mutex_lock(&u->lock);
+    u->trace = x;
+    pthread_mutex_unlock(&u->lock);
 }
 
 void sh_uplink_beat(sh_uplink *u, const sh_beat *b) {

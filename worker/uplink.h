@@ -11,9 +11,11 @@
 #define SH_WORKER_UPLINK_H
 
 #include "model/config.h"
+#include "model/loading.h"
 #include "proto/group.pb-c.h"
 #include "proto/link.h"
 #include "worker/seq.h"
+#include "worker/trace.h"
 
 typedef struct sh_uplink sh_uplink;
 
@@ -71,8 +73,12 @@ void sh_uplink_token(sh_uplink *u, uint64_t key, const sh_token *t);
 /* Leader: the group can never run this one. */
 void sh_uplink_reject(sh_uplink *u, uint64_t key, const char *reason);
 void sh_uplink_beat(sh_uplink *u, const sh_beat *b);
+/* How loading gets on, until it is done. */
+void sh_uplink_load(sh_uplink *u, const sh_load_times *t);
 /* How often rows of this rank chose each expert: [layers, experts] of layers first, first + 1, …; those without experts
  * have zeros. Copies; the first call makes room and may fail. Told with the next heartbeat. */
 sh_status sh_uplink_routing(sh_uplink *u, int first, int layers, int experts, const uint64_t *chosen);
+/* From here on heartbeats carry pieces of it, as they come and all that is left at the end. Borrowed until stop. */
+void sh_uplink_trace(sh_uplink *u, sh_trace *x);
 
 #endif

@@ -134,6 +134,12 @@ static sh_status start_send(sh_vocabulary *v, int member, size_t bytes) {
                                 &v->req[member]);
 }
 
+static void waited_since(sh_vocabulary *v, double t0) {
+    double now = sh_now();
+    v->seconds += now - t0;
+    sh_timeline_note(v->o.timeline, SH_SLICE_EXCHANGE, t0, now);
+}
+
 static sh_status finish_send(sh_vocabulary *v, int member) {
     double t0 = sh_now();
     sh_backoff wait = {0};
@@ -141,7 +147,7 @@ static sh_status finish_send(sh_vocabulary *v, int member) {
         SH_TRY(v->o.link->ops->test(v->o.link, v->req[member], &done));
         if (!done) sh_backoff_wait(&wait);
     }
-    v->seconds += sh_now() - t0;
+    waited_since(v, t0);
     return SH_OK;
 }
 
@@ -160,7 +166,7 @@ static sh_status receive(sh_vocabulary *v, int member, kind what, int n, size_t 
     if (len < sizeof h || len > v->message_bytes)
         SH_FAIL(SH_EPEER, "%zu bytes about logits from rank %d: room is %zu", len, rank, v->message_bytes);
     SH_TRY(ops->recv(v->o.link, rank, SH_TAG_TENSOR, received(v, member), len));
-    v->seconds += sh_now() - t0;
+    waited_since(v, t0);
     memcpy(&h, received(v, member), sizeof h);
     if (h.magic != MAGIC || h.kind != (int32_t)what || h.n != n || h.serial != v->serial || h.bytes != len - sizeof h)
         SH_FAIL(SH_EPEER, "logits, call %llu: message %d of %d rows from rank %d: call %llu, message %d of %d rows",

@@ -6,17 +6,19 @@
 #ifndef SH_WORKER_VOCABULARY_H
 #define SH_WORKER_VOCABULARY_H
 
+#include "common/timeline.h"
 #include "model/sampler.h"
 #include "proto/link.h"
 
 typedef struct sh_vocabulary sh_vocabulary;
 
 typedef struct sh_vocabulary_options {
-    sh_link *link;       /* borrowed */
-    int first_rank;      /* of member 0; member m is rank first_rank + m */
-    sh_share share;      /* parts ≥ 2 */
-    int vocab, max_rows; /* of a call */
-    sh_sampler *sampler; /* borrowed; of this member */
+    sh_link *link;         /* borrowed */
+    int first_rank;        /* of member 0; member m is rank first_rank + m */
+    sh_share share;        /* parts ≥ 2 */
+    int vocab, max_rows;   /* of a call */
+    sh_sampler *sampler;   /* borrowed; of this member */
+    sh_timeline *timeline; /* waiting for others as slices; NULL: off */
 } sh_vocabulary_options;
 
 sh_status sh_vocabulary_create(const sh_vocabulary_options *o, sh_vocabulary **out);

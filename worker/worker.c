@@ -47,7 +47,10 @@ typedef struct rank {
     bool routing_told;
     uint64_t routing_steps;
     uint64_t answers; /* rank 0: micro-batches come back */
-    bool served;      /* all that may be wrong with files, plan and memory was found right */
+    /* where the coordinator asked for a timeline */
+    sh_timeline *timeline;
+    sh_trace *trace;
+    bool served; /* all that may be wrong with files, plan and memory was found right */
 } rank;
 
 /* ---- start-up
@@ -86,6 +89,20 @@ static sh_status read_plan(rank *r) {
     r->schedule.prefill = r->shape.prefill;
     r->schedule.confirms = r->shape.decode;
     r->schedule.share = !r->plan->no_prefix_sharing;
+    return SH_OK;
+}
+
+/* Collective: all ranks were asked, or none. */
+static sh_status prepare_trace(rank *r) {
+    const sh_alive alive = {check_alive, r};
+    const Shoal__Welcome *w = NULL;
+    sh_rank_clock clock;
+    SH_TRY(sh_uplink_welcome(r->uplink, &w));
+    if (w->trace_steps == 0) return SH_OK;
+    SH_TRY(sh_timeline_create(SH_TRACE_RING, w->trace_first, w->trace_steps, &r->timeline));
+    SH_TRY(sh_ranks_clock(r->link, &alive, &clock));
+    SH_TRY(sh_trace_create(r->timeline, clock, &r->trace));
+    sh_uplink_trace(r->uplink, r->trace);
     return SH_OK;
 }
 
@@ -195,6 +212,11 @@ static sh_status prepare_stream(rank *r) {
     return r->shape.prefill > 0 ? fingerprint(r, &r->stream.model) : SH_OK;
 }
 
+static void told_of_load(void *arg, const sh_load_times *t) {
+    const rank *r = arg;
+    sh_uplink_load(r->uplink, t);
+}
+
 static sh_status load(rank *r) {
     const Shoal__PlanRank *layers = r->plan->rank[r->link->rank];
     int threads = r->o->threads > 0 ? r->o->threads : r->plan->threads;
@@ -217,7 +239,10 @@ static sh_status load(rank *r) {
                           .spread = r->shape.cp > 1,
                           .share = sh_plan_share(r->plan, r->link->rank),
                           .plan = r->plan,
-                          .link = r->link};
+                          .link = r->link,
+                          .load_told = told_of_load,
+                          .load_arg = r,
+                          .timeline = r->timeline};
     SH_TRY(sh_stage_create(&o, &r->stage));
     if (o.stream && !makes_prompts(r)) SH_TRY(sh_kv_receiver_create(o.stream, sh_stage_kv(r->stage), &r->receiver));
     return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);
@@ -247,9 +272,13 @@ static sh_status announce(rank *r) {
     free(all);
     if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
     const Shoal__PlanRank *p = r->plan->rank[r->link->rank];
-    sh_info("layers %d-%d loaded: %.1f MiB of weights, %d threads, %s kernels", p->first, p->last - 1,
-            (double)sh_model_weight_bytes(sh_stage_model(r->stage)) / 1048576.0,
-            sh_team_size(sh_model_team((sh_model *)sh_stage_model(r->stage))), isa);
+    sh_load_times l = sh_model_load(sh_stage_model(r->stage));
+    sh_info(
+        "layers %d-%d loaded: %.1f MiB of weights, %d threads, %s kernels; %.2f GB of files in %.1f s (reading %.1f s, "
+        "packing %.1f s)",
+        p->first, p->last - 1, (double)sh_model_weight_bytes(sh_stage_model(r->stage)) / 1048576.0,
+        sh_team_size(sh_model_team((sh_model *)sh_stage_model(r->stage))), isa, (double)l.bytes * 1e-9, l.seconds,
+        l.reading, l.packing);
     if (r->link->rank > 0) return SH_OK;
     char note[256] = "";
     if (any.blas) add_note(note, sizeof note, "SHOAL_ISA=blas: results are not invariant");
@@ -280,6 +309,12 @@ static sh_status tell_routing(rank *r, bool busy) {
     r->routing_steps = steps;
     r->routing_at = now;
     return SH_OK;
+}
+
+/* Something to do has come, at `at` or just now: the wait for it is over. */
+static void rested(rank *r, double at) {
+    if (r->idle.since > 0) sh_timeline_note(r->timeline, SH_SLICE_IDLE, r->idle.since, at > 0 ? at : sh_now());
+    sh_backoff_reset(&r->idle);
 }
 
 /* Refreshes the heartbeat: around every step, and now and then while waiting. */
@@ -343,6 +378,13 @@ static sh_status take_inbox(rank *r) {
     return SH_OK;
 }
 
+static void note_queue(const rank *r) {
+    if (!sh_timeline_is_on(r->timeline)) return;
+    sh_leader_state s = sh_lanes_look(r->lanes);
+    sh_slice_work w = {.rows = s.in_flight, .decode = s.running, .prompt = s.waiting};
+    sh_timeline_queue(r->timeline, sh_now(), &w);
+}
+
 static sh_status take_answers(rank *r, bool *worked) {
     for (bool got = true; got;) {
         uint64_t step = 0;
@@ -351,6 +393,7 @@ static sh_status take_answers(rank *r, bool *worked) {
         SH_TRY(sh_stage_answer(r->stage, &got, &lane, &step, &tokens, &n));
         if (!got) break;
         SH_TRY(sh_lanes_apply(r->lanes, lane, step, tokens, n, emit, r));
+        note_queue(r);
         r->answers++;
         *worked = true;
     }
@@ -389,8 +432,9 @@ static sh_status lead_step(rank *r, bool *worked) {
     if (!sh_stage_has_room(r->stage)) return SH_OK;
     SH_TRY(sh_lanes_next(r->lanes, &batches, &made));
     if (!made) return SH_OK;
-    sh_backoff_reset(&r->idle); /* the step is not waiting */
-    beat(r, true, true);        /* busy from here on, should the step get stuck */
+    rested(r, 0); /* the step is not waiting */
+    note_queue(r);
+    beat(r, true, true); /* busy from here on, should the step get stuck */
     SH_TRY(sh_stage_lead(r->stage, batches));
     *worked = true;
     return SH_OK;
@@ -430,7 +474,7 @@ static sh_status lead(rank *r) {
         SH_TRY(lead_step(r, &worked));
         beat(r, false, worked);
         if (worked)
-            sh_backoff_reset(&r->idle);
+            rested(r, 0);
         else
             sh_backoff_wait(&r->idle);
     }
@@ -450,8 +494,8 @@ static sh_status serve(rank *r) {
         if (s == SH_UPLINK_LEAVE && told_at <= 0) told_at = sh_now();
         SH_TRY(sh_stage_receive(r->stage, &worked));
         if (worked) {
-            sh_backoff_reset(&r->idle); /* the step is not waiting */
-            beat(r, true, true);        /* busy from here on, should the step get stuck */
+            rested(r, sh_stage_received_at(r->stage)); /* the step is not waiting */
+            beat(r, true, true);                       /* busy from here on, should the step get stuck */
             SH_TRY(sh_stage_serve(r->stage));
         }
         SH_TRY(take_rows(r, &worked));
@@ -460,7 +504,7 @@ static sh_status serve(rank *r) {
         if (told_at > 0 && sh_now() - told_at > 2 * LEAVE_SECONDS) SH_FAIL(SH_ECANCELLED, "left alone");
         beat(r, false, worked);
         if (worked)
-            sh_backoff_reset(&r->idle);
+            rested(r, 0);
         else
             sh_backoff_wait(&r->idle);
     }
@@ -476,6 +520,7 @@ static sh_status live(rank *r) {
     SH_TRY(read_plan(r));
     SH_TRY(share_node(r));
     SH_TRY(agree_pages(r));
+    SH_TRY(prepare_trace(r));
     SH_TRY(load(r));
     SH_TRY(tell_routing(r, false));
     SH_TRY(announce(r));
@@ -488,6 +533,8 @@ static void release(rank *r) {
     if (r->receiver && sh_kv_receiver_is_idle(r->receiver)) sh_kv_receiver_destroy(&r->receiver);
     if (r->stage && !r->receiver && sh_stage_is_idle(r->stage))
         sh_stage_destroy(&r->stage); /* else the link still reads its buffers */
+    sh_trace_destroy(&r->trace);
+    if (!r->stage) sh_timeline_destroy(&r->timeline);
     free(r->own);
     free(r->config);
     free(r->machine);

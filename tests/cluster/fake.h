@@ -77,6 +77,7 @@ typedef struct fake {
     Shoal__Plan plan, *divided;
     uint64_t epoch;
     int heartbeat_ms, orphan_ms;
+    uint64_t trace_steps; /* that ranks shall tell the timeline of */
     fake_work *work; /* [FAKE_WORK] */
     int n_work;
     bool ready, all_greeted, mute;
@@ -170,6 +171,8 @@ static inline void fake_welcome(fake *f, int rank) {
     w.model = f->model;
     w.plan = &f->plan;
     w.heartbeat_ms = f->heartbeat_ms;
+    w.has_trace_steps = f->trace_steps > 0;
+    w.trace_steps = f->trace_steps;
     w.orphan_ms = f->orphan_ms;
     Shoal__ToRank m = SHOAL__TO_RANK__INIT;
     m.welcome = &w;

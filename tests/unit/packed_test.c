@@ -128,8 +128,8 @@ static void both(const char *model, const sh_config *c, const sh_weights_options
     char what[600];
     snprintf(what, sizeof what, "%s %s, part %d of %d%s, layers %d to %d", model, sh_mode_name(o->mode), o->share.part,
              o->share.parts, o->share.sum ? " (sum)" : "", o->first, o->last);
-    sh_status want = sh_weights_load(model, c, o, team, NULL, NULL, &a);
-    sh_status got = sh_weights_load(folder, c, o, team, NULL, NULL, &b);
+    sh_status want = sh_weights_load(model, c, o, team, &a);
+    sh_status got = sh_weights_load(folder, c, o, team, &b);
     if (o->share.sum && got == SH_EUNSUPPORTED) {
         CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "inputs share a scale"));
         CU_ASSERT_NOT_EQUAL(o->mode, SH_MODE_BF16);
@@ -188,10 +188,10 @@ static void test_modes(void) {
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model, &c), SH_OK);
     CU_ASSERT_EQUAL_FATAL(pack(model, SH_MODE_BF16), SH_OK);
     sh_weights_options o = {.mode = SH_MODE_EXACT, .last = c.n_layers};
-    CU_ASSERT_EQUAL(sh_weights_load(folder, &c, &o, team, NULL, NULL, &w), SH_OK);
+    CU_ASSERT_EQUAL(sh_weights_load(folder, &c, &o, team, &w), SH_OK);
     sh_weights_destroy(&w);
     o.mode = SH_MODE_Q4;
-    CU_ASSERT_EQUAL(sh_weights_load(folder, &c, &o, team, NULL, NULL, &w), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_weights_load(folder, &c, &o, team, &w), SH_EINPUT);
     CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "q4 is asked for"));
     CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "packed for bf16 or exact"));
 }
@@ -350,7 +350,7 @@ static void test_shrinking(void) {
     sh_map_close(&m);
     sh_weights *w = NULL;
     sh_weights_options o = {.mode = SH_MODE_BF16, .last = c.n_layers};
-    CU_ASSERT_EQUAL(sh_weights_load(folder, &c, &o, team, NULL, NULL, &w), SH_EFORMAT);
+    CU_ASSERT_EQUAL(sh_weights_load(folder, &c, &o, team, &w), SH_EFORMAT);
     CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "ends at offset 4096"));
 }
 

@@ -284,9 +284,12 @@ static void test_closing(void) {
     Shoal__StageTimes times = SHOAL__STAGE_TIMES__INIT;
     times.rank = 1, times.has_weights = times.has_idle = times.has_bytes = 1;
     times.weights = 3, times.idle = 1, times.bytes = 6000000000u;
-    uint8_t packed[64];
+    times.has_load_seconds = times.has_load_bytes = times.has_load_reading = times.has_load_packing = 1;
+    times.load_seconds = 2.5, times.load_bytes = 5000000000u, times.load_reading = 1.5, times.load_packing = 0.75;
+    uint8_t packed[128];
     ProtobufCBinaryData b = {shoal__stage_times__pack(&times, packed), packed};
     Shoal__GroupState g = SHOAL__GROUP_STATE__INIT;
+    g.group = (char *)"g", g.state = (char *)"ready";
     g.times = &b, g.n_times = 1;
     Shoal__GroupState *gp = &g;
     Shoal__JobReply r = SHOAL__JOB_REPLY__INIT;
@@ -307,6 +310,9 @@ static void test_closing(void) {
     const char *s = (const char *)text.data;
     CU_ASSERT_PTR_NOT_NULL(strstr(s, "requests   3: 2 answered, 1 refused (400)\n"));
     CU_ASSERT_PTR_NOT_NULL(strstr(s, "speed      20.0 tokens/s in, 10.0 tokens/s out\n"));
+    CU_ASSERT_PTR_NOT_NULL(strstr(s,
+                                  "load       2.5 s, 5.00 GB of files, 2.00 GB/s; rank 1 took longest: reading 1.5 s, "
+                                  "packing 0.8 s\n"));
     CU_ASSERT_PTR_NOT_NULL(strstr(s, "75 %"));
     CU_ASSERT_PTR_NOT_NULL(strstr(s, "2.0 GB/s, 50 % of this machine's"));
     sh_buf_clear(&text);
@@ -314,6 +320,7 @@ static void test_closing(void) {
     json_t *j = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_json_parse("closing", (const char *)text.data, text.len - 1, &j), SH_OK);
     CU_ASSERT_EQUAL(json_integer_value(json_object_get(json_object_get(j, "requests"), "400")), 1);
+    CU_ASSERT_EQUAL(json_integer_value(json_object_get(json_object_get(j, "load"), "file_bytes")), 5000000000);
     json_decref(j);
     sh_buf_release(&text);
 }

@@ -66,11 +66,35 @@ static void check_layer(const sh_config *c, const sh_tensors *t, int i, const sh
         differing(t, "model.language_model.per_layer_model_projection.weight", i * c->ple, &w->ple_model_proj), 0);
 }
 
-static void progressed(void *arg, size_t done, size_t total) {
-    size_t *p = arg;
-    CU_ASSERT_TRUE(done >= p[0] && done <= total);
-    p[0] = done;
-    p[1] = total;
+typedef struct told {
+    sh_load_times last;
+    int n;
+} told;
+
+static void progressed(void *arg, const sh_load_times *t) {
+    told *x = arg;
+    CU_ASSERT(t->bytes >= x->last.bytes && t->bytes <= t->total && t->seconds >= x->last.seconds);
+    CU_ASSERT(x->n == 0 || t->total == x->last.total);
+    CU_ASSERT(t->reading >= 0 && t->packing >= 0 && t->reading + t->packing <= t->seconds * 1.001);
+    x->last = *t;
+    x->n++;
+}
+
+/* What loading the whole model reads: everything but the tables that are looked up, and what nobody uses. */
+static uint64_t bytes_to_read(const sh_config *c, const sh_tensors *t) {
+    uint64_t sum = 0;
+    for (int i = 0; i < sh_tensors_count(t); i++) {
+        const sh_tensor *x = sh_tensors_at(t, i);
+        int layer = -1;
+        const char *at = strstr(x->name, "layers.");
+        if (sh_weights_is_tower(x->name) || strstr(x->name, "embed_tokens_per_layer")) continue;
+        if (strstr(x->name, "embed_tokens") && !c->tied) continue;
+        if (at) layer = atoi(at + 7);
+        bool kv = strstr(x->name, ".k_proj") || strstr(x->name, ".v_proj") || strstr(x->name, ".k_norm");
+        if (layer >= 0 && !c->layer[layer].has_kv && kv) continue;
+        sum += x->bytes;
+    }
+    return sum;
 }
 
 static void test_fixtures(void) {
@@ -78,15 +102,19 @@ static void test_fixtures(void) {
         sh_config c;
         sh_weights *w = NULL;
         sh_tensors *t = NULL;
-        size_t p[2] = {0};
+        told p = {0};
         CU_ASSERT_EQUAL_FATAL(sh_config_load(model[i], &c), SH_OK);
         CU_ASSERT_EQUAL_FATAL(sh_tensors_open(model[i], &t), SH_OK);
-        sh_status st =
-            sh_weights_load(model[i], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers},
-                            NULL, progressed, p, &w);
+        sh_status st = sh_weights_load(
+            model[i], &c,
+            &(sh_weights_options){
+                .mode = SH_MODE_BF16, .first = 0, .last = c.n_layers, .tell = progressed, .tell_arg = &p},
+            NULL, &w);
         if (st != SH_OK) printf("%s\n", sh_error_text());
         CU_ASSERT_EQUAL_FATAL(st, SH_OK);
-        CU_ASSERT_EQUAL(p[0], p[1]);
+        CU_ASSERT(p.n >= 1 && p.last.bytes == p.last.total && p.last.bytes == w->load.bytes);
+        CU_ASSERT_EQUAL(w->load.bytes, bytes_to_read(&c, t));
+        CU_ASSERT(w->load.seconds > 0 && w->load.packing > 0);
         CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, SH_MODE_BF16, 0, c.n_layers));
         for (int y = 0; y < c.n_layers; y++) check_layer(&c, t, y, &w->layer[y]);
         CU_ASSERT_EQUAL(differing(t, "model.language_model.embed_tokens.weight", 0, &w->head), 0);
@@ -114,7 +142,7 @@ static void test_vectors(void) {
         CU_ASSERT_EQUAL_FATAL(sh_tensors_open(model[i], &t), SH_OK);
         CU_ASSERT_EQUAL_FATAL(
             sh_weights_load(model[i], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers},
-                            NULL, NULL, NULL, &w),
+                            NULL, &w),
             SH_OK);
         const sh_tensor *norm = sh_tensors_find(t, "model.language_model.norm.weight");
         const sh_tensor *scalar = sh_tensors_find(t, "model.language_model.layers.2.layer_scalar");
@@ -159,7 +187,7 @@ static void test_stages(void) {
             sh_weights *w = NULL;
             CU_ASSERT_EQUAL_FATAL(
                 sh_weights_load(model[i], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = first, .last = last},
-                                team, NULL, NULL, &w),
+                                team, &w),
                 SH_OK);
             CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, SH_MODE_BF16, first, last));
             for (int y = first; y < last; y++) check_layer(&c, t, y, &w->layer[y - first]);
@@ -175,13 +203,13 @@ static void test_stages(void) {
     sh_config c;
     sh_weights *w = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model[0], &c), SH_OK);
-    CU_ASSERT_EQUAL(sh_weights_load(model[0], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 3, .last = 3},
-                                    NULL, NULL, NULL, &w),
-                    SH_EINPUT);
+    CU_ASSERT_EQUAL(
+        sh_weights_load(model[0], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 3, .last = 3}, NULL, &w),
+        SH_EINPUT);
     CU_ASSERT_STRING_EQUAL(sh_error_text(), "layers 3 to 3: the model has 12 layers");
-    CU_ASSERT_EQUAL(sh_weights_load(model[0], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 3, .last = 13},
-                                    NULL, NULL, NULL, &w),
-                    SH_EINPUT);
+    CU_ASSERT_EQUAL(
+        sh_weights_load(model[0], &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 3, .last = 13}, NULL, &w),
+        SH_EINPUT);
 }
 
 /* Ranks that only make K/V: no head, of the last layer what makes K/V, and nothing of the layers that share K/V. */
@@ -196,12 +224,12 @@ static void test_only_kv(void) {
         CU_ASSERT_EQUAL(last + 1, all.first_shared);
         CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[i], &c,
                                               &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = last + 1},
-                                              NULL, NULL, NULL, &w),
+                                              NULL, &w),
                               SH_OK);
         CU_ASSERT_EQUAL_FATAL(
             sh_weights_load(model[i], &all,
-                            &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = all.n_layers}, NULL, NULL,
-                            NULL, &whole),
+                            &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = all.n_layers}, NULL,
+                            &whole),
             SH_OK);
         const sh_layer_weights *a = &w->layer[last], *b = &whole->layer[last];
         CU_ASSERT_EQUAL(w->bytes, sh_weights_estimate(&c, SH_MODE_BF16, 0, last + 1));
@@ -330,8 +358,8 @@ static void check_spelling(const char *from, const edit *e, bool tied) {
     CU_ASSERT_EQUAL_FATAL(sh_config_load(from, &c), SH_OK);
     c.tied = tied;
     CU_ASSERT_EQUAL_FATAL(sh_tensors_open(from, &t), SH_OK);
-    sh_status st = sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers},
-                                   NULL, NULL, NULL, &w);
+    sh_status st =
+        sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers}, NULL, &w);
     if (st != SH_OK) printf("\n%s\n", sh_error_text());
     CU_ASSERT_EQUAL_FATAL(st, SH_OK);
     for (int y = 0; y < c.n_layers; y++) check_layer(&c, t, y, &w->layer[y]);
@@ -374,10 +402,9 @@ static void test_half(void) {
     sh_weights *w = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model[2], &c), SH_OK);
     rewrite(model[2], &(edit){.type = "F16"});
-    CU_ASSERT_EQUAL(sh_weights_load(dir, &c,
-                                    &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers}, NULL,
-                                    NULL, NULL, &w),
-                    SH_OK); /* 8 bits of mantissa fit */
+    CU_ASSERT_EQUAL(
+        sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers}, NULL, &w),
+        SH_OK); /* 8 bits of mantissa fit */
     sh_tensors *t = NULL;
     CU_ASSERT_EQUAL_FATAL(sh_tensors_open(model[2], &t), SH_OK);
     const sh_tensor *q = sh_tensors_find(t, OLD "layers.0.self_attn.q_proj.weight");
@@ -401,10 +428,9 @@ static void refused(int from, const edit *e, bool tied, sh_status code, const ch
     rewrite(model[from], e);
     CU_ASSERT_EQUAL_FATAL(sh_config_load(model[from], &c), SH_OK);
     c.tied = tied;
-    CU_ASSERT_EQUAL(sh_weights_load(dir, &c,
-                                    &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers}, NULL,
-                                    NULL, NULL, &w),
-                    code);
+    CU_ASSERT_EQUAL(
+        sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 0, .last = c.n_layers}, NULL, &w),
+        code);
     CU_ASSERT_PTR_NULL(w);
     sh_weights_destroy(&w);
     snprintf(want, sizeof want, "%s%s", dir, message);
@@ -476,17 +502,17 @@ static void test_held(void) {
         CU_ASSERT_EQUAL_FATAL(sh_config_load(model[1], &c), SH_OK);
         CU_ASSERT_EQUAL_FATAL(sh_weights_load(model[1], &c,
                                               &(sh_weights_options){.mode = SH_MODE_BF16, .first = 1, .last = 3}, NULL,
-                                              NULL, NULL, &all),
+                                              &all),
                               SH_OK);
         rewrite(model[1], unfused ? &(edit){.unfuse = true}
                                   : &(edit){.type = "F32", .spoil = OLD "layers.2.experts.gate_up_proj"});
-        CU_ASSERT_EQUAL(sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 1, .last = 3},
-                                        NULL, NULL, NULL, &w),
-                        unfused ? SH_OK : SH_EUNSUPPORTED);
+        CU_ASSERT_EQUAL(
+            sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .first = 1, .last = 3}, NULL, &w),
+            unfused ? SH_OK : SH_EUNSUPPORTED);
         sh_weights_destroy(&w);
         CU_ASSERT_EQUAL_FATAL(
             sh_weights_load(dir, &c, &(sh_weights_options){.mode = SH_MODE_BF16, .held = odd, .first = 1, .last = 3},
-                            NULL, NULL, NULL, &w),
+                            NULL, &w),
             SH_OK);
         int absent = 0;
         for (int y = 0; y < 2; y++)
