@@ -219,7 +219,7 @@ static void run_chunk(sh_wtype t, const tile *j, size_t g, size_t n, int rows, s
                   .codes = block + 2 * SH_PANEL + 64 * h,
                   .next = next + bytes * (j->share * halves + h) / shares,
                   .shares = shares,
-                  .x = j->x + (g - j->g0) * walk_words(t) * (size_t)rows,
+                  .x = (const uint32_t *)j->x + (g - j->g0) * walk_words(t) * (size_t)rows,
                   .scale = j->scale + g,
                   .sum = j->sum + g,
                   .groups = j->groups,

@@ -36,17 +36,22 @@ SH_INLINE void dot(__m512i s[TILE_ROWS][2], int h, __m512i u, const __m512i *x, 
     for (int r = 0; r < rows; r++) s[r][h] = _mm512_dpbusd_epi32(s[r][h], u, x[r]);
 }
 
+SH_INLINE __m512i four(const int8_t *x) {
+    int32_t v;
+    memcpy(&v, x, sizeof v);
+    return _mm512_set1_epi32(v);
+}
+
 /* One block: integer sums of `rows` rows with 32 outputs. `step` bytes are fetched for each 128 of codes. */
-SH_INLINE void block_sums(sh_wtype t, const uint8_t *codes, const uint32_t *x, int rows, const uint8_t *next,
+SH_INLINE void block_sums(sh_wtype t, const uint8_t *codes, const int8_t *x, size_t ld, int rows, const uint8_t *next,
                           size_t step, __m512i s[TILE_ROWS][2]) {
     const __m512i low = _mm512_set1_epi8(15);
-    const size_t ld = walk_words(t);
-    for (size_t i = 0; i < ld; i += t == SH_W_Q8 ? 1 : 2, codes += 128, next += step) {
+    for (int i = 0; i < sh_wtype_group(t); i += t == SH_W_Q8 ? 4 : 8, codes += 128, next += step) {
         __m512i a = _mm512_loadu_si512(codes), b = _mm512_loadu_si512(codes + 64), v[TILE_ROWS];
         _mm_prefetch((const char *)next, _MM_HINT_T0);
         _mm_prefetch((const char *)next + step / 2, _MM_HINT_T0);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) v[r] = _mm512_set1_epi32((int)x[(size_t)r * ld + i]);
+        for (int r = 0; r < rows; r++) v[r] = four(x + (size_t)r * ld + i);
         if (t == SH_W_Q8) {
             dot(s, 0, a, v, rows);
             dot(s, 1, b, v, rows);
@@ -55,13 +60,14 @@ SH_INLINE void block_sums(sh_wtype t, const uint8_t *codes, const uint32_t *x, i
         dot(s, 0, _mm512_and_si512(a, low), v, rows);
         dot(s, 1, _mm512_and_si512(b, low), v, rows);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) v[r] = _mm512_set1_epi32((int)x[(size_t)r * ld + i + 1]);
+        for (int r = 0; r < rows; r++) v[r] = four(x + (size_t)r * ld + i + 4);
         dot(s, 0, _mm512_and_si512(_mm512_srli_epi16(a, 4), low), v, rows);
         dot(s, 1, _mm512_and_si512(_mm512_srli_epi16(b, 4), low), v, rows);
     }
 }
 
-SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows) {
+SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows, bool packed) {
+    const size_t group = (size_t)sh_wtype_group(t), ldx = packed ? group : j->ldx;
     const __mmask16 exist[2] = {lanes(j->outputs), lanes(j->outputs - 16)};
     const size_t step = 128 / j->shares;
     __m512 acc[TILE_ROWS][2];
@@ -71,7 +77,7 @@ SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows) {
         for (int h = 0; h < 2; h++)
             acc[r][h] =
                 j->g0 ? _mm512_maskz_loadu_ps(exist[h], j->y + (size_t)r * j->ldy + 16 * h) : _mm512_setzero_ps();
-    const uint32_t *x = j->x;
+    const int8_t *x = j->x;
     const uint8_t *block = j->block;
     const uint8_t *next = j->next + (j->g1 - j->g0) * sh_wtype_block(t) * j->share / j->shares;
     for (size_t g = j->g0; g < j->g1; g++) {
@@ -82,7 +88,7 @@ SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows) {
             s[r][0] = s[r][1] =
                 _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, t == SH_W_Q8 ? 7 : 3)); /* · −128, −8 */
         }
-        block_sums(t, block + 2 * SH_PANEL, x, rows, next, step, s);
+        block_sums(t, block + 2 * SH_PANEL, x, ldx, rows, next, step, s);
         __m512 lo = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)block));
         __m512 hi = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(block + 32)));
 #pragma GCC unroll 8
@@ -93,7 +99,7 @@ SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows) {
         }
         block += sh_wtype_block(t);
         next += sh_wtype_block(t) / j->shares;
-        x += walk_words(t) * (size_t)rows;
+        x += packed ? group * (size_t)rows : group;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -101,10 +107,18 @@ SH_INLINE void run_tile(sh_wtype t, const tile *j, int rows) {
         for (int h = 0; h < 2; h++) _mm512_mask_storeu_ps(j->y + (size_t)r * j->ldy + 16 * h, exist[h], acc[r][h]);
 }
 
+SH_INLINE void run_type(sh_wtype t, const tile *j, int rows) {
+    if (j->ldx) {
+        run_tile(t, j, rows, false);
+    } else {
+        run_tile(t, j, rows, true);
+    }
+}
+
 static void walk_tile(sh_wtype t, const tile *j, int rows) {
 #define ROWS(n)                                                                                                        \
     case n:                                                                                                            \
-        t == SH_W_Q8 ? run_tile(SH_W_Q8, j, n) : run_tile(SH_W_Q4, j, n);                                              \
+        t == SH_W_Q8 ? run_type(SH_W_Q8, j, n) : run_type(SH_W_Q4, j, n);                                              \
         break;
     switch (rows) {
         ROWS(1)
@@ -117,6 +131,51 @@ static void walk_tile(sh_wtype t, const tile *j, int rows) {
         break;
     }
 #undef ROWS
+}
+
+/* ---- many rows --------------------------------------------------------------------------------------------------- */
+
+/* Arithmetic is what takes the time there: tile after tile passes a run of inputs of panels that stay in L2, its codes
+ * read where they lie. With packed rows and blocks, as fewer rows have it, 512 rows took 7 % longer. */
+#define MANY_ROWS 64
+
+static void many_block(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, size_t g0, size_t g1,
+                       float *y, size_t ldy) {
+    int tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
+    size_t groups = x->groups, bytes = sh_wtype_block(w->type), group = (size_t)sh_wtype_group(w->type);
+    for (int t = 0; t < tiles; t++) {
+        int a = (int)((long)m * t / tiles), n = (int)((long)m * (t + 1) / tiles) - a;
+        size_t row = (size_t)(r0 + a);
+        for (int p = p0; p < p1; p++) {
+            const uint8_t *block = (const uint8_t *)w->data + ((size_t)p * groups + g0) * bytes;
+            tile j = {.block = block,
+                      .next = block + 2 * SH_PANEL + WALK_AHEAD,
+                      .shares = 1,
+                      .x = x->code + row * x->ld + g0 * group,
+                      .ldx = x->ld,
+                      .scale = x->scale + row * groups,
+                      .sum = x->sum + row * groups,
+                      .groups = groups,
+                      .g0 = g0,
+                      .g1 = g1,
+                      .y = y + (size_t)a * ldy + (size_t)p * SH_PANEL,
+                      .ldy = ldy,
+                      .outputs = w->n - p * SH_PANEL};
+            walk_tile(w->type, &j, n);
+        }
+    }
+}
+
+static void vnni_gemm_q(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, float *y, size_t ldy) {
+    if (m < MANY_ROWS) {
+        walk_gemm(w, p0, p1, x, r0, m, y, ldy);
+        return;
+    }
+    size_t run = (size_t)(WALK_RUN / sh_wtype_group(w->type));
+    for (int p = p0; p < p1; p += WALK_PANELS)
+        for (size_t g = 0; g < x->groups; g += run)
+            many_block(w, p, p1 - p < WALK_PANELS ? p1 : p + WALK_PANELS, x, r0, m, g, walk_min(g + run, x->groups), y,
+                       ldy);
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------- */
@@ -152,5 +211,5 @@ void sh_kernels_fill_avx512vnni(sh_kernels *t) {
     t->quant_q8 = group_q8;
     t->quant_q4 = group_q4;
     t->quantize = vnni_quantize;
-    t->gemm_q = walk_gemm;
+    t->gemm_q = vnni_gemm_q;
 }

@@ -26,7 +26,8 @@ typedef struct tile {
     const uint8_t *block;  /* of group g0 */
     const uint8_t *next;   /* as many bytes to fetch meanwhile; */
     size_t share, shares;  /* by this tile its share of them */
-    const uint32_t *x;     /* packed rows, from group g0 on */
+    const void *x;         /* packed rows, from group g0 on; or with */
+    size_t ldx;            /* bytes from row to row: codes as they lie */
     const float *scale;    /* of the first row's group 0 */
     const int32_t *sum;    /* likewise */
     size_t groups, g0, g1; /* groups: from row to row of scale and sum */
