@@ -232,13 +232,12 @@ static sh_status choose_ranks(run *r, int numa, int most) {
 }
 
 /* The lengths of the job's own requests, as far as they can be told without the tokenizer. */
-static sh_status guess_workload(const run *r, sh_workload *w) {
+static void guess_workload(const run *r, sh_workload *w) {
     const char *input = r->spooled ? r->fresh : r->input;
     if (sh_workfile_guess(input, r->scanned.lines, r->shared.default_max_tokens, w) != SH_OK || w->n == 0) {
         *w = sh_workload_default(); /* every line may be wrong: rows will say so */
         w->requests = w->bin[0].requests = (double)r->scanned.lines;
     }
-    return SH_OK;
 }
 
 /* Nodes that the job is on, taken to be like this one; 0: somebody else decides. */
@@ -288,8 +287,8 @@ static sh_status check_ranks(run *r) {
     r->cpus = machine.n_cpus;
     r->memory = machine.memory;
     SH_TRY(take_allocation(r));
-    sh_workload w;
-    SH_TRY(guess_workload(r, &w));
+    sh_workload w = sh_workload_default();
+    if (!r->shared.plan && !r->shared.prefill) guess_workload(r, &w); /* which reads the input once more */
     SH_TRY(choose_plan(r, &machine, &w));
     r->ranks = sh_options_ranks(&r->shared);
     r->replicas = r->shared.replicas ? r->shared.replicas : 1;

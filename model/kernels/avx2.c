@@ -170,12 +170,6 @@ static void x86_gemm(const sh_wmat *w, int p0, int p1, const float *x, size_t ld
 #define KEYS      4  /* keys at once for one row: eight sums */
 #define KEY_BLOCK 12 /* keys that stay in L1 while all rows pass: 24 KiB at 512 wide heads */
 
-/* n lanes of a key from element `at`. */
-SH_INLINE v16 key_lanes(const void *k, size_t at, bool bf16, int n) {
-    if (bf16) return v_from_bf16_n((const uint16_t *)k + at, n);
-    return n == SH_LANES ? v_load((const float *)k + at) : v_load_n((const float *)k + at, n);
-}
-
 /* One row times four keys from number j0, of which the first `some` exist; the rest read the last one again. */
 SH_INLINE void score_tile(float *s, const float *q, const void *k, bool bf16, int j0, int some, int hd) {
     v16 acc[KEYS] = {v_zero(), v_zero(), v_zero(), v_zero()};
@@ -185,13 +179,13 @@ SH_INLINE void score_tile(float *s, const float *q, const void *k, bool bf16, in
     for (; d + SH_LANES <= hd; d += SH_LANES) {
         v16 a = v_load(q + d);
 #pragma GCC unroll 4
-        for (int j = 0; j < KEYS; j++) acc[j] = v_fma(a, key_lanes(k, at[j] + (size_t)d, bf16, SH_LANES), acc[j]);
+        for (int j = 0; j < KEYS; j++) acc[j] = v_fma(a, v_stored(k, at[j] + (size_t)d, bf16, SH_LANES), acc[j]);
     }
     if (d < hd) {
         v16 a = v_load_n(q + d, hd - d);
 #pragma GCC unroll 4
         for (int j = 0; j < KEYS; j++)
-            acc[j] = v_fma_n(a, key_lanes(k, at[j] + (size_t)d, bf16, hd - d), acc[j], hd - d);
+            acc[j] = v_fma_n(a, v_stored(k, at[j] + (size_t)d, bf16, hd - d), acc[j], hd - d);
     }
     __m256 e[KEYS];
 #pragma GCC unroll 4

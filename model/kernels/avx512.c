@@ -175,12 +175,6 @@ static void x86_gemm(const sh_wmat *w, int p0, int p1, const float *x, size_t ld
 
 /* ---- scores ------------------------------------------------------------------------------------------------------ */
 
-/* n lanes of a key from element `at`. */
-SH_INLINE v16 key_lanes(const void *k, size_t at, bool bf16, int n) {
-    if (bf16) return v_from_bf16_n((const uint16_t *)k + at, n);
-    return n == SH_LANES ? v_load((const float *)k + at) : v_load_n((const float *)k + at, n);
-}
-
 /* `rows` rows times `keys` keys from number j0, rows · keys ≤ 16; the first `some` keys exist, the rest read the last
  * one again. One row takes eight keys, in two quarters of the joined vector; more rows take four keys, a quarter each.
  */
@@ -196,7 +190,7 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
     for (; d + SH_LANES <= hd; d += SH_LANES) {
 #pragma GCC unroll 16
         for (int j = 0; j < keys; j++) {
-            __m512 b = key_lanes(k, at[j] + (size_t)d, bf16, SH_LANES);
+            __m512 b = v_stored(k, at[j] + (size_t)d, bf16, SH_LANES);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 int i = j % 4 * 4 + r + j / 4;
@@ -208,7 +202,7 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
         __mmask16 m = lanes(hd - d);
 #pragma GCC unroll 16
         for (int j = 0; j < keys; j++) {
-            __m512 b = key_lanes(k, at[j] + (size_t)d, bf16, hd - d);
+            __m512 b = v_stored(k, at[j] + (size_t)d, bf16, hd - d);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 int i = j % 4 * 4 + r + j / 4;

@@ -252,8 +252,12 @@ static void ref_softcap(float *x, float cap, int n) {
     for (int i = 0; i < n; i++) x[i] = tanh_poly(x[i] / cap) * cap;
 }
 
+static float widen(uint16_t x) {
+    return as_float((uint32_t)x << 16);
+}
+
 static void ref_from_bf16(float *y, const uint16_t *x, int n) {
-    for (int i = 0; i < n; i++) y[i] = as_float((uint32_t)x[i] << 16);
+    for (int i = 0; i < n; i++) y[i] = widen(x[i]);
 }
 
 static void ref_to_bf16(uint16_t *y, const float *x, int n) {
@@ -279,13 +283,6 @@ static void ref_scores(float *s, size_t lds, const float *q, size_t ldq, int row
             s[(size_t)r * lds + (size_t)j] = join_lanes(l);
         }
     }
-}
-
-static float widen(uint16_t x) {
-    uint32_t u = (uint32_t)x << 16;
-    float f;
-    memcpy(&f, &u, sizeof f);
-    return f;
 }
 
 static void ref_scores_bf16(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys,

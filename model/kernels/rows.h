@@ -248,8 +248,8 @@ static void x86_max_sum_exp(const float *x, int n, float *m, float *s) {
     *m = top;
 }
 
-/* n lanes of a value vector from element `at`. */
-SH_INLINE v16 v_value(const void *v, size_t at, bool bf16, int n) {
+/* n lanes of a key or a value, widened or as it is stored, from element `at`. */
+SH_INLINE v16 v_stored(const void *v, size_t at, bool bf16, int n) {
     if (bf16) return v_from_bf16_n((const uint16_t *)v + at, n);
     return n == SH_LANES ? v_load((const float *)v + at) : v_load_n((const float *)v + at, n);
 }
@@ -272,7 +272,7 @@ SH_INLINE void weighted_tile(float *o, size_t ldo, const float *p, size_t lds, i
         v16 x[SH_WS_VECS];
 #pragma GCC unroll 8
         for (int d = 0; d < vecs; d++) {
-            x[d] = v_value(v, at + (size_t)(d * SH_LANES), bf16, d + 1 < vecs ? SH_LANES : c);
+            x[d] = v_stored(v, at + (size_t)(d * SH_LANES), bf16, d + 1 < vecs ? SH_LANES : c);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
