@@ -10,8 +10,10 @@
 
 #define SH_INLINE static inline __attribute__((always_inline))
 
-#define TILE_ROWS  6 /* 12 integer sums, 12 float sums, scales, codes */
-#define WALK_WORDS 1
+#define TILE_ROWS   6 /* 12 integer sums, 12 float sums, scales, codes */
+#define TILE_PASSES 1
+#define WALK_WORDS  1
+#include "model/kernels/quant_blocks.h"
 #include "model/kernels/quant_walk.h"
 
 static __mmask16 lanes(int n) {
@@ -30,10 +32,11 @@ static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t
             memcpy(to, x->code + r * x->ld + g * size, size);
 }
 
-/* Adds 64 bytes of unsigned codes times four inputs of each row to the sums of half h. */
+/* Adds 64 bytes of unsigned codes times four inputs of each row to the sums of half h. Of the intrinsic gcc 12 makes
+ * two copies of the sum beside each addition. */
 SH_INLINE void dot(__m512i s[TILE_ROWS][2], int h, __m512i u, const __m512i *x, int rows) {
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) s[r][h] = _mm512_dpbusd_epi32(s[r][h], u, x[r]);
+    for (int r = 0; r < rows; r++) __asm__("vpdpbusd %2, %1, %0" : "+v"(s[r][h]) : "v"(u), "v"(x[r]));
 }
 
 SH_INLINE __m512i four(const int8_t *x) {
@@ -135,47 +138,101 @@ static void walk_tile(sh_wtype t, const tile *j, int rows) {
 
 /* ---- many rows --------------------------------------------------------------------------------------------------- */
 
-/* Arithmetic is what takes the time there: tile after tile passes a run of inputs of panels that stay in L2, its codes
- * read where they lie. With packed rows and blocks, as fewer rows have it, 512 rows took 7 % longer. */
-#define MANY_ROWS 64
+#define MANY_ROWS 17
 
-static void many_block(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, size_t g0, size_t g1,
-                       float *y, size_t ldy) {
-    int tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
-    size_t groups = x->groups, bytes = sh_wtype_block(w->type), group = (size_t)sh_wtype_group(w->type);
-    for (int t = 0; t < tiles; t++) {
-        int a = (int)((long)m * t / tiles), n = (int)((long)m * (t + 1) / tiles) - a;
-        size_t row = (size_t)(r0 + a);
-        for (int p = p0; p < p1; p++) {
-            const uint8_t *block = (const uint8_t *)w->data + ((size_t)p * groups + g0) * bytes;
-            tile j = {.block = block,
-                      .next = block + 2 * SH_PANEL + WALK_AHEAD,
-                      .shares = 1,
-                      .x = x->code + row * x->ld + g0 * group,
-                      .ldx = x->ld,
-                      .scale = x->scale + row * groups,
-                      .sum = x->sum + row * groups,
-                      .groups = groups,
-                      .g0 = g0,
-                      .g1 = g1,
-                      .y = y + (size_t)a * ldy + (size_t)p * SH_PANEL,
-                      .ldy = ldy,
-                      .outputs = w->n - p * SH_PANEL};
-            walk_tile(w->type, &j, n);
+static void block_begin(sh_wtype t, int rows) {
+    (void)t;
+    (void)rows;
+}
+
+/* Codes stay unsigned; the groups' offsets take their zero point off. */
+static void block_unpack(sh_wtype t, const uint8_t *block, size_t groups, block_weights *to) {
+    const __m512i low = _mm512_set1_epi8(15);
+    int8_t *code = to->code;
+    for (size_t g = 0; g < groups; g++, block += sh_wtype_block(t)) {
+        for (int h = 0; h < 2; h++) {
+            __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)(block + 32 * h));
+            _mm512_store_ps(to->scale[g] + 16 * h, _mm512_cvtph_ps(half));
         }
+        const uint8_t *from = block + 2 * SH_PANEL;
+        if (t == SH_W_Q8) {
+            memcpy(code, from, SH_PANEL * SH_Q8_GROUP);
+            code += SH_PANEL * SH_Q8_GROUP;
+            continue;
+        }
+        for (int u = 0; u < SH_Q4_GROUP / 8; u++, from += 128, code += 256)
+            for (int h = 0; h < 2; h++) {
+                __m512i v = _mm512_loadu_si512(from + 64 * h);
+                _mm512_store_si512(code + 64 * h, _mm512_and_si512(v, low));
+                _mm512_store_si512(code + 128 + 64 * h, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
+            }
     }
 }
 
-static void vnni_gemm_q(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, float *y, size_t ldy) {
-    if (m < MANY_ROWS) {
-        walk_gemm(w, p0, p1, x, r0, m, y, ldy);
-        return;
+/* Integer sums of one group, from their offsets on. */
+SH_INLINE void group_sums(const int8_t *w, const int8_t *x, const int32_t *offset, int rows, int group,
+                          __m512i s[TILE_ROWS][2]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = _mm512_set1_epi32(offset[r]);
+#pragma GCC unroll 2
+    for (int i = 0; i < group; i += 4, w += 128) {
+        __m512i a = _mm512_load_si512(w), b = _mm512_load_si512(w + 64), v[TILE_ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) v[r] = four(x + r * group + i);
+        dot(s, 0, a, v, rows);
+        dot(s, 1, b, v, rows);
     }
-    size_t run = (size_t)(WALK_RUN / sh_wtype_group(w->type));
-    for (int p = p0; p < p1; p += WALK_PANELS)
-        for (size_t g = 0; g < x->groups; g += run)
-            many_block(w, p, p1 - p < WALK_PANELS ? p1 : p + WALK_PANELS, x, r0, m, g, walk_min(g + run, x->groups), y,
-                       ldy);
+}
+
+SH_INLINE void run_block(const block_tile *j, int rows, int group) {
+    const int8_t *w = j->w->code, *x = j->code;
+    const char *next = j->next;
+    __m512 acc[TILE_ROWS][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) acc[r][h] = _mm512_load_ps(j->sum[r] + 16 * h);
+    for (int g = 0; g < j->groups; g++, w += SH_PANEL * group, x += TILE_ROWS * group) {
+        __m512i s[TILE_ROWS][2];
+        for (const char *end = next + j->step; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T0);
+        group_sums(w, x, j->offset + g * TILE_ROWS, rows, group, s);
+        __m512 lo = _mm512_load_ps(j->w->scale[g]), hi = _mm512_load_ps(j->w->scale[g] + 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            __m512 d = _mm512_set1_ps(j->scale[g * TILE_ROWS + r]);
+            acc[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[r][0]), _mm512_mul_ps(lo, d), acc[r][0]);
+            acc[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[r][1]), _mm512_mul_ps(hi, d), acc[r][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) _mm512_store_ps(j->sum[r] + 16 * h, acc[r][h]);
+}
+
+static void block_tile_run(sh_wtype t, const block_tile *j, int rows) {
+#define ROWS(n)                                                                                                        \
+    case n:                                                                                                            \
+        t == SH_W_Q8 ? run_block(j, n, SH_Q8_GROUP) : run_block(j, n, SH_Q4_GROUP);                                    \
+        break;
+    switch (rows) {
+        ROWS(1)
+        ROWS(2)
+        ROWS(3)
+        ROWS(4)
+        ROWS(5)
+        ROWS(6)
+    default:
+        break;
+    }
+#undef ROWS
+}
+
+static void vnni_gemm_q(const sh_wmat *w, int p0, int p1, const sh_qrows *x, int r0, int m, float *y, size_t ldy) {
+    if (m < MANY_ROWS)
+        walk_gemm(w, p0, p1, x, r0, m, y, ldy);
+    else
+        block_gemm(w, p0, p1, x, r0, m, y, ldy);
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------- */

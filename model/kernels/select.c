@@ -7,9 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { REF, AVX2, AVX512, AVX512VNNI, BLAS, LEVELS, MODEL = LEVELS, TABLES };
+enum { REF, AVX2, AVX512, AVX512VNNI, AMX, BLAS, LEVELS, MODEL = LEVELS, TABLES };
 
-const char *const sh_kernels_levels[] = {"ref", "avx2", "avx512", "avx512vnni", "blas", NULL};
+const char *const sh_kernels_levels[] = {"ref", "avx2", "avx512", "avx512vnni", "amx", "blas", NULL};
 
 static sh_kernels tables[TABLES];
 static bool present[LEVELS];
@@ -26,12 +26,14 @@ static bool fill_native(sh_kernels *t, int level) {
     has[AVX512] = has[AVX2] && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     has[AVX512VNNI] = has[AVX512] && __builtin_cpu_supports("avx512vnni");
+    has[AMX] = has[AVX512VNNI] && sh_kernels_amx_usable();
     if (level >= AVX2 && has[AVX2]) {
         sh_kernels_fill_avx2(t);
         sh_kernels_fill_avx2_quant(t);
     }
     if (level >= AVX512 && has[AVX512]) sh_kernels_fill_avx512(t);
     if (level >= AVX512VNNI && has[AVX512VNNI]) sh_kernels_fill_avx512vnni(t);
+    if (level >= AMX && has[AMX]) sh_kernels_fill_amx(t);
 #endif
     return has[level];
 }
@@ -51,7 +53,7 @@ static void build(void) {
 }
 
 static void build_blas(void) {
-    (void)fill_native(&tables[BLAS], AVX512VNNI);
+    (void)fill_native(&tables[BLAS], AMX);
     sh_kernels_fill_blas(&tables[BLAS]);
     tables[BLAS].isa = sh_kernels_levels[BLAS];
 }
@@ -87,7 +89,7 @@ sh_status sh_kernels_get(const char *isa, const sh_kernels **out) {
         return SH_OK;
     }
     SH_FAIL(SH_EINPUT,
-            "instruction set '%.40s' is unknown: allowed are ref, avx2, avx512, avx512vnni, blas, model:FMA,BYTES",
+            "instruction set '%.40s' is unknown: allowed are ref, avx2, avx512, avx512vnni, amx, blas, model:FMA,BYTES",
             isa);
 }
 

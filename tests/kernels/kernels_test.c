@@ -195,6 +195,12 @@ static void case_gemm_q_wide(const sh_kernels *kn) {
     run_gemm_q(kn, t, n, k, m);
 }
 
+/* More rows and inputs than are packed at once, for kernels that go through blocks. */
+static void case_gemm_q_many(const sh_kernels *kn) {
+    int n = upto(100), k = 1990 + upto(300), m = 60 + upto(140);
+    run_gemm_q(kn, random_type(), n, k, m);
+}
+
 /* Few rows, more inputs than are packed at once. */
 static void case_gemm_q_long(const sh_kernels *kn) {
     sh_wtype t = random_type();
@@ -391,6 +397,7 @@ static const struct {
     {"gemm, wide", case_gemm_wide},
     {"gemm_q", case_gemm_q},
     {"gemm_q, wide", case_gemm_q_wide},
+    {"gemm_q, many", case_gemm_q_many},
     {"gemm_q, long", case_gemm_q_long},
     {"quantize", case_quantize},
     {"quant_q8, quant_q4", case_quant_group},
@@ -846,7 +853,7 @@ static void test_select(void) {
     CU_ASSERT_EQUAL(sh_kernels_get("mmx", &kn), SH_EINPUT);
     CU_ASSERT_STRING_EQUAL(
         sh_error_text(),
-        "instruction set 'mmx' is unknown: allowed are ref, avx2, avx512, avx512vnni, blas, model:FMA,BYTES");
+        "instruction set 'mmx' is unknown: allowed are ref, avx2, avx512, avx512vnni, amx, blas, model:FMA,BYTES");
     setenv("SHOAL_ISA", "ref", 1);
     CU_ASSERT_EQUAL(sh_kernels_select(&kn), SH_OK);
     CU_ASSERT_STRING_EQUAL(kn->isa, "ref");
