@@ -110,16 +110,26 @@ static void block_run(const block_part *p, size_t g0, size_t g1, const block_row
     }
 }
 
-/* Sums of a panel from y or to y. */
-static void block_panel_sums(const block_part *p, int panel, float (*sum)[SH_PANEL], bool store) {
-    int n = p->w->n - panel * SH_PANEL < SH_PANEL ? p->w->n - panel * SH_PANEL : SH_PANEL;
-    for (int r = 0; r < p->rows; r++) {
-        float *y = p->y + (size_t)r * p->ldy + panel * SH_PANEL, *s = sum[r / p->size * TILE_ROWS + r % p->size];
-        if (store)
-            memcpy(y, s, (size_t)n * sizeof *y);
-        else
-            memcpy(s, y, (size_t)n * sizeof *y);
-    }
+/* Copies n ≤ SH_PANEL floats; of a whole panel the compiler knows the size. */
+static inline void block_copy(float *to, const float *from, int n) {
+    if (n >= SH_PANEL)
+        memcpy(to, from, SH_PANEL * sizeof *to);
+    else
+        memcpy(to, from, (size_t)n * sizeof *to);
+}
+
+/* Sums of a panel before the span: zero, or what y has. */
+static void block_load_sums(const block_part *p, int panel, float (*sum)[SH_PANEL]) {
+    for (int r = 0; r < p->tiles * TILE_ROWS; r++) memset(sum[r], 0, sizeof sum[r]);
+    for (int r = 0; p->g0 > 0 && r < p->rows; r++)
+        block_copy(sum[r / p->size * TILE_ROWS + r % p->size], p->y + (size_t)r * p->ldy + panel * SH_PANEL,
+                   p->w->n - panel * SH_PANEL);
+}
+
+static void block_store_sums(const block_part *p, int panel, float (*sum)[SH_PANEL]) {
+    for (int r = 0; r < p->rows; r++)
+        block_copy(p->y + (size_t)r * p->ldy + panel * SH_PANEL, sum[r / p->size * TILE_ROWS + r % p->size],
+                   p->w->n - panel * SH_PANEL);
 }
 
 /* The span for panels [p0, p1). */
@@ -131,15 +141,14 @@ static void block_span(const block_part *p, int p0, int p1, block_rows *rows) {
     for (int t = 0; t < p->tiles; t++) block_pack_tile(p, t, rows);
     for (int i = p0; i < p1; i++) {
         const uint8_t *data = (const uint8_t *)p->w->data + (size_t)i * panel;
-        memset(sum, 0, sizeof sum);
-        if (p->g0 > 0) block_panel_sums(p, i, sum, false);
+        block_load_sums(p, i, sum);
         for (size_t g = p->g0; g < p->g1; g += most) {
             size_t end = block_min(g + most, p->g1);
             block_unpack(p->w->type, data + g * bytes, end - g, &w);
             const uint8_t *next = end < p->g1 ? data + end * bytes : data + panel + p->g0 * bytes;
             block_run(p, g, end, rows, &w, (const char *)next, sum);
         }
-        block_panel_sums(p, i, sum, true);
+        block_store_sums(p, i, sum);
     }
 }
 
