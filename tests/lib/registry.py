@@ -175,7 +175,7 @@ def run(test, long_tier):
 def results(chosen, long_tier):
     """(test, what run gave) of each, as they end."""
     with concurrent.futures.ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
-        pairs = sorted((t for t in chosen if not t.alone), key=lambda t: t.name not in LONGEST)
+        pairs = sorted((t for t in chosen if not t.alone), key=lambda t: LONGEST.index(t.name) if t.name in LONGEST else len(LONGEST))
         under_way = {pool.submit(run, t, long_tier): t for t in pairs}
         for done in concurrent.futures.as_completed(under_way):
             yield under_way[done], done.result()
