@@ -623,8 +623,11 @@ sh_status sh_session_save_routing(sh_session *s, const char *path) {
     return st == SH_OK ? SH_OK : sh_error_prefix(st, "--save-routing");
 }
 
-void sh_session_await_trace(const sh_session *s) {
-    if (s->o.trace_steps) sh_sleep(COUNTS_WAIT);
+void sh_session_await_trace(sh_session *s) {
+    if (!s->o.trace_steps) return;
+    sh_sleep(COUNTS_WAIT);
+    bool answered = false;
+    SH_IGNORE(ask_status(s, &answered)); /* the closing table is of the same heartbeats as the timeline's last pieces */
 }
 
 sh_status sh_session_drive(sh_session *s) {

@@ -50,7 +50,7 @@ sh_status sh_session_collect(sh_session *s, const char *output, sh_outcomes *out
 /* Writes how often each expert was chosen (partition/routing.h); after the job is finished. */
 sh_status sh_session_save_routing(sh_session *s, const char *path);
 /* Waits until the ranks have told the last of their timelines; after the job is finished. */
-void sh_session_await_trace(const sh_session *s);
+void sh_session_await_trace(sh_session *s);
 /* Ends ranks and coordinator: kindly when the job is finished, else by SIGTERM, both by SIGKILL after SH_RUN_GRACE. */
 void sh_session_stop(sh_session *s, bool finished);
 /* Numbers for the closing table, and requests answered so far. */

@@ -708,7 +708,7 @@ sh_status sh_store_results(sh_store *s, uint64_t job, uint64_t after, sh_result_
     sqlite3_stmt *q = query(s, Q_RESULTS);
     bind_u64(q, 1, job);
     bind_u64(q, 2, after);
-    sh_status st;
+    sh_status st = SH_OK;
     bool stop = false;
     for (bool row = true; !stop;) {
         SH_TRY_OR(st, next(s, q, "results cannot be read", &row), break);

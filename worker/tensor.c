@@ -188,12 +188,13 @@ static head head_of(const sh_tensor_link *t, const trade *x, int width) {
 
 static sh_status send_all(sh_tensor_link *t, const trade *x) {
     int me = t->o.share.part;
+    if (!x->scatter) *message(t->send, t, 0) = head_of(t, x, width_of(t, x, me)); /* once: it is on its way to many */
     for (int m = 0; m < t->o.share.parts; m++) {
         int width = width_of(t, x, x->scatter ? m : me);
         t->req[m] = -1;
         if (m == me || width == 0) continue;
         head *h = message(t->send, t, x->scatter ? m : 0);
-        *h = head_of(t, x, width);
+        if (x->scatter) *h = head_of(t, x, width);
         SH_TRY(
             t->o.link->ops->send(t->o.link, t->o.first_rank + m, SH_TAG_TENSOR, h, bytes_of(x->n, width), &t->req[m]));
     }

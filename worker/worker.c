@@ -4,6 +4,7 @@
  */
 #include "worker/worker.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -528,13 +529,32 @@ static sh_status live(rank *r) {
     return r->link->rank == 0 ? lead(r) : serve(r);
 }
 
-static void release(rank *r) {
+/* What the link may still read or write after its rank failed: kept to the end of the process, and reachable, so that a
+ * leak checker tells it from what was lost. */
+typedef struct kept {
+    struct kept *next;
+    sh_stage *stage;
+    sh_kv_receiver *receiver;
+    sh_timeline *timeline;
+} kept;
+
+static _Atomic(kept *) all_kept;
+
+static void keep(const rank *r) {
+    kept *k = calloc(1, sizeof *k);
+    if (!k) return;
+    *k = (kept){.stage = r->stage, .receiver = r->receiver, .timeline = r->timeline, .next = atomic_load(&all_kept)};
+    while (!atomic_compare_exchange_weak(&all_kept, &k->next, k)) continue;
+}
+
+static void release(rank *r, bool ended_well) {
     sh_lanes_destroy(&r->lanes);
     if (r->receiver && sh_kv_receiver_is_idle(r->receiver)) sh_kv_receiver_destroy(&r->receiver);
     if (r->stage && !r->receiver && sh_stage_is_idle(r->stage))
         sh_stage_destroy(&r->stage); /* else the link still reads its buffers */
     sh_trace_destroy(&r->trace);
     if (!r->stage) sh_timeline_destroy(&r->timeline);
+    if (r->stage && !ended_well) keep(r);
     free(r->own);
     free(r->config);
     free(r->machine);
@@ -564,7 +584,7 @@ sh_status sh_worker_run(sh_link *link, const sh_worker_options *o) {
     bool failed = st != SH_OK && st != SH_ECANCELLED;
     if (failed) sh_debug("rank %d: %s (%s)", link->rank, fault, sh_error_trail());
     sh_uplink_stop(&r->uplink, failed ? fault : NULL, is_lasting(r, st));
-    release(r);
+    release(r, st == SH_OK);
     free(r);
     if (failed) return sh_error_prefix(st, "rank %d", link->rank);
     return st;

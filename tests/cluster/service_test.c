@@ -186,6 +186,24 @@ static void test_orphan(void) {
     fake_close(&f);
 }
 
+/* In the middle of work, with messages under way, whose buffers the ranks must keep. */
+static void test_orphan_at_work(void) {
+    fake f;
+    open_group(&f, 2);
+    f.orphan_ms = 300;
+    add_some(&f, 40, 300);
+    fake_start_threads(&f);
+    if (fake_wait_ready(&f, 60)) {
+        for (int i = 0; i < 40; i++) fake_send_work(&f, i);
+        for (double end = sh_now() + 60; f.work[3].n < 2 && sh_now() < end;) fake_pump(&f, 5);
+    }
+    fake_join(&f);
+    for (int i = 0; i < 2; i++)
+        CHECK(f.rank[i].status == SH_EPEER && strstr(f.rank[i].error, "nothing heard from the coordinator"),
+              "orphan at work: rank %d ended with %d: %s", i, f.rank[i].status, f.rank[i].error);
+    fake_close(&f);
+}
+
 static void test_leave(void) {
     for (int when = 0; when < 2; when++) { /* at rest; in the middle of work */
         fake f;
@@ -222,6 +240,7 @@ int main(void) {
     test_cancel(&base);
     test_restart(&base);
     test_orphan();
+    test_orphan_at_work();
     test_leave();
     test_fault();
     fake_close(&base);

@@ -10,6 +10,12 @@
 #include "model/batch.h"
 #include "partition/cost.h"
 
+#ifdef __SANITIZE_THREAD__
+enum { SOME = 1 };
+#else
+enum { SOME = 0 };
+#endif
+
 enum { TAGS = SH_LINK_TAGS, MAX_STEPS = 2048, HEADER = 64 };
 
 /* A micro-batch as the sender's message says. */
@@ -434,9 +440,19 @@ static void test_positions(const char *name, int stages, int cp, const char *kv)
     fake_close(&f);
 }
 
-int main(void) {
+/* Threads meet alike in all groups of a kind: the thread sanitizer sees the largest of each. */
+static void test_some(void) {
+    test_pipeline("e2b-like", "exact", "f32");
+    test_tensor("31b-like", 2, 2, false);
+    test_tensor("31b-like", 1, 4, true);
+    test_experts("26b-a4b-like", 2, 2, "bf16", 2);
+    test_positions("26b-a4b-like", 2, 2, "bf16");
+}
+
+static void test_all(void) {
     test_pipeline("e2b-like", "exact", "f32");
     test_pipeline("e2b-like", "bf16", "bf16");
+    test_pipeline("e2b-like", "bf16", "q8");
     test_pipeline("31b-like", "bf16", "bf16");
     test_pipeline("26b-a4b-like", "bf16", "bf16");
     test_tensor("31b-like", 1, 2, false);
@@ -452,11 +468,12 @@ int main(void) {
     test_experts("26b-a4b-like", 2, 2, "bf16", 2);
     test_positions("31b-like", 1, 2, "bf16");
     test_positions("31b-like", 1, 4, "bf16");
-    test_positions("26b-a4b-like", 2, 2, "bf16");
-#ifndef __SANITIZE_THREAD__ /* other bytes, the same threads */
-    test_pipeline("e2b-like", "bf16", "q8");
     test_positions("31b-like", 1, 4, "q8");
-#endif
+    test_positions("26b-a4b-like", 2, 2, "bf16");
+}
+
+int main(void) {
+    (SOME ? test_some : test_all)();
     for (int r = 0; r < FAKE_RANKS; r++) sh_batch_release(&counters[r].batch);
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;

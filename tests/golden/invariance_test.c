@@ -11,9 +11,9 @@
 #define N_SEQS  5
 #define CONTEXT 640
 
-/* A sanitizer is ten times slower: it sees some of the cuts, and plain C beside the best kernels. */
+/* A sanitizer is slower: it sees some of the cuts and chunks, and plain C, the slowest, on the odd shapes alone. */
 #ifdef __SANITIZE_ADDRESS__
-enum { STRIDE = 4 };
+enum { STRIDE = 6 };
 #else
 enum { STRIDE = 1 };
 #endif
@@ -45,6 +45,7 @@ typedef struct fixture {
     char dir[512];
     sh_mode mode;
     sh_kv_type kv;
+    bool odd; /* of tests/data/odd */
     int32_t *ids[N_SEQS];
     result base[N_SEQS];
     sh_config c;
@@ -206,7 +207,7 @@ static void check_isas(const fixture *f) {
     for (const char *const *isa = sh_kernels_levels; *isa; isa++) {
         const sh_kernels *kn;
         if (strcmp(*isa, "blas") == 0) continue; /* gives the promise up, and says so */
-        if (STRIDE > 1 && strncmp(*isa, "avx", 3) == 0) continue;
+        if (STRIDE > 1 && (!f->odd || strncmp(*isa, "avx", 3) == 0)) continue;
         if (sh_kernels_get(*isa, &kn) != SH_OK) {
             printf("%s: instruction set %s is not here\n", f->name, *isa);
             continue;
@@ -233,7 +234,7 @@ static int32_t *golden_text(const char *name, bool odd, int *n) {
 }
 
 static void check_fixture(const char *name, bool odd, sh_mode mode, sh_kv_type kv, bool all_cuts) {
-    fixture f = {.name = name, .mode = mode, .kv = kv};
+    fixture f = {.name = name, .mode = mode, .kv = kv, .odd = odd};
     snprintf(f.dir, sizeof f.dir, "%s/%s/%s", SH_TEST_DATA, odd ? "odd" : "text/models", name);
     MUST(sh_config_load(f.dir, &f.c));
     int n;
@@ -246,9 +247,9 @@ static void check_fixture(const char *name, bool odd, sh_mode mode, sh_kv_type k
     run(&f, &(way){"base", .chunk = CONTEXT, .threads = 1}, f.base);
     compare(&f, &(way){"together", .chunk = CONTEXT, .together = true, .threads = 1});
     compare(&f, &(way){"chunks of 7", .chunk = 7, .together = true, .threads = 1});
-    compare(&f, &(way){"chunks of 64", .chunk = 64, .threads = 1});
+    if (STRIDE == 1) compare(&f, &(way){"chunks of 64", .chunk = 64, .threads = 1});
     compare(&f, &(way){"decoded token by token", .chunk = 1, .together = true, .threads = 1});
-    compare(&f, &(way){"two threads", .chunk = CONTEXT, .threads = 2});
+    if (STRIDE == 1) compare(&f, &(way){"two threads", .chunk = CONTEXT, .threads = 2});
     compare(&f, &(way){"two threads, chunks of 20", .chunk = 20, .threads = 2});
     compare(&f, &(way){"last row kept, then decoded", .chunk = 64, .together = true, .last_only = true, .threads = 1});
     check_isas(&f);
