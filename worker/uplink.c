@@ -142,6 +142,8 @@ static void fill_load(Shoal__StageTimes *t, const sh_load_times *l) {
     t->has_load_seconds = t->has_load_bytes = t->has_load_total = t->has_load_reading = t->has_load_packing = true;
     t->load_seconds = l->seconds, t->load_reading = l->reading, t->load_packing = l->packing;
     t->load_bytes = l->bytes, t->load_total = l->total;
+    t->has_load_received = t->has_load_exchange = l->received > 0 || l->exchange > 0;
+    t->load_received = l->received, t->load_exchange = l->exchange;
 }
 
 static sh_trace *trace_of(sh_uplink *u) {
