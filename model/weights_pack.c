@@ -236,13 +236,24 @@ void sh_load_let_go(const sh_load_job *j) {
     }
 }
 
-sh_status sh_load_run(const sh_loader *l, const sh_load_job *j, sh_team *team) {
-    if (j->to) {
-        sh_values_floats(j->t[0], 0, j->k, j->to);
-        if (l->loading) l->loading->bytes += sh_load_bytes(j, 0, 1);
-    } else {
-        SH_TRY(sh_load_pack(l, j, team, 0, sh_wmat_panels(j->mat->n), (uint8_t *)(uintptr_t)j->mat->data));
+/* Like a matrix it comes into memory first: what cannot be read is an error, no signal. */
+static sh_status run_vector(const sh_loader *l, const sh_load_job *j) {
+    const sh_tensor *t = j->t[0];
+    char why[512];
+    if (l->loading && bring_run(t, t->data, t->data + sh_load_bytes(j, 0, 1)) != SH_OK) {
+        snprintf(why, sizeof why, "%s", sh_error_text());
+        SH_FAIL(SH_EIO, "%s/%s", l->dir, why);
     }
+    sh_values_floats(t, 0, j->k, j->to);
+    if (l->loading) l->loading->bytes += sh_load_bytes(j, 0, 1);
+    return SH_OK;
+}
+
+sh_status sh_load_run(const sh_loader *l, const sh_load_job *j, sh_team *team) {
+    if (j->to)
+        SH_TRY(run_vector(l, j));
+    else
+        SH_TRY(sh_load_pack(l, j, team, 0, sh_wmat_panels(j->mat->n), (uint8_t *)(uintptr_t)j->mat->data));
     sh_load_let_go(j);
     return SH_OK;
 }
