@@ -132,7 +132,9 @@ static void load_all(group *g, member *m) {
     MUST(sh_link_local_create(n, links));
     for (int i = 0; i < n; i++) {
         m[i] = (member){.g = g, .rank = i, .link = links[i]};
+#ifndef __SANITIZE_THREAD__ /* which does not know how OpenMP's threads wait for each other */
         if (i % 2) MUST(sh_team_create(1 + i % 3, NULL, 0, &m[i].team));
+#endif
     }
     for (int i = 0; i < n; i++)
         if (pthread_create(&m[i].thread, NULL, member_main, &m[i])) exit(1);
@@ -210,8 +212,8 @@ static void test_layouts(const char *dir, bool experts, bool some) {
                                  {.what = "ep 5, hot experts", .ep = 5, .hot = true},
                                  {.what = "pp 3 prefill 2", .pp = 3, .prefill = 2}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        if (all[i].ep && !experts) continue;
-        compare(dir, &all[i], SH_MODE_Q4);
+        if ((all[i].ep && !experts) || (some && i % 4 > 1)) continue;
+        compare(dir, &all[i], some ? SH_MODE_BF16 : SH_MODE_Q4);
         if (!some) compare(dir, &all[i], i % 2 ? SH_MODE_BF16 : SH_MODE_Q8);
     }
 }
@@ -356,7 +358,7 @@ int main(void) {
 #endif
     if (!mkdtemp(dir)) return 1;
     test_layouts(MODEL("26b-a4b-like"), true, some);
-    test_layouts(MODEL("e2b-like"), false, some);
+    if (!some) test_layouts(MODEL("e2b-like"), false, some);
     if (!some) test_layouts(MODEL("31b-like"), false, some);
     if (!some) test_layouts(MODEL("26b-a4b-sharded"), true, some);
     test_damaged(MODEL("e2b-like"));
