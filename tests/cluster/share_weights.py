@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """--share-weights, from outside: rows are those of one rank, on threads and over MPI, for every way of dividing a model; the load report
-says that all ranks together read what one rank reads, and less than without it; a damaged checkpoint is refused with the text that it
+says that all ranks together read what one rank reads, and less than without it; GGUF is shared alike; a damaged checkpoint is refused with the text that it
 has without it; a rank that is killed while it loads ends in a new start and the same rows; with a packed folder one sentence says that
 it does nothing."""
 import json
@@ -12,6 +12,8 @@ import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "golden"))
+import make_gguf
 import shoaltest as st
 
 MODEL = os.path.join(st.MODELS, "26b-a4b-like")
@@ -53,6 +55,19 @@ def equal_rows(s, check):
                 check(all(r["exchange"] <= r["seconds"] for r in ranks), f"{what}: {ranks}")
     code, got, err = st.run(s, MODEL, req, "--ep", 2, "--mode", "q4", "--share-weights", "--progress", "plain")
     check("from rank to rank" in err and "exchange" in err, f"the closing table: {err[-600:]}")
+
+
+def gguf(s, check):
+    """Blocks, and experts whose gate and up rows are two tensors."""
+    folder, req = s.file("gguf"), requests(6)
+    make_gguf.make(MODEL, folder, "Q8_0", split=True)
+    for mode in ("bf16", "q8"):
+        code, want, err, one, _ = run(s, folder, req, "-n", 1, "--mode", mode)
+        check(code == 0, f"GGUF {mode}: one rank: exit {code}: {err[-300:]}")
+        for layout in (("--tp", 2), ("--pp", 2, "--ep", 3)):
+            code, got, err, load, _ = run(s, folder, req, *layout, "--mode", mode, "--launcher", "local", "--share-weights")
+            check(code == 0 and not st.difference(want, got), f"GGUF {mode} {layout}: exit {code}; {st.difference(want, got)} {err[-300:] if code else ''}")
+            check(load["file_bytes"] == one["file_bytes"] and load["received_bytes"] > 0, f"GGUF {mode} {layout}: {load}, one rank {one}")
 
 
 def damaged(s, check):
@@ -138,6 +153,7 @@ def main():
     check = st.Checks()
     with st.Scratch() as s:
         equal_rows(s, check)
+        gguf(s, check)
         damaged(s, check)
         killed(s, check)
         packed(s, check)
