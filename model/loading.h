@@ -1,5 +1,5 @@
 /*
- * How the loading of weights gets on: bytes of files, and the team's seconds by phase. Kept by weights.c and
+ * How the loading of weights gets on: bytes of files, and the team's seconds by phase. Kept by weights*.c and
  * packed_load.c, told to whoever asked. Reads and packs nothing itself.
  *
  * Phases overlap, since each thread reads and packs its own pieces in turn: a phase's seconds are those that the

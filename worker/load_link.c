@@ -252,8 +252,9 @@ static sh_status send_bytes(void *ctx, int to, const void *p, size_t n) {
     for (sh_backoff wait = {0};;) {
         for (int i = 0; i < OPEN_SENDS; i++) {
             if (x->send[i] >= 0) continue;
+            SH_TRY(x->link->ops->send(x->link, to, SH_TAG_WEIGHTS, p, n, &x->send[i]));
             x->peer[to].sent++;
-            return x->link->ops->send(x->link, to, SH_TAG_WEIGHTS, p, n, &x->send[i]);
+            return SH_OK;
         }
         SH_TRY(poll(x));
         rest(x, &wait);
