@@ -74,6 +74,7 @@ typedef struct sh_shared_options {
     int mode_at, kv_at; /* place in the choices; −1: not given */
     uint64_t kv_memory;
     bool no_prefix_sharing;
+    bool share_weights;
     const char *routing; /* NULL: not given */
     uint64_t replicate;
     int max_context, threads, max_seqs, chunk;

@@ -53,6 +53,7 @@ static sh_status take(sh_shared_options *s, const sh_config *c, Shoal__Plan *p) 
     if (s->max_context) p->max_context = s->max_context;
     if (s->kv_memory) p->kv_memory = s->kv_memory;
     if (s->no_prefix_sharing) p->has_no_prefix_sharing = p->no_prefix_sharing = true;
+    if (s->share_weights) p->has_share_weights = p->share_weights = true;
     s->threads = p->threads;
     /* the usual one goes without saying: a job begun without this plan may go on with it */
     if (p->max_context != sh_config_usual_context(c)) s->max_context = p->max_context;

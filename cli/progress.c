@@ -223,7 +223,8 @@ static const char *outcome_name(int status) {
 
 /* What the loading of all ranks took, as the last start of each group tells it. */
 typedef struct load_sums {
-    double bytes, seconds, reading, packing; /* of all; of the slowest rank, as the others */
+    double bytes, received;                     /* of all */
+    double seconds, reading, packing, exchange; /* of the slowest rank */
     int rank;
     const char *group;
 } load_sums;
@@ -236,9 +237,16 @@ static load_sums sum_loads(const sh_closing *c) {
             Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, b->len, b->data);
             if (!t) continue;
             s.bytes += (double)t->load_bytes;
+            s.received += (double)t->load_received;
             if (t->load_seconds > s.seconds)
-                s = (load_sums){s.bytes,         t->load_seconds, t->load_reading,
-                                t->load_packing, t->rank,         c->last->group[g]->group};
+                s = (load_sums){.bytes = s.bytes,
+                                .received = s.received,
+                                .seconds = t->load_seconds,
+                                .reading = t->load_reading,
+                                .packing = t->load_packing,
+                                .exchange = t->load_exchange,
+                                .rank = t->rank,
+                                .group = c->last->group[g]->group};
             shoal__stage_times__free_unpacked(t, NULL);
         }
     return s;
@@ -247,10 +255,14 @@ static load_sums sum_loads(const sh_closing *c) {
 static sh_status load_line(const sh_closing *c, sh_buf *to) {
     load_sums s = sum_loads(c);
     if (s.seconds <= 0) return SH_OK;
-    SH_TRY(sh_buf_printf(to, "  load       %.1f s, %.2f GB of files, %.2f GB/s; ", s.seconds, s.bytes * 1e-9,
+    SH_TRY(sh_buf_printf(to, "  load       %.1f s, %.2f GB of files, %.2f GB/s", s.seconds, s.bytes * 1e-9,
                          s.bytes / s.seconds * 1e-9));
+    if (s.received > 0) SH_TRY(sh_buf_printf(to, ", %.2f GB from rank to rank", s.received * 1e-9));
+    SH_TRY(sh_buf_add_str(to, "; "));
     if (c->last->n_group > 1) SH_TRY(sh_buf_printf(to, "%s, ", s.group));
-    return sh_buf_printf(to, "rank %d took longest: reading %.1f s, packing %.1f s\n", s.rank, s.reading, s.packing);
+    SH_TRY(sh_buf_printf(to, "rank %d took longest: reading %.1f s, packing %.1f s", s.rank, s.reading, s.packing));
+    if (s.received > 0) SH_TRY(sh_buf_printf(to, ", exchange %.1f s", s.exchange));
+    return sh_buf_add_str(to, "\n");
 }
 
 /* One line per stage: shares of its time by cause, and what it read; each group under its name where there are several.
@@ -427,8 +439,9 @@ static void add_expert_json(const Shoal__StageTimes *t, json_t *to) {
 
 static void add_load_json(const Shoal__StageTimes *t, json_t *to) {
     json_object_set_new(to, "load",
-                        json_pack("{s:f, s:I, s:f, s:f}", "seconds", t->load_seconds, "file_bytes",
-                                  (json_int_t)t->load_bytes, "reading", t->load_reading, "packing", t->load_packing));
+                        json_pack("{s:f, s:I, s:I, s:f, s:f, s:f}", "seconds", t->load_seconds, "file_bytes",
+                                  (json_int_t)t->load_bytes, "received_bytes", (json_int_t)t->load_received, "reading",
+                                  t->load_reading, "packing", t->load_packing, "exchange", t->load_exchange));
 }
 
 static sh_status closing_json(const sh_closing *c, sh_buf *to) {
@@ -464,8 +477,9 @@ static sh_status closing_json(const sh_closing *c, sh_buf *to) {
     load_sums load = sum_loads(c);
     if (load.seconds > 0)
         json_object_set_new(j, "load",
-                            json_pack("{s:f, s:I, s:f}", "seconds", load.seconds, "file_bytes", (json_int_t)load.bytes,
-                                      "gbs", load.bytes / load.seconds * 1e-9));
+                            json_pack("{s:f, s:I, s:I, s:f}", "seconds", load.seconds, "file_bytes",
+                                      (json_int_t)load.bytes, "received_bytes", (json_int_t)load.received, "gbs",
+                                      load.bytes / load.seconds * 1e-9));
     json_object_set_new(j, "stages", stages);
     if (c->predicted) json_object_set_new(j, "predicted", predicted_json(c->predicted));
     json_object_set_new(j, "output", json_string(c->output));

@@ -117,6 +117,7 @@ int sh_cmd_serve(int argc, char **argv) {
         .cp = o->cp,
         .tp_sum = o->tp_reduce_at == 1,
         .no_prefix_sharing = o->no_prefix_sharing,
+        .share_weights = o->share_weights,
         .prefill = o->prefill,
         .mode = sh_options_mode(o),
         .kv = sh_options_kv(o),

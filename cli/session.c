@@ -321,6 +321,7 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     if (o->routing) add(a, "--routing", o->routing);
     add_number(a, "--replicate", o->replicate, false);
     if (o->no_prefix_sharing) add(a, "--no-prefix-sharing", NULL);
+    if (o->share_weights) add(a, "--share-weights", NULL);
     add_number(a, "--seed", o->seed, false);
     add_number(a, "--default-max-tokens", (uint64_t)o->default_max_tokens, false);
     if (o->lenient) add(a, "--lenient", NULL);

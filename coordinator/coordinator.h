@@ -21,6 +21,7 @@ typedef struct sh_coordinator_options {
     int pp, ep, tp, cp;
     bool tp_sum;
     bool no_prefix_sharing;
+    bool share_weights;
     int prefill;
     sh_mode mode;
     sh_kv_type kv;

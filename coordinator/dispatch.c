@@ -351,6 +351,7 @@ static sh_status make_plan(const sh_dispatch *d, sh_group *g) {
                          .cp = o->cp,
                          .tp_sum = o->tp_sum,
                          .no_prefix_sharing = o->no_prefix_sharing,
+                         .share_weights = o->share_weights,
                          .prefill = o->prefill,
                          .cuts = o->cuts,
                          .mode = o->mode,

@@ -25,7 +25,8 @@ typedef struct sh_model_options {
     int32_t pages[SH_KV_KINDS]; /* KV pool */
     sh_share share;             /* heads and columns of each layer that are this member's; {0}: all */
     const sh_peers *peers;      /* NULL: alone; borrowed */
-    sh_load_told *load_told;    /* how loading gets on; NULL: nobody asks */
+    sh_load_peers *load_peers; /* with whom weights are loaded together; NULL: alone. Borrowed until creation is over */
+    sh_load_told *load_told;   /* how loading gets on; NULL: nobody asks */
     void *load_arg;
 } sh_model_options;
 

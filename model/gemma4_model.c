@@ -141,6 +141,7 @@ static sh_status create_members(sh_model *m, const char *model_dir) {
                             .share = o->share,
                             .first = o->first,
                             .last = o->last,
+                            .peers = o->load_peers,
                             .tell = o->load_told,
                             .tell_arg = o->load_arg};
     if (e) w.held = (sh_held_experts){.holds = e->holds, .ctx = e->ctx};
@@ -177,6 +178,7 @@ sh_status sh_model_create(const char *model_dir, const sh_config *c, const sh_mo
     }
     m->options.cpus = NULL; /* the caller's */
     m->options.n_cpus = 0;
+    m->options.load_peers = NULL;
     *out = m;
     return SH_OK;
 }

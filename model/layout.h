@@ -1,5 +1,5 @@
 /* Where every vector and packed matrix of a stage's weights lies in its one block of memory: follows from the layer
- * table alone, so budgets can be made before anything is read. Private to model/weights.c and its tests. */
+ * table alone, so budgets can be made before anything is read. Private to model/weights*.c and their tests. */
 #ifndef SH_MODEL_LAYOUT_H
 #define SH_MODEL_LAYOUT_H
 

@@ -1,10 +1,10 @@
 /*
- * How the loading of weights gets on: bytes of files, and the team's seconds by phase. Kept by weights.c and
+ * How the loading of weights gets on: bytes of files, and the team's seconds by phase. Kept by weights*.c and
  * packed_load.c, told to whoever asked. Reads and packs nothing itself.
  *
  * Phases overlap, since each thread reads and packs its own pieces in turn: a phase's seconds are those that the
- * threads spent in it, divided by their number. What is left of `seconds` is the rest: headers, memory, and threads
- * that wait for the slowest.
+ * threads spent in it, divided by their number; exchange is the loading thread's. What is left of `seconds` is the
+ * rest: headers, memory, and threads that wait for the slowest.
  */
 #ifndef SH_MODEL_LOADING_H
 #define SH_MODEL_LOADING_H
@@ -17,6 +17,8 @@ typedef struct sh_load_times {
     double seconds;        /* since loading began */
     double reading;        /* until bytes of the files were there: from storage, or mapped from the page cache */
     double packing;        /* rearranged, quantised or copied for the kernels */
+    uint64_t received;     /* bytes of packed weights that other members sent */
+    double exchange;       /* waiting for them, and sending to them, with nothing else to do */
 } sh_load_times;
 
 /* Called on the loading thread, at most ten times a second, and at the end. */
@@ -28,6 +30,8 @@ typedef struct sh_loading {
     int threads;
     uint64_t total;
     double began, told;
+    uint64_t received; /* this and the next: the loading thread's */
+    double exchange;
     _Atomic uint64_t bytes, reading, packing; /* nanoseconds of all threads together */
 } sh_loading;
 
@@ -45,7 +49,9 @@ static inline sh_load_times sh_loading_times(const sh_loading *l) {
                            .total = l->total,
                            .seconds = sh_now() - l->began,
                            .reading = 1e-9 * (double)l->reading / l->threads,
-                           .packing = 1e-9 * (double)l->packing / l->threads};
+                           .packing = 1e-9 * (double)l->packing / l->threads,
+                           .received = l->received,
+                           .exchange = l->exchange};
 }
 
 /* The loading thread alone. */

@@ -62,6 +62,30 @@ typedef struct sh_context_peers {
     sh_status (*take)(void *ctx, int from, size_t n, const void **data);
 } sh_context_peers;
 
+/*
+ * Members that load their weights together (docs/decisions/0033): what several of them need one reads and packs, and
+ * sends to the others where it lies. All of them derive from the same list who sends what to whom and in which order,
+ * so both ends of a message know how long it is and where it goes.
+ */
+typedef struct sh_load_peers {
+    void *ctx;
+    int members, member;
+    uint64_t received; /* bytes of weights that have come so far */
+    /* Collective: all [members][n] gets everybody's n bytes. */
+    sh_status (*gather)(void *ctx, const void *mine, size_t n, void *all);
+    /* Starts sending n bytes, n > 0, which stay as they are until finish or stop; may wait for earlier ones. */
+    sh_status (*send)(void *ctx, int to, const void *p, size_t n);
+    /* The next bytes of a member that have no place yet are n and go to p, by the time that finish returns. */
+    sh_status (*expect)(void *ctx, int from, void *p, size_t n);
+    /* Progress; cheap. Fails when a member has failed, with its status and text. So do send and finish. */
+    sh_status (*poll)(void *ctx);
+    /* Waits until all that was sent and expected is where it belongs, and all members are as far. */
+    sh_status (*finish)(void *ctx);
+    /* Instead of finish after a failure st with its error text, this member's or one that it was told of: tells the
+     * others, and waits until nobody reads this member's memory any more. False: somebody may, later. */
+    bool (*stop)(void *ctx, sh_status st);
+} sh_load_peers;
+
 typedef struct sh_peers {
     void *ctx;
     /* Every member has all rows and computes some columns of each: from mine [n, its columns] every member gets

@@ -10,6 +10,7 @@
 #include "model/config.h"
 #include "model/kernels/kernels.h"
 #include "model/loading.h"
+#include "model/peers.h"
 #include "model/team.h"
 
 typedef struct sh_layer_weights {
@@ -63,6 +64,7 @@ typedef struct sh_weights_options {
     sh_share share;
     sh_held_experts held; /* only these are read */
     int first, last;      /* layers [first, last) */
+    sh_load_peers *peers; /* those that load together with this one; NULL: alone. Without effect on a packed folder */
     sh_load_told *tell;   /* how loading gets on; may be NULL */
     void *tell_arg;
 } sh_weights_options;
@@ -72,7 +74,9 @@ typedef struct sh_weights_options {
  * kv_end − 1). Of the matrices that are shared only this part's bytes are read; experts, router and per-layer embedding
  * are whole on every part.
  * Missing, wrongly shaped or typed tensors fail by name; unexpected ones too, except those the model description allows
- * (towers of other modalities, unused K/V of consumers, v_norm). team: reading and packing run on it. */
+ * (towers of other modalities, unused K/V of consumers, v_norm). team: reading and packing run on it.
+ * With peers what several members need one of them reads and packs, and the others get it: collective, and a failure of
+ * one is everybody's, with its text. */
 sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_weights_options *o, sh_team *team,
                           sh_weights **out);
 /* Resolves and checks every tensor of an open checkpoint against config.json, from headers alone: what sh_weights_load

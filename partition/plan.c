@@ -456,6 +456,7 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     p->cp = shape.cp;
     p->has_tp_sum = p->tp_sum = r->tp_sum && shape.tp > 1;
     p->has_no_prefix_sharing = p->no_prefix_sharing = r->no_prefix_sharing;
+    p->has_share_weights = p->share_weights = r->share_weights;
     p->threads = r->threads;
     p->max_seqs = r->max_seqs ? r->max_seqs : ranks < 8 ? 32 * ranks : 256;
     p->chunk = r->chunk ? r->chunk : DEFAULT_CHUNK;

@@ -16,6 +16,7 @@ typedef struct sh_plan_request {
     int ep, tp, cp;           /* how a stage is divided among its members; 0: 1. At most one is above 1 */
     bool tp_sum;              /* partial sums in place of gathered outputs */
     bool no_prefix_sharing;   /* each sequence computes all of its prompt */
+    bool share_weights;       /* what several ranks need one of them reads, and sends to the others */
     int prefill;              /* ranks besides the stages that make the K/V of prompts; `ranks` counts them */
     const char *cuts;         /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
     const double *layer_cost; /* [layers] what balanced means, head in the last; NULL: elements of weights */

@@ -13,6 +13,7 @@
 #include "common/status.h"
 
 typedef enum sh_link_tag {
+    SH_TAG_WEIGHTS = 0, /* while ranks load; on channel 1 words about them */
     SH_TAG_BATCH = 1,
     SH_TAG_TOKENS = 2,
     SH_TAG_CONTROL = 3,

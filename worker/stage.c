@@ -18,6 +18,7 @@
 #include "partition/plan.h"
 #include "worker/backoff.h"
 #include "worker/context.h"
+#include "worker/load_link.h"
 #include "worker/tensor.h"
 #include "worker/tokens.h"
 #include "worker/vocabulary.h"
@@ -164,8 +165,15 @@ static sh_status create_model(sh_stage *s) {
                           .peers = s->tensor                               ? sh_tensor_link_peers(s->tensor)
                                    : s->experts || s->context || s->sender ? &s->peers
                                                                            : NULL};
+    sh_load_link *together = NULL;
+    if (o->load_together && o->link->size > 1) {
+        SH_TRY(sh_load_link_create(o->link, o->alive, &together));
+        m.load_peers = sh_load_link_peers(together);
+    }
     memcpy(m.pages, s->sender ? o->schedule->prefill_pages : o->schedule->pages, sizeof m.pages);
-    SH_TRY(sh_model_create(o->model_dir, o->config, &m, &s->model));
+    sh_status st = sh_model_create(o->model_dir, o->config, &m, &s->model);
+    sh_load_link_destroy(&together);
+    if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
     sh_model_set_timeline(s->model, o->timeline);
     if (o->stages > 1) sh_team_set_poll(sh_model_team(s->model), poll, s);
     return SH_OK;

@@ -14,6 +14,7 @@
 #include "proto/group.pb-c.h"
 #include "worker/experts.h"
 #include "worker/kv_stream.h"
+#include "worker/ranks.h"
 
 typedef struct sh_stage sh_stage;
 
@@ -37,6 +38,9 @@ typedef struct sh_stage_options {
      * or the first of those ranks, whose stages have a config with kv_end. */
     int root;
     const sh_kv_stream_options *stream;
+    /* All ranks load their weights together; alive is asked while they wait for each other, and may be NULL. */
+    bool load_together;
+    const sh_alive *alive;
     sh_load_told *load_told; /* how loading gets on; NULL: nobody asks */
     void *load_arg;
     sh_timeline *timeline; /* where its steps' time goes; NULL: off. Borrowed */

@@ -74,7 +74,8 @@ struct sh_uplink {
     const Shoal__Welcome *welcome;
     uint64_t epoch;
     double heard, said_hello, said_beat, ended;
-    uint64_t said_shared; /* of the last heartbeat */
+    uint64_t said_shared; /* of the last heartbeat, as the next */
+    double said_load;
     int beat_ms, orphan_ms;
     bool said_ready;
     bool mute; /* said hello again: no tokens before the welcome, or a new coordinator would see a gap */
@@ -142,6 +143,8 @@ static void fill_load(Shoal__StageTimes *t, const sh_load_times *l) {
     t->has_load_seconds = t->has_load_bytes = t->has_load_total = t->has_load_reading = t->has_load_packing = true;
     t->load_seconds = l->seconds, t->load_reading = l->reading, t->load_packing = l->packing;
     t->load_bytes = l->bytes, t->load_total = l->total;
+    t->has_load_received = t->has_load_exchange = l->received > 0 || l->exchange > 0;
+    t->load_received = l->received, t->load_exchange = l->exchange;
 }
 
 static sh_trace *trace_of(sh_uplink *u) {
@@ -177,6 +180,7 @@ static sh_status say_beat(sh_uplink *u) {
     m.heartbeat = &h;
     u->said_beat = sh_now();
     u->said_shared = b.shared_rows;
+    u->said_load = load.seconds;
     pthread_mutex_lock(&u->lock); /* the counts are read while the message is packed */
     if (u->routing_news) h.routing = &u->routing;
     u->routing_news = false;
@@ -204,6 +208,14 @@ static sh_status say_shared(sh_uplink *u) {
     bool news = u->beat.shared_rows != u->said_shared;
     pthread_mutex_unlock(&u->lock);
     return news ? say_beat(u) : SH_OK;
+}
+
+/* What loading took is told when it is over: a job of a moment may end before the next heartbeat is due. */
+static bool has_loaded(sh_uplink *u) {
+    pthread_mutex_lock(&u->lock);
+    bool news = u->load.total > 0 && u->load.bytes == u->load.total && u->load.seconds > u->said_load;
+    pthread_mutex_unlock(&u->lock);
+    return news;
 }
 
 /* Moves what the main thread has put out into the ledger, and all that is unsent onto the wire. */
@@ -410,7 +422,7 @@ static sh_status keep_time(sh_uplink *u) {
     bool welcomed = atomic_load(&u->welcomed);
     sh_trace *trace = trace_of(u);
     bool full = trace && sh_trace_is_full(trace); /* its room must not run out before the next beat is due */
-    if (welcomed && (full || (now - u->said_beat) * 1e3 >= u->beat_ms)) SH_TRY(say_beat(u));
+    if (welcomed && (full || has_loaded(u) || (now - u->said_beat) * 1e3 >= u->beat_ms)) SH_TRY(say_beat(u));
     bool strange = !welcomed || silent > 3 * u->beat_ms;
     if (strange && (now - u->said_hello) * 1e3 >= u->beat_ms) SH_TRY(say_hello(u));
     return SH_OK;

@@ -12,6 +12,7 @@
 
 #include "common/hash.h"
 #include "common/log.h"
+#include "model/packed.h"
 #include "model/weights.h"
 #include "partition/machine.h"
 #include "partition/plan.h"
@@ -221,6 +222,7 @@ static void told_of_load(void *arg, const sh_load_times *t) {
 static sh_status load(rank *r) {
     const Shoal__PlanRank *layers = r->plan->rank[r->link->rank];
     int threads = r->o->threads > 0 ? r->o->threads : r->plan->threads;
+    const sh_alive alive = {check_alive, r};
     SH_TRY(prepare_stream(r));
     sh_stage_options o = {.model_dir = r->model_dir,
                           .config = r->own,
@@ -241,6 +243,8 @@ static sh_status load(rank *r) {
                           .share = sh_plan_share(r->plan, r->link->rank),
                           .plan = r->plan,
                           .link = r->link,
+                          .load_together = r->plan->share_weights,
+                          .alive = &alive,
                           .load_told = told_of_load,
                           .load_arg = r,
                           .timeline = r->timeline};
@@ -275,17 +279,19 @@ static sh_status announce(rank *r) {
     const Shoal__PlanRank *p = r->plan->rank[r->link->rank];
     sh_load_times l = sh_model_load(sh_stage_model(r->stage));
     sh_info(
-        "layers %d-%d loaded: %.1f MiB of weights, %d threads, %s kernels; %.2f GB of files in %.1f s (reading %.1f s, "
-        "packing %.1f s)",
+        "layers %d-%d loaded: %.1f MiB of weights, %d threads, %s kernels; %.2f GB of files and %.2f GB of other ranks "
+        "in %.1f s (reading %.1f s, packing %.1f s, exchange %.1f s)",
         p->first, p->last - 1, (double)sh_model_weight_bytes(sh_stage_model(r->stage)) / 1048576.0,
-        sh_team_size(sh_model_team((sh_model *)sh_stage_model(r->stage))), isa, (double)l.bytes * 1e-9, l.seconds,
-        l.reading, l.packing);
+        sh_team_size(sh_model_team((sh_model *)sh_stage_model(r->stage))), isa, (double)l.bytes * 1e-9,
+        (double)l.received * 1e-9, l.seconds, l.reading, l.packing, l.exchange);
     if (r->link->rank > 0) return SH_OK;
     char note[256] = "";
     if (any.blas) add_note(note, sizeof note, "SHOAL_ISA=blas: results are not invariant");
     if (any.modelled) add_note(note, sizeof note, "SHOAL_ISA=model: results are made up, only the times are of use");
     if (r->shape.tp > 1 && r->plan->tp_sum)
         add_note(note, sizeof note, "--tp-reduce sum: results are not invariant: they depend on --tp");
+    if (r->plan->share_weights && r->link->size > 1 && sh_packed_is(r->model_dir))
+        add_note(note, sizeof note, "--share-weights does nothing here: ranks map the packed folder");
     uint64_t print = 0;
     SH_TRY(fingerprint(r, &print));
     if (mine.modelled) print = sh_hash64(print, "modelled", 8); /* never a row of these among the model's */
@@ -338,7 +344,7 @@ static void beat(rank *r, bool busy, bool now_please) {
                  .exchange = sh_stage_exchange_seconds(r->stage) + waited,
                  .idle = r->idle.idle,
                  .bytes = steps * sh_model_weight_bytes(sh_stage_model(r->stage)),
-                 .sent = r->link->sent_bytes};
+                 .sent = r->link->sent_bytes - r->link->sent_by_tag[SH_TAG_WEIGHTS]};
     if (r->lanes) {
         sh_leader_state s = sh_lanes_look(r->lanes);
         b.leader = true;

@@ -132,7 +132,7 @@ def on_nodes(s, check):
         st.write_lines(s.file("in.jsonl"), req)
         # the other ways of dividing a model too: nowhere else do their messages meet a real network
         for slots, options in ((1, ["--ep", "3"]), (2, ["--pp", "2", "--ep", "3"]), (1, ["--cp", "3"]), (2, ["--pp", "3", "--tp", "2"]),
-                               (1, ["--pp", "2", "--prefill", "1"])):
+                               (1, ["--pp", "2", "--prefill", "1"]), (1, ["--cp", "3", "--share-weights"]), (1, ["--ep", "3", "--share-weights"])):
             out = s.file("".join(options) + ".jsonl")
             cmd = [st.shoal(), "run", "-m", MODEL, "-i", s.file("in.jsonl"), "-o", out, "--progress", "json", "--threads", "1",
                    "--hosts", ",".join(f"node{k}:{slots}" for k in range(3)), *options]
