@@ -204,14 +204,14 @@ static sh_status read_type(reader *r, sh_tensor *t) {
     static const struct {
         uint64_t type;
         sh_dtype dtype;
-    } known[] = {{0, SH_F32}, {1, SH_F16}, {2, SH_Q4_0}, {8, SH_Q8_0}, {30, SH_BF16}};
+    } known[] = {{0, SH_F32}, {1, SH_F16}, {2, SH_Q4_0}, {8, SH_Q8_0}, {14, SH_Q6_K}, {30, SH_BF16}};
     uint64_t type;
     size_t i = 0, n = sizeof known / sizeof *known;
     SH_TRY(take_number(r, 4, &type));
     while (i < n && known[i].type != type) i++;
     if (i == n)
-        SH_FAIL(SH_EUNSUPPORTED, "type %llu (%s): allowed are F32, F16, BF16, Q8_0 and Q4_0", (unsigned long long)type,
-                type_name(type));
+        SH_FAIL(SH_EUNSUPPORTED, "type %llu (%s): allowed are F32, F16, BF16, Q8_0, Q6_K and Q4_0",
+                (unsigned long long)type, type_name(type));
     t->dtype = known[i].dtype;
     snprintf(t->dtype_name, sizeof t->dtype_name, "%s", type_name(type));
     return SH_OK;
@@ -239,9 +239,9 @@ static sh_status read_info(reader *r, const header *h, sh_tensors_entry *e) {
     SH_TRY(read_type(r, &e->t));
     SH_TRY(take_number(r, 8, &e->begin));
     int64_t row = e->t.shape[e->t.rank - 1];
-    if (sh_dtype_is_blocks(e->t.dtype) && row % SH_GGUF_BLOCK)
+    if (row % sh_dtype_block(e->t.dtype))
         SH_FAIL(SH_EFORMAT, "rows of %lld items: %s takes multiples of %d", (long long)row, e->t.dtype_name,
-                SH_GGUF_BLOCK);
+                sh_dtype_block(e->t.dtype));
     if (e->begin % h->alignment)
         SH_FAIL(SH_EFORMAT, "offset %llu: allowed are multiples of the alignment %llu", (unsigned long long)e->begin,
                 (unsigned long long)h->alignment);

@@ -2,10 +2,10 @@
 """Writes a text checkpoint as GGUF, with llama.cpp's names, and the safetensors checkpoint that the GGUF's values make when they are
 rounded to bf16. Standard library only.
 
-  make_gguf.py FROM TO [--type BF16|F16|F32|Q8_0|Q4_0] [--parts N] [--tables TYPE] [--split-experts] [--rounded FOLDER]
+  make_gguf.py FROM TO [--type BF16|F16|F32|Q8_0|Q6_K|Q4_0] [--parts N] [--tables TYPE] [--split-experts] [--rounded FOLDER]
 
 FROM is a checkpoint folder with BF16 tensors. As llama.cpp does: vectors and the router are F32, per_layer_model_proj is BF16, and
-matrices whose rows are no multiple of 32 stay BF16. With the package gguf installed, --check reads the result with it and compares."""
+matrices whose rows are no multiple of a block stay BF16. With the package gguf installed, --check reads the result with it and compares."""
 import argparse
 import array
 import glob
@@ -33,7 +33,8 @@ MODEL = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm
          "embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
          "per_layer_model_projection.weight": "per_layer_model_proj.weight",
          "per_layer_projection_norm.weight": "per_layer_proj_norm.weight"}
-TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
+BLOCK = {"Q4_0": 32, "Q8_0": 32, "Q6_K": 256}
 
 
 def gguf_name(name):
@@ -93,12 +94,34 @@ def quantise(x, kind):
     return bytes(out), values
 
 
+def quantise_super(x):
+    """(bytes, values) of one row in Q6_K: 16 scales a block, each from the largest of its 16 values. The largest scale is 64, so
+    that powers of two stay exact."""
+    out, values = bytearray(), []
+    for i in range(0, len(x), 256):
+        steps = [max(x[k:k + 16], key=abs) / -32 for k in range(i, i + 256, 16)]
+        b, d = half(max(map(abs, steps)) / 64)
+        scales = [max(-64, min(64, round(v / d))) if d else 0 for v in steps]
+        q = []
+        for k in range(256):
+            step = d * scales[k // 16]
+            q.append(max(-32, min(31, round(x[i + k] / step))) if step else 0)
+        values += [d * scales[k // 16] * q[k] for k in range(256)]
+        low, high = bytearray(128), bytearray(64)
+        for k in range(256):
+            part, run, place = k // 128, k % 128 // 32, k % 32
+            low[64 * part + 32 * (run % 2) + place] |= (q[k] + 32 & 15) << 4 * (run // 2)
+            high[32 * part + place] |= (q[k] + 32 >> 4) << 2 * run
+        out += low + high + struct.pack("16b", *scales) + b
+    return bytes(out), values
+
+
 def convert(name, shape, bf16, kind, tables=None):
     """(type, bytes, values as bf16) of a tensor."""
     g = gguf_name(name)
     if len(shape) < 2 or g.endswith("ffn_gate_inp.weight"):
         return "F32", floats(bf16).tobytes(), bf16
-    if kind in ("Q8_0", "Q4_0") and (shape[-1] % 32 or g == "per_layer_model_proj.weight"):
+    if kind in BLOCK and (shape[-1] % BLOCK[kind] or g == "per_layer_model_proj.weight"):
         kind = "BF16"
     if tables and g in ("token_embd.weight", "per_layer_token_embd.weight"):
         kind = tables
@@ -110,7 +133,7 @@ def convert(name, shape, bf16, kind, tables=None):
     if kind == "F16":
         b = struct.pack(f"<{len(x)}e", *x)  # small numbers lose bits
         return kind, b, to_bf16(struct.unpack(f"<{len(x)}e", b))
-    out, values = quantise(x, kind)
+    out, values = quantise_super(x) if kind == "Q6_K" else quantise(x, kind)
     return kind, out, to_bf16(values)
 
 
@@ -191,7 +214,7 @@ def check(source, to, kind, tables):
                 continue
             shape, k, data, back = want.pop(t.name)
             same = t.tensor_type.name == k and [int(x) for x in t.shape] == (list(reversed(shape)) or [1]) and t.data.tobytes() == data
-            if k in ("Q8_0", "Q4_0"):
+            if k in BLOCK:
                 same = same and to_bf16(gguf.quants.dequantize(t.data, t.tensor_type).ravel().tolist()) == back
             if not same:
                 sys.exit(f"{path}: {t.name}: the package gguf reads something else")
