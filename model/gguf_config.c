@@ -364,8 +364,8 @@ sh_status sh_gguf_config(const char *dir, sh_buf *out) {
     SH_CLEANUP(sh_gguf_meta_close) sh_gguf_meta *m = NULL;
     SH_CLEANUP(sh_tensors_close) sh_tensors *t = NULL;
     SH_CLEANUP(sh_json_release) json_t *o = NULL;
+    SH_TRY(sh_tensors_open(dir, &t)); /* first: a part that is missing is named */
     SH_TRY(sh_gguf_meta_open(dir, &m));
-    SH_TRY(sh_tensors_open(dir, &t));
     facts f = {.m = m, .t = t};
     SH_TRY(read_facts(&f));
     o = config_of(&f);

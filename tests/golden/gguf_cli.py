@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checkpoints as GGUF through the program: fixtures written by make_gguf.py answer as the safetensors they come from (BF16, F32, one
 file or parts, experts fused or not) or as what is left of their values (F16, Q8_0, Q6_K, Q4_0); several ranks give the bytes of one;
-what cannot be is refused by name."""
+a file without any other beside it answers as the folder that it was made of; what cannot be is refused by name."""
 import json
 import os
 import random
@@ -52,6 +52,63 @@ def packs(s, want):
     if p.returncode == 0 or "is Q4_0: allowed in a packed folder of mode bf16 are BF16, F16 and F32" not in p.stderr or \
             os.path.exists(s.file("never")):
         sys.exit(f"pack of blocks: exit status {p.returncode}: {p.stderr}")
+
+
+def without(folder, *names):
+    for name in names:
+        if os.path.exists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
+    return folder
+
+
+def tokens(model, text):
+    p = subprocess.run([st.shoal(), "tokenize", "-m", model, "--json"], input=json.dumps(text), capture_output=True, text=True, timeout=60)
+    same(f"tokenize -m {model}", p.returncode, 0)
+    return p.stdout
+
+
+CHAT = {"custom_id": "d", "method": "POST", "url": "/v1/chat/completions",
+        "body": {"model": "m", "messages": [{"role": "user", "content": "Where is the cat?"}], "max_tokens": 12, "temperature": 0}}
+
+
+def alone(s):
+    """A file with nothing beside it, of the demo model and of fixtures, whole and in parts: configuration, ids, answers (chats and
+    prompts), plan and packed folder are those of the folder. The converter always writes add_bos_token true, and only what
+    generation_config.json has of sampling: the folder is compared with the same."""
+    for source, how in ((st.DEMO, {}), (os.path.join(st.MODELS, "e2b-like"), {"parts": 2}), (os.path.join(st.MODELS, "26b-a4b-sharded"), {}),
+                        (os.path.join(st.MODELS, "26b-a4b-like"), {"kind": "Q4_0"})):
+        name = os.path.basename(source)
+        one, beside = s.file("alone-" + name), s.file("beside-" + name)
+        make_gguf.make(source, one, alone=True, **how)
+        make_gguf.make(source, beside, **how)
+        files = os.listdir(one)
+        if any(not f.endswith(".gguf") for f in files):
+            sys.exit(f"{one}: not alone: {files}")
+        with open(os.path.join(beside, "tokenizer_config.json")) as f:
+            c = json.load(f)
+        with open(os.path.join(beside, "tokenizer_config.json"), "w") as f:
+            json.dump(dict(c, add_bos_token=True), f)
+        if name == "minnow":
+            without(beside, "generation_config.json")  # says do_sample false, for which there is no key
+        reports = [subprocess.run([st.shoal(), "inspect", m], capture_output=True, text=True, timeout=60).stdout for m in (one, beside)]
+        same(f"inspect of {one}", reports[0], reports[1] + "from the metadata of GGUF: configuration and tokenizer\n")
+        machine = ["--machine", os.path.join(st.DATA, "machines", "epyc-1.json")]
+        plans = [subprocess.run([st.shoal(), "plan", "-m", m, *machine], capture_output=True, text=True, timeout=60) for m in (one, beside)]
+        same(f"plan of {one}", (plans[0].returncode, plans[0].stdout.replace("alone-", "beside-").split()), (0, plans[1].stdout.split()))
+        for text in ("Hello world, caf\u00e9 <|turn>user\n\n\n  x<|channel>", "\t\t \U0001f600 \u4f60\u597d <bos>"):
+            same(f"ids of {one}", tokens(one, text), tokens(beside, text))
+        requests = REQUESTS + ([CHAT] if name != "26b-a4b-sharded" else [])
+        path = os.path.join(one, sorted(files)[0])
+        got, want = [st.run(s, m, requests) for m in (path, beside)]
+        same(f"answers of {path}", (got[0], got[1]), (want[0], want[1]))
+        mode = ["--mode", "q4" if "kind" in how else "q8"]
+        p = subprocess.run([st.shoal(), "pack", "-q", "-m", path, "-o", s.file("packed-" + name), *mode], capture_output=True, text=True,
+                           timeout=60)
+        same(f"pack of {path}", (p.returncode, p.stderr), (0, ""))
+        packed, want = [st.run(s, m, requests, *mode) for m in (s.file("packed-" + name), one)]
+        same(f"packed {path}", (packed[0], packed[1]), (want[0], want[1]))
+    os.remove(os.path.join(s.file("alone-e2b-like"), "model-00001-of-00002.gguf"))
+    refused(s, s.file("alone-e2b-like"), "model-00001-of-00002.gguf: missing: part 1 of 2")
 
 
 def wide(folder, source):
@@ -154,6 +211,7 @@ def main():
         same("tokenize -m FILE", ids[1], ids[0])
         packs(s, want[0])
         six_bits(s, ple)
+        alone(s)
         shutil.copy(s.file("rQ4_0e2b-like/model.safetensors"), s.file("Q8_0"))
         refused(s, s.file("Q8_0/model.gguf"), "model.safetensors lies beside it and counts before GGUF")
         shutil.copy(s.file("Q4_0/model.gguf"), s.file("Q4_0-e2b-like/second.gguf"))
