@@ -201,7 +201,7 @@ def of_layers(c):
     head_dim, kv = c.get("global_head_dim"), c.get("num_global_key_value_heads")
     for i, o in (c.get("per_layer_config") or {}).items():
         if c["layer_types"][int(i)] == "full_attention":
-            return o["head_dim"], o["num_key_value_heads"]
+            return o["head_dim"], o.get("num_key_value_heads")
     return head_dim, kv
 
 
