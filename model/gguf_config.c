@@ -195,13 +195,13 @@ static sh_status find_tokens(const facts *f, const char *const *text, int n, int
     return SH_OK;
 }
 
-/* Ends are those of the keys; with a chat template also the end of a turn and the call for a tool's answer, as Gemma's
- * own generation_config.json has them, for which there is no key. */
+/* Ends are those of the keys and <eos>; with a chat template also the end of a turn and the call for a tool's answer,
+ * as Gemma's own generation_config.json has them: one key cannot say all three. */
 static sh_status read_ids(facts *f) {
     static const char *const ends[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id",
                                        "tokenizer.ggml.eom_token_id"};
-    static const char *const text[] = {"<turn|>", "<|tool_response>", "<|image|>", "<|audio|>", "<|video|>"};
-    int64_t id[5];
+    static const char *const text[] = {"<eos>", "<turn|>", "<|tool_response>", "<|image|>", "<|audio|>", "<|video|>"};
+    int64_t id[6];
     SH_TRY(sh_gguf_meta_need(f->m, ends[0]));
     for (int i = 0; i < 3; i++) {
         int64_t end = -1;
@@ -211,9 +211,9 @@ static sh_status read_ids(facts *f) {
     f->bos = f->pad = -1;
     SH_TRY(sh_gguf_meta_int(f->m, "tokenizer.ggml.bos_token_id", 0, f->vocab - 1, &f->bos));
     SH_TRY(sh_gguf_meta_int(f->m, "tokenizer.ggml.padding_token_id", 0, f->vocab - 1, &f->pad));
-    SH_TRY(find_tokens(f, text, 5, id));
-    for (int i = 0; i < 2 && sh_gguf_meta_has(f->m, "tokenizer.chat_template"); i++) add_end(f, id[i]);
-    memcpy(f->media, id + 2, sizeof f->media);
+    SH_TRY(find_tokens(f, text, 6, id));
+    for (int i = 0; i < (sh_gguf_meta_has(f->m, "tokenizer.chat_template") ? 3 : 1); i++) add_end(f, id[i]);
+    memcpy(f->media, id + 3, sizeof f->media);
     return SH_OK;
 }
 

@@ -187,14 +187,18 @@ static sh_status add_model(const source *s, sh_buf *out) {
     return sh_buf_add_str(out, "}}\n");
 }
 
-/* Tokens that llama.cpp's converter marks as the user's own, so that its readers of chats get to see them: in Gemma 4's
- * tokenizer.json they are special like the rest. */
-static bool is_special(uint8_t type, const char *s, size_t n) {
-    static const char *const shown[] = {"<|channel>",       "<channel|>",       "<|tool_call>", "<tool_call|>",
-                                        "<|tool_response>", "<tool_response|>", "<|\"|>"};
-    for (size_t i = 0; type == USER_DEFINED && i < sizeof shown / sizeof *shown; i++)
-        if (sh_gguf_is((sh_gguf_text){s, n}, shown[i])) return true;
-    return type != USER_DEFINED;
+/* The added tokens of Gemma 4's tokenizer.json, all of them special. The types of a file are no sure guide to them:
+ * llama.cpp's converter marks some as the user's own, so that its readers of chats get to see them, and those that
+ * tokenizer_config.json does not name (<eos>, in released files) as ordinary ones. */
+static bool is_gemmas(const char *s, size_t n) {
+    static const char *const added[] = {
+        "<pad>",     "<eos>",     "<bos>",     "<unk>",      "<mask>",     "<|tool>",          "<tool|>",
+        "<|turn>",   "<turn|>",   "<|think|>", "<|channel>", "<channel|>", "<|tool_call>",     "<tool_call|>",
+        "<|image>",  "<image|>",  "<|image|>", "<|audio>",   "<audio|>",   "<|tool_response>", "<tool_response|>",
+        "<|audio|>", "<|video|>", "<|\"|>"};
+    for (size_t i = 0; i < sizeof added / sizeof *added; i++)
+        if (sh_gguf_is((sh_gguf_text){s, n}, added[i])) return true;
+    return false;
 }
 
 static sh_status add_added(const source *s, sh_buf *out) {
@@ -202,14 +206,15 @@ static sh_status add_added(const source *s, sh_buf *out) {
     SH_TRY(sh_buf_add_str(out, "{\"version\": \"1.0\", \"truncation\": null, \"padding\": null,\n\"added_tokens\": ["));
     for (int32_t i = 0; i < s->vocab.size; i++) {
         size_t n = 0;
-        if (s->type[i] != UNKNOWN && s->type[i] != CONTROL && s->type[i] != USER_DEFINED) continue;
         const char *text = sh_vocab_text(&s->vocab, i, &n);
+        bool special = s->type[i] == UNKNOWN || s->type[i] == CONTROL || is_gemmas(text, n);
+        if (!special && s->type[i] != USER_DEFINED) continue;
         SH_TRY(sh_buf_printf(out, "%s{\"id\": %d, \"content\": ", any ? ",\n" : "", i));
         SH_TRY(add_string(out, text, n));
         SH_TRY(sh_buf_printf(out,
                              ", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, \"normalized\": false, "
                              "\"special\": %s}",
-                             is_special(s->type[i], text, n) ? "true" : "false"));
+                             special ? "true" : "false"));
         any = true;
     }
     return sh_buf_add_str(out, "],\n");

@@ -95,7 +95,7 @@ def alone(s):
         machine = ["--machine", os.path.join(st.DATA, "machines", "epyc-1.json")]
         plans = [subprocess.run([st.shoal(), "plan", "-m", m, *machine], capture_output=True, text=True, timeout=60) for m in (one, beside)]
         same(f"plan of {one}", (plans[0].returncode, plans[0].stdout.replace("alone-", "beside-").split()), (0, plans[1].stdout.split()))
-        for text in ("Hello world, caf\u00e9 <|turn>user\n\n\n  x<|channel>", "\t\t \U0001f600 \u4f60\u597d <bos>"):
+        for text in ("Hello world, caf\u00e9 <|turn>user\n\n\n  x<|channel><|tool>y", "\t\t \U0001f600 \u4f60\u597d <bos>"):
             same(f"ids of {one}", tokens(one, text), tokens(beside, text))
         requests = REQUESTS + ([CHAT] if name != "26b-a4b-sharded" else [])
         path = os.path.join(one, sorted(files)[0])

@@ -163,6 +163,12 @@ static void test_config(void) {
     CU_ASSERT_TRUE(d->ff == 64 && !d->has_kv && d->kv_from == 1);
     CU_ASSERT_EQUAL_FATAL(sh_generation_load(dir, &c, &g), SH_OK);
     CU_ASSERT_TRUE(g.temperature == 0.7 && g.top_p == 0.95 && g.top_k == 64 && g.do_sample && g.n_stop == 2);
+    put(&(entry){"tokenizer.ggml.eos_token_id", U32, 6, NULL}, &usual); /* as in released files */
+    CU_ASSERT_EQUAL_FATAL(sh_config_load(dir, &c), SH_OK);
+    CU_ASSERT_TRUE(c.n_eos == 2 && c.eos_ids[0] == 6 && c.eos_ids[1] == 1);
+    put(&(entry){"tokenizer.chat_template", GONE, 0, NULL}, &usual);
+    CU_ASSERT_EQUAL_FATAL(sh_config_load(dir, &c), SH_OK);
+    CU_ASSERT_TRUE(c.n_eos == 1 && c.eos_ids[0] == 1);
     put(NULL, &(shape){2, 8, false, 1e30f});
     CU_ASSERT_EQUAL_FATAL(sh_config_load(dir, &c), SH_OK);
     CU_ASSERT_TRUE(c.layer[1].k_eq_v && c.layer[3].k_eq_v && !c.layer[0].k_eq_v);
@@ -212,6 +218,11 @@ static void test_tokenizer(void) {
     sh_tokenizer_destroy(&t);
     CU_ASSERT_EQUAL_FATAL(sh_chat_load(dir, &chat), SH_OK);
     CU_ASSERT_TRUE(chat.form == SH_CHAT_COMPACT && !chat.known && strcmp(chat.bos, "<bos>") == 0);
+    put(&(entry){"tokenizer.ggml.token_type", INTS, 0, "3,1,3,1,1,1,4,1"}, &usual); /* types mislead */
+    CU_ASSERT_EQUAL_FATAL(sh_tokenizer_load(dir, &t), SH_OK);
+    CU_ASSERT_TRUE(sh_tokenizer_is_special(t, 1) && sh_tokenizer_is_special(t, 6) && !sh_tokenizer_is_special(t, 7));
+    expect_ids(t, "<eos>ab<turn|>", "2 1 5 6");
+    sh_tokenizer_destroy(&t);
     put(&(entry){"tokenizer.chat_template", GONE, 0, NULL}, &usual);
     CU_ASSERT_EQUAL_FATAL(sh_chat_load(dir, &chat), SH_OK);
     CU_ASSERT_EQUAL(chat.form, SH_CHAT_NONE);
