@@ -9,6 +9,7 @@
 #include "cli/commands.h"
 #include "cli/demo.h"
 #include "common/file.h"
+#include "model/beside.h"
 #include "model/gguf.h"
 #include "model/packed.h"
 
@@ -271,7 +272,7 @@ int sh_options_shared(sh_shared_options *s, sh_option *t) {
     const sh_option all[] = {
         {.kind = SH_OPTION_NOTE, .help = "Model and numbers:"},
         {"model", 'm', SH_OPTION_TEXT, &s->model, "MODEL",
-         "checkpoint folder of a Gemma 4 model, the GGUF file in one, or what 'shoal pack' made (default: the demo "
+         "checkpoint folder of a Gemma 4 model, a GGUF file, or what 'shoal pack' made (default: the demo "
          "model)"},
         {"mode", 0, SH_OPTION_CHOICE, &s->mode_at, "MODE",
          "numeric mode: exact, bf16, q8 or q4 (default bf16, or the plan's, or the packed folder's)",
@@ -397,7 +398,8 @@ sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size) 
     SH_TRY(sh_options_folder(given, folder, sizeof folder));
     if (!realpath(folder, real)) SH_FAIL(SH_EIO, "-m: %s: %s: allowed is a checkpoint folder", given, strerror(errno));
     snprintf(config, sizeof config, "%s/config.json", real);
-    if (!sh_file_exists(config)) SH_FAIL(SH_EIO, "-m: %s: has no config.json: allowed is a checkpoint folder", given);
+    if (!sh_file_exists(config) && !sh_beside_is_metadata(real, "config.json"))
+        SH_FAIL(SH_EIO, "-m: %s: has no config.json: allowed is a checkpoint folder", given);
     if ((size_t)snprintf(path, size, "%s", real) >= size) SH_FAIL(SH_ELIMIT, "-m: %s: path too long", given);
     return SH_OK;
 }

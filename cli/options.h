@@ -99,7 +99,8 @@ extern const char *const sh_options_kv_types[];
 /* What was given for a model, or where that is a GGUF file the folder that names it (it may be a link to elsewhere), in
  * which no other weights may lie: SH_EINPUT (two GGUF models: model/gguf.h). */
 sh_status sh_options_folder(const char *given, char *folder, size_t size);
-/* The model's folder as an absolute path (the demo model without -m); checks that config.json is there. */
+/* The model's folder as an absolute path (the demo model without -m); checks that config.json is there, or
+ * what stands in for it. */
 sh_status sh_options_model(const sh_shared_options *s, char *path, size_t size);
 /* Where the model's folder is a packed one, its mode is the default, and another is refused. */
 sh_status sh_options_packed(sh_shared_options *s, const char *path);

@@ -136,7 +136,7 @@ static int convert(sh_lines *x, const char *usage, sh_option special, int argc, 
     const char *model = NULL;
     sh_option t[] = {
         {"model", 'm', SH_OPTION_TEXT, &model, "MODEL",
-         "checkpoint folder with tokenizer.json, or the GGUF file in one (default: the demo model)"},
+         "checkpoint folder with tokenizer.json, or a GGUF file (default: the demo model)"},
         {"json", 0, SH_OPTION_FLAG, &x->json, .help = "texts are JSON strings and ids JSON arrays, one each line"},
         special,
     };

@@ -53,20 +53,26 @@ static sh_status read_members(sh_scan *s, const char *const keys[], json_t *out)
     return sh_scan_end(s);
 }
 
-sh_status sh_json_read_members(const char *path, size_t max_bytes, const char *const keys[], json_t **out) {
-    char *text = NULL;
-    size_t len = 0;
-    SH_TRY(sh_file_read(path, max_bytes, &text, &len));
+sh_status sh_json_parse_members(const char *what, const char *text, size_t len, const char *const keys[],
+                                json_t **out) {
     sh_scan s;
-    sh_scan_init(&s, path, text, len);
+    sh_scan_init(&s, what, text, len);
     SH_CLEANUP(sh_json_release) json_t *j = json_object();
     sh_status st = read_members(&s, keys, j);
     sh_scan_release(&s);
-    free(text);
     if (st == SH_OK) {
         *out = j;
         j = NULL;
     }
+    return st;
+}
+
+sh_status sh_json_read_members(const char *path, size_t max_bytes, const char *const keys[], json_t **out) {
+    char *text = NULL;
+    size_t len = 0;
+    SH_TRY(sh_file_read(path, max_bytes, &text, &len));
+    sh_status st = sh_json_parse_members(path, text, len, keys, out);
+    free(text);
     return st;
 }
 

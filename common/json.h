@@ -17,6 +17,8 @@ sh_status sh_json_read(const char *path, size_t max_bytes, json_t **out);
  * files whose other members jansson refuses, such as tokenizer_config.json with its model_max_length of 10^30. `keys`
  * ends in NULL. */
 sh_status sh_json_read_members(const char *path, size_t max_bytes, const char *const keys[], json_t **out);
+/* The same of a text. `what` names it in errors. */
+sh_status sh_json_parse_members(const char *what, const char *text, size_t len, const char *const keys[], json_t **out);
 /* Parses text that need not end in 0; duplicate keys and trailing text are errors. `what` names the text in errors. */
 sh_status sh_json_parse(const char *what, const char *text, size_t len, json_t **out);
 void sh_json_release(json_t **j);

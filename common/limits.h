@@ -13,6 +13,9 @@
 #define SH_MAX_GGUF_KEYS       65536               /* metadata of one GGUF file */
 #define SH_MAX_GGUF_TENSORS    (1 << 20)           /* of one GGUF file */
 #define SH_MAX_LAYERS          512
+#define SH_MAX_WIDTH           (1 << 20) /* hidden, feed-forward, heads × head_dim: far beyond any model, safe in products */
+#define SH_MAX_HEADS           (1 << 14) /* and head_dim */
+#define SH_MAX_CONTEXT         (1 << 24) /* positions, windows */
 #define SH_MAX_RANKS           4096
 #define SH_MAX_EXPERTS         4096 /* of one layer */
 #define SH_MAX_STOPS           16   /* stop strings of one request */

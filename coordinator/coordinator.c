@@ -53,23 +53,10 @@ typedef struct coordinator {
 /* --- what the store is pinned to -----------------------------------------------------------------------------------
  */
 
-static sh_status hash_file(const char *dir, const char *name, uint64_t *h) {
-    char path[PATH_MAX];
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    if (!sh_file_exists(path)) return SH_OK;
-    sh_map m;
-    SH_TRY(sh_map_open(path, &m));
-    *h = sh_hash64(sh_hash64(*h, name, strlen(name)), m.data, m.len);
-    sh_map_close(&m);
-    return SH_OK;
-}
-
 /* Of everything that decides an answer and can be read at once; the weights' own fingerprint comes from the ranks. */
 static sh_status model_fingerprint(const char *dir, uint64_t *out) {
-    static const char *const names[] = {"config.json", "generation_config.json", "tokenizer.json",
-                                        "tokenizer_config.json", "chat_template.jinja"};
     uint64_t h = 0, files = 0;
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) SH_TRY(hash_file(dir, names[i], &h));
+    SH_TRY(sh_settings_hash(dir, &h));
     SH_TRY(sh_weight_files_hash(dir, &files));
     *out = sh_mix64(h ^ files);
     return SH_OK;

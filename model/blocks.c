@@ -22,7 +22,29 @@ static void read_codes(const uint8_t *q, uint8_t *code) {
     }
 }
 
+/* SH_GGUF_BLOCK items of a block of Q6_K, 256 items in 210 bytes: 128 bytes of low halves of codes, 64 bytes of their
+ * upper two bits, 16 scales (i8), d (f16). Each half of the block has 64 and 32 of these bytes for four runs of 32
+ * items: run r takes the low (r < 2) or high half of byte 32·(r % 2) + i, and bits 2r, 2r + 1 of byte i. A value is
+ * d · scale · (code − 32): 11, 7 and 5 bits, which f32 holds. */
+static void read_super(const sh_tensor *t, int64_t item, float *to) {
+    const uint8_t *p = t->data + sh_dtype_bytes(t->dtype, (uint64_t)item);
+    int at = (int)(item % SH_GGUF_SUPER), half = at / 128, r = at % 128 / SH_GGUF_BLOCK;
+    const uint8_t *low = p + 64 * half + 32 * (r % 2), *high = p + 128 + 32 * half;
+    const int8_t *scale = (const int8_t *)p + 192 + at / 16;
+    uint16_t d;
+    memcpy(&d, p + 208, sizeof d);
+    float f = sh_half_to_float(d);
+    for (int i = 0; i < SH_GGUF_BLOCK; i++) {
+        int code = (r < 2 ? low[i] & 15 : low[i] >> 4) | (high[i] >> 2 * r & 3) << 4;
+        to[i] = f * (float)scale[i / 16] * (float)(code - 32);
+    }
+}
+
 static void read_block(const sh_tensor *t, int64_t item, float *to) {
+    if (t->dtype == SH_Q6_K) {
+        read_super(t, item, to);
+        return;
+    }
     uint16_t scale;
     const uint8_t *q = block_of(t, item, &scale);
     float d = sh_half_to_float(scale);

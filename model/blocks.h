@@ -1,4 +1,4 @@
-/* Tensors of Q8_0 and Q4_0 blocks (safetensors.h): their values, and packing without a way through bf16. */
+/* Tensors of Q8_0, Q4_0 and Q6_K blocks (safetensors.h): their values, and packing without a way through bf16. */
 #ifndef SH_MODEL_BLOCKS_H
 #define SH_MODEL_BLOCKS_H
 

@@ -14,6 +14,7 @@
 #include "common/file.h"
 #include "common/hash.h"
 #include "common/limits.h"
+#include "model/beside.h"
 #include "model/chat_int.h"
 #include "model/pytext.h"
 
@@ -71,15 +72,14 @@ static sh_status read_bos(const json_t *config, sh_chat *c) {
 
 sh_status sh_chat_load(const char *model_dir, sh_chat *out) {
     static const char *const keys[] = {"bos_token", "chat_template", NULL};
-    char file[PATH_MAX], config_file[PATH_MAX];
-    int n = snprintf(file, sizeof file, "%s/chat_template.jinja", model_dir);
-    int m = snprintf(config_file, sizeof config_file, "%s/tokenizer_config.json", model_dir);
-    if (n >= PATH_MAX || m >= PATH_MAX) SH_FAIL(SH_EINPUT, "%.100s…: a path that is too long", model_dir);
+    char file[PATH_MAX], what[4200];
+    if (snprintf(file, sizeof file, "%s/chat_template.jinja", model_dir) >= PATH_MAX)
+        SH_FAIL(SH_EINPUT, "%.100s…: a path that is too long", model_dir);
     SH_CLEANUP(sh_json_release) json_t *config = NULL;
     sh_chat c = {.form = SH_CHAT_NONE, .known = true, .bos = "<bos>"};
-    if (sh_file_exists(config_file)) SH_TRY(sh_json_read_members(config_file, SH_MAX_CONFIG_BYTES, keys, &config));
+    SH_TRY(sh_beside_members(model_dir, "tokenizer_config.json", keys, what, &config));
     sh_status st = read_bos(config, &c);
-    if (st != SH_OK) return sh_error_prefix(st, "%s", config_file);
+    if (st != SH_OK) return sh_error_prefix(st, "%s", what);
     const json_t *embedded = template_of(config);
     if (sh_file_exists(file)) {
         char *text = NULL;

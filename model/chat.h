@@ -16,8 +16,9 @@ typedef struct sh_chat {
     char bos[64]; /* bos_token's text from tokenizer_config.json */
 } sh_chat;
 
-/* Reads chat_template.jinja or tokenizer_config.json's chat_template. No template at all: form SH_CHAT_NONE, success. A
- * template without Gemma 4's turns gives form SH_CHAT_NONE too, and known false. */
+/* Reads chat_template.jinja or the chat_template of tokenizer_config.json, or of what stands in for it (beside.h). No
+ * template at all: form SH_CHAT_NONE, success. A template without Gemma 4's turns gives form SH_CHAT_NONE too, and
+ * known false. */
 sh_status sh_chat_load(const char *model_dir, sh_chat *out);
 /* Appends `messages` (array) and `tools` (array or NULL) as the template writes them: thinking on or off, with or
  * without the generation prompt. Errors name the field (messages[2].content: …). Content parts of type text only (see

@@ -11,11 +11,7 @@
 
 #include "common/file.h"
 #include "common/json.h"
-
-#define MAX_WIDTH                                                                                                      \
-    ((int64_t)1 << 20) /* hidden, feed-forward, heads × head_dim: far beyond any model, safe in products */
-#define MAX_VOCAB   ((int64_t)1 << 24)
-#define MAX_CONTEXT ((int64_t)1 << 24)
+#include "model/beside.h"
 
 static const char *const layer_type_name[SH_KV_KINDS] = {"full_attention", "sliding_attention"};
 
@@ -110,18 +106,18 @@ static sh_status read_sizes(reader *r) {
     sh_config *c = r->c;
     const json_t *t = r->text;
     int64_t vocab, hidden, layers, context, ple = 256, ple_vocab;
-    SH_TRY(get_int(t, "vocab_size", 1, MAX_VOCAB, 262144, &vocab));
-    SH_TRY(get_int(t, "hidden_size", 1, MAX_WIDTH, 2304, &hidden));
+    SH_TRY(get_int(t, "vocab_size", 1, SH_MAX_VOCAB, 262144, &vocab));
+    SH_TRY(get_int(t, "hidden_size", 1, SH_MAX_WIDTH, 2304, &hidden));
     SH_TRY(get_int(t, "num_hidden_layers", 1, SH_MAX_LAYERS, 30, &layers));
-    SH_TRY(get_int(t, "intermediate_size", 1, MAX_WIDTH, 9216, &r->ff));
-    SH_TRY(get_int(t, "head_dim", 2, 1 << 14, 256, &r->head_dim));
-    SH_TRY(get_int(t, "num_key_value_heads", 1, 1 << 14, 4, &r->kv_heads));
-    SH_TRY(get_int(t, "sliding_window", 1, MAX_CONTEXT, 512, &r->window));
-    SH_TRY(get_int(t, "max_position_embeddings", 1, MAX_CONTEXT, 131072, &context));
+    SH_TRY(get_int(t, "intermediate_size", 1, SH_MAX_WIDTH, 9216, &r->ff));
+    SH_TRY(get_int(t, "head_dim", 2, SH_MAX_HEADS, 256, &r->head_dim));
+    SH_TRY(get_int(t, "num_key_value_heads", 1, SH_MAX_HEADS, 4, &r->kv_heads));
+    SH_TRY(get_int(t, "sliding_window", 1, SH_MAX_CONTEXT, 512, &r->window));
+    SH_TRY(get_int(t, "max_position_embeddings", 1, SH_MAX_CONTEXT, 131072, &context));
     SH_TRY(get_int(t, "num_kv_shared_layers", 0, layers - 1, 0, &r->shared));
     if (json_is_null(json_object_get(t, "hidden_size_per_layer_input"))) ple = 0; /* null is off, absent is 256 */
-    SH_TRY(sh_json_int(t, "hidden_size_per_layer_input", 0, 1 << 14, &ple));
-    SH_TRY(get_int(t, "vocab_size_per_layer_input", 1, MAX_VOCAB, 262144, &ple_vocab));
+    SH_TRY(sh_json_int(t, "hidden_size_per_layer_input", 0, SH_MAX_HEADS, &ple));
+    SH_TRY(get_int(t, "vocab_size_per_layer_input", 1, SH_MAX_VOCAB, 262144, &ple_vocab));
     if (ple && ple_vocab < vocab)
         SH_FAIL(SH_EINPUT, "vocab_size_per_layer_input: %lld is less than vocab_size %lld: each token needs a row",
                 (long long)ple_vocab, (long long)vocab);
@@ -161,7 +157,7 @@ static sh_status read_experts(reader *r) {
     if (!r->moe) return SH_OK;
     SH_TRY(need_int(r->text, "num_experts", "num_local_experts", SH_MAX_EXPERTS, &c->experts));
     SH_TRY(need_int(r->text, "top_k_experts", "num_experts_per_tok", c->experts, &c->top_k));
-    return need_int(r->text, "moe_intermediate_size", "expert_intermediate_size", MAX_WIDTH, &c->expert_ff);
+    return need_int(r->text, "moe_intermediate_size", "expert_intermediate_size", SH_MAX_WIDTH, &c->expert_ff);
 }
 
 /* --- the layer table -----------------------------------------------------------------------------------------------
@@ -214,8 +210,8 @@ static sh_status read_per_layer(reader *r, const json_t *plc) {
                         "per_layer_config.%s.%s: not known: allowed are head_dim and num_key_value_heads", key, field);
         }
         int64_t hd, kv;
-        sh_status st = get_int(o, "head_dim", 2, 1 << 14, r->head_dim, &hd);
-        if (st == SH_OK) st = get_int(o, "num_key_value_heads", 1, 1 << 14, r->kv_heads, &kv);
+        sh_status st = get_int(o, "head_dim", 2, SH_MAX_HEADS, r->head_dim, &hd);
+        if (st == SH_OK) st = get_int(o, "num_key_value_heads", 1, SH_MAX_HEADS, r->kv_heads, &kv);
         if (st != SH_OK) return sh_error_prefix(st, "per_layer_config.%s", key);
         c->layer[i].head_dim = (int)hd;
         c->layer[i].kv_heads = (int)kv;
@@ -226,7 +222,7 @@ static sh_status read_per_layer(reader *r, const json_t *plc) {
 static sh_status read_heads(reader *r) {
     sh_config *c = r->c;
     int64_t heads, global_hd, global_kv = 0;
-    SH_TRY(get_int(r->text, "num_attention_heads", 1, 1 << 14, 8, &heads));
+    SH_TRY(get_int(r->text, "num_attention_heads", 1, SH_MAX_HEADS, 8, &heads));
     for (int i = 0; i < c->n_layers; i++) {
         c->layer[i].heads = (int)heads;
         c->layer[i].head_dim = (int)r->head_dim;
@@ -236,8 +232,8 @@ static sh_status read_heads(reader *r) {
         return read_per_layer(r, json_object_get(r->text, "per_layer_config"));
     /* The older spelling. A missing global_head_dim is 512, null is head_dim; the KV heads count only with K = V. */
     int64_t fallback = json_object_get(r->text, "global_head_dim") ? r->head_dim : 512;
-    SH_TRY(get_int(r->text, "global_head_dim", 2, 1 << 14, fallback, &global_hd));
-    SH_TRY(sh_json_int(r->text, "num_global_key_value_heads", 1, 1 << 14, &global_kv));
+    SH_TRY(get_int(r->text, "global_head_dim", 2, SH_MAX_HEADS, fallback, &global_hd));
+    SH_TRY(sh_json_int(r->text, "num_global_key_value_heads", 1, SH_MAX_HEADS, &global_kv));
     for (int i = 0; i < c->n_layers; i++) {
         if (c->layer[i].kind != SH_KV_GLOBAL) continue;
         c->layer[i].head_dim = (int)global_hd;
@@ -254,10 +250,10 @@ static sh_status check_heads(const sh_config *c) {
         if (l->heads % l->kv_heads)
             SH_FAIL(SH_EINPUT, "num_key_value_heads: %d in layer %d does not divide num_attention_heads %d",
                     l->kv_heads, i, l->heads);
-        if ((int64_t)l->heads * l->head_dim > MAX_WIDTH)
+        if ((int64_t)l->heads * l->head_dim > SH_MAX_WIDTH)
             SH_FAIL(SH_EINPUT,
                     "num_attention_heads: %d × head_dim %d in layer %d is too large: allowed is a product of %lld",
-                    l->heads, l->head_dim, i, (long long)MAX_WIDTH);
+                    l->heads, l->head_dim, i, (long long)SH_MAX_WIDTH);
     }
     return SH_OK;
 }
@@ -435,22 +431,13 @@ sh_status sh_config_parse(const char *what, const char *json, size_t len, sh_con
     return SH_OK;
 }
 
-static sh_status model_path(const char *model_dir, const char *name, char path[4096]) {
-    if (snprintf(path, 4096, "%s/%s", model_dir, name) >= 4096) SH_FAIL(SH_ELIMIT, "%.64s…: path too long", model_dir);
-    return SH_OK;
-}
-
 sh_status sh_config_load(const char *model_dir, sh_config *out) {
-    char path[4096], *text = NULL;
-    size_t len = 0;
-    SH_TRY(model_path(model_dir, "config.json", path));
+    SH_CLEANUP(sh_beside_release) sh_beside b = {0};
     if (!sh_file_exists(model_dir))
         SH_FAIL(SH_EINPUT, "%s: no such directory: a checkpoint directory is needed", model_dir);
-    if (!sh_file_exists(path)) SH_FAIL(SH_EINPUT, "%s: missing: not a Hugging Face checkpoint directory", path);
-    SH_TRY(sh_file_read(path, SH_MAX_CONFIG_BYTES, &text, &len));
-    sh_status st = sh_config_parse(path, text, len, out);
-    free(text);
-    return st;
+    SH_TRY(sh_beside_read(model_dir, "config.json", SH_MAX_CONFIG_BYTES, &b));
+    if (!b.text) SH_FAIL(SH_EINPUT, "%s: missing: not a Hugging Face checkpoint directory", b.what);
+    return sh_config_parse(b.what, b.text, b.len, out);
 }
 
 static sh_status read_generation(const json_t *o, const sh_config *c, sh_generation *g) {
@@ -469,13 +456,13 @@ static sh_status read_generation(const json_t *o, const sh_config *c, sh_generat
 sh_status sh_generation_load(const char *model_dir, const sh_config *c, sh_generation *out) {
     sh_generation g = {.temperature = 1, .top_p = 1, .do_sample = true, .n_stop = c->n_eos};
     memcpy(g.stop_ids, c->eos_ids, sizeof g.stop_ids);
-    char path[4096];
-    SH_TRY(model_path(model_dir, "generation_config.json", path));
-    if (sh_file_exists(path)) {
+    SH_CLEANUP(sh_beside_release) sh_beside b = {0};
+    SH_TRY(sh_beside_read(model_dir, "generation_config.json", SH_MAX_CONFIG_BYTES, &b));
+    if (b.text) {
         SH_CLEANUP(sh_json_release) json_t *o = NULL;
-        SH_TRY(sh_json_read(path, SH_MAX_CONFIG_BYTES, &o));
+        SH_TRY(sh_json_parse(b.what, b.text, b.len, &o));
         sh_status st = read_generation(o, c, &g);
-        if (st != SH_OK) return sh_error_prefix(st, "%s", path);
+        if (st != SH_OK) return sh_error_prefix(st, "%s", b.what);
     }
     *out = g;
     return SH_OK;

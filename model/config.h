@@ -73,7 +73,8 @@ typedef struct sh_generation {
     int suppress[SH_MAX_STOP_IDS], n_suppress;
 } sh_generation;
 
-/* Reads MODEL/config.json. Errors name the file, the field, the value and what is allowed. */
+/* Reads MODEL/config.json, or what stands in for it (beside.h). Errors name the file, the field, the value and what is
+ * allowed. */
 sh_status sh_config_load(const char *model_dir, sh_config *out);
 sh_status sh_config_parse(const char *what, const char *json, size_t len, sh_config *out);
 sh_status sh_generation_load(const char *model_dir, const sh_config *c, sh_generation *out);
@@ -81,6 +82,8 @@ sh_status sh_generation_load(const char *model_dir, const sh_config *c, sh_gener
 /* A hash over names and lengths of the files that a model's weights come from: the checkpoint's own, also where the
  * folder is a packed one (packed.h). */
 sh_status sh_weight_files_hash(const char *model_dir, uint64_t *out);
+/* A hash over configuration, tokenizer and chat template: the files, and what stands in for them. */
+sh_status sh_settings_hash(const char *model_dir, uint64_t *out);
 
 /* Values (not bytes) that one position of a producing layer stores: kv_heads·head_dim, twice unless k_eq_v. */
 int sh_layer_kv_values(const sh_layer *l);

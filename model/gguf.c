@@ -12,19 +12,13 @@
 #include <string.h>
 
 #include "common/limits.h"
+#include "model/gguf_read.h"
 #include "model/tensors_int.h"
 
-enum { STRING = 8, ARRAY = 9, NESTED = 4, NAME_BYTES = 64, KEY_BYTES = 65535, LEAST_KEY = 13, LEAST_INFO = 24 };
+enum { NAME_BYTES = 64 };
 
-typedef struct reader {
-    const uint8_t *data;
-    size_t len, at;
-} reader;
-
-typedef struct text {
-    const char *s; /* not ended by a 0 byte */
-    size_t n;
-} text;
+typedef sh_gguf_reader reader;
+typedef sh_gguf_text text;
 
 /* What of the metadata counts. */
 typedef struct header {
@@ -35,90 +29,12 @@ typedef struct header {
 /* --- reading -------------------------------------------------------------------------------------------------------
  */
 
-static sh_status take(reader *r, size_t n, const uint8_t **out) {
-    if (n > r->len - r->at)
-        SH_FAIL(SH_EFORMAT, "header: needs %zu bytes at offset %zu, but the file has only %zu: is it truncated?", n,
-                r->at, r->len);
-    *out = r->data + r->at;
-    r->at += n;
-    return SH_OK;
-}
-
-static sh_status take_number(reader *r, size_t bytes, uint64_t *out) {
-    const uint8_t *p = NULL;
-    *out = 0;
-    SH_TRY(take(r, bytes, &p));
-    memcpy(out, p, bytes);
-    return SH_OK;
-}
-
-static sh_status take_text(reader *r, const char *what, size_t most, text *out) {
-    uint64_t n;
-    const uint8_t *p = NULL;
-    size_t at = r->at;
-    SH_TRY(take_number(r, 8, &n));
-    if (n > most)
-        SH_FAIL(SH_EFORMAT, "%s at offset %zu: %llu bytes: at most %zu", what, at, (unsigned long long)n, most);
-    SH_TRY(take(r, (size_t)n, &p));
-    *out = (text){(const char *)p, (size_t)n};
-    return SH_OK;
-}
-
-/* A name that may stand in messages: printable, of 1 … most bytes. */
-static sh_status take_name(reader *r, const char *what, size_t most, text *out) {
-    size_t at = r->at;
-    SH_TRY(take_text(r, what, most, out));
-    bool good = out->n > 0;
-    for (size_t i = 0; i < out->n; i++) good = good && out->s[i] > ' ' && out->s[i] < 127;
-    if (!good) SH_FAIL(SH_EFORMAT, "%s at offset %zu: empty, or not printable ASCII", what, at);
-    return SH_OK;
-}
-
-/* --- metadata ------------------------------------------------------------------------------------------------------
- */
-
-static size_t value_bytes(uint64_t type) {
-    static const uint8_t bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-    return type < sizeof bytes ? bytes[type] : 0;
-}
-
-static sh_status skip_value(reader *r, uint64_t type, int depth);
-
-static sh_status skip_array(reader *r, int depth) {
-    uint64_t type, n;
-    const uint8_t *p = NULL;
-    SH_TRY(take_number(r, 4, &type));
-    SH_TRY(take_number(r, 8, &n));
-    size_t each = value_bytes(type), least = each ? each : type == STRING ? 8 : 12;
-    if (depth == NESTED) SH_FAIL(SH_EFORMAT, "arrays nested deeper than %d", NESTED);
-    if (n > (r->len - r->at) / least)
-        SH_FAIL(SH_EFORMAT, "an array of %llu values, but the file has only %zu bytes more: is it truncated?",
-                (unsigned long long)n, r->len - r->at);
-    if (each) return take(r, each * (size_t)n, &p);
-    for (uint64_t i = 0; i < n; i++) SH_TRY(skip_value(r, type, depth + 1));
-    return SH_OK;
-}
-
-static sh_status skip_value(reader *r, uint64_t type, int depth) {
-    text ignored;
-    const uint8_t *p = NULL;
-    if (type == STRING) return take_text(r, "string", r->len, &ignored);
-    if (type == ARRAY) return skip_array(r, depth);
-    size_t n = value_bytes(type);
-    if (n == 0) SH_FAIL(SH_EFORMAT, "value type %llu: allowed are 0 to 12", (unsigned long long)type);
-    return take(r, n, &p);
-}
-
-static bool is(text a, const char *b) {
-    return a.n == strlen(b) && memcmp(a.s, b, a.n) == 0;
-}
-
 static sh_status take_unsigned(reader *r, uint64_t type, uint64_t *out) {
     static const uint64_t unsigned_types[] = {0, 2, 4, 10};
     for (int i = 0; i < 4; i++)
-        if (type == unsigned_types[i]) return take_number(r, value_bytes(type), out);
+        if (type == unsigned_types[i]) return sh_gguf_take_number(r, sh_gguf_value_bytes(type), out);
     if (type == 5) { /* i32, as some writers have it */
-        SH_TRY(take_number(r, 4, out));
+        SH_TRY(sh_gguf_take_number(r, 4, out));
         if (*out <= INT32_MAX) return SH_OK;
     }
     SH_FAIL(SH_EFORMAT, "value type %llu: an unsigned integer is wanted", (unsigned long long)type);
@@ -127,19 +43,19 @@ static sh_status take_unsigned(reader *r, uint64_t type, uint64_t *out) {
 static sh_status take_value(reader *r, text key, header *h) {
     uint64_t type;
     text s;
-    SH_TRY(take_number(r, 4, &type));
-    if (is(key, "split.count")) return take_unsigned(r, type, &h->split_count);
-    if (is(key, "split.tensors.count")) return take_unsigned(r, type, &h->split_tensors);
-    if (is(key, "general.alignment")) {
+    SH_TRY(sh_gguf_take_number(r, 4, &type));
+    if (sh_gguf_is(key, "split.count")) return take_unsigned(r, type, &h->split_count);
+    if (sh_gguf_is(key, "split.tensors.count")) return take_unsigned(r, type, &h->split_tensors);
+    if (sh_gguf_is(key, "general.alignment")) {
         SH_TRY(take_unsigned(r, type, &h->alignment));
         if (h->alignment == 0 || h->alignment % 8 || h->alignment > 1 << 20)
             SH_FAIL(SH_EFORMAT, "%llu: allowed are multiples of 8 up to 1048576", (unsigned long long)h->alignment);
         return SH_OK;
     }
-    if (!is(key, "general.architecture")) return skip_value(r, type, 0);
-    if (type != STRING) SH_FAIL(SH_EFORMAT, "value type %llu: a string is wanted", (unsigned long long)type);
-    SH_TRY(take_name(r, "string", 64, &s));
-    if (!is(s, "gemma4")) SH_FAIL(SH_EUNSUPPORTED, "%.*s: allowed is gemma4", (int)s.n, s.s);
+    if (!sh_gguf_is(key, "general.architecture")) return sh_gguf_skip_value(r, type, 0);
+    if (type != SH_GGUF_STRING) SH_FAIL(SH_EFORMAT, "value type %llu: a string is wanted", (unsigned long long)type);
+    SH_TRY(sh_gguf_take_name(r, "string", 64, &s));
+    if (!sh_gguf_is(s, "gemma4")) SH_FAIL(SH_EUNSUPPORTED, "%.*s: allowed is gemma4", (int)s.n, s.s);
     return SH_OK;
 }
 
@@ -159,33 +75,12 @@ static sh_status refuse_twice(const char *what, text *list, size_t n) {
 
 static sh_status read_keys(reader *r, header *h, text *list) {
     for (uint64_t i = 0; i < h->keys; i++) {
-        SH_TRY(take_name(r, "metadata key", KEY_BYTES, &list[i]));
+        SH_TRY(sh_gguf_take_name(r, "metadata key", SH_GGUF_KEY_BYTES, &list[i]));
         sh_status st = take_value(r, list[i], h);
         if (st != SH_OK)
             return sh_error_prefix(st, "metadata %.*s", (int)(list[i].n > 200 ? 200 : list[i].n), list[i].s);
     }
     return refuse_twice("metadata", list, h->keys);
-}
-
-static sh_status check_count(const reader *r, const char *what, uint64_t n, uint64_t most, uint64_t least_bytes) {
-    if (n > most) SH_FAIL(SH_EFORMAT, "%llu %s: at most %llu", (unsigned long long)n, what, (unsigned long long)most);
-    if (n > (r->len - r->at) / least_bytes)
-        SH_FAIL(SH_EFORMAT, "%llu %s, but the file has only %zu bytes: is it truncated?", (unsigned long long)n, what,
-                r->len);
-    return SH_OK;
-}
-
-static sh_status read_counts(reader *r, header *h) {
-    uint64_t magic, version;
-    SH_TRY(take_number(r, 4, &magic));
-    if (magic != 0x46554747) SH_FAIL(SH_EFORMAT, "not a GGUF file: it does not begin with GGUF");
-    SH_TRY(take_number(r, 4, &version));
-    if (version != 2 && version != 3)
-        SH_FAIL(SH_EUNSUPPORTED, "GGUF version %llu: allowed are 2 and 3, little-endian", (unsigned long long)version);
-    SH_TRY(take_number(r, 8, &h->tensors));
-    SH_TRY(take_number(r, 8, &h->keys));
-    SH_TRY(check_count(r, "tensors", h->tensors, SH_MAX_GGUF_TENSORS, LEAST_INFO));
-    return check_count(r, "metadata keys", h->keys, SH_MAX_GGUF_KEYS, LEAST_KEY);
 }
 
 /* --- tensors -------------------------------------------------------------------------------------------------------
@@ -204,14 +99,14 @@ static sh_status read_type(reader *r, sh_tensor *t) {
     static const struct {
         uint64_t type;
         sh_dtype dtype;
-    } known[] = {{0, SH_F32}, {1, SH_F16}, {2, SH_Q4_0}, {8, SH_Q8_0}, {30, SH_BF16}};
+    } known[] = {{0, SH_F32}, {1, SH_F16}, {2, SH_Q4_0}, {8, SH_Q8_0}, {14, SH_Q6_K}, {30, SH_BF16}};
     uint64_t type;
     size_t i = 0, n = sizeof known / sizeof *known;
-    SH_TRY(take_number(r, 4, &type));
+    SH_TRY(sh_gguf_take_number(r, 4, &type));
     while (i < n && known[i].type != type) i++;
     if (i == n)
-        SH_FAIL(SH_EUNSUPPORTED, "type %llu (%s): allowed are F32, F16, BF16, Q8_0 and Q4_0", (unsigned long long)type,
-                type_name(type));
+        SH_FAIL(SH_EUNSUPPORTED, "type %llu (%s): allowed are F32, F16, BF16, Q8_0, Q6_K and Q4_0",
+                (unsigned long long)type, type_name(type));
     t->dtype = known[i].dtype;
     snprintf(t->dtype_name, sizeof t->dtype_name, "%s", type_name(type));
     return SH_OK;
@@ -220,12 +115,12 @@ static sh_status read_type(reader *r, sh_tensor *t) {
 /* GGUF writes the dimension that runs fastest first, Hugging Face last. */
 static sh_status read_shape(reader *r, sh_tensor *t, uint64_t *items) {
     uint64_t n, d;
-    SH_TRY(take_number(r, 4, &n));
+    SH_TRY(sh_gguf_take_number(r, 4, &n));
     if (n < 1 || n > 4) SH_FAIL(SH_EFORMAT, "%llu dimensions: allowed are 1 to 4", (unsigned long long)n);
     t->rank = (int)n;
     *items = 1;
     for (int i = t->rank - 1; i >= 0; i--) {
-        SH_TRY(take_number(r, 8, &d));
+        SH_TRY(sh_gguf_take_number(r, 8, &d));
         if (d < 1 || d > INT64_MAX || __builtin_mul_overflow(*items, d, items) || *items > INT64_MAX / 8)
             SH_FAIL(SH_EFORMAT, "dimension %llu: zero, or the product overflows", (unsigned long long)d);
         t->shape[i] = (int64_t)d;
@@ -237,11 +132,11 @@ static sh_status read_info(reader *r, const header *h, sh_tensors_entry *e) {
     uint64_t items = 0;
     SH_TRY(read_shape(r, &e->t, &items));
     SH_TRY(read_type(r, &e->t));
-    SH_TRY(take_number(r, 8, &e->begin));
+    SH_TRY(sh_gguf_take_number(r, 8, &e->begin));
     int64_t row = e->t.shape[e->t.rank - 1];
-    if (sh_dtype_is_blocks(e->t.dtype) && row % SH_GGUF_BLOCK)
+    if (row % sh_dtype_block(e->t.dtype))
         SH_FAIL(SH_EFORMAT, "rows of %lld items: %s takes multiples of %d", (long long)row, e->t.dtype_name,
-                SH_GGUF_BLOCK);
+                sh_dtype_block(e->t.dtype));
     if (e->begin % h->alignment)
         SH_FAIL(SH_EFORMAT, "offset %llu: allowed are multiples of the alignment %llu", (unsigned long long)e->begin,
                 (unsigned long long)h->alignment);
@@ -249,16 +144,18 @@ static sh_status read_info(reader *r, const header *h, sh_tensors_entry *e) {
     return SH_OK;
 }
 
-/* Derived from config.json by the converter; RoPE is formed from config.json itself. */
+/* Derived from config.json by the converter: kept apart, for where config.json is not there (gguf_config.c). */
+static const char derived[] = "rope_freqs.weight";
+
 static bool is_derived(text name) {
-    return is(name, "rope_freqs.weight");
+    return sh_gguf_is(name, derived);
 }
 
 static sh_status read_infos(sh_tensors *t, int file, reader *r, const header *h, text *list) {
     for (uint64_t i = 0; i < h->tensors; i++) {
         char name[NAME_BYTES + 1], hf[200];
         sh_tensors_entry e = {.file = file, .t.file = t->file[file].name};
-        SH_TRY(take_name(r, "tensor name", NAME_BYTES, &list[i]));
+        SH_TRY(sh_gguf_take_name(r, "tensor name", NAME_BYTES, &list[i]));
         snprintf(name, sizeof name, "%.*s", (int)list[i].n, list[i].s);
         sh_status st = read_info(r, h, &e);
         if (st != SH_OK) return sh_error_prefix(st, "%s", name);
@@ -288,10 +185,13 @@ static void drop_derived(sh_tensors *t, int first) {
     int n = first;
     for (int i = first; i < t->n_entries; i++) {
         const char *s = t->entry[i].t.name;
-        if (is_derived((text){s, strlen(s)}))
+        if (is_derived((text){s, strlen(s)})) {
             free((char *)(uintptr_t)s);
-        else
+            t->rope_freqs = t->entry[i].t;
+            t->rope_freqs.name = derived;
+        } else {
             t->entry[n++] = t->entry[i];
+        }
     }
     t->n_entries = n;
 }
@@ -302,7 +202,7 @@ static void drop_derived(sh_tensors *t, int first) {
 static sh_status read_body(sh_tensors *t, int file, reader *r, header *h, text *list) {
     int first = t->n_entries;
     SH_TRY(read_keys(r, h, list));
-    SH_TRY(check_count(r, "tensors", h->tensors, SH_MAX_GGUF_TENSORS, LEAST_INFO));
+    SH_TRY(sh_gguf_check_tensors(r, h->tensors));
     SH_TRY(read_infos(t, file, r, h, list));
     uint64_t data = r->at + (h->alignment - r->at % h->alignment) % h->alignment;
     if (data > r->len && h->tensors > 0)
@@ -317,7 +217,7 @@ static sh_status read_body(sh_tensors *t, int file, reader *r, header *h, text *
 static sh_status read_file(sh_tensors *t, int file, header *h) {
     reader r = {.data = t->file[file].map.data, .len = t->file[file].map.len};
     *h = (header){.alignment = 32, .split_count = 1};
-    SH_TRY(read_counts(&r, h));
+    SH_TRY(sh_gguf_take_counts(&r, &h->tensors, &h->keys));
     size_t most = h->keys > h->tensors ? h->keys : h->tensors;
     text *list = calloc(most ? most : 1, sizeof *list);
     if (!list) SH_FAIL(SH_EMEMORY, "no memory for %zu names", most);
@@ -349,8 +249,7 @@ static size_t split_of(const char *name, int *part, int *parts) {
     return used == (int)tail && *part >= 1 && *part <= *parts ? n - tail : 0;
 }
 
-/* Of the directory's files the first part, or the only one; other parts of the same model are passed over. */
-static sh_status find_first(const char *dir, char *first, size_t size, bool *found) {
+sh_status sh_gguf_first(const char *dir, char *first, size_t size, bool *found) {
     DIR *d = opendir(dir);
     *found = false;
     if (!d) return SH_OK; /* whoever reads config.json says what is wrong */
@@ -377,7 +276,7 @@ static sh_status find_first(const char *dir, char *first, size_t size, bool *fou
 bool sh_gguf_is_there(const char *dir) {
     char first[300];
     bool found = false;
-    return find_first(dir, first, sizeof first, &found) != SH_OK || found;
+    return sh_gguf_first(dir, first, sizeof first, &found) != SH_OK || found;
 }
 
 static sh_status open_parts(sh_tensors *t, const char *dir, const char *first, size_t base, int parts) {
@@ -406,7 +305,7 @@ sh_status sh_gguf_open(sh_tensors *t, const char *dir, bool *found) {
     char first[300];
     int part = 1, parts = 1;
     header h;
-    SH_TRY(find_first(dir, first, sizeof first, found));
+    SH_TRY(sh_gguf_first(dir, first, sizeof first, found));
     if (!*found) return SH_OK;
     size_t base = split_of(first, &part, &parts);
     if (base) return open_parts(t, dir, first, base, parts);

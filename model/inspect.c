@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "common/file.h"
+#include "model/beside.h"
 #include "model/gguf.h"
 #include "model/packed.h"
 #include "model/safetensors.h"
@@ -288,9 +289,18 @@ static sh_status add_files(const char *dir, const sh_config *c, sh_buf *out) {
     return add_types(t, out);
 }
 
+/* Which files the metadata of GGUF stand in for. */
+static sh_status add_metadata(const char *dir, sh_buf *out) {
+    bool config = sh_beside_is_metadata(dir, "config.json"), tokenizer = sh_beside_is_metadata(dir, "tokenizer.json");
+    if (!config && !tokenizer) return SH_OK;
+    return sh_buf_printf(out, "from the metadata of GGUF: %s%s%s\n", config ? "configuration" : "",
+                         config && tokenizer ? " and " : "", tokenizer ? "tokenizer" : "");
+}
+
 sh_status sh_inspect_model(const char *model_dir, sh_buf *out) {
     sh_config c;
     SH_TRY(sh_config_load(model_dir, &c));
     SH_TRY(sh_inspect_config(&c, out));
-    return add_files(model_dir, &c, out);
+    SH_TRY(add_files(model_dir, &c, out));
+    return add_metadata(model_dir, out);
 }

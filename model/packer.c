@@ -14,6 +14,7 @@
 
 #include "common/hash.h"
 #include "common/limits.h"
+#include "model/beside.h"
 #include "model/packed_int.h"
 
 typedef struct packer {
@@ -224,6 +225,17 @@ static sh_status copy_one(packer *x, const char *name) {
     return st;
 }
 
+/* What the metadata of GGUF stand in for becomes files: the packed folder has no metadata. */
+static sh_status write_metadata(packer *x, const char *name) {
+    SH_CLEANUP(sh_beside_release) sh_beside b = {0};
+    if (!sh_beside_is_metadata(x->model, name)) return SH_OK;
+    SH_TRY(sh_beside_read(x->model, name, SH_MAX_TOKENIZER_BYTES, &b));
+    if (!b.text) return SH_OK;
+    SH_TRY(open_file(x, name));
+    SH_TRY(add(x, b.text, b.len));
+    return close_file(x);
+}
+
 static int is_entry_copied(const struct dirent *e) {
     return is_copied(e->d_name);
 }
@@ -318,6 +330,7 @@ static sh_status write_all(packer *x, const sh_config *c, sh_team *team) {
     for (int i = 0; i < 2; i++) x->total += table[i] ? (size_t)table[i]->bytes : 0;
     if (mkdir(x->tmp, 0777) != 0) SH_FAIL(SH_EIO, "%s: cannot be created: %s", x->tmp, strerror(errno));
     SH_TRY(copy_beside(x));
+    for (int i = 0; sh_beside_names[i]; i++) SH_TRY(write_metadata(x, sh_beside_names[i]));
     SH_TRY(write_slots(x));
     SH_TRY(write_tables(x));
     SH_TRY(write_index(x, c));

@@ -32,11 +32,17 @@ static const struct {
 
 /* Blocks under the names that GGUF has for them: in files of ours alone. */
 static bool read_blocks(const char *s, sh_tensor *t) {
-    bool q8 = strcmp(s, "Q8_0") == 0;
-    if (!q8 && strcmp(s, "Q4_0") != 0) return false;
-    snprintf(t->dtype_name, sizeof t->dtype_name, "%s", s);
-    t->dtype = q8 ? SH_Q8_0 : SH_Q4_0;
-    return true;
+    static const struct {
+        const char *name;
+        sh_dtype dtype;
+    } known[] = {{"Q8_0", SH_Q8_0}, {"Q4_0", SH_Q4_0}, {"Q6_K", SH_Q6_K}};
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+        if (strcmp(s, known[i].name) != 0) continue;
+        snprintf(t->dtype_name, sizeof t->dtype_name, "%s", s);
+        t->dtype = known[i].dtype;
+        return true;
+    }
+    return false;
 }
 
 static sh_status read_dtype(const json_t *o, bool blocks, sh_tensor *t, int *bits) {
@@ -91,11 +97,11 @@ static sh_status read_offsets(const json_t *o, uint64_t room, uint64_t off[2]) {
 }
 
 static sh_status size_in_bits(const sh_tensor *t, uint64_t elements, int bits, uint64_t *size) {
-    bool blocks = sh_dtype_is_blocks(t->dtype); /* of 4.5 or 8.5 bits an item: no overflow where 16 give none */
+    bool blocks = sh_dtype_is_blocks(t->dtype); /* of 4.5 to 8.5 bits an item: no overflow where 16 give none */
     int64_t row = t->rank > 0 ? t->shape[t->rank - 1] : 1;
-    if (blocks && row % SH_GGUF_BLOCK)
+    if (row % sh_dtype_block(t->dtype))
         SH_FAIL(SH_EFORMAT, "rows of %lld items: %s takes multiples of %d", (long long)row, t->dtype_name,
-                SH_GGUF_BLOCK);
+                sh_dtype_block(t->dtype));
     if (__builtin_mul_overflow(elements, (uint64_t)(blocks ? 16 : bits), size))
         SH_FAIL(SH_EFORMAT, "shape: the size in bytes overflows");
     if (blocks) *size = 8 * sh_dtype_bytes(t->dtype, elements);

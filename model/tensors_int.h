@@ -23,7 +23,8 @@ struct sh_tensors {
     sh_tensors_file *file;
     sh_tensors_entry *entry;
     int n_files, n_entries, cap;
-    bool blocks; /* safetensors may hold Q8_0 and Q4_0 too */
+    bool blocks;          /* safetensors may hold Q8_0, Q4_0 and Q6_K too */
+    sh_tensor rope_freqs; /* of GGUF, is none of the entries; bytes 0: not there */
 };
 
 /* Maps DIR/NAME as the last of the files. */

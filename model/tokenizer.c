@@ -14,6 +14,7 @@
 #include "common/json.h"
 #include "common/limits.h"
 #include "common/utf8.h"
+#include "model/beside.h"
 #include "model/tokenizer_int.h"
 
 /* --- loading
@@ -63,44 +64,40 @@ static sh_status apply_add(const json_t *config, const char *key, int32_t id, bo
     return SH_OK;
 }
 
-static sh_status read_config(sh_tokenizer *t, const char *path) {
+static sh_status read_config(sh_tokenizer *t, const char *model_dir) {
     SH_CLEANUP(sh_json_release) json_t *config = NULL;
+    char what[4200];
     t->bos = t->eos = -1;
-    if (!sh_file_exists(path)) return SH_OK;
     static const char *const keys[] = {"bos_token", "eos_token", "add_bos_token", "add_eos_token", NULL};
-    SH_TRY(sh_json_read_members(path, SH_MAX_CONFIG_BYTES, keys, &config));
+    SH_TRY(sh_beside_members(model_dir, "tokenizer_config.json", keys, what, &config));
+    if (!config) return SH_OK;
     sh_status st = named_token(t, config, "bos_token", &t->bos);
     if (st == SH_OK) st = named_token(t, config, "eos_token", &t->eos);
     if (st == SH_OK) st = apply_add(config, "add_bos_token", t->bos, true, t->prefix, &t->n_prefix);
     if (st == SH_OK) st = apply_add(config, "add_eos_token", t->eos, false, t->suffix, &t->n_suffix);
-    return st == SH_OK ? st : sh_error_prefix(st, "%s", path);
+    return st == SH_OK ? st : sh_error_prefix(st, "%s", what);
 }
 
-static sh_status load_file(sh_tokenizer *t, const char *path) {
-    char *text = NULL;
-    size_t len = 0;
-    SH_TRY(sh_file_read(path, SH_MAX_TOKENIZER_BYTES, &text, &len));
+static sh_status load_file(sh_tokenizer *t, const char *model_dir) {
+    SH_CLEANUP(sh_beside_release) sh_beside b = {0};
+    SH_TRY(sh_beside_read(model_dir, "tokenizer.json", SH_MAX_TOKENIZER_BYTES, &b));
+    if (!b.text) return sh_file_read(b.what, SH_MAX_TOKENIZER_BYTES, &b.text, &b.len); /* says what is wrong with it */
     sh_scan s;
-    sh_scan_init(&s, path, text, len);
+    sh_scan_init(&s, b.what, b.text, b.len);
     sh_status st = sh_tokenizer_parse(t, &s);
     sh_scan_release(&s);
-    free(text);
-    if (st != SH_OK && strncmp(sh_error_text(), path, strlen(path)) != 0) st = sh_error_prefix(st, "%s", path);
+    if (st != SH_OK && strncmp(sh_error_text(), b.what, strlen(b.what)) != 0) st = sh_error_prefix(st, "%s", b.what);
     return st;
 }
 
 sh_status sh_tokenizer_load(const char *model_dir, sh_tokenizer **out) {
-    char file[PATH_MAX], config[PATH_MAX];
-    int n = snprintf(file, sizeof file, "%s/tokenizer.json", model_dir);
-    int m = snprintf(config, sizeof config, "%s/tokenizer_config.json", model_dir);
-    if (n >= PATH_MAX || m >= PATH_MAX) SH_FAIL(SH_EINPUT, "%.100s…: a path that is too long", model_dir);
     SH_CLEANUP(sh_tokenizer_destroy) sh_tokenizer *t = calloc(1, sizeof *t);
     if (!t) SH_FAIL(SH_EMEMORY, "no memory for a tokenizer");
     sh_vocab_init(&t->vocab);
     sh_added_init(&t->plain);
     sh_added_init(&t->normalized);
-    SH_TRY(load_file(t, file));
-    SH_TRY(read_config(t, config));
+    SH_TRY(load_file(t, model_dir));
+    SH_TRY(read_config(t, model_dir));
     *out = t;
     t = NULL;
     return SH_OK;

@@ -11,7 +11,8 @@
 
 typedef struct sh_tokenizer sh_tokenizer;
 
-/* Reads MODEL/tokenizer.json and, if present, tokenizer_config.json (add_bos_token). */
+/* Reads MODEL/tokenizer.json and, if present, tokenizer_config.json (add_bos_token), or what stands in for them
+ * (beside.h). */
 sh_status sh_tokenizer_load(const char *model_dir, sh_tokenizer **out);
 void sh_tokenizer_destroy(sh_tokenizer **t);
 int sh_tokenizer_size(const sh_tokenizer *t); /* ids are 0 … size−1 */

@@ -124,7 +124,8 @@ static sh_status bring_rows(const sh_load_job *j, int r0, int r1) {
         int64_t item;
         const sh_tensor *of = job_row(j, r, &item);
         const uint8_t *a = of->data + sh_dtype_bytes(of->dtype, (uint64_t)item);
-        const uint8_t *b = of->data + sh_dtype_bytes(of->dtype, (uint64_t)(item + j->k));
+        int64_t block = sh_dtype_block(of->dtype), past = (item + j->k + block - 1) / block * block;
+        const uint8_t *b = of->data + sh_dtype_bytes(of->dtype, (uint64_t)past);
         if (t && a != end) SH_TRY(bring_run(t, from, end));
         if (!t || a != end) from = a;
         t = of;

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Checkpoints as GGUF through the program: fixtures written by make_gguf.py answer as the safetensors they come from (BF16, F32, one
-file or parts, experts fused or not) or as what is left of their values (F16, Q8_0, Q4_0); several ranks give the bytes of one;
-what cannot be is refused by name."""
+file or parts, experts fused or not) or as what is left of their values (F16, Q8_0, Q6_K, Q4_0); several ranks give the bytes of one;
+a file without any other beside it answers as the folder that it was made of; what cannot be is refused by name."""
+import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -52,6 +54,121 @@ def packs(s, want):
         sys.exit(f"pack of blocks: exit status {p.returncode}: {p.stderr}")
 
 
+def without(folder, *names):
+    for name in names:
+        if os.path.exists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
+    return folder
+
+
+def tokens(model, text):
+    p = subprocess.run([st.shoal(), "tokenize", "-m", model, "--json"], input=json.dumps(text), capture_output=True, text=True, timeout=60)
+    same(f"tokenize -m {model}", p.returncode, 0)
+    return p.stdout
+
+
+CHAT = {"custom_id": "d", "method": "POST", "url": "/v1/chat/completions",
+        "body": {"model": "m", "messages": [{"role": "user", "content": "Where is the cat?"}], "max_tokens": 12, "temperature": 0}}
+
+
+def alone(s):
+    """A file with nothing beside it, of the demo model and of fixtures, whole and in parts: configuration, ids, answers (chats and
+    prompts), plan and packed folder are those of the folder. The converter always writes add_bos_token true, and only what
+    generation_config.json has of sampling: the folder is compared with the same."""
+    for source, how in ((st.DEMO, {}), (os.path.join(st.MODELS, "e2b-like"), {"parts": 2}), (os.path.join(st.MODELS, "26b-a4b-sharded"), {}),
+                        (os.path.join(st.MODELS, "26b-a4b-like"), {"kind": "Q4_0"})):
+        name = os.path.basename(source)
+        one, beside = s.file("alone-" + name), s.file("beside-" + name)
+        make_gguf.make(source, one, alone=True, **how)
+        make_gguf.make(source, beside, **how)
+        files = os.listdir(one)
+        if any(not f.endswith(".gguf") for f in files):
+            sys.exit(f"{one}: not alone: {files}")
+        with open(os.path.join(beside, "tokenizer_config.json")) as f:
+            c = json.load(f)
+        with open(os.path.join(beside, "tokenizer_config.json"), "w") as f:
+            json.dump(dict(c, add_bos_token=True), f)
+        if name == "minnow":
+            without(beside, "generation_config.json")  # says do_sample false, for which there is no key
+        reports = [subprocess.run([st.shoal(), "inspect", m], capture_output=True, text=True, timeout=60).stdout for m in (one, beside)]
+        same(f"inspect of {one}", reports[0], reports[1] + "from the metadata of GGUF: configuration and tokenizer\n")
+        machine = ["--machine", os.path.join(st.DATA, "machines", "epyc-1.json")]
+        plans = [subprocess.run([st.shoal(), "plan", "-m", m, *machine], capture_output=True, text=True, timeout=60) for m in (one, beside)]
+        same(f"plan of {one}", (plans[0].returncode, plans[0].stdout.replace("alone-", "beside-").split()), (0, plans[1].stdout.split()))
+        for text in ("Hello world, caf\u00e9 <|turn>user\n\n\n  x<|channel><|tool>y", "\t\t \U0001f600 \u4f60\u597d <bos>"):
+            same(f"ids of {one}", tokens(one, text), tokens(beside, text))
+        requests = REQUESTS + ([CHAT] if name != "26b-a4b-sharded" else [])
+        path = os.path.join(one, sorted(files)[0])
+        got, want = [st.run(s, m, requests) for m in (path, beside)]
+        same(f"answers of {path}", (got[0], got[1]), (want[0], want[1]))
+        mode = ["--mode", "q4" if "kind" in how else "q8"]
+        p = subprocess.run([st.shoal(), "pack", "-q", "-m", path, "-o", s.file("packed-" + name), *mode], capture_output=True, text=True,
+                           timeout=60)
+        same(f"pack of {path}", (p.returncode, p.stderr), (0, ""))
+        packed, want = [st.run(s, m, requests, *mode) for m in (s.file("packed-" + name), one)]
+        same(f"packed {path}", (packed[0], packed[1]), (want[0], want[1]))
+    os.remove(os.path.join(s.file("alone-e2b-like"), "model-00001-of-00002.gguf"))
+    refused(s, s.file("alone-e2b-like"), "model-00001-of-00002.gguf: missing: part 1 of 2")
+
+
+def wide(folder, source):
+    """A checkpoint with rows of 256, of random numbers and with the tokenizer of `source`. Its embedding is exact in Q6_K: each 16
+    values are codes from -32 to 31 times a power of two."""
+    r, h, ff = random.Random(3), 256, 256
+    os.mkdir(folder)
+    make_gguf.copy_rest(source, folder)
+    with open(os.path.join(folder, "config.json")) as f:
+        c = json.load(f)
+    t = c["text_config"]
+    t.update(hidden_size=h, intermediate_size=ff, num_hidden_layers=2, num_kv_shared_layers=0, use_double_wide_mlp=False,
+             layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=0)
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        json.dump(c, f)
+    table = []
+    for _ in range(t["vocab_size"] * h // 16):
+        q, step = [-32] + [r.randint(-32, 31) for _ in range(15)], 2.0 ** -r.randint(10, 12)
+        r.shuffle(q)
+        table += [v * step for v in q]
+    tensors = {"model.language_model.embed_tokens.weight": ([t["vocab_size"], h], make_gguf.to_bf16(table))}
+    random_tensor = lambda *shape: (list(shape), make_gguf.to_bf16([r.gauss(0, 0.06) for _ in range(shape[0] * shape[-1])]))
+    ones = lambda n: ([n], make_gguf.to_bf16([1.0] * n))
+    for i, hd in ((0, t["head_dim"]), (1, t["global_head_dim"])):
+        p, q = f"model.language_model.layers.{i}.", t["num_attention_heads"] * hd
+        for name, shape in (("q_proj", (q, h)), ("k_proj", (hd, h)), ("v_proj", (hd, h)), ("o_proj", (h, q))):
+            tensors[f"{p}self_attn.{name}.weight"] = random_tensor(*shape)
+        for name, shape in (("gate_proj", (ff, h)), ("up_proj", (ff, h)), ("down_proj", (h, ff))):
+            tensors[f"{p}mlp.{name}.weight"] = random_tensor(*shape)
+        for name in ("q_norm", "k_norm"):
+            tensors[f"{p}self_attn.{name}.weight"] = ones(hd)
+        for name in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"):
+            tensors[f"{p}{name}.weight"] = ones(h)
+    tensors["model.language_model.norm.weight"] = ones(h)
+    make_gguf.write_safetensors(os.path.join(folder, "model.safetensors"), tensors)
+
+
+def six_bits(s, source):
+    """Q6_K: as an embedding that it holds exactly, beside Q4_0 as llama.cpp's quantiser makes it, and in matrices."""
+    model = s.file("wide")
+    wide(model, source)
+    make_gguf.make(model, s.file("six-table"), tables="Q6_K")
+    for mode in ("exact", "bf16", "q8", "q4"):
+        same(f"Q6_K table in {mode}", answers(s, s.file("six-table"), "--mode", mode), answers(s, model, "--mode", mode))
+    make_gguf.make(model, s.file("six-four"), "Q4_0", tables="Q6_K")
+    make_gguf.make(model, s.file("six"), "Q6_K", rounded=s.file("six-rounded"))
+    same("Q6_K rounded", answers(s, s.file("six")), answers(s, s.file("six-rounded")))
+    refused(s, s.file("six"), "the Q6_K value", "--mode", "exact")
+    for folder, modes in (("six-four", ("q4", "q8")), ("six", ("q4", "bf16"))):
+        for mode in modes:
+            one = answers(s, s.file(folder), "--mode", mode)
+            for layout in (["--pp", "2"], ["--tp", "2"]):
+                same(f"{folder} {mode} {layout}", answers(s, s.file(folder), "--mode", mode, "--ranks", "2", *layout), one)
+    answers(s, s.file("six"), "--mode", "q4", "--tp", "2", "--tp-reduce", "sum")  # a part's columns begin inside a block of 256
+    pack = subprocess.run([st.shoal(), "pack", "-q", "-m", s.file("six-four"), "-o", s.file("six-packed"), "--mode", "q4"],
+                          capture_output=True, text=True, timeout=60)
+    same("pack of Q6_K", (pack.returncode, pack.stderr), (0, ""))
+    same("packed Q6_K", answers(s, s.file("six-packed")), answers(s, s.file("six-four"), "--mode", "q4"))
+
+
 def main():
     with st.Scratch() as s:
         moe, ple = os.path.join(st.MODELS, "26b-a4b-sharded"), os.path.join(st.MODELS, "e2b-like")
@@ -93,6 +210,8 @@ def main():
                for m in (moe, s.file("linked/model.gguf"))]
         same("tokenize -m FILE", ids[1], ids[0])
         packs(s, want[0])
+        six_bits(s, ple)
+        alone(s)
         shutil.copy(s.file("rQ4_0e2b-like/model.safetensors"), s.file("Q8_0"))
         refused(s, s.file("Q8_0/model.gguf"), "model.safetensors lies beside it and counts before GGUF")
         shutil.copy(s.file("Q4_0/model.gguf"), s.file("Q4_0-e2b-like/second.gguf"))

@@ -2,10 +2,12 @@
 """Writes a text checkpoint as GGUF, with llama.cpp's names, and the safetensors checkpoint that the GGUF's values make when they are
 rounded to bf16. Standard library only.
 
-  make_gguf.py FROM TO [--type BF16|F16|F32|Q8_0|Q4_0] [--parts N] [--tables TYPE] [--split-experts] [--rounded FOLDER]
+  make_gguf.py FROM TO [--type BF16|F16|F32|Q8_0|Q6_K|Q4_0] [--parts N] [--tables TYPE] [--split-experts] [--rounded FOLDER]
+               [--alone]
 
 FROM is a checkpoint folder with BF16 tensors. As llama.cpp does: vectors and the router are F32, per_layer_model_proj is BF16, and
-matrices whose rows are no multiple of 32 stay BF16. With the package gguf installed, --check reads the result with it and compares."""
+matrices whose rows are no multiple of a block stay BF16. With the package gguf installed, --check reads the result with it and compares.
+--alone: with all metadata of llama.cpp's converter, and no file beside."""
 import argparse
 import array
 import glob
@@ -33,7 +35,8 @@ MODEL = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm
          "embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
          "per_layer_model_projection.weight": "per_layer_model_proj.weight",
          "per_layer_projection_norm.weight": "per_layer_proj_norm.weight"}
-TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
+BLOCK = {"Q4_0": 32, "Q8_0": 32, "Q6_K": 256}
 
 
 def gguf_name(name):
@@ -93,12 +96,34 @@ def quantise(x, kind):
     return bytes(out), values
 
 
+def quantise_super(x):
+    """(bytes, values) of one row in Q6_K: 16 scales a block, each from the largest of its 16 values. The largest scale is 64, so
+    that powers of two stay exact."""
+    out, values = bytearray(), []
+    for i in range(0, len(x), 256):
+        steps = [max(x[k:k + 16], key=abs) / -32 for k in range(i, i + 256, 16)]
+        b, d = half(max(map(abs, steps)) / 64)
+        scales = [max(-64, min(64, round(v / d))) if d else 0 for v in steps]
+        q = []
+        for k in range(256):
+            step = d * scales[k // 16]
+            q.append(max(-32, min(31, round(x[i + k] / step))) if step else 0)
+        values += [d * scales[k // 16] * q[k] for k in range(256)]
+        low, high = bytearray(128), bytearray(64)
+        for k in range(256):
+            part, run, place = k // 128, k % 128 // 32, k % 32
+            low[64 * part + 32 * (run % 2) + place] |= (q[k] + 32 & 15) << 4 * (run // 2)
+            high[32 * part + place] |= (q[k] + 32 >> 4) << 2 * run
+        out += low + high + struct.pack("16b", *scales) + b
+    return bytes(out), values
+
+
 def convert(name, shape, bf16, kind, tables=None):
     """(type, bytes, values as bf16) of a tensor."""
     g = gguf_name(name)
     if len(shape) < 2 or g.endswith("ffn_gate_inp.weight"):
         return "F32", floats(bf16).tobytes(), bf16
-    if kind in ("Q8_0", "Q4_0") and (shape[-1] % 32 or g == "per_layer_model_proj.weight"):
+    if kind in BLOCK and (shape[-1] % BLOCK[kind] or g == "per_layer_model_proj.weight"):
         kind = "BF16"
     if tables and g in ("token_embd.weight", "per_layer_token_embd.weight"):
         kind = tables
@@ -110,19 +135,32 @@ def convert(name, shape, bf16, kind, tables=None):
     if kind == "F16":
         b = struct.pack(f"<{len(x)}e", *x)  # small numbers lose bits
         return kind, b, to_bf16(struct.unpack(f"<{len(x)}e", b))
-    out, values = quantise(x, kind)
+    out, values = quantise_super(x) if kind == "Q6_K" else quantise(x, kind)
     return kind, out, to_bf16(values)
 
 
 def string(s):
-    return struct.pack("<Q", len(s)) + s.encode()
+    return struct.pack("<Q", len(s.encode())) + s.encode()
+
+
+def typed(v):
+    """Type and value of a key: bool, int (u32), float (f32), str, or a list of bool, int (i32) or str."""
+    if isinstance(v, list):
+        kind = type(v[0])
+        each = {bool: 7, int: 5, str: 8}[kind]
+        values = [string(x) if kind is str else struct.pack("<?" if kind is bool else "<i", x) for x in v]
+        return struct.pack("<IIQ", 9, each, len(v)) + b"".join(values)
+    if isinstance(v, str):
+        return struct.pack("<I", 8) + string(v)
+    return struct.pack("<I?", 7, v) if isinstance(v, bool) else struct.pack("<If", 6, v) if isinstance(v, float) else \
+        struct.pack("<II", 4, v)
 
 
 def write_gguf(path, tensors, keys):
-    """tensors: [(name, shape, type, bytes)]; keys: [(name, value)], values being int (u32) or str."""
+    """tensors: [(name, shape, type, bytes)]; keys: [(name, value)]."""
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
     for k, v in keys:
-        head += string(k) + (struct.pack("<I", 8) + string(v) if isinstance(v, str) else struct.pack("<II", 4, v))
+        head += string(k) + typed(v)
     at, data = 0, bytearray()
     for name, shape, kind, b in tensors:
         dims = list(reversed(shape)) or [1]
@@ -150,6 +188,75 @@ def copy_rest(source, to):
             shutil.copy(os.path.join(source, name), os.path.join(to, name))
 
 
+def read_json(folder, name):
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def of_layers(c):
+    """(head_dim, KV heads) of full layers, in either spelling."""
+    head_dim, kv = c.get("global_head_dim"), c.get("num_global_key_value_heads")
+    for i, o in (c.get("per_layer_config") or {}).items():
+        if c["layer_types"][int(i)] == "full_attention":
+            return o["head_dim"], o.get("num_key_value_heads")
+    return head_dim, kv
+
+
+def model_keys(source):
+    """What llama.cpp's converter makes of config.json and generation_config.json."""
+    c = read_json(source, "config.json")
+    c = {**c, **c.get("text_config", {})}
+    g, n, full = read_json(source, "generation_config.json"), c["num_hidden_layers"], of_layers(c)
+    sliding = [t == "sliding_attention" for t in c["layer_types"]]
+    shared, a = c["num_kv_shared_layers"], "gemma4.attention."
+    keys = [("general.sampling." + k, g[j]) for k, j in (("temp", "temperature"), ("top_p", "top_p"), ("top_k", "top_k")) if j in g]
+    keys += [("gemma4.block_count", n), ("gemma4.context_length", c["max_position_embeddings"]),
+             ("gemma4.embedding_length", c["hidden_size"]),
+             ("gemma4.embedding_length_per_layer_input", c.get("hidden_size_per_layer_input") or 0),
+             ("gemma4.feed_forward_length", [c["intermediate_size"] * (2 if i >= n - shared else 1) for i in range(n)]
+              if c.get("use_double_wide_mlp") else c["intermediate_size"]),
+             (a + "head_count", c["num_attention_heads"]),
+             (a + "head_count_kv", [c["num_key_value_heads"] if s else full[1] for s in sliding] if full[1] else c["num_key_value_heads"]),
+             (a + "key_length", full[0]), (a + "value_length", full[0]), (a + "key_length_swa", c["head_dim"]),
+             (a + "value_length_swa", c["head_dim"]), (a + "sliding_window", c["sliding_window"]),
+             (a + "sliding_window_pattern", sliding), (a + "shared_kv_layers", shared),
+             (a + "layer_norm_rms_epsilon", float(c["rms_norm_eps"])),
+             ("gemma4.final_logit_softcapping", float(c["final_logit_softcapping"])),
+             ("gemma4.rope.freq_base", float(c["rope_parameters"]["full_attention"]["rope_theta"])),
+             ("gemma4.rope.freq_base_swa", float(c["rope_parameters"]["sliding_attention"]["rope_theta"])),
+             ("gemma4.rope.dimension_count", full[0]), ("gemma4.rope.dimension_count_swa", c["head_dim"])]
+    if c.get("num_experts"):
+        keys += [("gemma4.expert_count", c["num_experts"]), ("gemma4.expert_used_count", c["top_k_experts"]),
+                 ("gemma4.expert_feed_forward_length", c["moe_intermediate_size"])]
+    pairs = full[0] // 2
+    turned = int(full[0] * c["rope_parameters"]["full_attention"]["partial_rotary_factor"] / 2)
+    return keys, struct.pack(f"<{pairs}f", *[1.0] * turned, *[1e30] * (pairs - turned))
+
+
+SHOWN = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", "<|\"|>"}
+
+
+def tokenizer_keys(source):
+    """What it makes of the tokenizer's files: tokens that tokenizer_config.json names are of type 3, some of type 4."""
+    t, c = read_json(source, "tokenizer.json"), read_json(source, "tokenizer_config.json")
+    vocab, a = t["model"]["vocab"], "tokenizer.ggml."
+    tokens = sorted(vocab, key=vocab.get)
+    named = {v for k, v in c.items() if k.endswith("_token") and isinstance(v, str)} | set(c.get("extra_special_tokens", []))
+    kind = lambda x: 4 if x in SHOWN else 3 if x in named else 6 if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", x) else 1
+    keys = [(a + "model", "gemma4"), (a + "tokens", tokens), (a + "token_type", [kind(x) for x in tokens]),
+            (a + "merges", [x if isinstance(x, str) else " ".join(x) for x in t["model"]["merges"]])]
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad"), ("mask", "mask")):
+        keys.append((f"{a}{key}_token_id", vocab[c[name + "_token"]]))
+    path = os.path.join(source, "chat_template.jinja")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            keys.append(("tokenizer.chat_template", f.read()))
+    return keys + [(a + "add_space_prefix", False), (a + "add_bos_token", True)]
+
+
 def split_experts(name, shape, kind, b):
     """ffn_gate_up_exps as ffn_gate_exps and ffn_up_exps."""
     if not name.endswith("ffn_gate_up_exps.weight"):
@@ -160,15 +267,20 @@ def split_experts(name, shape, kind, b):
             (name.replace("gate_up", "up"), half_shape, kind, b"".join(parts[1::2]))]
 
 
-def make(source, to, kind="BF16", parts=1, rounded=None, split=False, tables=None):
-    out, values = [("rope_freqs.weight", [4], "F32", struct.pack("<4f", 1, 1, 1e30, 1e30))], {}
+def make(source, to, kind="BF16", parts=1, rounded=None, split=False, tables=None, alone=False):
+    more, freqs = model_keys(source) if alone else ([], struct.pack("<4f", 1, 1, 1e30, 1e30))
+    out, values = [("rope_freqs.weight", [len(freqs) // 4], "F32", freqs)], {}
     for name, (shape, b) in read_checkpoint(source).items():
         t, data, back = convert(name, shape, b, kind, tables)
         made = (gguf_name(name), shape, t, data)
         out += split_experts(*made) if split else [made]
         values[name] = (shape, back)
-    copy_rest(source, to)
-    keys = [("general.architecture", "gemma4"), ("general.name", "fixture")]
+    keys = [("general.architecture", "gemma4"), ("general.name", "fixture")] + more
+    if alone:
+        os.makedirs(to, exist_ok=True)
+        keys += tokenizer_keys(source)
+    else:
+        copy_rest(source, to)
     for p in range(parts):
         name = "model.gguf" if parts == 1 else f"model-{p + 1:05d}-of-{parts:05d}.gguf"
         mine = out[p * len(out) // parts:(p + 1) * len(out) // parts]
@@ -191,7 +303,7 @@ def check(source, to, kind, tables):
                 continue
             shape, k, data, back = want.pop(t.name)
             same = t.tensor_type.name == k and [int(x) for x in t.shape] == (list(reversed(shape)) or [1]) and t.data.tobytes() == data
-            if k in ("Q8_0", "Q4_0"):
+            if k in BLOCK:
                 same = same and to_bf16(gguf.quants.dequantize(t.data, t.tensor_type).ravel().tolist()) == back
             if not same:
                 sys.exit(f"{path}: {t.name}: the package gguf reads something else")
@@ -207,8 +319,9 @@ def main():
     a.add_argument("--tables", choices=TYPES, help="of token_embd and per_layer_token_embd")
     a.add_argument("--rounded")
     a.add_argument("--check", action="store_true")
+    a.add_argument("--alone", action="store_true")
     a = a.parse_args()
-    make(a.source, a.to, a.type, a.parts, a.rounded, a.split_experts, a.tables)
+    make(a.source, a.to, a.type, a.parts, a.rounded, a.split_experts, a.tables, a.alone)
     if a.check:
         check(a.source, a.to, a.type, a.tables)
 

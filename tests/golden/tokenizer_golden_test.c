@@ -1,6 +1,7 @@
 /* Token ids and decoded text of the recorded goldens, every one equal: small tokenizers, the full Gemma 4 and Gemma 3
  * vocabularies (unpacked into a temporary folder), small random ones of all supported kinds (tokenizer_extra.json, made
- * by make_tokenizer_cases.py; a file made so may be given as argument), and the outputs of the demo batch. */
+ * by make_tokenizer_cases.py; a file made so may be given as argument), and the outputs of the demo batch. The same out
+ * of the metadata of GGUF files that have what tokenizer.json has. */
 #include <CUnit/Basic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,6 +12,7 @@
 #include "common/file.h"
 #include "common/json.h"
 #include "model/tokenizer.h"
+#include "tests/gguf_maker.h"
 
 static int failures;
 
@@ -189,6 +191,49 @@ static void test_gemma4(void) {
     check_real("gemma4");
 }
 
+/* A tokenizer out of a GGUF file alone that has the keys which llama.cpp's converter makes of this tokenizer.json.
+ * Where tokenizer.json adds no <bos>, the keys do all the same (the converter always says so): a tokenizer_config.json
+ * beside the file says what counts. */
+static void check_metadata(const char *file, const char *golden, bool adds_bos, int bos, int eos) {
+    static const char *const shown[] = {"<|channel>",       "<channel|>",       "<|tool_call>", "<tool_call|>",
+                                        "<|tool_response>", "<tool_response|>", "<|\"|>",       NULL};
+    char dir[512];
+    make_folder(dir, sizeof dir);
+    json_t *j = read_json(file);
+    gm_file f = {0};
+    gm_tokenizer(&f, j, shown, bos, eos);
+    gm_bytes b = gm_whole(&f);
+    ck_put(dir, "m.gguf", b.p, b.n);
+    if (!adds_bos) ck_put(dir, "tokenizer_config.json", "{\"add_bos_token\": false}", 24);
+    sh_tokenizer *t = NULL;
+    double start = sh_now();
+    sh_status st = sh_tokenizer_load(dir, &t);
+    printf(" %zu bytes of keys loaded in %.2f s", b.n, sh_now() - start);
+    if (st != SH_OK) fail(file, 0, sh_error_text());
+    if (t) {
+        CU_ASSERT_EQUAL(sh_tokenizer_adds_bos(t), adds_bos);
+        check_cases(t, golden);
+    }
+    sh_tokenizer_destroy(&t);
+    free(b.p);
+    gm_release(&f);
+    json_decref(j);
+    CU_ASSERT_EQUAL(sh_path_remove(dir), SH_OK);
+}
+
+static void test_metadata(void) {
+    char dir[512], cmd[2048], file[600];
+    static const char *const golden = SH_TEST_DATA "/text/golden/tokenizer_small.json";
+    check_metadata(SH_TEST_DATA "/text/models/e2b-like/tokenizer.json", golden, false, 10, 3);
+    check_metadata(SH_TEST_DATA "/text/models/26b-a4b-sharded/tokenizer.json", golden, true, 10, 3);
+    make_folder(dir, sizeof dir);
+    snprintf(file, sizeof file, "%s/t.json", dir);
+    snprintf(cmd, sizeof cmd, "gzip -dc '" SH_TEST_DATA "/real/gemma4_tokenizer.json.gz' > %s", file);
+    CU_ASSERT_EQUAL_FATAL(system(cmd), 0);
+    check_metadata(file, SH_TEST_DATA "/text/golden/tokenizer_gemma4.json", false, 2, 1);
+    CU_ASSERT_EQUAL(sh_path_remove(dir), SH_OK);
+}
+
 static void test_gemma3(void) {
     check_real("gemma3");
 }
@@ -222,6 +267,7 @@ int main(int argc, char **argv) {
     CU_add_test(s, "small tokenizers", test_small);
     CU_add_test(s, "Gemma 4", test_gemma4);
     CU_add_test(s, "Gemma 3", test_gemma3);
+    CU_add_test(s, "metadata of GGUF", test_metadata);
     CU_add_test(s, "demo outputs", test_demo);
     CU_basic_set_mode(CU_BRM_VERBOSE);
     CU_basic_run_tests();

@@ -230,10 +230,18 @@ static void test_refused(void) {
             "tensor name at offset 317: 18446744073709551615 bytes: at most 64");
     refused(WITH(f_.name = ""), SH_EFORMAT, "tensor name at offset 317: empty, or not printable ASCII");
     refused(WITH(f_.name = "token_embd.weight"), SH_EFORMAT, "tensor token_embd.weight is there twice");
-    refused(WITH(f_.type = 14), SH_EUNSUPPORTED,
-            "blk.0.attn_q.weight: type 14 (Q6_K): allowed are F32, F16, BF16, Q8_0 and Q4_0");
+    refused(WITH(f_.type = 3), SH_EUNSUPPORTED,
+            "blk.0.attn_q.weight: type 3 (Q4_1): allowed are F32, F16, BF16, Q8_0, Q6_K and Q4_0");
+    refused(WITH(f_.type = 6), SH_EUNSUPPORTED,
+            "blk.0.attn_q.weight: type 6 (Q5_0): allowed are F32, F16, BF16, Q8_0, Q6_K and Q4_0");
+    refused(WITH(f_.type = 12), SH_EUNSUPPORTED,
+            "blk.0.attn_q.weight: type 12 (Q4_K): allowed are F32, F16, BF16, Q8_0, Q6_K and Q4_0");
     refused(WITH(f_.type = 4000), SH_EUNSUPPORTED,
-            "blk.0.attn_q.weight: type 4000 (?): allowed are F32, F16, BF16, Q8_0 and Q4_0");
+            "blk.0.attn_q.weight: type 4000 (?): allowed are F32, F16, BF16, Q8_0, Q6_K and Q4_0");
+    refused(WITH(f_.type = 14), SH_EFORMAT, "blk.0.attn_q.weight: rows of 64 items: Q6_K takes multiples of 256");
+    refused(WITH(f_.type = 14; f_.row = 256), SH_EFORMAT,
+            "model.language_model.layers.0.self_attn.q_proj.weight: 420 bytes at offset 64 of 272 bytes of data: is "
+            "the file truncated?");
     refused(WITH(f_.rank = 5), SH_EFORMAT, "blk.0.attn_q.weight: 5 dimensions: allowed are 1 to 4");
     refused(WITH(f_.row = 0), SH_EFORMAT, "blk.0.attn_q.weight: dimension 0: zero, or the product overflows");
     refused(WITH(f_.row = 1ll << 62), SH_EFORMAT,
@@ -388,6 +396,33 @@ static float pack_error(const sh_kernels *kn, const sh_tensor *t, sh_wtype type)
     return worst;
 }
 
+/* Q6_K, by its definition in ggml: of 128 items in each half of a block, item l of run r (32 items each) has the low
+ * bits of byte 64·half + 32·(r mod 2) + l, low half of it for r < 2, and bits 2r of byte 128 + 32·half + l. */
+static float super_value(const uint8_t *data, int i) {
+    const uint8_t *p = data + (size_t)(i / 256) * 210;
+    int at = i % 256, half = at / 128, r = at % 128 / 32, l = at % 32;
+    uint16_t d;
+    memcpy(&d, p + 208, 2);
+    int low = p[64 * half + 32 * (r & 1) + l], high = p[128 + 32 * half + l];
+    int q = ((r >= 2 ? low >> 4 : low & 15) | ((high >> (2 * r)) & 3) << 4) - 32;
+    return (float)((double)sh_half_to_float(d) * (double)(int8_t)p[192 + at / 16] * (double)q);
+}
+
+static void test_super_values(void) {
+    enum { N = 3 * 256 };
+    uint8_t data[N / 256 * 210];
+    sh_tensor t = {.dtype = SH_Q6_K, .rank = 2, .shape = {1, N}, .data = data, .bytes = sizeof data};
+    for (int i = 0; i < 300; i++) {
+        for (size_t k = 0; k < sizeof data; k++) data[k] = (uint8_t)rand();
+        for (size_t k = 209; k < sizeof data; k += 210) data[k] = (uint8_t)((data[k] & 0x83) | (rand() % 16) << 2);
+        int from = rand() % N, n = rand() % (N - from + 1), bad = 0;
+        float out[N];
+        sh_blocks_floats(&t, from, n, out);
+        for (int k = 0; k < n; k++) bad += out[k] != super_value(data, from + k);
+        CU_ASSERT_EQUAL(bad, 0);
+    }
+}
+
 static void test_packing(void) {
     uint8_t data[34 * ROWS * K / 32];
     const sh_kernels *kn = NULL;
@@ -411,7 +446,8 @@ int main(void) {
     if (!s || !CU_add_test(s, "a good file", test_good) || !CU_add_test(s, "truncated everywhere", test_truncated) ||
         !CU_add_test(s, "refused", test_refused) || !CU_add_test(s, "random damage", test_damage) ||
         !CU_add_test(s, "parts and folders", test_parts) || !CU_add_test(s, "names", test_names) ||
-        !CU_add_test(s, "values of blocks", test_values) || !CU_add_test(s, "packing", test_packing))
+        !CU_add_test(s, "values of blocks", test_values) || !CU_add_test(s, "values of Q6_K", test_super_values) ||
+        !CU_add_test(s, "packing", test_packing))
         return 1;
     CU_basic_set_mode(CU_BRM_VERBOSE);
     CU_basic_run_tests();
