@@ -17,10 +17,18 @@ static int64_t of_prompt(const sh_request *r) {
     return ((int64_t)r->prompt.n + SH_TAIL_PROMPT - 1) / SH_TAIL_PROMPT;
 }
 
+/* Up to one of 8 numbers in each octave: the store then has few places in its order where requests come and go, and
+ * those that are about alike stay in the order of their lines. */
+static int64_t rounded(int64_t n) {
+    int64_t step = 1;
+    while (n / step >= 16) step *= 2;
+    return (n + step - 1) / step * step;
+}
+
 int64_t sh_tail_length_of(const sh_request *r) {
     int64_t most = r->sampling.max_tokens;
     if (r->unlimited) most += (int64_t)r->prompt.n; /* the context: a long prompt does not make the answer shorter */
-    return most + of_prompt(r);
+    return rounded(most + of_prompt(r));
 }
 
 void sh_tail_add(sh_tail *t, int kind, int64_t sum, int64_t longest) {

@@ -43,7 +43,8 @@ typedef struct sh_tail {
 void sh_tail_init(sh_tail *t);
 /* What is known of a request that can run. */
 sh_tail_kind sh_tail_kind_of(const sh_request *r);
-int64_t sh_tail_length_of(const sh_request *r); /* ≥ 1 */
+/* ≥ 1; up to an eighth too long, so that there are few different ones. */
+int64_t sh_tail_length_of(const sh_request *r);
 /* A sum over requests of a kind that wait, and the longest of them: more of them are there. */
 void sh_tail_add(sh_tail *t, int kind, int64_t sum, int64_t longest);
 /* A request was taken from the store. */

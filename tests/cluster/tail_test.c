@@ -9,7 +9,8 @@
 enum {
     SHORT = 5,
     LONG = 60,
-    N = 100, /* short lines; line N + 1 is long */
+    COUNTS = 64, /* what the long one counts as: with its prompt of 3 tokens 61, and that is rounded */
+    N = 100,     /* short lines; line N + 1 is long */
     PLACES = 4,
     ROOM = 8 /* requests that the group takes at once */
 };
@@ -20,10 +21,9 @@ static void make_file(sh_buf *b, int n) {
     add_line(b, n + 1, LONG);
 }
 
-/* Requests that wait when the rule lets the long one go first: twice its length on all places. A prompt of 3 tokens
- * counts as one more. */
+/* Requests that wait when the rule lets the long one go first: twice its length on all places. */
 static int left_then(void) {
-    return (2 * PLACES * (LONG + 1) - (LONG + 1)) / (SHORT + 1) + 1;
+    return (2 * PLACES * COUNTS - COUNTS) / (SHORT + 1) + 1;
 }
 
 static int place_of(const fake *f, uint64_t key) {

@@ -25,7 +25,7 @@ PROGRAMS = {"release": (("unit", "golden", "kernels", "cluster"), 300), "asan": 
 
 # MPI is not instrumented: what starts ranks by mpirun runs in release alone. The thread sanitizer does not follow a fork.
 # Sanitizers replace malloc, which alloc_test would count.
-LEFT_OUT = {"asan": {"mpi_test", "alloc_test"}, "tsan": {"mpi_test", "coordinator_test", "alloc_test"}}
+LEFT_OUT = {"asan": {"mpi_test", "alloc_test"}, "tsan": {"mpi_test", "coordinator_test", "tail_test", "alloc_test"}}
 ADDED = {"tsan": ["unit/link_local_test"]}
 
 
