@@ -9,18 +9,51 @@
 #include <unistd.h>
 #include "common/file.h"
 #include "common/hash.h"
+#include "common/limits.h"
+#include "common/buf.h"
 
 enum { BLOCK = 1 << 20 };
 
-static void count_lines(const char *p, size_t n, bool *inside, uint64_t *lines) {
-    for (size_t i = 0; i < n; i++) {
-        if (p[i] == '\n')
-            *inside = false;
-        else if (!*inside && p[i] != ' ' && p[i] != '\t' && p[i] != '\r') {
-            *inside = true;
-            ++*lines;
-        }
+/* Lines as they pass in blocks. */
+typedef struct passing {
+    const sh_input_reader *reader;
+    uint64_t lines;
+    bool inside, wanted; /* a line that is not empty has begun; somebody wants it */
+    sh_buf part;         /* of it, as far as it came in earlier blocks */
+} passing;
+
+static sh_status end_line(passing *l, const char *p, size_t n) {
+    bool whole = l->part.len == 0, fits = l->part.len + n <= SH_MAX_LINE_BYTES;
+    if (l->wanted && fits && !whole) SH_TRY(sh_buf_add(&l->part, p, n));
+    if (l->wanted && fits)
+        l->reader->take(l->reader->ctx, whole ? p : (const char *)l->part.data, whole ? n : l->part.len);
+    sh_buf_clear(&l->part);
+    l->inside = l->wanted = false;
+    return SH_OK;
+}
+
+/* Bytes of one line, without its end. */
+static void pass_begin(passing *l, const char **p, const char *end) {
+    while (!l->inside && *p < end && (**p == ' ' || **p == '\t' || **p == '\r')) ++*p;
+    if (l->inside || *p == end) return;
+    l->inside = true;
+    l->wanted = l->reader && l->reader->wants(l->reader->ctx, l->lines);
+    l->lines++;
+}
+
+static sh_status pass_block(passing *l, const char *p, size_t n) {
+    for (const char *stop = p + n; p < stop;) {
+        const char *line_end = memchr(p, '\n', (size_t)(stop - p)), *end = line_end ? line_end : stop;
+        pass_begin(l, &p, end);
+        if (line_end)
+            SH_TRY(end_line(l, p, (size_t)(end - p)));
+        else if (l->wanted && l->part.len + (size_t)(end - p) <= SH_MAX_LINE_BYTES)
+            SH_TRY(sh_buf_add(&l->part, p, (size_t)(end - p)));
+        else
+            l->wanted = false; /* too long, or nobody's */
+        p = end + 1;
     }
+    return SH_OK;
 }
 
 /* Whole blocks are hashed, however short the reads are: the hash depends on the bytes alone. */
@@ -35,14 +68,13 @@ static ssize_t read_block(int fd, char *block) {
     return (ssize_t)n;
 }
 
-static sh_status scan(int fd, const char *path, char *block, sh_file_writer *copy, sh_input *in) {
-    bool inside = false;
+static sh_status scan(int fd, const char *path, char *block, sh_file_writer *copy, passing *l, sh_input *in) {
     for (;;) {
         ssize_t n = read_block(fd, block);
         if (n < 0 && errno == EINTR) SH_FAIL(SH_ECANCELLED, "-i: %s: interrupted while it was read", path);
         if (n < 0) SH_FAIL(SH_EINPUT, "-i: %s: cannot be read: %s", path, strerror(errno));
-        if (n == 0) return SH_OK;
-        count_lines(block, (size_t)n, &inside, &in->lines);
+        if (n == 0) return end_line(l, "", 0);
+        SH_TRY(pass_block(l, block, (size_t)n));
         in->bytes += (uint64_t)n;
         in->hash = sh_hash64(in->hash, block, (size_t)n);
         if (copy) SH_TRY(sh_file_writer_add(copy, block, (size_t)n));
@@ -55,7 +87,7 @@ bool sh_input_is_stream(const char *path) {
     return stat(path, &sb) == 0 && !S_ISREG(sb.st_mode) && !S_ISDIR(sb.st_mode);
 }
 
-sh_status sh_input_scan(const char *path, const char *spool, sh_input *out) {
+sh_status sh_input_scan(const char *path, const char *spool, const sh_input_reader *reader, sh_input *out) {
     bool standard = strcmp(path, "-") == 0;
     int fd = standard ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) SH_FAIL(SH_EINPUT, "-i: %s: cannot be opened: %s", path, strerror(errno));
@@ -66,10 +98,14 @@ sh_status sh_input_scan(const char *path, const char *spool, sh_input *out) {
     }
     sh_file_writer *copy = NULL;
     sh_input in = {0};
+    passing l = {.reader = reader};
+    sh_buf_init(&l.part, SH_MAX_LINE_BYTES + 1);
     char *block = malloc(BLOCK);
     sh_status st = block ? SH_OK : sh_error_set(SH_EMEMORY, __FILE__, __LINE__, "-i: no memory to read %s", path);
     if (st == SH_OK && sh_input_is_stream(path)) st = sh_file_writer_open(spool, &copy);
-    if (st == SH_OK) st = scan(fd, path, block, copy, &in);
+    if (st == SH_OK) st = scan(fd, path, block, copy, &l, &in);
+    in.lines = l.lines;
+    sh_buf_release(&l.part);
     if (st == SH_OK && copy) st = sh_file_writer_commit(&copy);
     sh_file_writer_destroy(&copy);
     free(block);

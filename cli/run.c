@@ -56,6 +56,9 @@ typedef struct run {
     Shoal__Plan *planned; /* of each group; the coordinator makes the same */
     sh_buf slurm_hosts;   /* of the allocation, where `hosts` names them */
     sh_input scanned;
+    sh_workguess *lengths; /* of its lines; NULL: nobody asks */
+    sh_cluster cluster;    /* these nodes, once they were looked at … */
+    bool looked, measured; /* … and whether their speed is known */
     sh_runstore folder;
     sh_progress progress;
     double began;
@@ -233,8 +236,7 @@ static sh_status choose_ranks(run *r, int numa, int most) {
 
 /* The lengths of the job's own requests, as far as they can be told without the tokenizer. */
 static void guess_workload(const run *r, sh_workload *w) {
-    const char *input = r->spooled ? r->fresh : r->input;
-    if (sh_workfile_guess(input, r->scanned.lines, r->shared.default_max_tokens, w) != SH_OK || w->n == 0) {
+    if (sh_workguess_end(r->lengths, r->scanned.lines, w) != SH_OK || w->n == 0) {
         *w = sh_workload_default(); /* every line may be wrong: rows will say so */
         w->requests = w->bin[0].requests = (double)r->scanned.lines;
     }
@@ -245,32 +247,36 @@ static int nodes_of(const run *r) {
     return r->launcher ? 0 : sh_hosts_count(r->hosts);
 }
 
+static sh_status look_at_machine(run *r, sh_probe_how how) {
+    if (r->looked && how == SH_PROBE_CACHED) return SH_OK;
+    SH_TRY(sh_probe_cluster(how, nodes_of(r), &r->cluster, &r->measured));
+    r->looked = true;
+    return SH_OK;
+}
+
 /* Where nothing is said and there is a choice: what the planner takes, with what is known of this machine's speed. */
 static sh_status choose_plan(run *r, const sh_machine *machine, const sh_workload *w) {
-    bool chosen = false, known;
-    sh_cluster k;
+    bool chosen = false;
     if (r->hosts && !r->slurm_hosts.len) return SH_OK; /* somebody else's choice */
     if (nodes_of(r) * machine->n_numa < 2) return SH_OK;
-    SH_TRY(sh_probe_cluster(SH_PROBE_CACHED, nodes_of(r), &k, &known));
-    return sh_plan_choose(&r->shared, r->config, &k, w, &chosen);
+    SH_TRY(look_at_machine(r, SH_PROBE_CACHED));
+    return sh_plan_choose(&r->shared, r->config, &r->cluster, w, &chosen);
 }
 
 /* Sequences at once and rows of a chunk, where they are not given: by the cost model, which is worth some seconds of
  * measuring for a job that takes minutes. Without measured speeds they stay the usual ones. */
 static sh_status choose_batch(run *r, const sh_workload *w) {
     sh_shared_options *s = &r->shared;
-    sh_cluster k;
     sh_plan_batch b;
-    bool known;
     if (nodes_of(r) < 1) return SH_OK;
-    SH_TRY(sh_probe_cluster(SH_PROBE_CACHED, nodes_of(r), &k, &known));
-    SH_TRY(sh_plan_tune(s, r->config, &k, w, r->ranks, r->replicas, &b));
-    if (!known && b.seconds > LONG_JOB) {
-        fprintf(stderr, "measuring the speed of this machine, once\n");
-        SH_TRY(sh_probe_cluster(SH_PROBE_MEASURE, nodes_of(r), &k, &known));
-        SH_TRY(sh_plan_tune(s, r->config, &k, w, r->ranks, r->replicas, &b));
+    SH_TRY(look_at_machine(r, SH_PROBE_CACHED));
+    SH_TRY(sh_plan_tune(s, r->config, &r->cluster, w, r->ranks, r->replicas, &b));
+    if (!r->measured && b.seconds > LONG_JOB) {
+        sh_progress_say(&r->progress, "note", "measuring the speed of this machine, once");
+        SH_TRY(look_at_machine(r, SH_PROBE_MEASURE));
+        SH_TRY(sh_plan_tune(s, r->config, &r->cluster, w, r->ranks, r->replicas, &b));
     }
-    if (!known || !b.max_seqs) return SH_OK;
+    if (!r->measured || !b.max_seqs) return SH_OK;
     if (!s->max_seqs) s->max_seqs = b.max_seqs;
     if (!s->chunk) s->chunk = b.chunk;
     return SH_OK;
@@ -288,7 +294,7 @@ static sh_status check_ranks(run *r) {
     r->memory = machine.memory;
     SH_TRY(take_allocation(r));
     sh_workload w = sh_workload_default();
-    if (!r->shared.plan && !r->shared.prefill) guess_workload(r, &w); /* which reads the input once more */
+    if (r->lengths) guess_workload(r, &w);
     SH_TRY(choose_plan(r, &machine, &w));
     r->ranks = sh_options_ranks(&r->shared);
     r->replicas = r->shared.replicas ? r->shared.replicas : 1;
@@ -344,7 +350,10 @@ static sh_status check_all(run *r) {
     r->spooled = sh_input_is_stream(r->input);
     if (!sh_file_exists(r->store_path) && r->spooled) SH_TRY(sh_dir_make(r->store_path));
     SH_TRY(check_own(r));
-    return sh_input_scan(r->input, r->fresh, &r->scanned);
+    if (r->shared.plan || r->shared.prefill) return sh_input_scan(r->input, r->fresh, NULL, &r->scanned);
+    SH_TRY(sh_workguess_create(r->shared.default_max_tokens, &r->lengths));
+    const sh_input_reader reader = sh_workguess_reader(r->lengths);
+    return sh_input_scan(r->input, r->fresh, &reader, &r->scanned);
 }
 
 static int complain(const run *r, sh_status st) {
@@ -474,6 +483,7 @@ static int run_with_store(run *r) {
                              .hosts = r->hosts,
                              .progress = &r->progress,
                              .model_name = r->model_name,
+                             .plan = r->planned,
                              .interrupted = &sh_interrupted};
     bool complete = false;
     sh_status st = sh_session_create(&so, &s);
@@ -532,6 +542,7 @@ int sh_cmd_run(int argc, char **argv) {
         rc = run_job(&r);
     }
     sh_buf_release(&r.slurm_hosts);
+    sh_workguess_destroy(&r.lengths);
     sh_plan_free(&r.planned);
     free(typed);
     return rc;

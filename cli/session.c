@@ -182,10 +182,12 @@ static void say_first_line(sh_session *s, const Shoal__GroupState *g) {
     const sh_shared_options *o = s->o.shared;
     char many[40] = "";
     if (s->o.replicas > 1) snprintf(many, sizeof many, "%d groups, each a ", s->o.replicas);
-    sh_progress_say(s->o.progress, "start", "%s, %s%s, mode %s, KV %s, %lld tokens of KV fit%s, %d in one sequence",
+    sh_progress_say(s->o.progress, "start",
+                    "%s, %s%s, mode %s, KV %s, %lld tokens of KV fit%s, %d in one sequence; %d sequences at once, %d "
+                    "prompt tokens a step",
                     s->o.model_name, many, g->plan ? g->plan : "one stage", sh_mode_name(sh_options_mode(o)),
                     sh_kv_type_name(sh_options_kv(o)), (long long)g->kv_total, s->o.replicas > 1 ? " in the first" : "",
-                    g->kv_tokens);
+                    g->kv_tokens, s->o.plan->max_seqs, s->o.plan->chunk);
     for (size_t i = 0; i < g->n_note; i++) sh_progress_say(s->o.progress, "note", "%s", g->note[i]);
     s->said_first = true;
 }

@@ -36,6 +36,7 @@ typedef struct sh_session_options {
     const char *launcher, *hosts; /* or NULL */
     sh_progress *progress;
     const char *model_name;             /* for the first line */
+    const Shoal__Plan *plan;            /* the same; borrowed */
     volatile sig_atomic_t *interrupted; /* becomes true by a signal */
 } sh_session_options;
 

@@ -43,7 +43,7 @@ static double text_tokens(const json_t *j) {
     return n + (json_is_object(j) ? TURN_TOKENS : 0);
 }
 
-static bool estimate(const char *line, size_t len, int usual, sh_workload *w) {
+static bool estimate(const char *line, size_t len, int usual, sh_workload_bin *to) {
     SH_CLEANUP(sh_json_release) json_t *j = NULL;
     int64_t most = usual, choices = 1;
     if (sh_json_parse("request", line, len, &j) != SH_OK || !json_is_object(j)) return false;
@@ -55,7 +55,7 @@ static bool estimate(const char *line, size_t len, int usual, sh_workload *w) {
     SH_IGNORE(sh_json_int(body, "max_tokens", 0, 1 << 30, &most));
     SH_IGNORE(sh_json_int(body, "max_completion_tokens", 0, 1 << 30, &most));
     SH_IGNORE(sh_json_int(body, "n", 1, 1024, &choices));
-    sh_workload_add(w, text_tokens(prompt), (double)most, (double)choices);
+    *to = (sh_workload_bin){.prompt = text_tokens(prompt), .output = (double)most, .requests = (double)choices};
     return true;
 }
 
@@ -68,6 +68,10 @@ static bool count(const sh_intake *in, const char *line, size_t len, uint64_t nu
     return good;
 }
 
+static void add(sh_workload *w, const sh_workload_bin *b) {
+    sh_workload_add(w, b->prompt, b->output, b->requests);
+}
+
 static sh_status read_lines(FILE *f, const sh_intake *in, uint64_t every, int usual, sh_workload *w, uint64_t *bad) {
     char *line = NULL;
     size_t room = 0;
@@ -75,7 +79,9 @@ static sh_status read_lines(FILE *f, const sh_intake *in, uint64_t every, int us
     ssize_t n;
     while ((n = getline(&line, &room, f)) > 0) {
         if (strspn(line, " \t\r\n") == (size_t)n || number++ % every) continue;
-        bool good = in ? count(in, line, (size_t)n, number, w) : estimate(line, (size_t)n, usual, w);
+        sh_workload_bin b;
+        bool good = in ? count(in, line, (size_t)n, number, w) : estimate(line, (size_t)n, usual, &b);
+        if (good && !in) add(w, &b);
         *bad += !good;
     }
     free(line);
@@ -103,7 +109,7 @@ sh_status sh_workfile_read(const char *path, const char *model_dir, int default_
         snprintf(note, note_size, "histogram %s", path);
         return st == SH_OK ? st : sh_error_prefix(st, "--workload");
     }
-    SH_TRY(sh_input_scan(path, NULL, &scanned));
+    SH_TRY(sh_input_scan(path, NULL, NULL, &scanned));
     sh_intake *in = NULL;
     const sh_intake_options io = {.default_max_tokens = usual};
     bool counted = sh_intake_create(model_dir, &io, &in) == SH_OK;
@@ -123,10 +129,54 @@ sh_status sh_workfile_read(const char *path, const char *model_dir, int default_
     return SH_OK;
 }
 
-sh_status sh_workfile_guess(const char *path, uint64_t lines, int default_max_tokens, sh_workload *out) {
-    uint64_t bad = 0;
+/* --- of lines that pass --------------------------------------------------------------------------------------------
+ */
+
+struct sh_workguess {
+    int usual, n;
+    uint64_t every;                    /* line i · every is at i; twice that when there is no more room */
+    sh_workload_bin at[2 * READ_MOST]; /* requests 0: no length could be told */
+};
+
+sh_status sh_workguess_create(int default_max_tokens, sh_workguess **out) {
+    sh_workguess *g = malloc(sizeof *g);
+    if (!g) SH_FAIL(SH_EMEMORY, "no memory for the lengths of %d requests", 2 * READ_MOST);
+    g->usual = default_max_tokens ? default_max_tokens : USUAL_OUTPUT;
+    g->n = 0;
+    g->every = 1;
+    *out = g;
+    return SH_OK;
+}
+
+void sh_workguess_destroy(sh_workguess **g) {
+    free(*g);
+    *g = NULL;
+}
+
+static bool wants(void *ctx, uint64_t number) {
+    sh_workguess *g = ctx;
+    if (number % g->every) return false;
+    if (g->n < 2 * READ_MOST) return true;
+    g->n = READ_MOST;
+    g->every *= 2;
+    for (int i = 1; i < g->n; i++) g->at[i] = g->at[2 * i];
+    return number % g->every == 0;
+}
+
+static void take(void *ctx, const char *line, size_t len) {
+    sh_workguess *g = ctx;
+    sh_workload_bin *to = &g->at[g->n++];
+    if (!estimate(line, len, g->usual, to)) *to = (sh_workload_bin){0};
+}
+
+sh_input_reader sh_workguess_reader(sh_workguess *g) {
+    return (sh_input_reader){.ctx = g, .wants = wants, .take = take};
+}
+
+sh_status sh_workguess_end(const sh_workguess *g, uint64_t lines, sh_workload *out) {
     *out = (sh_workload){0};
-    SH_TRY(read_requests(path, NULL, lines, default_max_tokens ? default_max_tokens : USUAL_OUTPUT, out, &bad));
+    for (int i = 0; i < g->n; i++)
+        if (g->at[i].requests > 0) add(out, &g->at[i]);
     if (out->n) out->requests = (double)lines;
     return out->n ? sh_workload_check(out) : SH_OK;
 }

@@ -20,6 +20,13 @@ int sh_allot_room(const sh_allot *s, int most) {
     return n < most ? n : most;
 }
 
+int sh_allot_places(const sh_allot *s) {
+    int n = 0;
+    for (int i = 0; i < s->n; i++)
+        if (s->group[i]->state == SH_GROUP_READY) n += s->group[i]->max_seqs;
+    return n;
+}
+
 sh_group *sh_allot_next(const sh_allot *s, const sh_running *r) {
     sh_group *best = NULL;
     for (int i = 0; i < s->n; i++) {

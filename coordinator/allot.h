@@ -38,6 +38,8 @@ bool sh_allot_fits(const sh_group *g, const sh_running *r);
 bool sh_allot_has_room(const sh_allot *s, const sh_group *g);
 /* Requests that leaders would take, up to `most`. */
 int sh_allot_room(const sh_allot *s, int most);
+/* Sequences that the groups that are up run at once. */
+int sh_allot_places(const sh_allot *s);
 /* The neediest leader that may get r (NULL: any request); NULL: none. */
 sh_group *sh_allot_next(const sh_allot *s, const sh_running *r);
 /* No group that is up can hold r, and none that could is to be expected: `expected` groups are up or will come. *most:

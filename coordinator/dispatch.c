@@ -1,4 +1,4 @@
-/* What is where. See dispatch.h. */
+/* What is where, and hearing of it; giving out is giving.c's. See dispatch.h. */
 #include "coordinator/dispatch.h"
 
 #include <inttypes.h>
@@ -8,46 +8,10 @@
 #include <time.h>
 #include "common/clock.h"
 #include "common/log.h"
-#include "coordinator/allot.h"
-#include "coordinator/group.h"
-#include "coordinator/running.h"
-#include "coordinator/tracelog.h"
+#include "coordinator/dispatch_int.h"
 #include "partition/placement.h"
 
-#define BUCKETS      16384
-#define FETCH        64 /* lines taken from the store at once */
 #define DONE_AT_ONCE 1024
-#define WAITING_MOST 4096 /* requests in hand that fit no group with room: no more are taken from the store */
-#define MOVE_AT_ONCE 64
-
-typedef struct fetched { /* a line on its way from the store to a group */
-    sh_stored_request r;
-    char *text;
-} fetched;
-
-struct sh_dispatch {
-    const sh_coordinator_options *o;
-    const sh_config *config;
-    sh_store *store;
-    sh_intake *intake;
-    sh_jobs *jobs;
-    sh_wire *wire;
-    double silent;
-    int expected; /* groups that are up or will come: a request that fits none of those that are up waits for them */
-    sh_group **group;
-    int n, cap, last_number;
-    sh_running *bucket[BUCKETS];
-    sh_running **waiting; /* came back from lost groups; in the buckets too */
-    int n_waiting, cap_waiting;
-    uint64_t progress;      /* tokens, scores and ends that were new */
-    const sh_group *tester; /* set apart for a suspect, or NULL */
-    uint64_t cursor;        /* unanswered requests up to this key were taken from the store */
-    bool exhausted;         /* there are none behind it */
-    bool unsaved;           /* progress of requests that came back must be committed before they are given out again */
-    sh_buf out;
-    sh_routing *routing; /* experts are placed by it; NULL: in even shares */
-    sh_tracelog *trace;  /* NULL: nobody asked for it */
-};
 
 /* --- life ----------------------------------------------------------------------------------------------------------
  */
@@ -77,7 +41,7 @@ sh_status sh_dispatch_create(const sh_coordinator_options *o, const sh_config *c
 void sh_dispatch_destroy(sh_dispatch **dp) {
     sh_dispatch *d = *dp;
     if (!d) return;
-    for (int i = 0; i < BUCKETS; i++)
+    for (int i = 0; i < SH_DISPATCH_BUCKETS; i++)
         for (sh_running *r = d->bucket[i], *next; r; r = next) {
             next = r->next;
             sh_running_destroy(&r);
@@ -95,28 +59,29 @@ void sh_dispatch_destroy(sh_dispatch **dp) {
 /* --- requests by key -----------------------------------------------------------------------------------------------
  */
 
-static sh_running *running_find(const sh_dispatch *d, uint64_t key) {
-    sh_running *r = d->bucket[key % BUCKETS];
+sh_running *sh_dispatch_find(const sh_dispatch *d, uint64_t key) {
+    sh_running *r = d->bucket[key % SH_DISPATCH_BUCKETS];
     while (r && r->key != key) r = r->next;
     return r;
 }
 
-static void running_insert(sh_dispatch *d, sh_running *r) {
-    r->next = d->bucket[r->key % BUCKETS];
-    d->bucket[r->key % BUCKETS] = r;
+void sh_dispatch_insert(sh_dispatch *d, sh_running *r) {
+    r->turn = d->turns++;
+    r->next = d->bucket[r->key % SH_DISPATCH_BUCKETS];
+    d->bucket[r->key % SH_DISPATCH_BUCKETS] = r;
 }
 
-static sh_group *group_by_number(const sh_dispatch *d, int number) {
+sh_group *sh_dispatch_group(const sh_dispatch *d, int number) {
     for (int i = 0; i < d->n; i++)
         if (d->group[i]->number == number) return d->group[i];
     return NULL;
 }
 
-static sh_allot allot_of(const sh_dispatch *d) {
+sh_allot sh_dispatch_allot(const sh_dispatch *d) {
     return (sh_allot){.group = d->group, .n = d->n, .tester = d->tester};
 }
 
-static bool is_suspect(const sh_running *r) {
+bool sh_dispatch_is_suspect(const sh_running *r) {
     return r->lost >= SH_SUSPECT_AT;
 }
 
@@ -127,16 +92,16 @@ static void clear_suspicion(sh_running *r, sh_group *owner) {
     r->lost = r->alone = 0;
 }
 
-static void set_owner(sh_dispatch *d, sh_running *r, sh_group *g) {
-    sh_group *before = group_by_number(d, r->group);
+void sh_dispatch_set_owner(sh_dispatch *d, sh_running *r, sh_group *g) {
+    sh_group *before = sh_dispatch_group(d, r->group);
     if (before) before->given--, before->unproven -= r->unproven, before->testing -= r->testing;
     r->group = g ? g->number : -1;
     r->unproven = g != NULL;
-    r->testing = g && is_suspect(r);
+    r->testing = g && sh_dispatch_is_suspect(r);
     if (g) g->given++, g->unproven++, g->testing += r->testing;
 }
 
-static void waiting_remove(sh_dispatch *d, const sh_running *r) {
+void sh_dispatch_unwait(sh_dispatch *d, const sh_running *r) {
     for (int i = 0; i < d->n_waiting; i++)
         if (d->waiting[i] == r) {
             memmove(d->waiting + i, d->waiting + i + 1, (size_t)(d->n_waiting - i - 1) * sizeof *d->waiting);
@@ -145,7 +110,7 @@ static void waiting_remove(sh_dispatch *d, const sh_running *r) {
         }
 }
 
-static sh_status waiting_add(sh_dispatch *d, sh_running *r) {
+sh_status sh_dispatch_wait(sh_dispatch *d, sh_running *r) {
     if (d->n_waiting == d->cap_waiting) {
         int cap = d->cap_waiting ? d->cap_waiting * 2 : 64;
         sh_running **p = realloc(d->waiting, (size_t)cap * sizeof *p);
@@ -153,17 +118,17 @@ static sh_status waiting_add(sh_dispatch *d, sh_running *r) {
         d->waiting = p;
         d->cap_waiting = cap;
     }
-    int at = d->n_waiting++; /* by age */
-    for (; at > 0 && d->waiting[at - 1]->key > r->key; at--) d->waiting[at] = d->waiting[at - 1];
+    int at = d->n_waiting++; /* by turn */
+    for (; at > 0 && d->waiting[at - 1]->turn > r->turn; at--) d->waiting[at] = d->waiting[at - 1];
     d->waiting[at] = r;
     return SH_OK;
 }
 
 /* Takes the request out of everything and frees it. */
-static void running_remove(sh_dispatch *d, sh_running *r) {
-    if (r->group < 0) waiting_remove(d, r);
-    set_owner(d, r, NULL);
-    sh_running **p = &d->bucket[r->key % BUCKETS];
+void sh_dispatch_remove(sh_dispatch *d, sh_running *r) {
+    if (r->group < 0) sh_dispatch_unwait(d, r);
+    sh_dispatch_set_owner(d, r, NULL);
+    sh_running **p = &d->bucket[r->key % SH_DISPATCH_BUCKETS];
     while (*p != r) p = &(*p)->next;
     *p = r->next;
     sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
@@ -176,7 +141,7 @@ static void running_remove(sh_dispatch *d, sh_running *r) {
     sh_running_destroy(&r);
 }
 
-static sh_status running_save(sh_dispatch *d, sh_running *r) {
+sh_status sh_dispatch_save_one(sh_dispatch *d, sh_running *r) {
     int saved = 0;
     if (sh_running_is_saved(r)) return SH_OK;
     SH_TRY(sh_running_save(r, d->store, &saved));
@@ -194,8 +159,8 @@ static sh_status save_routing(sh_dispatch *d) {
 }
 
 sh_status sh_dispatch_save(sh_dispatch *d) {
-    for (int i = 0; i < BUCKETS; i++)
-        for (sh_running *r = d->bucket[i]; r; r = r->next) SH_TRY(running_save(d, r));
+    for (int i = 0; i < SH_DISPATCH_BUCKETS; i++)
+        for (sh_running *r = d->bucket[i]; r; r = r->next) SH_TRY(sh_dispatch_save_one(d, r));
     return save_routing(d);
 }
 
@@ -239,7 +204,7 @@ static void say_leave(sh_dispatch *d, const sh_wire_peer *to, const char *reason
     say(d, to, &m);
 }
 
-static void say_cancel(sh_dispatch *d, const sh_group *g, uint64_t key) {
+void sh_dispatch_say_cancel(sh_dispatch *d, const sh_group *g, uint64_t key) {
     Shoal__ToRank m = SHOAL__TO_RANK__INIT;
     m.n_cancel = 1, m.cancel = &key;
     say(d, &g->seat[0].peer, &m);
@@ -277,7 +242,7 @@ static void suspect(const sh_dispatch *d, sh_running *r, const char *fault) {
     r->seen = d->progress;
 }
 
-static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault, bool lasting) {
+sh_status sh_dispatch_lose(sh_dispatch *d, sh_group *g, const char *fault, bool lasting) {
     sh_group_set_fault(g, fault, lasting);
     if (g->state == SH_GROUP_LOST) return SH_OK;
     if (d->o->run)
@@ -287,13 +252,13 @@ static sh_status group_lose(sh_dispatch *d, sh_group *g, const char *fault, bool
     g->state = SH_GROUP_LOST;
     g->here = 0;
     for (int i = 0; i < g->size; i++) say_leave(d, &g->seat[i].peer, fault);
-    for (int i = 0; i < BUCKETS; i++)
+    for (int i = 0; i < SH_DISPATCH_BUCKETS; i++)
         for (sh_running *r = d->bucket[i]; r; r = r->next) {
             if (r->group != g->number) continue;
             suspect(d, r, fault);
-            set_owner(d, r, NULL);
-            SH_TRY(running_save(d, r));
-            SH_TRY(waiting_add(d, r));
+            sh_dispatch_set_owner(d, r, NULL);
+            SH_TRY(sh_dispatch_save_one(d, r));
+            SH_TRY(sh_dispatch_wait(d, r));
             d->unsaved = true;
         }
     return SH_OK;
@@ -395,7 +360,7 @@ static sh_status group_add(sh_dispatch *d, const Shoal__Hello *h, sh_group **out
     if (group_plan(d, g) == SH_OK) return SH_OK;
     char why[1024];
     snprintf(why, sizeof why, "%s", sh_error_text());
-    SH_TRY(group_lose(d, g, why, true));
+    SH_TRY(sh_dispatch_lose(d, g, why, true));
     /* In a run every group has this shape: none can ever serve. */
     return d->o->run ? sh_jobs_fail(d->jobs, why) : SH_OK;
 }
@@ -431,7 +396,7 @@ static bool hello_is_good(const Shoal__Hello *h) {
            n <= SH_MAX_GROUP_NAME;
 }
 
-static sh_status send_work(sh_dispatch *d, const sh_running *r, const sh_group *g) {
+sh_status sh_dispatch_send_work(sh_dispatch *d, const sh_running *r, const sh_group *g) {
     sh_buf work;
     sh_buf_init(&work, 0);
     sh_status st = sh_running_work(r, &work);
@@ -443,10 +408,10 @@ static sh_status send_work(sh_dispatch *d, const sh_running *r, const sh_group *
 /* A leader that comes over a new connection may have lost what was on its way over the old one. Work that it has is
  * known by its key. */
 static sh_status give_again(sh_dispatch *d, const sh_group *g) {
-    for (int i = 0; i < BUCKETS; i++)
+    for (int i = 0; i < SH_DISPATCH_BUCKETS; i++)
         for (const sh_running *r = d->bucket[i]; r; r = r->next) {
             if (r->group != g->number) continue;
-            sh_status st = send_work(d, r, g);
+            sh_status st = sh_dispatch_send_work(d, r, g);
             if (st == SH_EPEER) return SH_OK; /* gone again: it will say hello, or its silence is noticed */
             SH_TRY(st);
         }
@@ -491,7 +456,7 @@ static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) 
     if (st == SH_EINPUT) {
         char why[1024];
         snprintf(why, sizeof why, "%s", sh_error_text());
-        SH_TRY(group_lose(d, g, why, true)); /* other groups of a run may have the right ones */
+        SH_TRY(sh_dispatch_lose(d, g, why, true)); /* other groups of a run may have the right ones */
         return d->o->run && d->expected <= 1 ? sh_jobs_fail(d->jobs, why) : SH_OK;
     }
     SH_TRY(st);
@@ -536,6 +501,7 @@ static sh_status adopt(void *ctx, const sh_stored_request *q) {
     a->done = q->done;
     if (q->done || !e || e->job.state == SH_JOB_CANCELLED) return SH_OK;
     sh_jobs_use(a->d->jobs, e);
+    if (q->length > 0) sh_tail_take(&e->tail, q->kind, q->length);
     return sh_running_create(a->d->intake, a->d->store, q, &a->r);
 }
 
@@ -548,16 +514,16 @@ static sh_status take_up(sh_dispatch *d, sh_group *g, uint64_t key, sh_running *
     if (a.done)
         SH_TRY(sh_group_add_done(g, key));
     else if (!a.r)
-        say_cancel(d, g, key);
+        sh_dispatch_say_cancel(d, g, key);
     if (!a.r) return SH_OK;
-    running_insert(d, a.r);
-    set_owner(d, a.r, g);
+    sh_dispatch_insert(d, a.r);
+    sh_dispatch_set_owner(d, a.r, g);
     *out = a.r;
     return SH_OK;
 }
 
-static sh_status refuse(sh_dispatch *d, const sh_running *r, int status, const char *code, const char *param,
-                        const char *message) {
+sh_status sh_dispatch_refuse(sh_dispatch *d, const sh_running *r, int status, const char *code, const char *param,
+                             const char *message) {
     sh_stored_request q = {.key = r->key,
                            .job = r->job,
                            .number = r->request.number,
@@ -566,7 +532,7 @@ static sh_status refuse(sh_dispatch *d, const sh_running *r, int status, const c
     return sh_jobs_refuse(d->jobs, &q, status, code, param, message);
 }
 
-static sh_status answer(sh_dispatch *d, sh_running *r) {
+sh_status sh_dispatch_answer(sh_dispatch *d, sh_running *r) {
     sh_buf row;
     sh_buf_init(&row, SH_MAX_ROW_BYTES);
     sh_status st = sh_running_row(r, d->intake, (int64_t)time(NULL), &row);
@@ -576,16 +542,18 @@ static sh_status answer(sh_dispatch *d, sh_running *r) {
         char text[160];
         snprintf(text, sizeof text, "logprobs: the row of %zu tokens is longer than %zu bytes: allowed are fewer",
                  r->request.prompt.n + r->ids.n, SH_MAX_ROW_BYTES);
-        st = refuse(d, r, 413, "row_too_long", "logprobs", text);
+        st = sh_dispatch_refuse(d, r, 413, "row_too_long", "logprobs", text);
     }
     sh_buf_release(&row);
     SH_TRY(st);
-    running_remove(d, r);
+    sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
+    if (e) sh_tail_end(&e->tail, &r->request, (int64_t)r->ids.n);
+    sh_dispatch_remove(d, r);
     return SH_OK;
 }
 
 static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t) {
-    sh_running *r = running_find(d, t->key);
+    sh_running *r = sh_dispatch_find(d, t->key);
     if (!r) SH_TRY(take_up(d, g, t->key, &r));
     if (!r) return SH_OK;
     int added = 0, known = r->tokens.n + r->prompt.n;
@@ -597,35 +565,35 @@ static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t
     }
     SH_TRY(st);
     uint64_t new = (uint64_t)(r->tokens.n + r->prompt.n - known) + (r->finish != SH_FINISH_NONE);
-    sh_group *owner = group_by_number(d, r->group);
+    sh_group *owner = sh_dispatch_group(d, r->group);
     g->taken += new;
     d->progress += new;
     if (new) clear_suspicion(r, owner == g ? g : NULL);
     sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
     if (e) e->live += (uint64_t)added;
     if (r->finish == SH_FINISH_NONE) return SH_OK;
-    if (owner && owner != g) say_cancel(d, owner, r->key);
+    if (owner && owner != g) sh_dispatch_say_cancel(d, owner, r->key);
     SH_TRY(sh_group_add_done(g, r->key));
-    return answer(d, r);
+    return sh_dispatch_answer(d, r);
 }
 
 /* What its leader's KV cannot hold may fit elsewhere; the rest would be refused everywhere. */
 static sh_status hear_rejected(sh_dispatch *d, sh_group *g, const Shoal__Rejected *j) {
-    sh_running *r = running_find(d, j->key);
+    sh_running *r = sh_dispatch_find(d, j->key);
     if (!r || r->group != g->number) return SH_OK;
     if (!sh_allot_fits(g, r)) {
-        set_owner(d, r, NULL);
-        return waiting_add(d, r);
+        sh_dispatch_set_owner(d, r, NULL);
+        return sh_dispatch_wait(d, r);
     }
-    SH_TRY(refuse(d, r, 413, "too_long", "prompt", j->reason));
-    running_remove(d, r);
+    SH_TRY(sh_dispatch_refuse(d, r, 413, "too_long", "prompt", j->reason));
+    sh_dispatch_remove(d, r);
     return SH_OK;
 }
 
 static sh_status hear_fault(sh_dispatch *d, sh_group *g, int rank, const Shoal__Fault *f) {
     char text[1500];
     snprintf(text, sizeof text, "rank %d (%s): %s", rank, g->seat[rank].host, f->text);
-    return group_lose(d, g, text, f->has_lasting && f->lasting);
+    return sh_dispatch_lose(d, g, text, f->has_lasting && f->lasting);
 }
 
 sh_status sh_dispatch_hear(sh_dispatch *d, const sh_wire_peer *from, const Shoal__FromRank *m) {
@@ -663,264 +631,20 @@ sh_status sh_dispatch_watch(sh_dispatch *d) {
             dead = true;
         }
         sh_allot_measure(g, now);
-        if (dead) SH_TRY(group_lose(d, g, text, false));
+        if (dead) SH_TRY(sh_dispatch_lose(d, g, text, false));
     }
     return SH_OK;
-}
-
-/* --- giving out ----------------------------------------------------------------------------------------------------
- */
-
-typedef struct fetching {
-    sh_dispatch *d;
-    fetched line[FETCH];
-    int n;
-    uint64_t last;
-} fetching;
-
-static sh_status fetch_line(void *ctx, const sh_stored_request *r) {
-    fetching *f = ctx;
-    f->last = r->key;
-    if (running_find(f->d, r->key)) return SH_OK; /* adopted from a group, or came back from one */
-    char *text = malloc(r->len + 1);
-    if (!text) SH_FAIL(SH_EMEMORY, "no memory for a line of %zu bytes", r->len);
-    memcpy(text, r->line, r->len);
-    f->line[f->n] = (fetched){*r, text};
-    f->line[f->n].r.line = text;
-    f->line[f->n++].r.custom_id = NULL; /* of the statement that is open no longer; parsing gives it again */
-    return SH_OK;
-}
-
-static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
-    sh_status st = send_work(d, r, g);
-    if (st == SH_EPEER) {
-        char why[300];
-        snprintf(why, sizeof why, "rank 0 (%s): %s", g->seat[0].host, sh_error_text());
-        SH_TRY(waiting_add(d, r));
-        return group_lose(d, g, why, false);
-    }
-    SH_TRY(st);
-    set_owner(d, r, g);
-    return SH_OK;
-}
-
-/* Refuses and frees one that waits for a group that cannot be expected any more. */
-static sh_status refuse_hopeless(sh_dispatch *d, sh_running *r, bool *refused) {
-    char text[200];
-    int most = 0;
-    sh_allot s = allot_of(d);
-    *refused = sh_allot_is_hopeless(&s, r, d->expected, &most);
-    if (!*refused) return SH_OK;
-    snprintf(text, sizeof text,
-             "prompt of %zu tokens and max_tokens %d make %lld: the largest group can hold %d tokens of one sequence",
-             r->request.prompt.n, r->request.sampling.max_tokens, (long long)sh_allot_need(r), most);
-    SH_TRY(refuse(d, r, 413, "too_long", "prompt", text));
-    running_remove(d, r);
-    return SH_OK;
-}
-
-/* A parsed line: to a group, or answered at once where there is nothing to compute. */
-static sh_status start(sh_dispatch *d, const sh_stored_request *q) {
-    sh_job_entry *e = sh_jobs_find(d->jobs, q->job);
-    sh_running *r = NULL;
-    bool refused = false;
-    if (!e || e->job.state == SH_JOB_CANCELLED) return SH_OK; /* since the last commit, which the query went by */
-    sh_jobs_use(d->jobs, e);
-    SH_TRY(sh_running_create(d->intake, d->store, q, &r));
-    running_insert(d, r);
-    if (r->request.status) {
-        sh_stored_request bad = *q;
-        bad.custom_id = r->request.custom_id;
-        SH_TRY(sh_jobs_refuse(d->jobs, &bad, r->request.status, r->request.code, r->request.param, r->request.message));
-        running_remove(d, r);
-        return SH_OK;
-    }
-    if (r->request.sampling.max_tokens == 0 && !r->request.sampling.score_prompt) {
-        r->finish = SH_FINISH_LENGTH;
-        return answer(d, r);
-    }
-    sh_allot s = allot_of(d);
-    sh_group *g = sh_allot_next(&s, r);
-    if (g) return give(d, r, g);
-    SH_TRY(waiting_add(d, r));
-    return refuse_hopeless(d, r, &refused);
-}
-
-static bool is_wanted(const sh_dispatch *d, const sh_running *r) {
-    const sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
-    return e && e->job.state != SH_JOB_FAILED;
-}
-
-static bool is_proved(const sh_dispatch *d, const sh_running *r) {
-    return d->progress > r->seen;
-}
-
-/* No other request is left that could show whether groups work without this one. */
-static bool is_last(const sh_dispatch *d) {
-    if (!d->exhausted) return false;
-    for (int i = 0; i < d->n; i++)
-        if (d->group[i]->given) return false;
-    for (int i = 0; i < d->n_waiting; i++)
-        if (!d->waiting[i]->convicted) return false;
-    return true;
-}
-
-/* Groups end whenever they work on r, and others got something done meanwhile (or the job did before, where nothing
- * else is left): an error row. Where nothing ever worked, it is tried on, until the supervisor gives the groups up. */
-static sh_status judge(sh_dispatch *d, sh_running *r, bool last, bool *gone) {
-    const sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
-    *gone = is_proved(d, r) || (last && (d->progress > 0 || (e && e->job.done > e->job.errors)));
-    if (!*gone && last) r->convicted = false;
-    if (!*gone) return SH_OK;
-    char text[1400];
-    snprintf(text, sizeof text,
-             "the worker ended %d times while working on this request, %d times on it alone: %.1000s", r->lost,
-             r->alone, r->fault ? r->fault : "for no known reason");
-    sh_warn("request %s (line %" PRIu64 ") is given up: %s",
-            r->request.custom_id ? r->request.custom_id : "without a name", r->request.number, text);
-    SH_TRY(refuse(d, r, 500, "worker_ended", "", text));
-    running_remove(d, r);
-    return SH_OK;
-}
-
-/* Answers what waits in vain. */
-static sh_status give_up_waiting(sh_dispatch *d) {
-    bool last = d->n_waiting > 0 && is_last(d);
-    for (int i = 0; i < d->n_waiting;) {
-        sh_running *r = d->waiting[i];
-        bool gone = false;
-        if (!is_wanted(d, r)) {
-            i++;
-            continue;
-        }
-        if (r->convicted)
-            SH_TRY(judge(d, r, last, &gone));
-        else
-            SH_TRY(refuse_hopeless(d, r, &gone));
-        i += !gone;
-    }
-    return SH_OK;
-}
-
-/* Chooses the tester, and gives it the oldest suspect once it has nothing else in hand that could be to blame. */
-static sh_status give_suspect(sh_dispatch *d) {
-    sh_running *first = NULL;
-    for (int i = 0; i < d->n_waiting && !first; i++) {
-        sh_running *r = d->waiting[i];
-        if (is_suspect(r) && !r->convicted && is_wanted(d, r)) first = r;
-    }
-    sh_allot s = allot_of(d);
-    sh_group *t = sh_allot_tester(&s, first);
-    d->tester = t;
-    if (!first || !t || t->unproven) return SH_OK;
-    waiting_remove(d, first);
-    return give(d, first, t);
-}
-
-static sh_status give_waiting(sh_dispatch *d) {
-    SH_TRY(give_up_waiting(d));
-    if (!d->unsaved) SH_TRY(give_suspect(d));
-    for (int i = 0; i < d->n_waiting && !d->unsaved;) { /* a group lost just now: what came back is committed first */
-        sh_running *r = d->waiting[i];
-        sh_allot s = allot_of(d);
-        if (!sh_allot_next(&s, NULL)) return SH_OK;
-        sh_group *g = is_suspect(r) || !is_wanted(d, r) ? NULL : sh_allot_next(&s, r);
-        if (!g) {
-            i++;
-            continue;
-        }
-        waiting_remove(d, r);
-        SH_TRY(give(d, r, g));
-    }
-    return SH_OK;
-}
-
-/* One page of lines from the store; those that found no room are fetched again later. */
-static sh_status give_page(sh_dispatch *d, fetching *f) {
-    sh_allot s = allot_of(d);
-    SH_TRY(sh_store_pending(d->store, 0, d->cursor, sh_allot_room(&s, FETCH), fetch_line, f));
-    if (f->last == 0) d->exhausted = true;
-    for (int i = 0; i < f->n; i++) {
-        if (d->unsaved || !sh_allot_next(&s, NULL)) return SH_OK;
-        SH_TRY(start(d, &f->line[i].r));
-        d->cursor = f->line[i].r.key;
-    }
-    if (f->last) d->cursor = f->last;
-    return SH_OK;
-}
-
-static sh_status give_fresh(sh_dispatch *d) {
-    sh_allot s = allot_of(d);
-    while (!d->exhausted && !d->unsaved && d->n_waiting < WAITING_MOST && sh_allot_next(&s, NULL)) {
-        fetching *f = calloc(1, sizeof *f);
-        if (!f) SH_FAIL(SH_EMEMORY, "no memory for lines");
-        f->d = d;
-        sh_status st = give_page(d, f);
-        for (int i = 0; i < f->n; i++) free(f->line[i].text);
-        free(f);
-        SH_TRY(st);
-    }
-    return SH_OK;
-}
-
-/* The youngest request that `from` has not begun and `to` can hold. */
-static sh_running *youngest_unproven(const sh_dispatch *d, const sh_group *from, const sh_group *to) {
-    sh_running *best = NULL;
-    for (int i = 0; i < BUCKETS; i++)
-        for (sh_running *r = d->bucket[i]; r; r = r->next)
-            if (r->group == from->number && r->unproven && sh_running_is_saved(r) && sh_allot_fits(to, r) &&
-                (!best || r->key > best->key))
-                best = r;
-    return best;
-}
-
-/* What others run goes to a group that has nothing, where that is worth it, and each but once. Tokens must be on disk
- * before it is given out again, so it goes by way of the waiting list. */
-static sh_status take_over(sh_dispatch *d, const sh_group *to) {
-    sh_group half = *to; /* counts what it will have */
-    for (int i = 0; i < BUCKETS; i++)
-        for (sh_running *r = d->bucket[i]; r && half.given < to->max_seqs; r = r->next) {
-            sh_group *from = group_by_number(d, r->group);
-            if (!from || from == to || r->moved || r->testing) continue;
-            if (!sh_allot_is_quicker(&half, from, r) && !sh_allot_is_half(&half, from, r)) continue;
-            say_cancel(d, from, r->key);
-            set_owner(d, r, NULL);
-            r->moved = true;
-            SH_TRY(running_save(d, r));
-            SH_TRY(waiting_add(d, r));
-            d->unsaved = true;
-            half.given++;
-        }
-    return SH_OK;
-}
-
-/* Nothing is left to give out: the end of the work should not wait for one group while others have nothing to do. */
-static sh_status even_out(sh_dispatch *d) {
-    sh_allot s = allot_of(d);
-    sh_group *from = NULL, *to = NULL;
-    if (!d->exhausted || d->n_waiting > 0) return SH_OK;
-    for (int k = 0; k < MOVE_AT_ONCE && !d->unsaved && sh_allot_uneven(&s, &from, &to); k++) {
-        sh_running *r = youngest_unproven(d, from, to);
-        if (!r) break;
-        say_cancel(d, from, r->key);
-        set_owner(d, r, NULL);
-        SH_TRY(give(d, r, to));
-    }
-    to = sh_allot_idle(&s);
-    return to && !d->unsaved ? take_over(d, to) : SH_OK;
 }
 
 sh_status sh_dispatch_after_commit(sh_dispatch *d) {
     d->unsaved = false;
     for (int i = 0; i < d->n; i++) say_done(d, d->group[i]);
-    SH_TRY(give_waiting(d));
-    if (!d->unsaved) SH_TRY(give_fresh(d));
-    return d->unsaved ? SH_OK : even_out(d);
+    return sh_dispatch_give(d);
 }
 
 int sh_dispatch_suspects(const sh_dispatch *d) {
     int n = 0;
-    for (int i = 0; i < BUCKETS; i++)
+    for (int i = 0; i < SH_DISPATCH_BUCKETS; i++)
         for (const sh_running *r = d->bucket[i]; r; r = r->next) n += r->lost + 1 >= SH_SUSPECT_AT;
     return n;
 }
@@ -937,13 +661,13 @@ void sh_dispatch_wake(sh_dispatch *d, bool from_start) {
 }
 
 void sh_dispatch_drop_job(sh_dispatch *d, uint64_t job) {
-    for (int i = 0; i < BUCKETS; i++)
+    for (int i = 0; i < SH_DISPATCH_BUCKETS; i++)
         for (sh_running *r = d->bucket[i], *next; r; r = next) {
             next = r->next;
             if (r->job != job) continue;
-            sh_group *g = group_by_number(d, r->group);
-            if (g) say_cancel(d, g, r->key);
-            running_remove(d, r);
+            sh_group *g = sh_dispatch_group(d, r->group);
+            if (g) sh_dispatch_say_cancel(d, g, r->key);
+            sh_dispatch_remove(d, r);
         }
 }
 
@@ -951,7 +675,7 @@ sh_status sh_dispatch_supervised(sh_dispatch *d, const Shoal__Supervision *s) {
     d->expected = s->groups;
     for (size_t i = 0; i < s->n_ended; i++) {
         sh_group *g = group_by_name(d, s->ended[i]->group);
-        if (g) SH_TRY(group_lose(d, g, s->ended[i]->reason, false));
+        if (g) SH_TRY(sh_dispatch_lose(d, g, s->ended[i]->reason, false));
     }
     return SH_OK;
 }

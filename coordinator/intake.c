@@ -329,10 +329,9 @@ static sh_status settle_lengths(const sh_intake *in, sh_reading *rd) {
         return sh_refuse(rd, 413, "context_length_exceeded",
                          "%s: %lld tokens and %lld to generate make %lld: allowed are %d together (--max-context)",
                          input, n, max, n + max, in->max_context);
-    if (max < 0)
-        max = in->options.default_max_tokens > 0 && in->options.default_max_tokens < room
-                  ? in->options.default_max_tokens
-                  : room;
+    bool by_default = in->options.default_max_tokens > 0 && in->options.default_max_tokens < room;
+    rd->r->unlimited = max < 0 && !by_default;
+    if (max < 0) max = by_default ? in->options.default_max_tokens : room;
     rd->r->score_only = max == 0; /* a step ends with a token, so one is made and left out of the row */
     p->max_tokens = max == 0 ? 1 : (int32_t)max;
     if (p->min_tokens > p->max_tokens)

@@ -34,6 +34,7 @@ typedef struct sh_request {
     bool chat;       /* /v1/chat/completions, else /v1/completions */
     bool echo, return_token_ids;
     bool tools;        /* tools were offered: calls in the output are read */
+    bool unlimited;    /* nobody said how many tokens: max_tokens is what the context leaves */
     bool score_only;   /* max_tokens 0: one token is generated (sampling.max_tokens is 1) and left out of the row */
     char *model;       /* as the request names it, or NULL */
     char *prompt_text; /* completions with a string prompt, for echo; else NULL */

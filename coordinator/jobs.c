@@ -75,9 +75,14 @@ static sh_status add_entry(void *ctx, sh_job *job) {
     sh_job_entry *e = calloc(1, sizeof *e);
     if (!e) SH_FAIL(SH_EMEMORY, "no memory for a job");
     e->job = *job;
+    sh_tail_init(&e->tail);
     j->entry[j->n++] = e;
     if (!job->name || !job->options) SH_FAIL(SH_EMEMORY, "no memory for a job");
     return options_read(job->options, &e->options);
+}
+
+static void add_lengths(void *ctx, int kind, int64_t sum, int64_t longest) {
+    sh_tail_add(ctx, kind, sum, longest);
 }
 
 sh_status sh_jobs_create(sh_store *s, sh_intake *in, const sh_intake_options *defaults, sh_jobs **out) {
@@ -88,6 +93,9 @@ sh_status sh_jobs_create(sh_store *s, sh_intake *in, const sh_intake_options *de
     j->defaults = *defaults;
     sh_buf_init(&j->row, 0);
     sh_status st = sh_store_jobs(s, add_entry, j);
+    for (int i = 0; st == SH_OK && i < j->n; i++)
+        if (j->entry[i]->job.state != SH_JOB_DONE)
+            st = sh_store_lengths(s, j->entry[i]->job.id, add_lengths, &j->entry[i]->tail);
     if (st != SH_OK) {
         sh_jobs_destroy(&j);
         return sh_error_pass(st, __FILE__, __LINE__);
@@ -251,7 +259,9 @@ static sh_status add_request(sh_jobs *j, sh_job_entry *e, const Shoal__Line *lin
                            .hash = r->hash,
                            .custom_id = r->custom_id,
                            .line = (const char *)line->text.data,
-                           .len = bad ? 0 : line->text.len};
+                           .len = bad ? 0 : line->text.len,
+                           .kind = bad ? 0 : (int)sh_tail_kind_of(r),
+                           .length = bad ? 0 : sh_tail_length_of(r)};
     SH_TRY(sh_store_request_add(j->store, &q, &q.key, &twice));
     e->job.accepted++;
     e->job.last = line->number;
@@ -266,6 +276,7 @@ static sh_status add_request(sh_jobs *j, sh_job_entry *e, const Shoal__Line *lin
         return sh_jobs_refuse(j, &q, 400, "duplicate_custom_id", "custom_id", text);
     }
     if (bad) return sh_jobs_refuse(j, &q, r->status, r->code, r->param, r->message ? r->message : "");
+    sh_tail_add(&e->tail, q.kind, q.length, q.length);
     return SH_OK;
 }
 

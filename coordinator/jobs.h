@@ -7,6 +7,7 @@
 
 #include "coordinator/intake.h"
 #include "coordinator/store.h"
+#include "coordinator/tail.h"
 #include "proto/job.pb-c.h"
 
 #define SH_MAX_JOBS     100000
@@ -20,6 +21,7 @@ typedef struct sh_job_entry {
     bool dirty;     /* the stored row is older than this one */
     bool warned;    /* once per job and incarnation */
     uint64_t sweep; /* cancelled: requests up to this key are answered; UINT64_MAX: all */
+    sh_tail tail;   /* what of it waits to be given out; dispatch says what does not any more */
 } sh_job_entry;
 
 typedef struct sh_jobs sh_jobs;

@@ -22,7 +22,8 @@ typedef struct sh_scores {
 typedef struct sh_running {
     struct sh_running *next; /* in its owner's hash chain */
     uint64_t key, job;
-    int group; /* number of the group that has it; −1: none, waits to be given out */
+    uint64_t turn; /* how many were taken from the store before it */
+    int group;     /* number of the group that has it; −1: none, waits to be given out */
     /* about that group, and those before it */
     bool unproven, testing, moved; /* nothing came of it yet; it is a suspect there; it was taken over once */
     int lost, alone;               /* groups that ended in a row with it in hand and unproven; … when it was alone */

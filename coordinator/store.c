@@ -46,6 +46,12 @@ enum {
     Q_REQUEST_GET,
     Q_PENDING,
     Q_PENDING_JOB,
+    Q_FRONT,
+    Q_LENGTH_ADD,
+    Q_LENGTH_DROP,
+    Q_AS_LONG,
+    Q_SHORTER,
+    Q_LENGTHS,
     Q_PROGRESS_ADD,
     Q_PROGRESS_GET,
     Q_PROGRESS_DROP,
@@ -56,6 +62,11 @@ enum {
     Q_ROUTING,
     Q_COUNT
 };
+
+/* In the order in which read_request takes its columns. */
+#define REQUEST                                                                                                        \
+    "SELECT r.key, r.job, r.number, r.hash, r.custom_id, l.text, r.done, n.kind, n.length FROM request r JOIN line l " \
+    "ON l.key = r.key LEFT JOIN length n ON n.key = r.key "
 
 static const char *const sql[Q_COUNT] = {
     [Q_BEGIN] = "BEGIN IMMEDIATE",
@@ -74,15 +85,20 @@ static const char *const sql[Q_COUNT] = {
         "FROM job ORDER BY id",
     [Q_REQUEST_ADD] = "INSERT INTO request(job, number, hash, custom_id, done) VALUES(?1, ?2, ?3, ?4, 0)",
     [Q_LINE_ADD] = "INSERT INTO line(key, text) VALUES(?1, ?2)",
-    [Q_REQUEST_GET] = "SELECT r.key, r.job, r.number, r.hash, r.custom_id, l.text, r.done FROM request r JOIN line l "
-                      "ON l.key = r.key WHERE r.key = ?1",
-    [Q_PENDING] =
-        "SELECT r.key, r.job, r.number, r.hash, r.custom_id, l.text, r.done FROM request r JOIN line l "
-        "ON l.key = r.key JOIN job j ON j.id = r.job WHERE r.done = 0 AND r.key > ?1 AND j.state NOT IN (3, 4) "
-        "ORDER BY r.key LIMIT ?2",
-    [Q_PENDING_JOB] = "SELECT r.key, r.job, r.number, r.hash, r.custom_id, l.text, r.done FROM request r JOIN line l "
-                      "ON l.key = r.key WHERE r.done = 0 AND r.key > ?1 AND +r.job = ?3 ORDER BY r.key LIMIT ?2",
+    [Q_REQUEST_GET] = REQUEST "WHERE r.key = ?1",
+    [Q_PENDING] = REQUEST "JOIN job j ON j.id = r.job WHERE r.done = 0 AND r.key > ?1 AND j.state NOT IN (3, 4) "
+                          "ORDER BY r.key LIMIT ?2",
+    [Q_PENDING_JOB] = REQUEST "WHERE r.done = 0 AND r.key > ?1 AND +r.job = ?3 ORDER BY r.key LIMIT ?2",
     /* + : not by the index on jobs, which would sort the whole rest of the job for each page */
+    [Q_FRONT] = "SELECT r.key, r.job FROM request r JOIN job j ON j.id = r.job WHERE r.done = 0 AND r.key > ?1 AND "
+                "j.state NOT IN (3, 4) ORDER BY r.key LIMIT 1",
+    [Q_LENGTH_ADD] = "INSERT INTO length(key, job, kind, length) VALUES(?1, ?2, ?3, ?4)",
+    [Q_LENGTH_DROP] = "DELETE FROM length WHERE key = ?1",
+    [Q_AS_LONG] = "SELECT length, key FROM length WHERE job = ?1 AND kind = ?2 AND length = ?3 AND key > ?4 "
+                  "ORDER BY key LIMIT 1",
+    [Q_SHORTER] = "SELECT length, key FROM length WHERE job = ?1 AND kind = ?2 AND length < ?3 "
+                  "ORDER BY length DESC, key LIMIT 1",
+    [Q_LENGTHS] = "SELECT kind, sum(length), max(length) FROM length WHERE job = ?1 GROUP BY kind",
     [Q_PROGRESS_ADD] = "INSERT OR IGNORE INTO progress(key, score, place, tokens) VALUES(?1, ?2, ?3, ?4)",
     [Q_PROGRESS_GET] = "SELECT tokens FROM progress WHERE key = ?1 ORDER BY score, place",
     [Q_PROGRESS_DROP] = "DELETE FROM progress WHERE key = ?1",
@@ -119,7 +135,10 @@ static const char tables[] =
 
 /* Came later: a store that is taken up may lack it. */
 static const char later_tables[] =
-    "CREATE TABLE IF NOT EXISTS routing(rank TEXT PRIMARY KEY, counts BLOB NOT NULL) WITHOUT ROWID;";
+    "CREATE TABLE IF NOT EXISTS routing(rank TEXT PRIMARY KEY, counts BLOB NOT NULL) WITHOUT ROWID;"
+    "CREATE TABLE IF NOT EXISTS length(key INTEGER PRIMARY KEY, job INTEGER NOT NULL, kind INTEGER NOT NULL, length "
+    "INTEGER NOT NULL);" /* of unanswered requests */
+    "CREATE INDEX IF NOT EXISTS length_longest ON length(job, kind, length DESC, key);";
 
 struct sh_store {
     sqlite3 *db;
@@ -597,6 +616,15 @@ static int insert_request(sh_store *s, const sh_stored_request *r, const char *c
     return rc;
 }
 
+static sh_status add_length(sh_store *s, const sh_stored_request *r, uint64_t key) {
+    sqlite3_stmt *q = query(s, Q_LENGTH_ADD);
+    bind_u64(q, 1, key);
+    bind_u64(q, 2, r->job);
+    (void)sqlite3_bind_int(q, 3, r->kind);
+    (void)sqlite3_bind_int64(q, 4, r->length);
+    return run(s, q, "a length cannot be written");
+}
+
 sh_status sh_store_request_add(sh_store *s, const sh_stored_request *r, uint64_t *key, bool *duplicate) {
     SH_TRY(begin(s));
     bool twice = false;
@@ -612,6 +640,7 @@ sh_status sh_store_request_add(sh_store *s, const sh_stored_request *r, uint64_t
     bind_u64(q, 1, id);
     bind_blob(q, 2, r->line, r->len);
     SH_TRY(run(s, q, "a line cannot be written"));
+    if (r->length > 0) SH_TRY(add_length(s, r, id));
     *key = id;
     *duplicate = twice;
     return SH_OK;
@@ -625,7 +654,9 @@ static sh_stored_request read_request(sqlite3_stmt *q) {
                                .custom_id = (const char *)sqlite3_column_text(q, 4),
                                .line = sqlite3_column_blob(q, 5),
                                .len = (size_t)sqlite3_column_bytes(q, 5),
-                               .done = sqlite3_column_int(q, 6) != 0};
+                               .done = sqlite3_column_int(q, 6) != 0,
+                               .kind = sqlite3_column_int(q, 7),
+                               .length = sqlite3_column_int64(q, 8)};
 }
 
 sh_status sh_store_request_get(sh_store *s, uint64_t key, sh_request_fn *fn, void *ctx, bool *found) {
@@ -654,6 +685,46 @@ sh_status sh_store_pending(sh_store *s, uint64_t job, uint64_t after, int most, 
         if (!row) break;
         sh_stored_request r = read_request(q);
         SH_TRY_OR(st, fn(ctx, &r), break);
+    }
+    sqlite3_reset(q);
+    return st;
+}
+
+sh_status sh_store_front(sh_store *s, uint64_t after, uint64_t *key, uint64_t *job) {
+    sqlite3_stmt *q = query(s, Q_FRONT);
+    bind_u64(q, 1, after);
+    bool row;
+    SH_TRY(next(s, q, "requests cannot be read", &row));
+    *key = row ? column_u64(q, 0) : 0;
+    if (row) *job = column_u64(q, 1);
+    sqlite3_reset(q);
+    return SH_OK;
+}
+
+sh_status sh_store_longest(sh_store *s, uint64_t job, int kind, int64_t *length, uint64_t *key, bool *found) {
+    bool row = false;
+    for (int which = Q_AS_LONG; !row && which <= Q_SHORTER; which++) {
+        sqlite3_stmt *q = query(s, which);
+        bind_u64(q, 1, job);
+        (void)sqlite3_bind_int(q, 2, kind);
+        (void)sqlite3_bind_int64(q, 3, *length);
+        if (which == Q_AS_LONG) bind_u64(q, 4, *key);
+        SH_TRY(next(s, q, "lengths cannot be read", &row));
+        if (row) *length = sqlite3_column_int64(q, 0), *key = column_u64(q, 1);
+        sqlite3_reset(q);
+    }
+    *found = row;
+    return SH_OK;
+}
+
+sh_status sh_store_lengths(sh_store *s, uint64_t job, sh_lengths_fn *fn, void *ctx) {
+    sqlite3_stmt *q = query(s, Q_LENGTHS);
+    bind_u64(q, 1, job);
+    sh_status st;
+    for (bool row = true;;) {
+        SH_TRY_OR(st, next(s, q, "lengths cannot be read", &row), break);
+        if (!row) break;
+        fn(ctx, sqlite3_column_int(q, 0), sqlite3_column_int64(q, 1), sqlite3_column_int64(q, 2));
     }
     sqlite3_reset(q);
     return st;
@@ -695,8 +766,9 @@ sh_status sh_store_result_add(sh_store *s, uint64_t key, uint64_t job, uint64_t 
     bind_blob(q, 4, row, n);
     SH_TRY(run(s, q, "a result cannot be written"));
     bool is_new = sqlite3_changes(s->db) > 0;
-    for (int i = 0; is_new && i < 2; i++) {
-        q = query(s, i ? Q_PROGRESS_DROP : Q_REQUEST_DONE);
+    static const int drops[] = {Q_REQUEST_DONE, Q_PROGRESS_DROP, Q_LENGTH_DROP};
+    for (size_t i = 0; is_new && i < sizeof drops / sizeof *drops; i++) {
+        q = query(s, drops[i]);
         bind_u64(q, 1, key);
         SH_TRY(run(s, q, "a request cannot be marked as answered"));
     }

@@ -71,6 +71,8 @@ typedef struct sh_stored_request {
     const char *line;
     size_t len;
     bool done;
+    int kind;       /* how far its length is known, and … */
+    int64_t length; /* … what it is expected to take: coordinator/tail.h; 0: not told */
 } sh_stored_request;
 
 /* Adds a line. *duplicate: the job has this custom_id already; the line is then stored without one. */
@@ -81,6 +83,15 @@ sh_status sh_store_request_get(sh_store *s, uint64_t key, sh_request_fn *fn, voi
 /* Up to `most` unanswered requests with key > after, of one job or (0) of all that are not cancelled, in order of key.
  */
 sh_status sh_store_pending(sh_store *s, uint64_t job, uint64_t after, int most, sh_request_fn *fn, void *ctx);
+
+/* The key of the first of those requests behind `after`, and its job; *key 0: there is none. */
+sh_status sh_store_front(sh_store *s, uint64_t after, uint64_t *key, uint64_t *job);
+/* Of the unanswered requests of a job and kind whose length was told, in the order longest first, of equal ones by key:
+ * the one behind (*length, *key). To begin with INT64_MAX, 0. *found false when there is none. */
+sh_status sh_store_longest(sh_store *s, uint64_t job, int kind, int64_t *length, uint64_t *key, bool *found);
+/* Calls with every kind that unanswered requests of a job have: the sum of their lengths and the longest. */
+typedef void sh_lengths_fn(void *ctx, int kind, int64_t sum, int64_t longest);
+sh_status sh_store_lengths(sh_store *s, uint64_t job, sh_lengths_fn *fn, void *ctx);
 
 /* Token progress: packed Tokens messages of group.proto, by place. */
 sh_status sh_store_progress_add(sh_store *s, uint64_t key, bool score, int32_t offset, const void *p, size_t n);

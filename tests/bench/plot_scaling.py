@@ -58,17 +58,17 @@ def mark(x, y, kind, colour):
     return f'<polygon points="{" ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in shapes[kind])}" fill="{colour}"/>'
 
 
-def frame(axes, ticks_y, label_y, title):
+def frame(axes, ticks_y, label_y, title, label_x="nodes", name_x=str):
     out, bottom, right = [], HEIGHT - BOTTOM, axes.left + axes.width
     for v in ticks_y:
         y = axes.py(v)
         out += [line(axes.left, y, right, y, "#dddddd"), text(axes.left - 8, y + 4.5, number(v) + ("" if axes.log_y else " %"), anchor="end")]
     k = axes.x[0]
     while k <= axes.x[1]:
-        out += [line(axes.px(k), bottom, axes.px(k), bottom + 5, "#333333"), text(axes.px(k), bottom + 20, str(k))]
+        out += [line(axes.px(k), bottom, axes.px(k), bottom + 5, "#333333"), text(axes.px(k), bottom + 20, name_x(k))]
         k *= 2
     out += [line(axes.left, bottom, right, bottom, "#333333"), line(axes.left, TOP, axes.left, bottom, "#333333"),
-            text((axes.left + right) / 2, bottom + 44, "nodes"), text((axes.left + right) / 2, TOP - 12, title, 14, more='font-weight="bold"')]
+            text((axes.left + right) / 2, bottom + 44, label_x), text((axes.left + right) / 2, TOP - 12, title, 14, more='font-weight="bold"')]
     x, y = axes.left - (66 if axes.log_y else 62), (TOP + bottom) / 2
     return out + [text(x, y, label_y, more=f'transform="rotate(-90 {x:.1f} {y:.1f})"')]
 

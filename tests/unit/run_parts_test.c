@@ -7,6 +7,7 @@
 #include "cli/attempt.h"
 #include "cli/hosts.h"
 #include "cli/input.h"
+#include "cli/workfile.h"
 #include "cli/launch.h"
 #include "cli/logtail.h"
 #include "cli/progress.h"
@@ -193,34 +194,117 @@ static void test_attempts(void) {
     CU_ASSERT_TRUE(sh_attempt_again(&a, false, 7, 60)); /* more patience, meanwhile */
 }
 
+/* Every second line, joined by |, and how long they were. */
+typedef struct seen {
+    char text[64];
+    size_t longest;
+    int n;
+} seen;
+
+static bool want_even(void *ctx, uint64_t number) {
+    (void)ctx;
+    return number % 2 == 0;
+}
+
+static void take_line(void *ctx, const char *line, size_t len) {
+    seen *s = ctx;
+    size_t at = strlen(s->text);
+    snprintf(s->text + at, sizeof s->text - at, "%.*s|", len > 8 ? 8 : (int)len, line);
+    if (len > s->longest) s->longest = len;
+    s->n++;
+}
+
+/* Lines are shown whole, whatever block they begin in, the last one without an end too; empty ones do not count. */
+static void test_passing_lines(void) {
+    seen s = {0};
+    sh_input in;
+    const sh_input_reader reader = {&s, want_even, take_line};
+    size_t n = 5 << 20, at = 0;
+    char *text = malloc(n);
+    memset(text, 'x', n);
+    static const char begin[] = "first\n\n \t\n  no\nthird\r\n";
+    memcpy(text, begin, at = sizeof begin - 1);
+    text[at += 100] = '\n';       /* line 3: not wanted */
+    text[at += (3 << 20)] = '\n'; /* line 4: over several blocks */
+    text[at += 200] = '\n';       /* line 5 */
+    text[(at += (1 << 20)) - 1] = 'z';
+    write_file("in", text, at, "w"); /* line 6 has no end */
+    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &reader, &in), SH_OK);
+    CU_ASSERT_EQUAL(in.lines, 7);
+    CU_ASSERT_EQUAL(s.n, 4);
+    CU_ASSERT_STRING_EQUAL(s.text, "first|third\r|xxxxxxxx|xxxxxxxx|");
+    CU_ASSERT_EQUAL(s.longest, (3 << 20) - 1);
+    free(text);
+}
+
+/* Lengths of lines that pass: few are all taken, of many every n-th; bad ones count as the others. */
+static void test_lengths(void) {
+    for (uint64_t lines = 1000; lines <= 125000; lines *= 5) {
+        sh_workguess *g = NULL;
+        sh_workload w;
+        uint64_t taken = 0;
+        CU_ASSERT_EQUAL_FATAL(sh_workguess_create(77, &g), SH_OK);
+        sh_input_reader r = sh_workguess_reader(g);
+        for (uint64_t i = 0; i < lines; i++) {
+            char line[100];
+            if (!r.wants(r.ctx, i)) continue;
+            taken++;
+            int n = i % 16 == 8 ? snprintf(line, sizeof line, "{\"prompt\": ")
+                                : snprintf(line, sizeof line, "{\"prompt\": [1, 2, 3], \"max_tokens\": %d}",
+                                           (int)(100 + 900 * i / lines));
+            r.take(r.ctx, line, (size_t)n);
+        }
+        CU_ASSERT(lines <= 10000 ? taken == lines : taken >= 5000 && taken <= 10000 + 5000 * lines / 10000);
+        CU_ASSERT_EQUAL(sh_workguess_end(g, lines, &w), SH_OK);
+        CU_ASSERT_DOUBLE_EQUAL(w.requests, (double)lines, 1e-6 * (double)lines);
+        CU_ASSERT_DOUBLE_EQUAL(sh_workload_mean_prompt(&w), 3, 1e-9);
+        CU_ASSERT_DOUBLE_EQUAL(sh_workload_mean_output(&w), 550, 5); /* of the whole file, not of its beginning */
+        sh_workguess_destroy(&g);
+    }
+    sh_workguess *g = NULL;
+    sh_workload w;
+    CU_ASSERT_EQUAL_FATAL(sh_workguess_create(77, &g), SH_OK);
+    sh_input_reader r = sh_workguess_reader(g);
+    CU_ASSERT_TRUE(r.wants(r.ctx, 0));
+    r.take(r.ctx, "[]", 2);
+    CU_ASSERT(sh_workguess_end(g, 1, &w) == SH_OK && w.n == 0);
+    CU_ASSERT_TRUE(r.wants(r.ctx, 1));
+    r.take(r.ctx, "{\"prompt\": [1]}", 15);
+    CU_ASSERT(sh_workguess_end(g, 2, &w) == SH_OK && w.n == 1 && w.requests == 2);
+    CU_ASSERT_DOUBLE_EQUAL(sh_workload_mean_output(&w), 77, 1e-9);
+    sh_workguess_destroy(&g);
+}
+
 static void test_input(void) {
     static const char text[] = "{}\n\n  \t\r\nlast without end";
     sh_input a, b;
     write_file("in", text, sizeof text - 1, "w");
-    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &a), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", NULL, &a), SH_OK);
     CU_ASSERT_EQUAL(a.lines, 2);
     CU_ASSERT_EQUAL(a.bytes, sizeof text - 1);
     write_file("in", "x", 1, "a");
-    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &b), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", NULL, &b), SH_OK);
     CU_ASSERT_NOT_EQUAL(a.hash, b.hash);
     write_file("in", "\n \n\n", 4, "w");
-    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &a), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", NULL, &a), SH_OK);
     CU_ASSERT_EQUAL(a.lines, 0);
     CU_ASSERT_FALSE(sh_input_is_stream(path_of("in")));
     CU_ASSERT_TRUE(sh_input_is_stream("-"));
     CU_ASSERT_TRUE(sh_input_is_stream("/dev/null"));
     CU_ASSERT_FALSE(sh_input_is_stream("/no/such/file"));
-    CU_ASSERT_EQUAL(sh_input_scan("/no/such/file", "", &a), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_input_scan("/no/such/file", "", NULL, &a), SH_EINPUT);
     CU_ASSERT_STRING_EQUAL(sh_error_text(), "-i: /no/such/file: cannot be opened: No such file or directory");
-    CU_ASSERT_EQUAL(sh_input_scan("/", "", &a), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_input_scan("/", "", NULL, &a), SH_EINPUT);
     CU_ASSERT_STRING_EQUAL(sh_error_text(),
                            "-i: /: is a folder: allowed is a file of requests, one JSON object a line");
+
+    test_passing_lines();
 
     /* the hash is of the bytes, however a pipe cuts them */
     char *big = malloc(3 << 20);
     for (int i = 0; i < 3 << 20; i++) big[i] = (char)(i * 31 % 127);
     write_file("in", big, 3 << 20, "w");
-    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", &a), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_input_scan(path_of("in"), "", NULL, &a), SH_OK);
     char command[9000], spool[4200];
     snprintf(command, sizeof command, "{ head -c 100001; sleep 0.05; cat; } < %s", path_of("in"));
     snprintf(spool, sizeof spool, "%s/spool", folder);
@@ -228,7 +312,7 @@ static void test_input(void) {
     CU_ASSERT_PTR_NOT_NULL_FATAL(p);
     int kept = dup(0);
     dup2(fileno(p), 0);
-    CU_ASSERT_EQUAL(sh_input_scan("-", spool, &b), SH_OK);
+    CU_ASSERT_EQUAL(sh_input_scan("-", spool, NULL, &b), SH_OK);
     dup2(kept, 0);
     close(kept);
     pclose(p);
@@ -371,6 +455,7 @@ int main(void) {
     CU_add_test(s, "node list", test_nodelist);
     CU_add_test(s, "attempts", test_attempts);
     CU_add_test(s, "input", test_input);
+    CU_add_test(s, "lengths of lines that pass", test_lengths);
     CU_add_test(s, "log", test_logtail);
     CU_add_test(s, "closing", test_closing);
     CU_add_test(s, "closing with experts", test_closing_experts);

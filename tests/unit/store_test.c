@@ -336,11 +336,66 @@ test_many_claims(void) { /* incarnations that start at once get different epochs
     CU_ASSERT_EQUAL(seen[N], 1);
 }
 
+static uint64_t add_long(sh_store *s, uint64_t job, uint64_t number, int kind, int64_t length) {
+    sh_stored_request r = {.job = job, .number = number, .line = "{}", .len = 2, .kind = kind, .length = length};
+    uint64_t key = 0;
+    bool twice;
+    CU_ASSERT_EQUAL_FATAL(sh_store_request_add(s, &r, &key, &twice), SH_OK);
+    return key;
+}
+
+static uint64_t longest(sh_store *s, uint64_t job, int kind, int64_t *length, uint64_t key) {
+    bool found = false;
+    CU_ASSERT_EQUAL(sh_store_longest(s, job, kind, length, &key, &found), SH_OK);
+    return found ? key : 0;
+}
+
+static void take_lengths(void *ctx, int kind, int64_t sum, int64_t most) {
+    int64_t(*to)[2] = ctx;
+    to[kind][0] = sum, to[kind][1] = most;
+}
+
+/* Longest first, of equal ones by age; answered ones and other jobs' are not among them; the next incarnation knows. */
+static void test_lengths(void) {
+    const char *path = fresh("lengths");
+    sh_store *s = open_ok(path);
+    uint64_t job = new_job(s, "a"), other = new_job(s, "b");
+    bool added;
+    uint64_t a = add_long(s, job, 1, 1, 10), b = add_long(s, job, 2, 1, 30), c = add_long(s, job, 3, 1, 10),
+             d = add_long(s, job, 4, 1, 30), e = add_long(s, job, 5, 2, 99);
+    add_long(s, other, 1, 1, 50);
+    add_long(s, job, 6, 0, 0); /* not told */
+    CU_ASSERT_EQUAL(sh_store_result_add(s, d, job, 4, "row", 3, &added), SH_OK);
+    uint64_t f = add_long(s, job, 7, 1, 30);
+    CU_ASSERT_EQUAL(sh_store_commit(s), SH_OK);
+    sh_store_close(&s);
+    s = open_ok(path);
+    int64_t length = INT64_MAX, sums[3][2] = {{0}};
+    const uint64_t want[] = {b, f, a, c, 0};
+    uint64_t key = 0;
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        key = longest(s, job, 1, &length, key);
+        CU_ASSERT_EQUAL(key, want[i]);
+        CU_ASSERT_EQUAL(length, i < 2 ? 30 : 10);
+    }
+    length = INT64_MAX;
+    CU_ASSERT(longest(s, job, 2, &length, 0) == e && length == 99);
+    CU_ASSERT_EQUAL(sh_store_lengths(s, job, take_lengths, sums), SH_OK);
+    CU_ASSERT(sums[0][0] == 0 && sums[1][0] == 80 && sums[1][1] == 30 && sums[2][0] == 99);
+    uint64_t front = 0, whose = 0;
+    CU_ASSERT_EQUAL(sh_store_front(s, c, &front, &whose), SH_OK);
+    CU_ASSERT(front == e && whose == job); /* d is answered */
+    CU_ASSERT_EQUAL(sh_store_front(s, f, &front, &whose), SH_OK);
+    CU_ASSERT_EQUAL(front, 0);
+    sh_store_close(&s);
+}
+
 int main(void) {
     snprintf(dir, sizeof dir, "/tmp/shoal-store-XXXXXX");
     if (!mkdtemp(dir) || CU_initialize_registry() != CUE_SUCCESS) return 1;
     CU_pSuite s = CU_add_suite("store", NULL, NULL);
     CU_add_test(s, "rows, names, progress, results", test_rows);
+    CU_add_test(s, "lengths", test_lengths);
     CU_add_test(s, "takeover and fence", test_takeover);
     CU_add_test(s, "killed at random moments", test_killed);
     CU_add_test(s, "full disk while writing", test_full);
