@@ -15,9 +15,8 @@
 
 #define SH_TAIL_ROUNDS 2
 #define SH_TAIL_PROMPT 64 /* prompt tokens that take about as long as one that is generated */
-#define SH_TAIL_SEEN                                                                                                   \
-    16 /* requests of a kind that must have ended before their share is believed; until then it is 1                   \
-        */
+/* Requests of a kind that must have ended before their share is believed; until then it is 1. */
+#define SH_TAIL_SEEN 16
 
 typedef enum sh_tail_kind {
     SH_TAIL_FIXED,   /* generates max_tokens whatever comes */
