@@ -121,6 +121,10 @@ SH_INLINE void part_sums(sh_wtype t, const part *j, const uint8_t *codes, const 
     }
 }
 
+SH_INLINE __m256 sum_float(__m256i s) {
+    return _mm256_cvtepi32_ps(s);
+}
+
 /* ---- activations ------------------------------------------------------------------------------------------------- */
 
 SH_INLINE uint32_t top_of(__m256i v) {

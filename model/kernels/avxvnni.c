@@ -28,6 +28,15 @@ SH_INLINE __m256i high4(__m256i v) {
     return low4(_mm256_srli_epi16(v, 4));
 }
 
+/* Sums begin at the bits of 1.5 · 2²³, as a float: its last bit is worth 1, so a group's sum (at most 64 · 2¹⁴ = 2²⁰)
+ * makes the float 1.5 · 2²³ + sum, and a subtraction leaves the sum, exact. A conversion would take the units that
+ * multiply. */
+#define SUM_ZERO 0x4b400000
+
+SH_INLINE __m256 sum_float(__m256i s) {
+    return _mm256_sub_ps(_mm256_castsi256_ps(s), _mm256_set1_ps(0x1.8p23f));
+}
+
 /* ---- few rows ---------------------------------------------------------------------------------------------------- */
 
 static inline size_t walk_words(sh_wtype t) {
@@ -56,7 +65,7 @@ SH_INLINE void part_sums(sh_wtype t, const part *j, const uint8_t *codes, const 
     for (int r = 0; r < rows; r++) {
         __m256i v = _mm256_slli_epi32(word(sum + (size_t)r * j->groups), t == SH_W_Q8 ? 7 : 3); /* · 128, · 8 */
 #pragma GCC unroll 4
-        for (int q = 0; q < quarters; q++) s[r][q] = _mm256_sub_epi32(_mm256_setzero_si256(), v);
+        for (int q = 0; q < quarters; q++) s[r][q] = _mm256_sub_epi32(_mm256_set1_epi32(SUM_ZERO), v);
     }
     for (int i = 0; i < words; i += turn, codes += 128, x += turn) {
         __m256i v[4];
@@ -107,7 +116,8 @@ SH_INLINE void run_half(const block_tile *j, int h, int rows, int group) {
         __m256i s[TILE_ROWS][2];
         for (const char *end = next + j->step; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T0);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = word(offset + r);
+        for (int r = 0; r < rows; r++)
+            s[r][0] = s[r][1] = _mm256_add_epi32(word(offset + r), _mm256_set1_epi32(SUM_ZERO));
         for (int i = 0; i < group; i += 4, w += 128) {
             __m256i a = load(w), b = load(w + 32);
 #pragma GCC unroll 8
@@ -123,9 +133,9 @@ SH_INLINE void run_half(const block_tile *j, int h, int rows, int group) {
         for (int r = 0; r < rows; r++) {
             float *y = j->sum[r] + 16 * h;
             __m256 d = _mm256_set1_ps(j->scale[g * TILE_ROWS + r]);
-            _mm256_store_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[r][0]), _mm256_mul_ps(lo, d), _mm256_load_ps(y)));
+            _mm256_store_ps(y, _mm256_fmadd_ps(sum_float(s[r][0]), _mm256_mul_ps(lo, d), _mm256_load_ps(y)));
             y += 8;
-            _mm256_store_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[r][1]), _mm256_mul_ps(hi, d), _mm256_load_ps(y)));
+            _mm256_store_ps(y, _mm256_fmadd_ps(sum_float(s[r][1]), _mm256_mul_ps(hi, d), _mm256_load_ps(y)));
         }
     }
 }

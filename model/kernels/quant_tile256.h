@@ -52,6 +52,8 @@ typedef struct part {
  * of the codes of the first row, j->groups apart. For each 128 bytes of codes one fetch(). */
 SH_INLINE void part_sums(sh_wtype t, const part *j, const uint8_t *codes, const uint32_t *x, const int32_t *sum,
                          const uint8_t *next, int rows, int quarters, __m256i s[TILE_ROWS][4]);
+/* Such a sum as a float. */
+SH_INLINE __m256 sum_float(__m256i s);
 
 SH_INLINE const uint8_t *fetch(const uint8_t *next, size_t step, int quarters) {
     _mm_prefetch((const char *)next, _MM_HINT_T0);
@@ -77,7 +79,7 @@ SH_INLINE void run_part(sh_wtype t, const part *j, int rows, int quarters) {
 #pragma GCC unroll 4
             for (int q = 0; q < quarters; q++) {
                 float *acc = j->acc + r * SH_PANEL + 8 * q;
-                __m256 v = _mm256_cvtepi32_ps(s[r][q]), de = _mm256_mul_ps(d[q], e);
+                __m256 v = sum_float(s[r][q]), de = _mm256_mul_ps(d[q], e);
                 if (rows == 1)
                     only[q] = _mm256_fmadd_ps(v, de, only[q]);
                 else
