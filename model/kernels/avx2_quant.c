@@ -7,32 +7,14 @@
  * Both take weights unsigned; their zero point comes off through the row's sum of codes. Same bits as ref.c (kernels.h,
  * quant.h).
  */
-#include <immintrin.h>
-#include <stdbool.h>
-#include <string.h>
 #include "model/kernels/quant_group.h"
 
-#define SH_INLINE static inline __attribute__((always_inline))
-
-#define TILE_ROWS    4 /* eight integer sums; four registers of codes, constants, a row's codes, a product */
-#define WALK_WORDS   2
-#define CHUNK_INPUTS 256 /* of a single tile that pass for one half of a panel before they do for the other */
-#include "model/kernels/quant_walk.h"
-
-SH_INLINE __m256i load(const void *p) {
-    return _mm256_loadu_si256(p);
-}
+#define TILE_ROWS  4 /* eight integer sums; four registers of codes, constants, a row's codes, a product */
+#define WALK_WORDS 2
+#include "model/kernels/quant_tile256.h"
 
 SH_INLINE void store(uint32_t *p, __m256i v) {
     _mm256_storeu_si256((__m256i *)(void *)p, v);
-}
-
-SH_INLINE __m256i lanes8(int n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
-SH_INLINE __m256i word(const uint32_t *x) {
-    return _mm256_set1_epi32((int)*x);
 }
 
 /* Keeps the compiler from joining products before it adds them: it would run out of registers. */
@@ -62,15 +44,8 @@ static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t
         }
 }
 
-/* ---- one group: integer sums of `rows` rows with `quarters` times eight outputs -----------------------------------
+/* ---- one group ----------------------------------------------------------------------------------------------------
  */
-
-/* What is fetched meanwhile: `step` bytes from `next` on for each 128 bytes of codes. */
-SH_INLINE const uint8_t *fetch(const uint8_t *next, size_t step, int quarters) {
-    _mm_prefetch((const char *)next, _MM_HINT_T0);
-    if (quarters == 4) _mm_prefetch((const char *)next + step / 2, _MM_HINT_T0);
-    return next + step;
-}
 
 SH_INLINE void sums_q8(const uint8_t *codes, const uint32_t *x, int rows, int quarters, const uint8_t *next,
                        size_t step, __m256i s[TILE_ROWS][4]) {
@@ -130,131 +105,24 @@ SH_INLINE void sums_q4(const uint8_t *codes, const uint32_t *x, int rows, int qu
     }
 }
 
-/* ---- a tile -------------------------------------------------------------------------------------------------------
- */
-
-/* A chunk of groups for some quarters of a panel. The float sums lie in memory: the integer sums need the registers. */
-typedef struct part {
-    const uint8_t *scales, *codes, *next;
-    size_t shares; /* of what is next */
-    const uint32_t *x;
-    const float *scale;
-    const int32_t *sum;
-    size_t groups, n; /* groups: from row to row of scale and sum */
-    float *acc;       /* [rows, SH_PANEL] */
-} part;
-
-SH_INLINE void run_part(sh_wtype t, const part *j, int rows, int quarters) {
-    const size_t step = 128 / j->shares;
-    const uint8_t *next = j->next;
-    const uint32_t *x = j->x;
-    __m256 only[4]; /* of a single row, whose sums do fit in registers */
-#pragma GCC unroll 4
-    for (int q = 0; q < quarters; q++) only[q] = _mm256_loadu_ps(j->acc + 8 * q);
-    for (size_t g = 0; g < j->n; g++) {
-        const uint8_t *codes = j->codes + g * sh_wtype_block(t), *scales = j->scales + g * sh_wtype_block(t);
-        __m256i s[TILE_ROWS][4];
-        __m256 d[4];
+SH_INLINE void part_sums(sh_wtype t, const part *j, const uint8_t *codes, const uint32_t *x, const int32_t *sum,
+                         const uint8_t *next, int rows, int quarters, __m256i s[TILE_ROWS][4]) {
 #pragma GCC unroll 16
-        for (int i = 0; i < rows * quarters; i++) s[i / quarters][i % quarters] = _mm256_setzero_si256();
-        if (t == SH_W_Q8)
-            sums_q8(codes, x, rows, quarters, next, step, s);
-        else
-            sums_q4(codes, x, rows, quarters, next, step, s);
+    for (int i = 0; i < rows * quarters; i++) s[i / quarters][i % quarters] = _mm256_setzero_si256();
+    if (t == SH_W_Q8)
+        sums_q8(codes, x, rows, quarters, next, j->step, s);
+    else
+        sums_q4(codes, x, rows, quarters, next, j->step, s);
 #pragma GCC unroll 4
-        for (int q = 0; q < quarters; q++)
-            d[q] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(scales + 16 * q)));
+    for (int r = 0; r < rows; r++) {
+        __m256i zero = _mm256_slli_epi32(word(sum + (size_t)r * j->groups), t == SH_W_Q8 ? 7 : 3); /* · 128, · 8 */
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            size_t at = (size_t)r * j->groups + g;
-            __m256i zero = _mm256_slli_epi32(_mm256_set1_epi32(j->sum[at]), t == SH_W_Q8 ? 7 : 3); /* · 128, · 8 */
-            __m256 e = _mm256_set1_ps(j->scale[at]);
-#pragma GCC unroll 4
-            for (int q = 0; q < quarters; q++) {
-                float *acc = j->acc + r * SH_PANEL + 8 * q;
-                __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(s[r][q], zero)), de = _mm256_mul_ps(d[q], e);
-                if (rows == 1)
-                    only[q] = _mm256_fmadd_ps(v, de, only[q]);
-                else
-                    _mm256_storeu_ps(acc, _mm256_fmadd_ps(v, de, _mm256_loadu_ps(acc)));
-            }
-        }
-        next += sh_wtype_block(t) / j->shares;
-        x += walk_words(t) * (size_t)rows;
-    }
-    if (rows > 1) return;
-#pragma GCC unroll 4
-    for (int q = 0; q < quarters; q++) _mm256_storeu_ps(j->acc + 8 * q, only[q]);
-}
-
-/* Functions of their own, so that nothing else wants their registers. One or two rows take all of a panel. */
-#define RUN_ROWS(name, t)                                                                                              \
-    static __attribute__((noinline)) void name(const part *j, int rows) {                                              \
-        switch (rows) {                                                                                                \
-        case 1:                                                                                                        \
-            run_part(t, j, 1, 4);                                                                                      \
-            break;                                                                                                     \
-        case 2:                                                                                                        \
-            run_part(t, j, 2, 4);                                                                                      \
-            break;                                                                                                     \
-        case 3:                                                                                                        \
-            run_part(t, j, 3, 2);                                                                                      \
-            break;                                                                                                     \
-        default:                                                                                                       \
-            run_part(t, j, 4, 2);                                                                                      \
-            break;                                                                                                     \
-        }                                                                                                              \
-    }
-RUN_ROWS(run_q8, SH_W_Q8)
-RUN_ROWS(run_q4, SH_W_Q4)
-#undef RUN_ROWS
-
-/* Groups [g, g + n) of a tile, one half of the panel after the other where there are `halves`. */
-static void run_chunk(sh_wtype t, const tile *j, size_t g, size_t n, int rows, size_t halves, float *acc) {
-    size_t at = (g - j->g0) * sh_wtype_block(t), bytes = n * sh_wtype_block(t), shares = j->shares * halves;
-    const uint8_t *block = j->block + at, *next = j->next + at;
-    if (j->shares == 1 && halves > 1) next = block + bytes; /* nearer would be too late for the other half */
-    for (size_t h = 0; h < halves; h++) {
-        part k = {.scales = block + 32 * h,
-                  .codes = block + 2 * SH_PANEL + 64 * h,
-                  .next = next + bytes * (j->share * halves + h) / shares,
-                  .shares = shares,
-                  .x = (const uint32_t *)j->x + (g - j->g0) * walk_words(t) * (size_t)rows,
-                  .scale = j->scale + g,
-                  .sum = j->sum + g,
-                  .groups = j->groups,
-                  .n = n,
-                  .acc = acc + 16 * h};
-        if (t == SH_W_Q8)
-            run_q8(&k, rows);
-        else
-            run_q4(&k, rows);
+        for (int q = 0; q < quarters; q++) s[r][q] = _mm256_sub_epi32(s[r][q], zero);
     }
 }
 
-/* The first n (≤ 0: none, ≥ 8: all) of eight outputs; masked stores are slow on some CPUs. */
-SH_INLINE __m256 load8(const float *y, int n) {
-    return n >= 8 ? _mm256_loadu_ps(y) : _mm256_maskload_ps(y, lanes8(n));
-}
-SH_INLINE void store8(float *y, __m256 v, int n) {
-    if (n >= 8)
-        _mm256_storeu_ps(y, v);
-    else if (n > 0)
-        _mm256_maskstore_ps(y, lanes8(n), v);
-}
-
-static void walk_tile(sh_wtype t, const tile *j, int rows) {
-    float acc[TILE_ROWS * SH_PANEL] __attribute__((aligned(32)));
-    size_t halves = rows > 2 ? 2 : 1;
-    size_t chunk = halves > 1 && j->shares == 1 ? CHUNK_INPUTS / (size_t)sh_wtype_group(t) : j->g1 - j->g0;
-    for (int i = 0; i < 4 * rows; i++) {
-        const float *y = j->y + (size_t)(i / 4) * j->ldy + i % 4 * 8;
-        _mm256_store_ps(acc + 8 * i, j->g0 ? load8(y, j->outputs - i % 4 * 8) : _mm256_setzero_ps());
-    }
-    for (size_t g = j->g0; g < j->g1; g += chunk)
-        run_chunk(t, j, g, g + chunk < j->g1 ? chunk : j->g1 - g, rows, halves, acc);
-    for (int i = 0; i < 4 * rows; i++)
-        store8(j->y + (size_t)(i / 4) * j->ldy + i % 4 * 8, _mm256_load_ps(acc + 8 * i), j->outputs - i % 4 * 8);
+SH_INLINE __m256 sum_float(__m256i s) {
+    return _mm256_cvtepi32_ps(s);
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------- */

@@ -24,12 +24,8 @@ static inline size_t walk_words(sh_wtype t) {
     return (size_t)sh_wtype_group(t) / 4;
 }
 
-/* Group by group, in it row by row: the codes as they are. */
 static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t g0, size_t g1, uint32_t *to) {
-    size_t size = (size_t)sh_wtype_group(t);
-    for (size_t g = g0; g < g1; g++)
-        for (size_t r = r0; r < r0 + (size_t)rows; r++, to += walk_words(t))
-            memcpy(to, x->code + r * x->ld + g * size, size);
+    walk_pack_codes(t, x, r0, rows, g0, g1, to);
 }
 
 /* Adds 64 bytes of unsigned codes times four inputs of each row to the sums of half h. Of the intrinsic gcc 12 makes

@@ -80,7 +80,7 @@ static inline size_t sh_kv8_bytes(int n) {
 }
 
 typedef struct sh_kernels {
-    const char *isa; /* "ref", "avx2", "avx512", "avx512vnni", "amx", "blas", "model" */
+    const char *isa; /* "ref", "avx2", "avxvnni", "avx512", "avx512vnni", "amx", "blas", "model" */
     bool modelled;   /* "model": takes the time of a rank with given rates; its one thread stands for all of them */
 
     /* y[r, i] = Σ_k fma(x[r, k], W[i, k]) for rows r < m and outputs i of panels [p0, p1) that are < w->n. Strides in
@@ -146,9 +146,9 @@ typedef struct sh_kernels {
     void (*sincos)(float *sn, float *cs, const float *angle, int n);
 } sh_kernels;
 
-/* The best table for this CPU, or the one SHOAL_ISA (ref|avx2|avx512|avx512vnni|amx|blas|model:FMA,BYTES) lowers it to.
- * A level that this CPU lacks or an unknown name is an error naming what is allowed. The table is static; nobody frees
- * it. */
+/* The best table for this CPU, or the one SHOAL_ISA (ref|avx2|avxvnni|avx512|avx512vnni|amx|blas|model:FMA,BYTES)
+ * lowers it to. A level that this CPU lacks or an unknown name is an error naming what is allowed. The table is static;
+ * nobody frees it. */
 sh_status sh_kernels_select(const sh_kernels **out);
 /* A level by name; SH_EUNSUPPORTED when the CPU or the build lacks it. For tests and `doctor`. A process has one pair
  * of rates: another model:… than the first is SH_EINPUT. */
@@ -160,6 +160,7 @@ extern const char *const sh_kernels_levels[];
 void sh_kernels_fill_ref(sh_kernels *t);
 void sh_kernels_fill_avx2(sh_kernels *t);
 void sh_kernels_fill_avx2_quant(sh_kernels *t);
+void sh_kernels_fill_avxvnni(sh_kernels *t);
 void sh_kernels_fill_avx512(sh_kernels *t);
 void sh_kernels_fill_avx512vnni(sh_kernels *t);
 void sh_kernels_fill_amx(sh_kernels *t); /* after avx512vnni, whose product few rows take */

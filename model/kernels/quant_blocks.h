@@ -1,7 +1,7 @@
 /*
- * How a product of many rows with quantised weights goes through memory: written once, included by avx512vnni.c and
- * amx.c, each compiled with its own flags. Not here: the arithmetic. The includer defines TILE_ROWS, the most rows of a
- * tile, TILE_PASSES, how often a tile passes its panel's groups, and the functions declared below.
+ * How a product of many rows with quantised weights goes through memory: written once, included by avxvnni.c,
+ * avx512vnni.c and amx.c, each compiled with its own flags. Not here: the arithmetic. The includer defines TILE_ROWS,
+ * the most rows of a tile, TILE_PASSES, how often a tile passes its panel's groups, and the functions declared below.
  *
  * Up to BLOCK_ROWS rows are packed for a span of inputs, tile after tile. Then panel after panel the span is cut into
  * blocks, whose codes are unpacked to bytes and stay in L1 while the tiles of rows pass; meanwhile the next block is

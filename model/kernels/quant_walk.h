@@ -1,7 +1,8 @@
 /*
- * How a product with quantised weights goes through memory: written once, included by avx2_quant.c and avx512vnni.c,
- * each compiled with its own flags. Not here: the arithmetic. The includer defines TILE_ROWS, the most rows of a tile,
- * and WALK_WORDS, the most words that four inputs of a row become, before it, and the functions declared below.
+ * How a product with quantised weights goes through memory: written once, included by avx2_quant.c, avxvnni.c and
+ * avx512vnni.c, each compiled with its own flags. Not here: the arithmetic. The includer defines TILE_ROWS, the most
+ * rows of a tile, and WALK_WORDS, the most words that four inputs of a row become, before it, and the functions
+ * declared below.
  *
  * Up to WALK_ROWS rows are packed for a run of inputs. Panel after panel, the run is cut into blocks that stay in L1
  * while the rows' tiles pass; each tile fetches its share of the next block, so that reading and arithmetic overlap,
@@ -12,6 +13,7 @@
 #define SH_MODEL_KERNELS_QUANT_WALK_H
 
 #include <stdbool.h>
+#include <string.h>
 #include "model/kernels/kernels.h"
 
 #define WALK_ROWS   16    /* packed at a time */
@@ -41,6 +43,15 @@ static size_t walk_words(sh_wtype t);
 /* Packs rows [r0, r0 + rows) of the groups [g0, g1): group by group, in it row by row. */
 static void walk_pack(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t g0, size_t g1, uint32_t *to);
 static void walk_tile(sh_wtype t, const tile *j, int rows);
+
+/* For walk_pack: codes as they are, a byte each. */
+static inline void walk_pack_codes(sh_wtype t, const sh_qrows *x, size_t r0, int rows, size_t g0, size_t g1,
+                                   uint32_t *to) {
+    size_t size = (size_t)sh_wtype_group(t);
+    for (size_t g = g0; g < g1; g++)
+        for (size_t r = r0; r < r0 + (size_t)rows; r++, to += size / 4)
+            memcpy(to, x->code + r * x->ld + g * size, size);
+}
 
 /* Some rows of a product and the groups [g0, g1) of a run. */
 typedef struct walk {

@@ -7,9 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { REF, AVX2, AVX512, AVX512VNNI, AMX, BLAS, LEVELS, MODEL = LEVELS, TABLES };
+enum { REF, AVX2, AVXVNNI, AVX512, AVX512VNNI, AMX, BLAS, LEVELS, MODEL = LEVELS, TABLES };
 
-const char *const sh_kernels_levels[] = {"ref", "avx2", "avx512", "avx512vnni", "amx", "blas", NULL};
+const char *const sh_kernels_levels[] = {"ref", "avx2", "avxvnni", "avx512", "avx512vnni", "amx", "blas", NULL};
 
 static sh_kernels tables[TABLES];
 static bool present[LEVELS];
@@ -23,6 +23,7 @@ static bool fill_native(sh_kernels *t, int level) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     has[AVX2] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    has[AVXVNNI] = has[AVX2] && __builtin_cpu_supports("avxvnni");
     has[AVX512] = has[AVX2] && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     has[AVX512VNNI] = has[AVX512] && __builtin_cpu_supports("avx512vnni");
@@ -31,6 +32,7 @@ static bool fill_native(sh_kernels *t, int level) {
         sh_kernels_fill_avx2(t);
         sh_kernels_fill_avx2_quant(t);
     }
+    if (level >= AVXVNNI && has[AVXVNNI]) sh_kernels_fill_avxvnni(t);
     if (level >= AVX512 && has[AVX512]) sh_kernels_fill_avx512(t);
     if (level >= AVX512VNNI && has[AVX512VNNI]) sh_kernels_fill_avx512vnni(t);
     if (level >= AMX && has[AMX]) sh_kernels_fill_amx(t);
@@ -89,7 +91,8 @@ sh_status sh_kernels_get(const char *isa, const sh_kernels **out) {
         return SH_OK;
     }
     SH_FAIL(SH_EINPUT,
-            "instruction set '%.40s' is unknown: allowed are ref, avx2, avx512, avx512vnni, amx, blas, model:FMA,BYTES",
+            "instruction set '%.40s' is unknown: allowed are ref, avx2, avxvnni, avx512, avx512vnni, amx, blas, "
+            "model:FMA,BYTES",
             isa);
 }
 

@@ -73,7 +73,7 @@ def check_few(same, experts):
 
 def isa_levels():
     text = subprocess.run([st.shoal(), "--version"], capture_output=True, text=True).stdout
-    return [i for i in ("ref", "avx2", "avx512", "avx512vnni") if i in text]
+    return [i for i in ("ref", "avx2", "avxvnni", "avx512", "avx512vnni") if i in text]
 
 
 def layers(name):
