@@ -199,6 +199,7 @@ static sh_status find_front(sh_dispatch *d, sh_job_entry **e) {
         d->cursor = key; /* adopted, came back, or one that went first as the longest */
     }
     if (key == 0) d->exhausted = true;
+    if (key) d->cursor = key - 1; /* lines of cancelled jobs before it are not walked again */
     *e = key ? sh_jobs_find(d->jobs, job) : NULL;
     return SH_OK;
 }

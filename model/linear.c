@@ -2,6 +2,7 @@
 #include "model/linear.h"
 
 #include <stdatomic.h>
+#include <string.h>
 #include "model/row_loop.h"
 
 /*
@@ -152,6 +153,11 @@ void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat 
         p.y[i] = y[i];
     }
     if (m <= 0 || p.total == 0) return;
+    if (w[0]->k == 0) { /* a part that has none of the inputs */
+        for (int i = 0; i < count; i++)
+            for (int r = 0; r < m; r++) memset(y[i] + (size_t)r * ldy[i], 0, (size_t)w[i]->n * sizeof(float));
+        return;
+    }
     if (w[0]->type == SH_W_BF16)
         multiply(t, &p);
     else

@@ -77,7 +77,8 @@ typedef struct sh_load_peers {
     sh_status (*send)(void *ctx, int to, const void *p, size_t n);
     /* The next bytes of a member that have no place yet are n and go to p, by the time that finish returns. */
     sh_status (*expect)(void *ctx, int from, void *p, size_t n);
-    /* Progress; cheap. Fails when a member has failed, with its status and text. So do send and finish. */
+    /* Progress; cheap. Fails when a member has failed, with its status, its rank and text. So do send
+     * and finish. */
     sh_status (*poll)(void *ctx);
     /* Waits until all that was sent and expected is where it belongs, and all members are as far. */
     sh_status (*finish)(void *ctx);

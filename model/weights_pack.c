@@ -231,6 +231,7 @@ void sh_load_advise(const uint8_t *data, size_t bytes, int advice) {
 }
 
 void sh_load_let_go(const sh_load_job *j) {
+    if (j->heads.layer) return; /* a head may be stored several times: the rows are no run of the tensor */
     for (int s = 0; s < 2 && j->t[s]; s++) {
         size_t row = sh_dtype_bytes(j->t[s]->dtype, (uint64_t)row_items(j));
         sh_load_advise(j->t[s]->data + (size_t)j->row[s] * row, (size_t)j->n[s] * row, MADV_DONTNEED);

@@ -239,7 +239,9 @@ static sh_status poll(void *ctx) {
     SH_TRY(progress(x));
     for (int i = 0; i < x->link->size; i++) {
         const word *w = &x->peer[i].heard;
-        if (w->status != SH_OK) SH_FAIL((sh_status)w->status, "%s", w->text);
+        bool passed_on = strncmp(w->text, "rank ", 5) == 0; /* by one that heard it itself */
+        if (w->status != SH_OK && passed_on) SH_FAIL((sh_status)w->status, "%s", w->text);
+        if (w->status != SH_OK) SH_FAIL((sh_status)w->status, "rank %d: %s", i, w->text);
     }
     return x->alive ? x->alive->check(x->alive->arg) : SH_OK;
 }

@@ -17,6 +17,9 @@
 #define TILE_DATA 18 /* of arch_prctl: the state component that holds tiles */
 #define LINE      64 /* bytes of a row of a tile */
 
+/* The tile intrinsics do not tell gcc 12 which memory they read. */
+#define SETTLE() __asm__ volatile("" ::: "memory")
+
 static void (*few_rows)(const sh_wmat *, int, int, const sh_qrows *, int, int, float *, size_t);
 
 typedef struct tile_config {
@@ -38,6 +41,7 @@ static void block_begin(sh_wtype t, int rows) {
         c.bytes[i] = i == 4 || i == 5 ? (uint16_t)group : LINE;
         c.rows[i] = (uint8_t)(i < 6 ? rows : group / 4);
     }
+    SETTLE();
     _tile_loadconfig(&c);
 }
 
@@ -108,6 +112,7 @@ SH_INLINE void run_half(const block_tile *j, int h, int rows, int group, group_s
     __m512 acc[TILE_ROWS];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) acc[r] = _mm512_load_ps(sum[r] + 16 * h);
+    SETTLE();
     multiply(0, at.x, at.w, group);
     if (n > 1) multiply(1, at.x + TILE_ROWS * group, at.w + SH_PANEL * group, group);
     write_out(0, sums);
@@ -200,6 +205,6 @@ bool sh_kernels_amx_usable(void) {
 }
 
 void sh_kernels_fill_amx(sh_kernels *t) {
-    few_rows = t->gemm_q;
+    if (!few_rows) few_rows = t->gemm_q;
     t->gemm_q = amx_gemm_q;
 }

@@ -67,11 +67,13 @@ static inline size_t block_min(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
-/* Tile t; where the last one has fewer rows than the others, zeros. */
+/* Tile t; where the last one has fewer rows than the others, scales of zero. */
 static void block_pack_tile(const block_part *p, int t, block_rows *to) {
     sh_wtype type = p->w->type;
     size_t group = (size_t)sh_wtype_group(type), groups = p->g1 - p->g0, first = (size_t)t * TILE_ROWS * groups;
     const int32_t zero = type == SH_W_Q8 ? SH_Q8_ZERO : SH_Q4_ZERO;
+    for (size_t g = 0; g < groups; g++) /* rows that a tile may have beyond these: computed perhaps, not used */
+        for (int i = p->size; i < TILE_ROWS; i++) to->scale[first + g * TILE_ROWS + (size_t)i] = 0;
     for (int i = 0; i < p->size; i++) {
         bool here = t * p->size + i < p->rows;
         size_t row = (size_t)(here ? p->r0 + t * p->size + i : p->r0), at = row * p->x->groups + p->g0;
