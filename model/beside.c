@@ -48,7 +48,7 @@ static sh_status make(const char *dir, int i, size_t max, sh_beside *out) {
     SH_CLEANUP(sh_buf_release) sh_buf b;
     sh_buf_init(&b, max);
     SH_TRY(made[i].make(dir, &b));
-    snprintf(out->what, sizeof out->what, "%s: metadata of GGUF, as %s", dir, made[i].name);
+    if (b.len) snprintf(out->what, sizeof out->what, "%s: metadata of GGUF, as %s", dir, made[i].name);
     out->len = b.len;
     out->text = b.len ? sh_buf_take(&b) : NULL;
     return SH_OK;
@@ -60,8 +60,8 @@ sh_status sh_beside_read(const char *dir, const char *name, size_t max, sh_besid
     if (snprintf(path, sizeof path, "%s/%s", dir, name) >= (int)sizeof path)
         SH_FAIL(SH_ELIMIT, "%.64s…: path too long", dir);
     int i = stands_in(dir, name);
-    if (i >= 0) return make(dir, i, max, out);
     snprintf(out->what, sizeof out->what, "%s", path);
+    if (i >= 0) return make(dir, i, max, out);
     return sh_file_exists(path) ? sh_file_read(path, max, &out->text, &out->len) : SH_OK;
 }
 

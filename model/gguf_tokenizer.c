@@ -220,6 +220,14 @@ static sh_status add_added(const source *s, sh_buf *out) {
     return sh_buf_add_str(out, "],\n");
 }
 
+/* A file may say that it has none: then nothing stands in for the tokenizer's files. */
+static sh_status has_tokenizer(const sh_gguf_meta *m, bool *has) {
+    sh_gguf_text name = {NULL, 0};
+    SH_TRY(sh_gguf_meta_text(m, KEY("model"), &name));
+    *has = !name.s || !sh_gguf_is(name, "none");
+    return SH_OK;
+}
+
 /* --- entry points --------------------------------------------------------------------------------------------------
  */
 
@@ -233,7 +241,10 @@ static sh_status add_tokenizer(source *s, sh_buf *out) {
 
 sh_status sh_gguf_tokenizer(const char *dir, sh_buf *out) {
     SH_CLEANUP(sh_gguf_meta_close) sh_gguf_meta *m = NULL;
+    bool has = false;
     SH_TRY(sh_gguf_meta_open(dir, &m));
+    SH_TRY(has_tokenizer(m, &has));
+    if (!has) return SH_OK;
     source s = {.m = m};
     sh_vocab_init(&s.vocab);
     sh_status st = add_tokenizer(&s, out);
@@ -264,7 +275,10 @@ sh_status sh_gguf_tokenizer_config(const char *dir, sh_buf *out) {
     SH_CLEANUP(sh_gguf_meta_close) sh_gguf_meta *m = NULL;
     SH_CLEANUP(sh_json_release) json_t *o = json_object();
     sh_gguf_text chat = {NULL, 0};
+    bool has = false;
     SH_TRY(sh_gguf_meta_open(dir, &m));
+    SH_TRY(has_tokenizer(m, &has));
+    if (!has) return SH_OK;
     SH_TRY(set_token(m, KEY("bos_token_id"), KEY("add_bos_token"), "bos_token", "add_bos_token", o));
     SH_TRY(set_token(m, KEY("eos_token_id"), KEY("add_eos_token"), "eos_token", "add_eos_token", o));
     SH_TRY(sh_gguf_meta_text(m, "tokenizer.chat_template", &chat));

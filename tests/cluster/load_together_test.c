@@ -25,8 +25,9 @@ typedef struct group {
     sh_mode mode;
     bool hot;
     Shoal__Plan *plan;
-    /* what is done to a rank: when it gathers for the n-th time, or polls */
+    /* what is done to a rank: before it gathers for the n-th time, which nobody leaves before it; and behind that */
     int victim;
+    void (*before)(struct group *g, int gathered);
     void (*disturb)(struct group *g, int gathered);
     atomic_bool ended; /* the victim's alive check fails */
 } group;
@@ -51,8 +52,9 @@ static bool holds(const void *ctx, int layer, int expert) {
 
 static sh_status gather(void *ctx, const void *mine, size_t n, void *all) {
     member *m = ctx;
-    SH_TRY(m->real->gather(m->real->ctx, mine, n, all));
     m->gathered++;
+    if (m->rank == m->g->victim && m->g->before) m->g->before(m->g, m->gathered);
+    SH_TRY(m->real->gather(m->real->ctx, mine, n, all));
     if (m->rank == m->g->victim && m->g->disturb) m->g->disturb(m->g, m->gathered);
     return SH_OK;
 }
@@ -284,7 +286,7 @@ static void test_damaged(const char *from) {
         }
 }
 
-/* Between the check of the headers and the reading. */
+/* Between the check of the headers and the reading: a rank that reads already would end with a signal. */
 static void cut_file(group *g, int gathered) {
     char path[600];
     snprintf(path, sizeof path, "%s/model.safetensors", g->dir);
@@ -342,7 +344,7 @@ static void test_failing_rank(const char *from) {
     write_model(from, false);
     open_group(&g, dir, &three, SH_MODE_Q4); /* rounds: the value is fine */
     g.victim = 1;
-    g.disturb = cut_file;
+    g.before = cut_file;
     fails(&g, "the file is cut while it is read", SH_EIO, "was it truncated?");
     open_group(&g, from, &three, SH_MODE_Q4);
     g.victim = 2;

@@ -111,6 +111,18 @@ def alone(s):
     refused(s, s.file("alone-e2b-like"), "model-00001-of-00002.gguf: missing: part 1 of 2")
 
 
+def no_tokenizer(s):
+    """A file that says that it has none: what needs no text works, the rest names the missing file."""
+    model, out = s.file("mute"), s.file("mute.q4")
+    tool = os.path.join(os.path.dirname(st.shoal()), "tests", "make_shape")
+    subprocess.run([tool, "small-dense", model, "Q4_0"], check=True, timeout=120)
+    subprocess.run([st.shoal(), "pack", "-q", "-m", model, "-o", out, "--mode", "q4"], check=True, timeout=120)
+    r = subprocess.run([st.shoal(), "bench", "-m", out, "--prompt", "8", "--generate", "2", "--batch", "1", "--rounds", "1", "--no-limits", "--json"],
+                       capture_output=True, text=True, timeout=120)
+    same("bench without a tokenizer", (r.returncode, r.stderr), (0, ""))
+    refused(s, model, "mute/tokenizer.json: cannot be opened")
+
+
 def wide(folder, source):
     """A checkpoint with rows of 256, of random numbers and with the tokenizer of `source`. Its embedding is exact in Q6_K: each 16
     values are codes from -32 to 31 times a power of two."""
@@ -212,6 +224,7 @@ def main():
         packs(s, want[0])
         six_bits(s, ple)
         alone(s)
+        no_tokenizer(s)
         shutil.copy(s.file("rQ4_0e2b-like/model.safetensors"), s.file("Q8_0"))
         refused(s, s.file("Q8_0/model.gguf"), "model.safetensors lies beside it and counts before GGUF")
         shutil.copy(s.file("Q4_0/model.gguf"), s.file("Q4_0-e2b-like/second.gguf"))
