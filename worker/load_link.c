@@ -23,7 +23,7 @@ typedef struct word {
     uint32_t magic;
     int32_t status;    /* SH_OK: it has everything */
     uint64_t messages; /* of weights that it sent to this one */
-    char text[1000];   /* of the failure */
+    char text[1000];   /* of the failure: whose it is, and what */
 } word;
 
 typedef struct place {
@@ -54,6 +54,7 @@ struct sh_load_link {
     int send[OPEN_SENDS]; /* requests; −1: free */
     taking take[OPEN_TAKES];
     int left;      /* expectations that are not met */
+    bool was_told; /* of the failure that ended the loading here */
     bool stopping; /* what does not fit is dropped */
     bool stuck;    /* in vain: somebody may still read what was sent */
 };
@@ -239,9 +240,9 @@ static sh_status poll(void *ctx) {
     SH_TRY(progress(x));
     for (int i = 0; i < x->link->size; i++) {
         const word *w = &x->peer[i].heard;
-        bool passed_on = strncmp(w->text, "rank ", 5) == 0; /* by one that heard it itself */
-        if (w->status != SH_OK && passed_on) SH_FAIL((sh_status)w->status, "%s", w->text);
-        if (w->status != SH_OK) SH_FAIL((sh_status)w->status, "rank %d: %s", i, w->text);
+        if (w->status == SH_OK) continue;
+        x->was_told = true;
+        SH_FAIL((sh_status)w->status, "%s", w->text);
     }
     return x->alive ? x->alive->check(x->alive->arg) : SH_OK;
 }
@@ -303,7 +304,10 @@ static sh_status finish(void *ctx) {
 static bool stop(void *ctx, sh_status st) {
     sh_load_link *x = ctx;
     char text[sizeof x->peer->said.text];
-    snprintf(text, sizeof text, "%s", sh_error_text());
+    if (x->was_told) /* goes on as it was heard */
+        snprintf(text, sizeof text, "%s", sh_error_text());
+    else
+        snprintf(text, sizeof text, "rank %d: %s", x->link->rank, sh_error_text());
     x->stopping = true;
     bool ok = say(x, st, text) == SH_OK;
     sh_backoff wait = {0};

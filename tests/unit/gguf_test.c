@@ -11,21 +11,7 @@
 #include "model/gguf.h"
 #include "model/kernels/quant.h"
 #include "tests/checkpoint.h"
-
-static char dir[] = "/tmp/shoal-gguf-XXXXXX";
-
-static int begin(void) {
-    return mkdtemp(dir) == NULL;
-}
-
-static int end(void) {
-    return sh_path_remove(dir) != SH_OK;
-}
-
-static void empty(void) {
-    CU_ASSERT_EQUAL_FATAL(sh_path_remove(dir), SH_OK);
-    CU_ASSERT_EQUAL_FATAL(sh_dir_make(dir), SH_OK);
-}
+#include "tests/scratch_folder.h"
 
 /* --- files made field by field -------------------------------------------------------------------------------------
  */

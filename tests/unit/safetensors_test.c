@@ -7,24 +7,10 @@
 #include "common/file.h"
 #include "model/safetensors.h"
 #include "tests/checkpoint.h"
+#include "tests/scratch_folder.h"
 
 #define ONE   "model.safetensors"
 #define INDEX "model.safetensors.index.json"
-static char dir[] = "/tmp/shoal-safetensors-XXXXXX";
-
-static int begin(void) {
-    return mkdtemp(dir) == NULL;
-}
-
-static int end(void) {
-    return sh_path_remove(dir) != SH_OK;
-}
-
-static void empty(void) {
-    CU_ASSERT_EQUAL_FATAL(sh_path_remove(dir), SH_OK);
-    CU_ASSERT_EQUAL_FATAL(sh_dir_make(dir), SH_OK);
-}
-
 /* Opening must fail; the message begins with the folder, then want. Where want ends in "…" only that beginning counts.
  */
 static void refused(sh_status code, const char *want) {
