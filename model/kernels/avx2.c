@@ -13,7 +13,8 @@
 #define TILE_STRIDE 8    /* of packed rows */
 #define K_BLOCK     256  /* inputs per pass: 16 KiB of a panel and 6 KiB of packed rows stay in L1 */
 #define PANEL_BLOCK 12   /* panels whose K_BLOCK stays in L2 while all rows pass */
-#define AHEAD       2048 /* bytes */
+#define AHEAD       2048 /* bytes that are fetched into L1, and */
+#define FAR         8192 /* into L2 */
 
 SH_INLINE __m256i load8(const uint32_t *p) {
     return _mm256_loadu_si256((const __m256i *)(const void *)p);
@@ -55,6 +56,7 @@ SH_INLINE void stream_tile(const sh_wmat *w, int p, int panels, const float *x, 
         for (int i = 0; i < panels; i++) {
             const uint32_t *q = d + ((size_t)i * k + kk) * SH_LANES;
             _mm_prefetch((const char *)q + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *)q + FAR, _MM_HINT_T1);
             __m256i u = load8(q), v = load8(q + 8);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {

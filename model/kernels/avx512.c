@@ -12,7 +12,8 @@
 #define TILE_ROWS   12   /* 24 sums, two weight registers, one broadcast */
 #define K_BLOCK     256  /* inputs per pass: 16 KiB of a panel and 12 KiB of packed rows stay in L1 */
 #define PANEL_BLOCK 24   /* panels whose K_BLOCK stays in L2 while all rows pass */
-#define AHEAD       2048 /* bytes */
+#define AHEAD       2048 /* bytes that are fetched into L1, and */
+#define FAR         8192 /* into L2 */
 
 /* Outputs of one panel that exist: masks of its low and high half. */
 typedef struct halves {
@@ -52,6 +53,7 @@ SH_INLINE void stream_tile(const sh_wmat *w, int p, int panels, const float *x, 
         for (int i = 0; i < panels; i++) {
             const uint32_t *q = d + ((size_t)i * k + kk) * SH_LANES;
             _mm_prefetch((const char *)q + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *)q + FAR, _MM_HINT_T1);
             __m512i u = _mm512_loadu_si512(q);
             __m512 lo = widen_lo(u), hi = widen_hi(u);
 #pragma GCC unroll 16

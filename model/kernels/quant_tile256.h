@@ -57,7 +57,11 @@ SH_INLINE __m256 sum_float(__m256i s);
 
 SH_INLINE const uint8_t *fetch(const uint8_t *next, size_t step, int quarters) {
     _mm_prefetch((const char *)next, _MM_HINT_T0);
-    if (quarters == 4) _mm_prefetch((const char *)next + step / 2, _MM_HINT_T0);
+    _mm_prefetch((const char *)next + WALK_FAR, _MM_HINT_T1);
+    if (quarters == 4) {
+        _mm_prefetch((const char *)next + step / 2, _MM_HINT_T0);
+        _mm_prefetch((const char *)next + step / 2 + WALK_FAR, _MM_HINT_T1);
+    }
     return next + step;
 }
 

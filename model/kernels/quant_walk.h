@@ -22,6 +22,7 @@
 #define WALK_PANELS 16
 #define WALK_BLOCK  16384 /* bytes of codes */
 #define WALK_AHEAD  2048  /* bytes */
+#define WALK_FAR    6144  /* bytes behind what is fetched into L1 is fetched into L2 */
 
 /* What a tile works on: groups [g0, g1) of one panel; the sums wait in y between blocks. */
 typedef struct tile {
