@@ -116,6 +116,30 @@ static void test_launch_share(void) {
     sh_launch_release(&l);
 }
 
+/* Inside an allocation the steps of several groups share nodes, and get the environment whatever the job was given. */
+static void test_launch_slurm(void) {
+    sh_launch l;
+    sh_launch_options o = {
+        .program = "/bin/shoal", .endpoint = "tcp://a:1", .group = "g", .ranks = 2, .hosts = "a,b", .keys = "/k"};
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_FALSE(has_env(&l, "SLURM_OVERLAP=1"));
+    CU_ASSERT_FALSE(has_env(&l, "SLURM_EXPORT_ENV=ALL"));
+    sh_launch_release(&l);
+    setenv("SLURM_JOB_ID", "7", 1);
+    setenv("SLURM_EXPORT_ENV", "NONE", 1);
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_TRUE(has_env(&l, "SLURM_OVERLAP=1"));
+    CU_ASSERT_TRUE(has_env(&l, "SLURM_EXPORT_ENV=ALL"));
+    sh_launch_release(&l);
+    setenv("SLURM_OVERLAP", "0", 1); /* the user's setting wins */
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_FALSE(has_env(&l, "SLURM_OVERLAP=1"));
+    sh_launch_release(&l);
+    unsetenv("SLURM_OVERLAP");
+    unsetenv("SLURM_EXPORT_ENV");
+    unsetenv("SLURM_JOB_ID");
+}
+
 static void test_hosts(void) {
     static const struct {
         const char *list;
@@ -451,6 +475,7 @@ int main(void) {
     CU_pSuite s = CU_add_suite("parts of run", NULL, NULL);
     CU_add_test(s, "launch", test_launch);
     CU_add_test(s, "launch beside others", test_launch_share);
+    CU_add_test(s, "launch under Slurm", test_launch_slurm);
     CU_add_test(s, "hosts", test_hosts);
     CU_add_test(s, "node list", test_nodelist);
     CU_add_test(s, "attempts", test_attempts);
