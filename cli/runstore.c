@@ -163,26 +163,30 @@ sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_run
     return SH_OK;
 }
 
-/* The note of this run goes; that of a newer one, which took the store over, stays. */
-static sh_status remove_owner(const sh_runstore *s, const char *mine) {
-    char note[PATH_MAX + 32];
+/* Whether the note is still that of this run, and not of a newer one, which took the store over (and may have left). */
+static sh_status is_owner(const char *note, const char *mine, bool *yes) {
     SH_CLEANUP(sh_json_release) json_t *j = NULL;
     const char *ipc = "";
-    snprintf(note, sizeof note, "%s/owner", s->path);
+    *yes = false;
     if (!sh_file_exists(note)) return SH_OK;
     SH_TRY(sh_json_read(note, 1 << 16, &j));
     SH_TRY(sh_json_string(j, "ipc", &ipc));
-    return strcmp(ipc, mine) == 0 ? sh_path_remove(note) : SH_OK;
+    *yes = strcmp(ipc, mine) == 0;
+    return SH_OK;
 }
 
 sh_status sh_runstore_close(sh_runstore *s, bool remove_all) {
-    char path[PATH_MAX + 32];
+    char path[PATH_MAX + 32], note[PATH_MAX + 32];
     char ipc[sizeof s->ipc];
+    bool mine;
     memcpy(ipc, s->ipc, sizeof ipc);
     if (s->ipc[0]) SH_TRY(sh_path_remove(s->ipc));
     if (s->shm[0]) SH_TRY(sh_path_remove(s->shm));
     s->ipc[0] = s->shm[0] = 0;
-    if (!remove_all) return remove_owner(s, ipc); /* last: until then it names what there is to remove */
+    snprintf(note, sizeof note, "%s/owner", s->path);
+    SH_TRY(is_owner(note, ipc, &mine));
+    if (!mine) return SH_OK;
+    if (!remove_all) return sh_path_remove(note); /* last: until then it names what there is to remove */
     snprintf(path, sizeof path, "%s.removed", s->path);
     SH_TRY(sh_path_remove(path));
     if (rename(s->path, path) != 0) SH_FAIL(SH_EIO, "%s: cannot be removed: %s", s->path, strerror(errno));

@@ -36,7 +36,7 @@ typedef struct sh_runstore {
  */
 sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_runstore *out);
 /* Removes the private folders and the owner's note; with `remove_all`, the whole folder, atomically as seen from
- * outside. */
+ * outside. Where a newer run has taken the folder over, it stays with its note. */
 sh_status sh_runstore_close(sh_runstore *s, bool remove_all);
 
 #endif

@@ -208,6 +208,15 @@ class Nodes:
                 pass
         return found
 
+    @staticmethod
+    def command_line(pid):
+        """Words joined by spaces; "" when the process is gone."""
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                return f.read().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            return ""
+
     def lives(self, host):
         return self.holders[host].poll() is None
 

@@ -3,6 +3,7 @@ netns.Unavailable where Slurm is not installed (deploy/install-deps --slurm). Ev
 `tmp`); the rest of the file system is shared, as on a cluster. Nothing is asked of the machine's own configuration."""
 import os
 import shutil
+import signal
 import subprocess
 import time
 
@@ -165,8 +166,9 @@ class Slurm:
 
     def kill_daemons(self, host):
         """slurmd and its job steps' daemons vanish; what they started goes on."""
-        self.nodes.inside(host, "for p in /proc/[0-9]*; do case $(tr '\\0' ' ' < $p/cmdline) in *slurmd*|*slurmstepd*) "
-                                "kill -9 ${p#/proc/};; esac; done", check=False)
+        for pid in self.nodes.processes(host):
+            if self.nodes.command_line(pid).split(" ")[0].split("/")[-1].rstrip(":") in ("slurmd", "slurmstepd"):
+                os.kill(pid, signal.SIGKILL)
 
     def start(self, host):
         """A node that has no slurmd has one again."""
