@@ -163,30 +163,29 @@ sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_run
     return SH_OK;
 }
 
-/* Whether the note is still that of this run, and not of a newer one, which took the store over (and may have left). */
-static sh_status is_owner(const char *note, const char *mine, bool *yes) {
+sh_status sh_runstore_owned(const sh_runstore *s, bool *yes) {
+    char note[PATH_MAX + 32];
     SH_CLEANUP(sh_json_release) json_t *j = NULL;
     const char *ipc = "";
     *yes = false;
-    if (!sh_file_exists(note)) return SH_OK;
+    snprintf(note, sizeof note, "%s/owner", s->path);
+    if (!sh_file_exists(note)) return SH_OK; /* the newer run has left again, and its note with it */
     SH_TRY(sh_json_read(note, 1 << 16, &j));
     SH_TRY(sh_json_string(j, "ipc", &ipc));
-    *yes = strcmp(ipc, mine) == 0;
+    *yes = strcmp(ipc, s->ipc) == 0;
     return SH_OK;
 }
 
 sh_status sh_runstore_close(sh_runstore *s, bool remove_all) {
-    char path[PATH_MAX + 32], note[PATH_MAX + 32];
-    char ipc[sizeof s->ipc];
+    char path[PATH_MAX + 32];
     bool mine;
-    memcpy(ipc, s->ipc, sizeof ipc);
+    sh_status st = sh_runstore_owned(s, &mine);
     if (s->ipc[0]) SH_TRY(sh_path_remove(s->ipc));
     if (s->shm[0]) SH_TRY(sh_path_remove(s->shm));
     s->ipc[0] = s->shm[0] = 0;
-    snprintf(note, sizeof note, "%s/owner", s->path);
-    SH_TRY(is_owner(note, ipc, &mine));
-    if (!mine) return SH_OK;
-    if (!remove_all) return sh_path_remove(note); /* last: until then it names what there is to remove */
+    if (st != SH_OK || !mine) return st;
+    snprintf(path, sizeof path, "%s/owner", s->path);
+    if (!remove_all) return sh_path_remove(path); /* last: until then it names what there is to remove */
     snprintf(path, sizeof path, "%s.removed", s->path);
     SH_TRY(sh_path_remove(path));
     if (rename(s->path, path) != 0) SH_FAIL(SH_EIO, "%s: cannot be removed: %s", s->path, strerror(errno));

@@ -423,6 +423,9 @@ static sh_status renew_coordinator(sh_session *s) {
         end_groups(s);
         if (WIFEXITED(s->coordinator.status) && WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED)
             return superseded(s);
+        bool mine; /* one more incarnation of this run would take the store from the newer one */
+        SH_TRY(sh_runstore_owned(s->o.store, &mine));
+        if (!mine) return superseded(s);
         SH_TRY(note_failure(s));
         while (sh_now() < s->of_coordinator.not_before && !*s->o.interrupted) sh_sleep(0.02);
     }

@@ -2,7 +2,7 @@
 """shoal under a real Slurm (tests/lib/slurm.py: slurmctld, slurmd and munged on virtual nodes; needs root): job scripts of several
 nodes give the rows of a local run, byte for byte; a node that dies, a batch script that outlives its slurmd, scancel and the time
 limit lose no row, give none twice, and leave nothing on the nodes. The job script is the one of deploy/slurm.
-    slurm.py [PART…]   layouts, tasks, service, cancelled, limit, node, outlived, spared; all by default"""
+    slurm.py [PART…]   layouts, tasks, service, cancelled, limit, node, unnoticed, outlived, spared; all by default"""
 import os
 import re
 import sys
@@ -109,7 +109,7 @@ class Test:
         return [f for f in files if f and not f.endswith(":")] + [w[:80] for w in words if re.search(r"shoal |orted|mpirun", w)]
 
     def workers(self, host):
-        return sum(" worker " in self.cluster.nodes.command_line(p) for p in self.cluster.nodes.processes(host))
+        return sum(bool(re.match(r"\S*/shoal\S* worker ", self.cluster.nodes.command_line(p))) for p in self.cluster.nodes.processes(host))
 
     def ends(self, what, job, log, seconds, state="COMPLETED", status="0:0", restarts=0):
         j = self.cluster.wait_job(job, ENDED, seconds, restarts)
@@ -156,6 +156,14 @@ class Test:
             self.complete(name, out, BATCH, "")
             if os.path.exists(out):
                 os.remove(out)
+        log = self.s.file("launcher.log")
+        text = f"""#!/bin/bash
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+exec {' '.join(run)} --pp 2 --launcher 'srun --overlap --mpi=pmix -N2 -n $SHOAL_RANKS' --hosts "$hosts"
+"""
+        job = self.submit(self._script("launcher", text), log, "-N2", "--ntasks-per-node=1", "-c2")
+        self.ends("srun as launcher", job, log, 60)
+        self.complete("srun as launcher", out, BATCH, log)
         self.tidy("tasks")
 
     def service(self):
@@ -250,6 +258,25 @@ echo "serve $?"
             self.tidy(name)
             self.cluster.start(hosts[which])
 
+    def unnoticed(self):
+        """A node dies, and Slurm takes longer to notice than shoal: it gives up with status 3, and the script queues the job again."""
+        self.cluster.reconfigure(silence=1000)
+        script, out, log = self.script("unnoticed", self.long, ["--pp", 2])
+        job = self.submit(script, log)
+        hosts = self.begun(job, log)
+        t0 = time.time()
+        self.cluster.power_off(hosts[1])
+        self.wait_text(log, "queueing job", 220)
+        print(f"unnoticed: given up {time.time() - t0:.0f} s after a node died", flush=True)
+        self.check("gave up after 3 tries without progress" in self.read(log), f"unnoticed: {self.read(log)[-1200:]}")
+        self.cluster.run(["scontrol", "update", f"nodename={hosts[1]}", "state=down", "reason=dead"])  # what Slurm does in the end
+        self.cluster.reconfigure()
+        self.ends("unnoticed", job, log, 120, restarts=1)
+        self.check("going on from" in self.read(log), f"unnoticed: {self.read(log)[-1200:]}")
+        self.complete("unnoticed", out, self.long, log)
+        self.tidy("unnoticed")
+        self.cluster.start(hosts[1])
+
     def outlived(self):
         """slurmd and its steps' daemons die, the batch script lives: the job is queued again while the old one is at work."""
         script, out, log = self.script("outlived", self.long, ["-n", 2, "--max-seqs", 8])
@@ -281,7 +308,7 @@ echo "serve $?"
 
 def main():
     check = st.Checks()
-    parts = ["layouts", "tasks", "service", "cancelled", "limit", "node", "outlived", "spared"]
+    parts = ["layouts", "tasks", "service", "cancelled", "limit", "node", "unnoticed", "outlived", "spared"]
     wanted = sys.argv[1:] or parts
     for p in wanted:
         if p not in parts:

@@ -6,6 +6,7 @@ import heapq
 import os
 import select
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -227,7 +228,8 @@ class Nodes:
         self.inside("head", f"ip link del p-{host}", check=False)
 
     def start(self, host):
-        """Boots a node that was killed; not with a delay."""
+        """Boots a node that was killed, its shared memory empty; not with a delay."""
+        shutil.rmtree(self._file(host + ".shm"))
         self._boot(host)
         self._plug(host)
 

@@ -27,7 +27,7 @@ SlurmdLogFile={folder}/%n.slurmd.log
 MailProg=/bin/true
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
@@ -70,6 +70,7 @@ class Slurm:
         self.names = self.nodes.names[1:]
         try:
             self._configure(cpus, silence, kill_wait)
+            self._make_key()
             for host in self.nodes.names:
                 self._prepare(host)
             self._daemon("head", ["slurmctld", "-D", "-c"])
@@ -82,13 +83,19 @@ class Slurm:
 
     def _configure(self, cpus, silence, kill_wait):
         etc = os.path.join(self.folder, "etc")
-        os.makedirs(etc)
-        os.makedirs(os.path.join(self.folder, "ctl"))
+        os.makedirs(etc, exist_ok=True)
+        os.makedirs(os.path.join(self.folder, "ctl"), exist_ok=True)
         files = {"slurm.conf": CONF.format(folder=self.folder, nodes=",".join(self.names), cpus=cpus, silence=silence, kill_wait=kill_wait),
                  "cgroup.conf": "CgroupPlugin=cgroup/v1\n", "mpi.conf": "PMIxCliTmpDirBase=/run/pmix\n"}
         for name, text in files.items():
             with open(os.path.join(etc, name), "w") as f:
                 f.write(text)
+
+    def reconfigure(self, cpus=2, silence=6, kill_wait=8):
+        self._configure(cpus, silence, kill_wait)
+        self.run(["scontrol", "reconfigure"])
+
+    def _make_key(self):
         key = os.path.join(self.folder, "munge.key")
         with open(os.open(key, os.O_WRONLY | os.O_CREAT, 0o400), "wb") as f:
             f.write(os.urandom(128))

@@ -126,8 +126,13 @@ static void test_taken_over(void) {
     sh_runstore old, new;
     CU_ASSERT_EQUAL_FATAL(sh_runstore_open(store, job, false, &old), SH_OK);
     CU_ASSERT_FALSE(old.existed);
+    bool mine = false;
+    CU_ASSERT_EQUAL(sh_runstore_owned(&old, &mine), SH_OK);
+    CU_ASSERT_TRUE(mine);
     CU_ASSERT_EQUAL_FATAL(sh_runstore_open(store, job, false, &new), SH_OK);
     CU_ASSERT_TRUE(new.existed);
+    CU_ASSERT_EQUAL(sh_runstore_owned(&old, &mine), SH_OK);
+    CU_ASSERT_FALSE(mine);
     CU_ASSERT_EQUAL(sh_runstore_close(&old, true), SH_OK);
     CU_ASSERT_TRUE(sh_file_exists(note));
     CU_ASSERT_EQUAL(sh_runstore_close(&new, false), SH_OK);
