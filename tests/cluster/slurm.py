@@ -278,8 +278,9 @@ echo "serve $?"
         self.cluster.start(hosts[1])
 
     def outlived(self):
-        """slurmd and its steps' daemons die, the batch script lives: the job is queued again while the old one is at work."""
-        script, out, log = self.script("outlived", self.long, ["-n", 2, "--max-seqs", 8])
+        """slurmd and its steps' daemons die, the batch script lives: the job is queued again while the old one is at work (slowly,
+        two requests at once: Slurm takes half a minute)."""
+        script, out, log = self.script("outlived", self.long, ["-n", 2, "--max-seqs", 2])
         job = self.submit(script, log, "-N1")
         host = self.begun(job, log)[0]
         self.cluster.kill_daemons(host)
