@@ -5,6 +5,7 @@ limit lose no row, give none twice, and leave nothing on the nodes. The job scri
     slurm.py [PART…]   layouts, tasks, service, cancelled, limit, node, unnoticed, outlived, spared; all by default"""
 import os
 import re
+import signal
 import sys
 import time
 
@@ -308,6 +309,7 @@ echo "serve $?"
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # daemons live on their own: they are ended on the way out
     check = st.Checks()
     parts = ["layouts", "tasks", "service", "cancelled", "limit", "node", "unnoticed", "outlived", "spared"]
     wanted = sys.argv[1:] or parts

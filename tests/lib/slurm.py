@@ -1,6 +1,7 @@
 """A small real Slurm on virtual nodes (tests/lib/netns.py): slurmctld on the head, a slurmd and a munged on every node. Raises
 netns.Unavailable where Slurm is not installed (deploy/install-deps --slurm). Every node has a TMPDIR of its own (a tmpfs over
 `tmp`); the rest of the file system is shared, as on a cluster. Nothing is asked of the machine's own configuration."""
+import ctypes
 import os
 import shutil
 import signal
@@ -55,6 +56,11 @@ DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 
 def _which(name):
     return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def _end_with_parent():
+    """A test that is killed leaves no daemon: slurmctld drops the environment by which it would be found."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Slurm:
@@ -117,7 +123,7 @@ class Slurm:
     def _daemon(self, host, args):
         with open(os.path.join(self.folder, f"{host}.{args[0]}.out"), "ab") as out:
             p = subprocess.Popen(self.nodes.command(host, [_which(args[0]), *args[1:]]), stdin=subprocess.DEVNULL, stdout=out,
-                                 stderr=out, start_new_session=True)
+                                 stderr=out, start_new_session=True, preexec_fn=_end_with_parent)
         self.daemons.append(p)
 
     def _tail(self, name):
