@@ -4,8 +4,7 @@
 volatile sig_atomic_t sh_interrupted;
 
 static void on_signal(int sig) {
-    (void)sig;
-    sh_interrupted = 1;
+    sh_interrupted = sig;
 }
 
 void sh_interrupt_catch(void) {

@@ -4,7 +4,7 @@
 
 #include <signal.h>
 
-extern volatile sig_atomic_t sh_interrupted; /* becomes true by one of them */
+extern volatile sig_atomic_t sh_interrupted; /* 0, or which of them came last */
 void sh_interrupt_catch(void);
 
 #endif

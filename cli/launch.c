@@ -47,6 +47,15 @@ static void default_mca(sh_launch *l, const char *name, const char *value) {
     if (!getenv(var)) mca(l, name, value);
 }
 
+/* Under Slurm mpirun starts its daemons as job steps, by srun, which by itself waits until no other step has the node
+ * (several groups of it would never come up) and, in a job with --export=NONE, gives them no environment to find MPI
+ * by. */
+static void slurm_settings(sh_launch *l) {
+    if (!getenv("SLURM_JOB_ID")) return;
+    if (!getenv("SLURM_OVERLAP")) env(l, "SLURM_OVERLAP=1");
+    env(l, "SLURM_EXPORT_ENV=ALL");
+}
+
 static void mpi_settings(sh_launch *l, const sh_launch_options *o) {
     default_mca(l, "pml", "ob1");
     default_mca(l, "btl", o->hosts ? "self,vader,tcp" : "self,vader");
@@ -58,6 +67,7 @@ static void mpi_settings(sh_launch *l, const sh_launch_options *o) {
     /* What mpirun leaves when it is killed lies in the run's private folders, where the next run removes it. */
     if (o->tmp && *o->tmp && !o->hosts) mca(l, "orte_tmpdir_base", o->tmp);
     if (o->shm && *o->shm && !o->hosts) mca(l, "btl_vader_backing_directory", o->shm);
+    slurm_settings(l);
     if (o->root) env(l, "OMPI_ALLOW_RUN_AS_ROOT=1"), env(l, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1");
 }
 

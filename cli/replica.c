@@ -55,7 +55,7 @@ static sh_status start(sh_replica *r, const char *endpoint) {
 }
 
 void sh_replica_ask_end(sh_replica *r) {
-    if (sh_child_poll(&r->child)) kill(-r->child.pid, SIGTERM);
+    sh_child_ask(&r->child);
 }
 
 void sh_replica_end(sh_replica *r) {

@@ -447,6 +447,10 @@ static int answer(run *r, sh_session *s, bool *complete) {
     sh_progress_end(&r->progress);
     write_trace(r);
     if (st == SH_ECANCELLED) return say_interrupted(r, s);
+    if (st == SH_ESTATE) { /* no failure that another start could mend: the newer run does the job */
+        fprintf(stderr, "shoal run: %s\n", reason);
+        return SH_EXIT_USAGE;
+    }
     if (st != SH_OK) {
         uint64_t total, done = sh_session_done(s, &total);
         fprintf(stderr, "shoal run: %s\n", reason);

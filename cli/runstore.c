@@ -163,26 +163,29 @@ sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_run
     return SH_OK;
 }
 
-/* The note of this run goes; that of a newer one, which took the store over, stays. */
-static sh_status remove_owner(const sh_runstore *s, const char *mine) {
+sh_status sh_runstore_owned(const sh_runstore *s, bool *yes) {
     char note[PATH_MAX + 32];
     SH_CLEANUP(sh_json_release) json_t *j = NULL;
     const char *ipc = "";
+    *yes = false;
     snprintf(note, sizeof note, "%s/owner", s->path);
-    if (!sh_file_exists(note)) return SH_OK;
+    if (!sh_file_exists(note)) return SH_OK; /* the newer run has left again, and its note with it */
     SH_TRY(sh_json_read(note, 1 << 16, &j));
     SH_TRY(sh_json_string(j, "ipc", &ipc));
-    return strcmp(ipc, mine) == 0 ? sh_path_remove(note) : SH_OK;
+    *yes = strcmp(ipc, s->ipc) == 0;
+    return SH_OK;
 }
 
 sh_status sh_runstore_close(sh_runstore *s, bool remove_all) {
     char path[PATH_MAX + 32];
-    char ipc[sizeof s->ipc];
-    memcpy(ipc, s->ipc, sizeof ipc);
+    bool mine;
+    sh_status st = sh_runstore_owned(s, &mine);
     if (s->ipc[0]) SH_TRY(sh_path_remove(s->ipc));
     if (s->shm[0]) SH_TRY(sh_path_remove(s->shm));
     s->ipc[0] = s->shm[0] = 0;
-    if (!remove_all) return remove_owner(s, ipc); /* last: until then it names what there is to remove */
+    if (st != SH_OK || !mine) return st;
+    snprintf(path, sizeof path, "%s/owner", s->path);
+    if (!remove_all) return sh_path_remove(path); /* last: until then it names what there is to remove */
     snprintf(path, sizeof path, "%s.removed", s->path);
     SH_TRY(sh_path_remove(path));
     if (rename(s->path, path) != 0) SH_FAIL(SH_EIO, "%s: cannot be removed: %s", s->path, strerror(errno));

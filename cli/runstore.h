@@ -35,8 +35,10 @@ typedef struct sh_runstore {
  * Makes the private folders: under TMPDIR, with mpi in /dev/shm too.
  */
 sh_status sh_runstore_open(const char *path, const json_t *job, bool mpi, sh_runstore *out);
+/* Whether the note is that of this run still, and not of a newer one that has taken the folder over. */
+sh_status sh_runstore_owned(const sh_runstore *s, bool *yes);
 /* Removes the private folders and the owner's note; with `remove_all`, the whole folder, atomically as seen from
- * outside. */
+ * outside. Where a newer run has taken the folder over, it stays with its note. */
 sh_status sh_runstore_close(sh_runstore *s, bool remove_all);
 
 #endif

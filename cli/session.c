@@ -26,6 +26,7 @@
 #define JOB_NAME       "run"
 #define STATUS_CALL_MS 1000
 #define SUBMIT_CALL_MS 10000
+#define LAUNCHER_WAIT  3.0 /* seconds: mpirun takes 1 to 2 from SIGTERM to its end */
 #define COUNTS_WAIT    1.3 /* seconds: a little more than a heartbeat */
 
 typedef enum submit_state { SUBMIT_NONE, SUBMIT_RUNNING, SUBMIT_ENDED, SUBMIT_DONE } submit_state;
@@ -422,6 +423,9 @@ static sh_status renew_coordinator(sh_session *s) {
         end_groups(s);
         if (WIFEXITED(s->coordinator.status) && WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED)
             return superseded(s);
+        bool mine; /* one more incarnation of this run would take the store from the newer one */
+        SH_TRY(sh_runstore_owned(s->o.store, &mine));
+        if (!mine) return superseded(s);
         SH_TRY(note_failure(s));
         while (sh_now() < s->of_coordinator.not_before && !*s->o.interrupted) sh_sleep(0.02);
     }
@@ -663,6 +667,18 @@ sh_status sh_session_collect(sh_session *s, const char *output, sh_outcomes *out
     }
 }
 
+/* Slurm sends SIGTERM to all processes of a job at once. Launchers that had theirs tidy up on all hosts and end by
+ * themselves; a second one would make mpirun leave its files there, so they get time before it. */
+static void await_launchers(sh_session *s) {
+    double until = sh_now() + LAUNCHER_WAIT;
+    bool runs = s->over_tcp && *s->o.interrupted == SIGTERM;
+    while (runs && sh_now() < until) {
+        sh_sleep(0.01);
+        runs = false;
+        for (int i = 0; i < s->o.replicas; i++) runs |= sh_child_poll(&s->replica[i].child);
+    }
+}
+
 /* Those that are told to leave; others would not hear it. */
 static bool any_ready_runs(sh_session *s) {
     bool runs = false;
@@ -683,8 +699,8 @@ void sh_session_stop(sh_session *s, bool finished) {
         double until = sh_now() + SH_RUN_GRACE;
         while (any_ready_runs(s) && sh_now() < until) sh_sleep(0.01);
     } else {
-        if (sh_child_poll(&s->coordinator))
-            kill(-s->coordinator.pid, SIGTERM); /* both at once: it saves while the ranks end */
+        sh_child_ask(&s->coordinator); /* it saves while the ranks end */
+        await_launchers(s);
     }
     sh_client_close(&s->client);
     end_groups(s);

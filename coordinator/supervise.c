@@ -99,10 +99,16 @@ bool sh_child_poll(sh_child *c) {
     return false;
 }
 
+void sh_child_ask(sh_child *c) {
+    if (!c->pid || c->asked || !sh_child_poll(c)) return;
+    c->asked = true;
+    kill(-c->pid, SIGTERM);
+}
+
 void sh_child_end(sh_child *c, double grace) {
     if (!c->pid) return;
     double until = sh_now() + grace;
-    if (sh_child_poll(c)) kill(-c->pid, SIGTERM);
+    sh_child_ask(c);
     while (sh_child_poll(c) && sh_now() < until) sh_sleep(0.01);
     if (!c->running) return;
     kill(-c->pid, SIGKILL);

@@ -14,10 +14,10 @@
 #include "common/status.h"
 
 typedef struct sh_child {
-    pid_t pid;        /* 0: never started */
-    uint64_t started; /* start time in clock ticks since boot: with pid, the process's name */
-    bool running;
-    int status; /* as of waitpid, once it ended */
+    pid_t pid;           /* 0: never started */
+    uint64_t started;    /* start time in clock ticks since boot: with pid, the process's name */
+    bool running, asked; /* asked: it had its SIGTERM */
+    int status;          /* as of waitpid, once it ended */
 } sh_child;
 
 typedef struct sh_child_spec {
@@ -32,7 +32,9 @@ typedef struct sh_child_spec {
 sh_status sh_child_start(const sh_child_spec *s, sh_child *out);
 /* Whether it still runs; reaps it when not. */
 bool sh_child_poll(sh_child *c);
-/* SIGTERM to its process group, SIGKILL after `grace` seconds; returns when it is reaped. */
+/* SIGTERM to its process group, once: mpirun takes a second one within 5 s as an order to leave without tidying up. */
+void sh_child_ask(sh_child *c);
+/* Asks it, if nobody has; SIGKILL after `grace` seconds; returns when it is reaped. */
 void sh_child_end(sh_child *c, double grace);
 /* "was killed by signal 9 (Killed)", "ended with status 3". */
 void sh_child_describe(const sh_child *c, char *to, size_t size);

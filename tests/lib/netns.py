@@ -6,6 +6,7 @@ import heapq
 import os
 import select
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -147,16 +148,22 @@ class Nodes:
         """args as they are run in a node."""
         return ["nsenter", "-t", str(self.pid(host)), "-n", "-u", "-m", *([] if host == "head" else ["-p"]), *args]
 
-    def _in(self, host, text, check=True):
+    def inside(self, host, text, check=True):
+        """Shell text as it is run in a node."""
         return _sh(shlex.join(self.command(host, ["sh", "-c", text])), check)
 
     def _wire(self):
-        self._in("head", f"ip link add br0 type bridge && ip addr add {self._address('head')}/16 dev br0 && ip link set br0 up")
+        self.inside("head", f"ip link add br0 type bridge && ip addr add {self._address('head')}/16 dev br0 && ip link set br0 up")
         for h in self.names[1:]:
-            self._in("head", f"ip link add p-{h} type veth peer name e-{h} && ip link set p-{h} master br0 up && "
-                             f"ip link set e-{h} netns {self.pid(h)}")
-            _sh(f"nsenter -t {self.pid(h)} -n sh -c 'ip link set e-{h} name eth0 && ip addr add {self._address(h)}/16 dev eth0 && ip link "
-                "set eth0 up'")
+            self._plug(h)
+
+    def _plug(self, h):
+        """The address of the device is the node's: its neighbours know it again when it is started anew."""
+        mac = "02:88:" + ":".join(f"{int(x):02x}" for x in self._address(h).split("."))
+        self.inside("head", f"ip link add p-{h} type veth peer name e-{h} && ip link set p-{h} master br0 up && "
+                            f"ip link set e-{h} netns {self.pid(h)}")
+        _sh(f"nsenter -t {self.pid(h)} -n sh -c 'ip link set e-{h} name eth0 address {mac} && ip addr add {self._address(h)}/16 dev eth0 && "
+            "ip link set eth0 up'")
 
     def _join(self, delay):
         self.switch = Switch([self.pid(h) for h in self.names], delay)
@@ -165,21 +172,21 @@ class Nodes:
 
     def link(self, host, up):
         """Pulls or plugs the cable: nobody is told, no FIN, no RST."""
-        self._in("head", f"ip link set p-{host} {'up' if up else 'down'}")
+        self.inside("head", f"ip link set p-{host} {'up' if up else 'down'}")
 
     def shape(self, mbit, burst=0):
         """Every node's cable carries so many Mbit/s each way; a message of up to `burst` bytes after a silence passes at once."""
         burst = int(burst) or max(65536, int(mbit * 1e6 / 8 / 250))
         for h in self.names[1:]:
             qdisc = f"root tbf rate {mbit}mbit burst {burst} latency 400ms"
-            self._in("head", f"tc qdisc replace dev p-{h} {qdisc}")
+            self.inside("head", f"tc qdisc replace dev p-{h} {qdisc}")
             _sh(f"nsenter -t {self.pid(h)} -n tc qdisc replace dev eth0 {qdisc}")
 
     def jumbo(self, mtu):
         """Larger frames on every cable."""
         for h in self.names[1:]:
-            self._in("head", f"ip link set p-{h} mtu {mtu}")
-            self._in(h, f"ip link set eth0 mtu {mtu}")
+            self.inside("head", f"ip link set p-{h} mtu {mtu}")
+            self.inside(h, f"ip link set eth0 mtu {mtu}")
 
     def environment(self):
         """What makes mpirun start its daemons here."""
@@ -201,6 +208,30 @@ class Nodes:
             except OSError:
                 pass
         return found
+
+    @staticmethod
+    def command_line(pid):
+        """Words joined by spaces; "" when the process is gone."""
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                return f.read().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+    def lives(self, host):
+        return self.holders[host].poll() is None
+
+    def kill(self, host):
+        """All its processes end at once, and its devices with them."""
+        os.kill(self.pid(host), signal.SIGKILL)
+        self.holders[host].wait()
+        self.inside("head", f"ip link del p-{host}", check=False)
+
+    def start(self, host):
+        """Boots a node that was killed, its shared memory empty; not with a delay."""
+        shutil.rmtree(self._file(host + ".shm"))
+        self._boot(host)
+        self._plug(host)
 
     def down(self):
         for h, p in self.holders.items():

@@ -11,6 +11,7 @@
 #include "cli/launch.h"
 #include "cli/logtail.h"
 #include "cli/progress.h"
+#include "cli/runstore.h"
 #include "common/file.h"
 #include "common/json.h"
 #include "proto/group.pb-c.h"
@@ -114,6 +115,58 @@ static void test_launch_share(void) {
     CU_ASSERT_PTR_NOT_NULL(strstr(joined(&l, line, sizeof line), " --part 2/4 --memory 123456"));
     CU_ASSERT_TRUE(has_env(&l, "SHOAL_HOSTS=n1,n2"));
     sh_launch_release(&l);
+}
+
+/* An older run that ends, even well, leaves the folder to the newer one that has taken it over. */
+static void test_taken_over(void) {
+    char store[4200], note[4300];
+    snprintf(store, sizeof store, "%s", path_of("s"));
+    snprintf(note, sizeof note, "%s/owner", store);
+    json_t *job = json_pack("{s:s}", "model", "m");
+    sh_runstore old, new;
+    CU_ASSERT_EQUAL_FATAL(sh_runstore_open(store, job, false, &old), SH_OK);
+    CU_ASSERT_FALSE(old.existed);
+    bool mine = false;
+    CU_ASSERT_EQUAL(sh_runstore_owned(&old, &mine), SH_OK);
+    CU_ASSERT_TRUE(mine);
+    CU_ASSERT_EQUAL_FATAL(sh_runstore_open(store, job, false, &new), SH_OK);
+    CU_ASSERT_TRUE(new.existed);
+    CU_ASSERT_EQUAL(sh_runstore_owned(&old, &mine), SH_OK);
+    CU_ASSERT_FALSE(mine);
+    CU_ASSERT_EQUAL(sh_runstore_close(&old, true), SH_OK);
+    CU_ASSERT_TRUE(sh_file_exists(note));
+    CU_ASSERT_EQUAL(sh_runstore_close(&new, false), SH_OK);
+    CU_ASSERT_FALSE(sh_file_exists(note));
+    CU_ASSERT_EQUAL(sh_runstore_close(&old, true), SH_OK); /* nor when that one has left again */
+    CU_ASSERT_TRUE(sh_file_exists(store));
+    CU_ASSERT_EQUAL_FATAL(sh_runstore_open(store, job, false, &new), SH_OK);
+    CU_ASSERT_EQUAL(sh_runstore_close(&new, true), SH_OK);
+    CU_ASSERT_FALSE(sh_file_exists(store));
+    json_decref(job);
+}
+
+/* Inside an allocation the steps of several groups share nodes, and get the environment whatever the job was given. */
+static void test_launch_slurm(void) {
+    sh_launch l;
+    sh_launch_options o = {
+        .program = "/bin/shoal", .endpoint = "tcp://a:1", .group = "g", .ranks = 2, .hosts = "a,b", .keys = "/k"};
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_FALSE(has_env(&l, "SLURM_OVERLAP=1"));
+    CU_ASSERT_FALSE(has_env(&l, "SLURM_EXPORT_ENV=ALL"));
+    sh_launch_release(&l);
+    setenv("SLURM_JOB_ID", "7", 1);
+    setenv("SLURM_EXPORT_ENV", "NONE", 1);
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_TRUE(has_env(&l, "SLURM_OVERLAP=1"));
+    CU_ASSERT_TRUE(has_env(&l, "SLURM_EXPORT_ENV=ALL"));
+    sh_launch_release(&l);
+    setenv("SLURM_OVERLAP", "0", 1); /* the user's setting wins */
+    CU_ASSERT_EQUAL_FATAL(sh_launch_make(&o, &l), SH_OK);
+    CU_ASSERT_FALSE(has_env(&l, "SLURM_OVERLAP=1"));
+    sh_launch_release(&l);
+    unsetenv("SLURM_OVERLAP");
+    unsetenv("SLURM_EXPORT_ENV");
+    unsetenv("SLURM_JOB_ID");
 }
 
 static void test_hosts(void) {
@@ -451,6 +504,8 @@ int main(void) {
     CU_pSuite s = CU_add_suite("parts of run", NULL, NULL);
     CU_add_test(s, "launch", test_launch);
     CU_add_test(s, "launch beside others", test_launch_share);
+    CU_add_test(s, "launch under Slurm", test_launch_slurm);
+    CU_add_test(s, "a store taken over", test_taken_over);
     CU_add_test(s, "hosts", test_hosts);
     CU_add_test(s, "node list", test_nodelist);
     CU_add_test(s, "attempts", test_attempts);

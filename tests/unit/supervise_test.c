@@ -59,6 +59,26 @@ static void test_end_by_force(void) {
     sh_child_end(&c, 0.3); /* a second time is harmless */
 }
 
+/* However often it is asked: mpirun takes the second time for an order to leave things lying about. */
+static void test_asked_once(void) {
+    sh_child c = {0};
+    char how[128];
+    const char *count = "n=0; trap 'n=$((n + 1))' TERM; for k in 1 2 3 4 5 6 7 8 9 10; do sleep 0.05; done; exit $n";
+    CU_ASSERT_EQUAL_FATAL(start(count, "MARK=3", &c), SH_OK);
+    sh_sleep(0.1);
+    sh_child_ask(&c);
+    sh_sleep(0.1);
+    sh_child_ask(&c);
+    sh_child_end(&c, 5);
+    sh_child_describe(&c, how, sizeof how);
+    CU_ASSERT_STRING_EQUAL(how, "ended with status 1");
+    CU_ASSERT_EQUAL_FATAL(start(count, "MARK=3", &c), SH_OK); /* the next in its place has not been asked */
+    sh_sleep(0.1);
+    sh_child_end(&c, 5);
+    sh_child_describe(&c, how, sizeof how);
+    CU_ASSERT_STRING_EQUAL(how, "ended with status 1");
+}
+
 /* A launcher that is killed leaves its ranks, which are in process groups of their own and may be stopped. */
 static void test_marked(void) {
     char mark[128], other[128];
@@ -220,6 +240,7 @@ int main(void) {
     CU_add_test(s, "status and log", test_status);
     CU_add_test(s, "no such program", test_not_there);
     CU_add_test(s, "end by force", test_end_by_force);
+    CU_add_test(s, "asked once", test_asked_once);
     CU_add_test(s, "marked", test_marked);
     CU_add_test(s, "death signal", test_death_signal);
     CU_add_test(s, "store", test_store);
