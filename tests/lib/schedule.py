@@ -1,0 +1,103 @@
+"""The order of tests and builds on the processors of this machine. Tests with ranks and deadlines run one after the other, at the
+usual priority. What they leave of the processors goes, at a low priority, to what has no deadlines: first the builds of the sanitizers,
+then programs of one process. Tests of the long tier, which may measure, come last and have the machine to themselves."""
+import collections
+import os
+import queue
+import subprocess
+import threading
+import time
+
+import onetest
+
+ROOT = onetest.ROOT
+CPUS = len(os.sched_getaffinity(0))
+
+
+class Builds:
+    """The builds by preset: whether they are there, and what went wrong."""
+
+    def __init__(self, presets, needed):
+        self.events = {p: threading.Event() for p in presets}
+        self.failed = {}
+        if not needed:
+            for e in self.events.values():
+                e.set()
+
+    def log(self, preset):
+        return os.path.join(ROOT, "build", preset + ".log")
+
+    def make(self, preset, background=False):
+        """Seconds that it took; what it says is in the log."""
+        began = time.time()
+        targets = [] if preset == "release" else ["--target", preset + "_tests"]
+        os.makedirs(os.path.join(ROOT, "build"), exist_ok=True)
+        with open(self.log(preset), "wb") as out:
+            for words in (["cmake", "--preset", preset, "-DSHOAL_TESTS=ON"], ["cmake", "--build", "--preset", preset, *targets]):
+                words = onetest.in_background(words, onetest.BUILD_PRIORITY) if background else words
+                if subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                                  env=dict(os.environ, SHOAL_TEST=onetest.MARK + preset), start_new_session=background).returncode:
+                    self.failed[preset] = f"the {preset} build failed: see {os.path.relpath(self.log(preset), ROOT)}"
+                    break
+        self.events[preset].set()
+        return time.time() - began
+
+    def wait(self, preset):
+        """"" when it is there, else what went wrong."""
+        self.events[preset].wait()
+        return self.failed.get(preset, "")
+
+
+class Schedule:
+    def __init__(self, builds, long_tier, say):
+        self.builds, self.long_tier, self.say = builds, long_tier, say
+        self.results = queue.Queue()
+
+    def _run(self, test, background=False):
+        wrong = self.builds.wait(test.build)
+        self.results.put((test, onetest.Result("failed", 0, 0, wrong, self.builds.log(test.build)) if wrong else
+                          onetest.run(test, self.long_tier, background)))
+
+    def _front(self, tests):
+        for t in tests:
+            self._run(t)
+
+    def _back(self, tests, background):
+        for preset, ready in self.builds.events.items():
+            if not ready.is_set():
+                took = self.builds.make(preset, background)
+                self.say(self.builds.failed.get(preset) or f"built {preset} in {took:.0f} s, beside the tests")
+        todo = collections.deque(tests)
+
+        def work():
+            while True:
+                try:
+                    test = todo.popleft()
+                except IndexError:
+                    return
+                self._run(test, background)
+
+        hands = [threading.Thread(target=work, daemon=True) for _ in range(CPUS)]
+        for h in hands:
+            h.start()
+        for h in hands:
+            h.join()
+
+    def _all(self, front, back, last):
+        beside = onetest.own_shm()  # else nobody could tell whose shared memory is left
+        side = threading.Thread(target=self._back, args=(back, beside), daemon=True)
+        side.start()
+        if not beside:
+            side.join()
+        self._front(front)
+        side.join()
+        self._front(last)
+
+    def run(self, tests):
+        """(test, result) of each, as they end."""
+        long = [t for t in tests if t.tier == "long"]
+        front = [t for t in tests if t.front and t not in long]
+        back = sorted((t for t in tests if not t.front and t not in long), key=lambda t: t.early)
+        threading.Thread(target=self._all, args=(front, back, long), daemon=True).start()
+        for _ in tests:
+            yield self.results.get()
