@@ -107,7 +107,10 @@ def sockets_in(folder):
 class Place:
     """Where a test runs: its TMPDIR, its shared memory, and the mark of its processes."""
 
+    taken = set()
+
     def __init__(self):
+        Place.taken.add(self)
         self.tmp = tempfile.mkdtemp(prefix="sht-")
         os.chmod(self.tmp, 0o711)  # a test may go on as another user
         self.mark = MARK + os.path.basename(self.tmp)
@@ -139,6 +142,16 @@ class Place:
     def remove(self):
         for folder in filter(None, (self.tmp, self.shm)):
             shutil.rmtree(folder, ignore_errors=True)
+        Place.taken.discard(self)
+
+
+def stop():
+    """Ends whatever was started here, builds too, and removes its folders."""
+    while pids := marked(MARK):
+        kill(pids)
+        time.sleep(0.05)
+    for place in list(Place.taken):
+        place.remove()
 
 
 def finished(test, words, env, out):

@@ -22,16 +22,17 @@ LEFT_OUT = {"asan": {"mpi_test", "alloc_test", "model_alloc_test"}, "tsan": {"mp
 ADDED = {"tsan": ["unit/link_local_test"]}
 # Programs with deadlines of fractions of a second.
 PROMPT = {"supervise_test", "wire_test"}
-# The longest of those that run beside others begin first: none is left alone at the end.
+# The longest, which begin first; then those with more seconds allowed.
 LONGEST = ("asan/golden/invariance_test", "asan/unit/packed_test", "asan/unit/leader_test", "asan/unit/attention_test")
 
 
 class Test:
-    """front: has ranks or deadlines, and runs at the usual priority, one at a time. early: its place among the others."""
+    """beside: what may run at the same time. `alone`: nothing but what has a low priority, for it has deadlines; `pair`: one more of this
+    kind; `any`: it has a low priority itself. early: its place among those that run two at a time: what takes longest is not left to the end."""
 
-    def __init__(self, name, tier, seconds, build, command, front=True):
-        self.name, self.tier, self.seconds, self.build, self.command, self.front = name, tier, seconds, build, command, front
-        self.early = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+    def __init__(self, name, tier, seconds, build, command, beside):
+        self.name, self.tier, self.seconds, self.build, self.command, self.beside = name, tier, seconds, build, command, beside
+        self.early = (LONGEST.index(name) if name in LONGEST else len(LONGEST), -seconds)
 
 
 def programs(build, kinds, seconds):
@@ -41,7 +42,7 @@ def programs(build, kinds, seconds):
         kind, base = os.path.basename(os.path.dirname(source)), os.path.basename(source)[:-2]
         if base not in LEFT_OUT.get(build, ()):
             yield Test(f"{build}/{kind}/{base}", "ci", seconds, build, [os.path.join(ROOT, "build", build, "tests", base)],
-                       kind == "cluster" or base in PROMPT)
+                       "alone" if base in PROMPT else "pair" if kind == "cluster" else "any")
 
 
 def scripts():
@@ -49,10 +50,12 @@ def scripts():
         for line in f:
             if not line.strip() or line.startswith("#"):
                 continue
-            name, tier, seconds, build, command = line.split(None, 4)
+            name, tier, seconds, build, beside, command = line.split(None, 5)
             if tier not in ("ci", "long"):
                 sys.exit(f"tests/list: {name}: '{tier}' is no tier: allowed are ci, long")
-            yield Test(f"{build}/{name}", tier, int(seconds), build, shlex.split(command))
+            if beside not in ("alone", "pair"):
+                sys.exit(f"tests/list: {name}: '{beside}': allowed are alone, pair")
+            yield Test(f"{build}/{name}", tier, int(seconds), build, shlex.split(command), beside)
 
 
 def registered():
@@ -79,10 +82,10 @@ def tell_times(results):
     """What each test took and cost, the longest first: one that has few processors' seconds for its length waits."""
     print("   wall s    cpu s  cpu/wall")
     for test, r in sorted(results, key=lambda x: -x[1].wall):
-        print(f"{r.wall:9.1f}{r.cpu:9.1f}{r.cpu / max(r.wall, 0.001):10.2f}  {test.name}{'' if test.front else '  (beside)'}")
-    for what, front in (("one after the other", True), ("beside them", False)):
-        some = [r for t, r in results if t.front == front]
-        print(f"{sum(r.wall for r in some):9.1f}{sum(r.cpu for r in some):9.1f}            {len(some)} tests {what}")
+        print(f"{r.wall:9.1f}{r.cpu:9.1f}{r.cpu / max(r.wall, 0.001):10.2f}  {test.name}  ({test.beside})")
+    for beside in ("alone", "pair", "any"):
+        some = [r for t, r in results if t.beside == beside]
+        print(f"{sum(r.wall for r in some):9.1f}{sum(r.cpu for r in some):9.1f}            {len(some)} tests: {beside}")
 
 
 def build_release(builds):
@@ -140,7 +143,7 @@ def main():
 try:
     status = main()
 except KeyboardInterrupt:
-    onetest.kill(onetest.marked(onetest.MARK))
+    onetest.stop()
     status = 130
 sys.stdout.flush()
 os._exit(status)  # threads that wait for what was interrupted are no reason to stay

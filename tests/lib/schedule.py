@@ -1,6 +1,6 @@
-"""The order of tests and builds on the processors of this machine. Tests with ranks and deadlines run one after the other, at the
-usual priority. What they leave of the processors goes, at a low priority, to what has no deadlines: first the builds of the sanitizers,
-then programs of one process. Tests of the long tier, which may measure, come last and have the machine to themselves."""
+"""The order of tests and builds on the processors of this machine. Tests with deadlines run one after the other, other tests with ranks
+two at a time. What they leave of the processors goes, at a low priority, to what needs none at any moment: first the builds of the
+sanitizers, then programs of one process. Tests of the long tier, which may measure, come last and have the machine to themselves."""
 import collections
 import os
 import queue
@@ -58,15 +58,8 @@ class Schedule:
         self.results.put((test, onetest.Result("failed", 0, 0, wrong, self.builds.log(test.build)) if wrong else
                           onetest.run(test, self.long_tier, background)))
 
-    def _front(self, tests):
-        for t in tests:
-            self._run(t)
-
-    def _back(self, tests, background):
-        for preset, ready in self.builds.events.items():
-            if not ready.is_set():
-                took = self.builds.make(preset, background)
-                self.say(self.builds.failed.get(preset) or f"built {preset} in {took:.0f} s, beside the tests")
+    def _some(self, tests, at_once, background=False):
+        """All of these tests, so many at a time."""
         todo = collections.deque(tests)
 
         def work():
@@ -77,27 +70,39 @@ class Schedule:
                     return
                 self._run(test, background)
 
-        hands = [threading.Thread(target=work, daemon=True) for _ in range(CPUS)]
+        hands = [threading.Thread(target=work, daemon=True) for _ in range(min(at_once, len(todo)))]
         for h in hands:
             h.start()
         for h in hands:
             h.join()
 
-    def _all(self, front, back, last):
-        beside = onetest.own_shm()  # else nobody could tell whose shared memory is left
-        side = threading.Thread(target=self._back, args=(back, beside), daemon=True)
+    def _back(self, tests, background):
+        for preset, ready in self.builds.events.items():
+            if not ready.is_set():
+                took = self.builds.make(preset, background)
+                self.say(self.builds.failed.get(preset) or f"built {preset} in {took:.0f} s")
+        self._some(tests, CPUS, background)
+
+    def _front(self, tests, pairs):
+        for release in (True, False):  # those of the other builds when they are there
+            for beside in ("pair", "alone"):
+                some = [t for t in tests if t.beside == beside and (t.build == "release") == release]
+                self._some(sorted(some, key=lambda t: t.early), 2 if beside == "pair" and pairs else 1)
+
+    def _all(self, tests, last):
+        mixed = onetest.own_shm() and CPUS > 1  # else nobody could tell whose shared memory is left
+        back = sorted((t for t in tests if t.beside == "any"), key=lambda t: t.early)
+        side = threading.Thread(target=self._back, args=(back, mixed), daemon=True)
         side.start()
-        if not beside:
+        if not mixed:
             side.join()
-        self._front(front)
+        self._front(tests, mixed)
         side.join()
-        self._front(last)
+        self._some(last, 1)
 
     def run(self, tests):
         """(test, result) of each, as they end."""
-        long = [t for t in tests if t.tier == "long"]
-        front = [t for t in tests if t.front and t not in long]
-        back = sorted((t for t in tests if not t.front and t not in long), key=lambda t: t.early)
-        threading.Thread(target=self._all, args=(front, back, long), daemon=True).start()
+        first, last = [t for t in tests if t.tier != "long"], [t for t in tests if t.tier == "long"]
+        threading.Thread(target=self._all, args=(first, last), daemon=True).start()
         for _ in tests:
             yield self.results.get()
