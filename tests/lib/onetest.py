@@ -18,7 +18,7 @@ SKIPPED = 77
 MARK = f"{os.getpid()}-"  # what the marks of all that this runner starts begin with
 BUILD_PRIORITY, TEST_PRIORITY = 19, 10  # nice values of what runs beside the tests with deadlines
 
-# outcome: passed, failed, skipped; wall and cpu: seconds; note: what to say
+# outcome: passed, failed, skipped; wall and cpu: seconds; note: what to say; log: None when it did not run
 Result = collections.namedtuple("Result", "outcome wall cpu note log")
 
 
@@ -180,8 +180,7 @@ def finished(test, words, env, out):
 def run(test, long_tier, background=False):
     log = os.path.join(LOGS, test.name.replace("/", "-") + ".log")
     if not os.access(os.path.join(ROOT, test.command[0]), os.X_OK):
-        with open(log, "w"):
-            return Result("failed", 0, 0, f"{test.command[0]}: no such program", log)
+        return Result("failed", 0, 0, f"{test.command[0]}: no such program", None)
     place, began = Place(), time.time()
     words = place.inside(test.command)
     with open(log, "wb") as out:

@@ -28,19 +28,30 @@ class Builds:
         return os.path.join(ROOT, "build", preset + ".log")
 
     def make(self, preset, background=False):
-        """Seconds that it took; what it says is in the log."""
+        """What to say of it: how long it took, or the end of its log."""
         began = time.time()
         targets = [] if preset == "release" else ["--target", preset + "_tests"]
         os.makedirs(os.path.join(ROOT, "build"), exist_ok=True)
         with open(self.log(preset), "wb") as out:
             for words in (["cmake", "--preset", preset, "-DSHOAL_TESTS=ON"], ["cmake", "--build", "--preset", preset, *targets]):
                 words = onetest.in_background(words, onetest.BUILD_PRIORITY) if background else words
-                if subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                                  env=dict(os.environ, SHOAL_TEST=onetest.MARK + preset), start_new_session=background).returncode:
+                if not self._done(words, out, preset, background):
                     self.failed[preset] = f"the {preset} build failed: see {os.path.relpath(self.log(preset), ROOT)}"
                     break
         self.events[preset].set()
-        return time.time() - began
+        if preset not in self.failed:
+            return f"built {preset} in {time.time() - began:.0f} s"
+        with open(self.log(preset), errors="replace") as f:
+            return "".join(f.readlines()[-40:]) + self.failed[preset]
+
+    @staticmethod
+    def _done(words, out, preset, background):
+        try:
+            return subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=background,
+                                  env=dict(os.environ, SHOAL_TEST=onetest.MARK + preset)).returncode == 0
+        except OSError as e:
+            out.write(f"{e}\n".encode())
+            return False
 
     def wait(self, preset):
         """"" when it is there, else what went wrong."""
@@ -55,8 +66,11 @@ class Schedule:
 
     def _run(self, test, background=False):
         wrong = self.builds.wait(test.build)
-        self.results.put((test, onetest.Result("failed", 0, 0, wrong, self.builds.log(test.build)) if wrong else
-                          onetest.run(test, self.long_tier, background)))
+        try:
+            result = onetest.Result("failed", 0, 0, wrong, None) if wrong else onetest.run(test, self.long_tier, background)
+        except Exception as e:  # whatever happens, every test is answered for
+            result = onetest.Result("failed", 0, 0, repr(e), None)
+        self.results.put((test, result))
 
     def _some(self, tests, at_once, background=False):
         """All of these tests, so many at a time."""
@@ -79,8 +93,7 @@ class Schedule:
     def _back(self, tests, background):
         for preset, ready in self.builds.events.items():
             if not ready.is_set():
-                took = self.builds.make(preset, background)
-                self.say(self.builds.failed.get(preset) or f"built {preset} in {took:.0f} s")
+                self.say(self.builds.make(preset, background))
         self._some(tests, CPUS, background)
 
     def _front(self, tests, pairs):
