@@ -4,6 +4,7 @@ import fnmatch
 import glob
 import os
 import shlex
+import signal
 import sys
 import time
 
@@ -136,6 +137,7 @@ def main():
     return 1 if count["failed"] or missed or not chosen else 0
 
 
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 try:
     status = main()
 except KeyboardInterrupt:
