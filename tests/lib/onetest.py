@@ -15,6 +15,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LOGS = os.path.join(ROOT, "build", "test-logs")
 SKIPPED = 77
+stopping = threading.Event()  # nothing more is started
 MARK = f"{os.getpid()}-"  # what the marks of all that this runner starts begin with
 BUILD_PRIORITY, TEST_PRIORITY = 19, 10  # nice values of what runs beside the tests with deadlines
 
@@ -147,9 +148,11 @@ class Place:
 
 def stop():
     """Ends whatever was started here, builds too, and removes its folders."""
-    while pids := marked(MARK):
-        kill(pids)
-        time.sleep(0.05)
+    stopping.set()
+    for _ in range(4):  # what was just about to start is seen a moment later
+        while pids := marked(MARK):
+            kill(pids)
+        time.sleep(0.1)
     for place in list(Place.taken):
         place.remove()
 
@@ -178,6 +181,8 @@ def finished(test, words, env, out):
 
 
 def run(test, long_tier, background=False):
+    if stopping.is_set():
+        return Result("failed", 0, 0, "interrupted", None)
     log = os.path.join(LOGS, test.name.replace("/", "-") + ".log")
     if not os.access(os.path.join(ROOT, test.command[0]), os.X_OK):
         return Result("failed", 0, 0, f"{test.command[0]}: no such program", None)
