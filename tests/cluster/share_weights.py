@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "golden"))
@@ -26,10 +27,10 @@ def requests(n):
                           **({"logprobs": k % 5} if k % 2 else {})) for k in range(n)]
 
 
-def run(s, model, req, *options):
+def run(s, model, req, *options, name="r"):
     """Exit status, rows, standard error, and the load report of the end: of all, and of each rank."""
     for _ in range(5):  # a run of a moment may end before its ranks have told the coordinator how they loaded
-        code, rows, err = st.run(s, model, req, *options, "--progress", "json")
+        code, rows, err = st.run(s, model, req, *options, "--progress", "json", name=name)
         end = [json.loads(t) for t in err.splitlines() if t.startswith("{") and '"event":"end"' in t]
         if code or (end and "load" in end[-1] and all(x["load"]["seconds"] > 0 for x in end[-1]["stages"])):
             break
@@ -37,8 +38,9 @@ def run(s, model, req, *options):
     return code, rows, err, dict({"file_bytes": -1, "received_bytes": -1}, **load), ([x["load"] for x in end[-1]["stages"]] if end else [])
 
 
-def equal_rows(s, check):
-    req = requests(12)
+def equal_rows(s, check, pool):
+    """The jobs of this, begun: most of their time is waiting for a rank's next report."""
+    req, jobs = requests(12), []
     for mode in ("bf16", "q4"):
         code, want, err, one, _ = run(s, MODEL, req, "-n", 1, "--mode", mode, "--share-weights")
         check(code == 0 and len(want) == len(req) and one["received_bytes"] == 0, f"{mode}: one rank: exit {code}: {err[-300:]}")
@@ -46,16 +48,25 @@ def equal_rows(s, check):
             for link in (("--launcher", "local"), ()):
                 if (mode == "bf16") == bool(link) and not os.environ.get("SHOAL_LONG"):
                     continue  # each layout over MPI once and over threads once; the long tier has all four
-                what = f"{mode} {layout} {link or 'MPI'}"
-                code, got, err, plain, _ = run(s, MODEL, req, *layout, "--mode", mode, *link)
-                check(code == 0 and not st.difference(want, got), f"{what}: without: exit {code}; {st.difference(want, got)}")
-                code, got, err, load, ranks = run(s, MODEL, req, *layout, "--mode", mode, *link, "--share-weights")
-                check(code == 0 and not st.difference(want, got), f"{what}: exit {code}; {st.difference(want, got)} {err[-300:] if code else ''}")
-                check(load.get("file_bytes") == one["file_bytes"] == sum(r["file_bytes"] for r in ranks), f"{what}: {load} of files, one rank {one}")
-                check(plain["file_bytes"] > one["file_bytes"] and plain["received_bytes"] == 0, f"{what}: without: {plain}")
-                check(load.get("received_bytes", 0) > 0 and all(r["received_bytes"] > 0 for r in ranks if "--prefill" not in layout), f"{what}: {ranks}")
-                check(all(r["exchange"] <= r["seconds"] for r in ranks), f"{what}: {ranks}")
-    code, got, err = st.run(s, MODEL, req, "--ep", 2, "--mode", "q4", "--share-weights", "--progress", "plain")
+                jobs.append(pool.submit(with_and_without, s, check, (mode, layout, link), want, one, name=f"r{len(jobs)}"))
+    return jobs
+
+
+def with_and_without(s, check, what, want, one, name):
+    mode, layout, link = what
+    what, req, o = f"{mode} {layout} {link or 'MPI'}", requests(12), (*layout, "--mode", mode, *link)
+    code, got, err, plain, _ = run(s, MODEL, req, *o, name=name)
+    check(code == 0 and not st.difference(want, got), f"{what}: without: exit {code}; {st.difference(want, got)}")
+    code, got, err, load, ranks = run(s, MODEL, req, *o, "--share-weights", name=name)
+    check(code == 0 and not st.difference(want, got), f"{what}: exit {code}; {st.difference(want, got)} {err[-300:] if code else ''}")
+    check(load.get("file_bytes") == one["file_bytes"] == sum(r["file_bytes"] for r in ranks), f"{what}: {load} of files, one rank {one}")
+    check(plain["file_bytes"] > one["file_bytes"] and plain["received_bytes"] == 0, f"{what}: without: {plain}")
+    check(load.get("received_bytes", 0) > 0 and all(r["received_bytes"] > 0 for r in ranks if "--prefill" not in layout), f"{what}: {ranks}")
+    check(all(r["exchange"] <= r["seconds"] for r in ranks), f"{what}: {ranks}")
+
+
+def closing_table(s, check):
+    code, got, err = st.run(s, MODEL, requests(12), "--ep", 2, "--mode", "q4", "--share-weights", "--progress", "plain", name="table")
     check("from rank to rank" in err and "exchange" in err, f"the closing table: {err[-600:]}")
 
 
@@ -64,10 +75,10 @@ def gguf(s, check):
     folder, req = s.file("gguf"), requests(6)
     make_gguf.make(MODEL, folder, "Q8_0", split=True)
     for mode in ("bf16", "q8"):
-        code, want, err, one, _ = run(s, folder, req, "-n", 1, "--mode", mode)
+        code, want, err, one, _ = run(s, folder, req, "-n", 1, "--mode", mode, name="gguf")
         check(code == 0, f"GGUF {mode}: one rank: exit {code}: {err[-300:]}")
         for layout in (("--tp", 2), ("--pp", 2, "--ep", 3)):
-            code, got, err, load, _ = run(s, folder, req, *layout, "--mode", mode, "--launcher", "local", "--share-weights")
+            code, got, err, load, _ = run(s, folder, req, *layout, "--mode", mode, "--launcher", "local", "--share-weights", name="gguf")
             check(code == 0 and not st.difference(want, got), f"GGUF {mode} {layout}: exit {code}; {st.difference(want, got)} {err[-300:] if code else ''}")
             check(load["file_bytes"] == one["file_bytes"] and load["received_bytes"] > 0, f"GGUF {mode} {layout}: {load}, one rank {one}")
 
@@ -164,8 +175,10 @@ def packed(s, check):
 def main():
     check = st.Checks()
     with st.Scratch() as s:
-        equal_rows(s, check)
-        gguf(s, check)
+        with ThreadPoolExecutor(4) as pool:
+            jobs = [pool.submit(closing_table, s, check), pool.submit(gguf, s, check), *equal_rows(s, check, pool)]
+        for j in jobs:
+            j.result()
         damaged(s, check)
         killed(s, check)
         packed(s, check)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import shoaltest as st
@@ -33,9 +34,9 @@ def late(scratch):
     return path
 
 
-def steps(scratch, req, *options):
+def steps(scratch, name, req, *options):
     """Rows of a run, and the most steps that one of its ranks did."""
-    inp, out, trace = scratch.file("t.in.jsonl"), scratch.file("t.out.jsonl"), scratch.file("t.trace.json")
+    inp, out, trace = (scratch.file(f"{name}.{kind}") for kind in ("in.jsonl", "out.jsonl", "trace.json"))
     st.write_lines(inp, req)
     subprocess.run(["rm", "-rf", out, out + ".store"])
     cmd = [st.shoal(), "run", "-m", MODEL, "-i", inp, "-o", out, "--progress", "json", "--max-seqs", SEQS, "--trace", trace,
@@ -89,8 +90,9 @@ def main():
                                     ("two stages", ("--pp", 2), 2 * tokens // SEQS + LONG),  # half of the places in a step
                                     ("two lanes", ("--ep", 2), tokens // SEQS + LONG),
                                     ("two groups", ("-n", 1, "--replicas", 2), 0)):  # one of them may come late
-            last, n_last, e1 = steps(s, req, *options)
-            first, n_first, e2 = steps(s, req[-1:] + req[:-1], *options)
+            with ThreadPoolExecutor(2) as pool:  # half of their time they wait for the trace's last pieces
+                jobs = [pool.submit(steps, s, what, r, *options) for what, r in (("last", req), ("first", req[-1:] + req[:-1]))]
+            (last, n_last, e1), (first, n_first, e2) = (j.result() for j in jobs)
             if not check(last and first, f"{name}: {e1[-300:]} {e2[-300:]}"):
                 continue
             want = want or last

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import shoaltest as st
@@ -40,10 +41,19 @@ def main():
             print(f"{name} ({took:.1f} s): {p.stderr.strip().splitlines()[-1:]}", flush=True)
 
         none = "ipc://" + os.path.join(s.tmp, "none")
-        for cmd in (["status"], ["submit", "-i", inp], ["watch", "1"], ["results", "1"], ["cancel", "1"]):
-            say(f"{cmd[0]} at nothing", [cmd[0], "--connect", none, "--timeout", "1", *cmd[1:]], (3,),
-                [none, "no answer within 1 s"], 0.9, 25)
-        say("status, usual patience", ["status", "--connect", none], (3,), [none, "no answer within 10 s"], 9, 20)
+        with ThreadPoolExecutor(8) as pool:  # they wait for what does not come
+            at_once = lambda *case: jobs.append(pool.submit(say, *case))
+            jobs = []
+            for cmd in (["status"], ["submit", "-i", inp], ["watch", "1"], ["results", "1"], ["cancel", "1"]):
+                at_once(f"{cmd[0]} at nothing", [cmd[0], "--connect", none, "--timeout", "1", *cmd[1:]], (3,),
+                        [none, "no answer within 1 s"], 0.9, 25)
+            at_once("status, usual patience", ["status", "--connect", none], (3,), [none, "no answer within 10 s"], 9, 20)
+            at_once("worker at nothing", ["worker", "--connect", none, "--link", "local", "--connect-timeout", "2"], (3,),
+                    [none, "2 s"], 1.5, 15)
+            at_once("no host of that name", ["status", "--connect", "tcp://no.such.host.invalid:5555", "--keys", keys, "--timeout", "1"], (2, 3),
+                    ["no.such.host.invalid"], 0, 25)
+        for j in jobs:
+            j.result()
 
         with socket.create_server(("127.0.0.1", 0)) as server:  # accepts and says nothing
             port = server.getsockname()[1]
@@ -69,13 +79,9 @@ def main():
         say("tcp with a folder that has none", ["status", "--connect", tcp, "--keys", s.tmp], (2, 3), ["key"], 0, 5)
         say("no scheme", ["status", "--connect", "/run/shoal"], (2,), ["/run/shoal", "ipc://", "tcp://"], 0, 5)
         say("other scheme", ["status", "--connect", "http://localhost:1"], (2,), ["http://localhost:1", "ipc://", "tcp://"], 0, 5)
-        say("no host of that name", ["status", "--connect", "tcp://no.such.host.invalid:5555", "--keys", keys, "--timeout", "1"], (2, 3),
-            ["no.such.host.invalid"], 0, 25)
         say("path too long", ["status", "--connect", "ipc://" + "x" * 200], (2, 3), ["x" * 50], 0, 5)
         say("worker without endpoint", ["worker"], (2,), ["--connect"], 0, 5)
         say("worker, no scheme", ["worker", "--connect", "/run/shoal"], (2, 3), ["/run/shoal"], 0, 5)
-        say("worker at nothing", ["worker", "--connect", none, "--link", "local", "--connect-timeout", "2"], (3,),
-            [none, "2 s"], 1.5, 15)
         say("serve, nowhere to listen", ["serve", "-m", MODEL, "--store", s.file("st"), "--listen", f"ipc://{inp}/x"], (2, 3),
             [inp], 0, 15)
         say("serve, tcp without keys", ["serve", "-m", MODEL, "--store", s.file("st2"), "--listen", "tcp://127.0.0.1:0"], (2, 3), ["key"], 0, 15)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import shoaltest as st
@@ -41,46 +42,42 @@ def wait_for(p, word, n, limit=30):
     return []
 
 
-def main():
-    check = st.Checks()
-    g = st.golden("e2b-like")
-    req = [st.completion(f"r{k}", g["greedy"][k % 6]["ids"], max_tokens=400, temperature=0.9, seed=k, ignore_eos=True,
-                         return_token_ids=True) for k in range(120)]
-    model = os.path.join(st.MODELS, "e2b-like")
+def stopped(check, model, req, want, options, what, word, n):
+    """The last of n processes is stopped: the job is finished in time, and its rows are those of an undisturbed run."""
     with st.Scratch() as s:
-        options = ["-n", 2, "--mode", "exact"]
-        code, want, err = st.run(s, model, req, *options, name="want")
-        check(code == 0 and len(want) == len(req), f"undisturbed: exit {code}: {err[-300:]}")
+        inp, out = s.file("in.jsonl"), s.file("out.jsonl")
+        st.write_lines(inp, req)
+        p = start(s, st.command(model, inp, out, *options))
+        victims = wait_for(p, word, n)
+        if not check(victims, f"{what}: no process to stop"):
+            p.kill()
+            return
+        time.sleep(0.7)
+        try:
+            os.kill(victims[-1], signal.SIGSTOP)
+        except ProcessLookupError:
+            check(False, f"{what}: ended before it could be stopped; the job is too short for this test")
+        t0 = time.time()
+        try:
+            _, err = p.communicate(timeout=LIMIT + 60)
+            took = time.time() - t0
+            check(p.returncode == 0, f"{what} stopped: exit {p.returncode}: {err[-300:]}")
+            check(took < LIMIT, f"{what} stopped: {took:.0f} s until the end, not {LIMIT}")
+            d = st.difference(want, st.rows(out)) if os.path.exists(out) else "no output"
+            check(not d, f"{what} stopped: {d}")
+            print(f"{what} stopped: {took:.1f} s until the end", flush=True)
+        except subprocess.TimeoutExpired:
+            check(False, f"{what} stopped: never noticed: {named(p.pid, word)}")
+            p.kill()
+        left = st.left_behind(s)
+        check(not left, f"{what} stopped: left behind: {left}")
+        st.kill_all(s)
 
-        for what, word, n in (("rank", "worker", 2), ("coordinator", "serve", 1)):
-            inp, out = s.file(f"{what}.in.jsonl"), s.file(f"{what}.out.jsonl")
-            st.write_lines(inp, req)
-            p = start(s, st.command(model, inp, out, *options))
-            victims = wait_for(p, word, n)
-            if not check(victims, f"{what}: no process to stop"):
-                p.kill()
-                continue
-            time.sleep(0.7)
-            try:
-                os.kill(victims[-1], signal.SIGSTOP)
-            except ProcessLookupError:
-                check(False, f"{what}: ended before it could be stopped; the job is too short for this test")
-            t0 = time.time()
-            try:
-                _, err = p.communicate(timeout=LIMIT + 60)
-                took = time.time() - t0
-                check(p.returncode == 0, f"{what} stopped: exit {p.returncode}: {err[-300:]}")
-                check(took < LIMIT, f"{what} stopped: {took:.0f} s until the end, not {LIMIT}")
-                d = st.difference(want, st.rows(out)) if os.path.exists(out) else "no output"
-                check(not d, f"{what} stopped: {d}")
-            except subprocess.TimeoutExpired:
-                check(False, f"{what} stopped: never noticed: {named(p.pid, word)}")
-                p.kill()
-            left = st.left_behind(s)
-            check(not left, f"{what} stopped: left behind: {left}")
-            st.kill_all(s)
 
-        inp, out = s.file("int.in.jsonl"), s.file("int.out.jsonl")
+def interrupted(check, model, req, want, options):
+    """Ctrl-C, and the same command again."""
+    with st.Scratch() as s:
+        inp, out = s.file("in.jsonl"), s.file("out.jsonl")
         st.write_lines(inp, req)
         cmd = st.command(model, inp, out, *options)
         p = start(s, cmd)
@@ -99,6 +96,22 @@ def main():
         r = subprocess.run(cmd, env=s.env(), capture_output=True, text=True, timeout=200)
         d = st.difference(want, st.rows(out)) if os.path.exists(out) else "no output"
         check(r.returncode == 0 and not d, f"after Ctrl-C: exit {r.returncode}: {d} {r.stderr[-200:]}")
+
+
+def main():
+    check = st.Checks()
+    g = st.golden("e2b-like")
+    req = [st.completion(f"r{k}", g["greedy"][k % 6]["ids"], max_tokens=400, temperature=0.9, seed=k, ignore_eos=True,
+                         return_token_ids=True) for k in range(120)]
+    model, options = os.path.join(st.MODELS, "e2b-like"), ["-n", 2, "--mode", "exact"]
+    with st.Scratch() as s:
+        code, want, err = st.run(s, model, req, *options, name="want")
+        check(code == 0 and len(want) == len(req), f"undisturbed: exit {code}: {err[-300:]}")
+    with ThreadPoolExecutor(2) as pool:  # most of the time nothing moves, until the silence is noticed
+        jobs = [pool.submit(stopped, check, model, req, want, options, *case) for case in (("rank", "worker", 2), ("coordinator", "serve", 1))]
+    for j in jobs:
+        j.result()
+    interrupted(check, model, req, want, options)
     check.finish()
 
 
