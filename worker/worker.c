@@ -4,13 +4,13 @@
  */
 #include "worker/worker.h"
 
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "common/hash.h"
+#include "common/keep.h"
 #include "common/log.h"
 #include "model/packed.h"
 #include "model/weights.h"
@@ -535,24 +535,6 @@ static sh_status live(rank *r) {
     return r->link->rank == 0 ? lead(r) : serve(r);
 }
 
-/* What the link may still read or write after its rank failed: kept to the end of the process, and reachable, so that a
- * leak checker tells it from what was lost. */
-typedef struct kept {
-    struct kept *next;
-    sh_stage *stage;
-    sh_kv_receiver *receiver;
-    sh_timeline *timeline;
-} kept;
-
-static _Atomic(kept *) all_kept;
-
-static void keep(const rank *r) {
-    kept *k = calloc(1, sizeof *k);
-    if (!k) return;
-    *k = (kept){.stage = r->stage, .receiver = r->receiver, .timeline = r->timeline, .next = atomic_load(&all_kept)};
-    while (!atomic_compare_exchange_weak(&all_kept, &k->next, k)) continue;
-}
-
 static void release(rank *r, bool ended_well) {
     sh_lanes_destroy(&r->lanes);
     if (r->receiver && sh_kv_receiver_is_idle(r->receiver)) sh_kv_receiver_destroy(&r->receiver);
@@ -560,7 +542,11 @@ static void release(rank *r, bool ended_well) {
         sh_stage_destroy(&r->stage); /* else the link still reads its buffers */
     sh_trace_destroy(&r->trace);
     if (!r->stage) sh_timeline_destroy(&r->timeline);
-    if (r->stage && !ended_well) keep(r);
+    if (r->stage && !ended_well) {
+        sh_keep(r->stage);
+        sh_keep(r->receiver);
+        sh_keep(r->timeline);
+    }
     free(r->own);
     free(r->config);
     free(r->machine);
