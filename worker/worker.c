@@ -67,11 +67,24 @@ static sh_status check_alive(void *arg) {
     return SH_OK;
 }
 
+/* Collective: all ranks find the same model, or all fail. */
+static sh_status agree_model(rank *r) {
+    const sh_alive alive = {check_alive, r};
+    SH_TRY(sh_sight_take(r->model_dir, &r->model));
+    sh_sight *all = calloc((size_t)r->link->size, sizeof *all);
+    if (!all) SH_FAIL(SH_EMEMORY, "no memory for what ranks find");
+    sh_status st = sh_ranks_exchange(r->link, &r->model, sizeof r->model, all, &alive);
+    if (st == SH_OK) st = sh_sight_compare(r->model_dir, all, r->link->size);
+    free(all);
+    return st == SH_OK ? SH_OK : sh_error_pass(st, __FILE__, __LINE__);
+}
+
 static sh_status read_plan(rank *r) {
     const Shoal__Welcome *w = NULL;
     SH_TRY(sh_uplink_welcome(r->uplink, &w));
     r->plan = w->plan;
     r->model_dir = w->model;
+    SH_TRY(agree_model(r)); /* before it is believed that the plan is for it */
     r->config = calloc(1, sizeof *r->config);
     if (!r->config) SH_FAIL(SH_EMEMORY, "no memory for the configuration");
     SH_TRY(sh_config_load(r->model_dir, r->config));
@@ -93,18 +106,6 @@ static sh_status read_plan(rank *r) {
     r->schedule.confirms = r->shape.decode;
     r->schedule.share = !r->plan->no_prefix_sharing;
     return SH_OK;
-}
-
-/* Collective: all ranks find the same model, or all fail. */
-static sh_status agree_model(rank *r) {
-    const sh_alive alive = {check_alive, r};
-    SH_TRY(sh_sight_take(r->model_dir, &r->model));
-    sh_sight *all = calloc((size_t)r->link->size, sizeof *all);
-    if (!all) SH_FAIL(SH_EMEMORY, "no memory for what ranks find");
-    sh_status st = sh_ranks_exchange(r->link, &r->model, sizeof r->model, all, &alive);
-    if (st == SH_OK) st = sh_sight_compare(r->model_dir, all, r->link->size);
-    free(all);
-    return st == SH_OK ? SH_OK : sh_error_pass(st, __FILE__, __LINE__);
 }
 
 /* Collective: all ranks were asked, or none. */
@@ -535,7 +536,6 @@ static sh_status serve(rank *r) {
 
 static sh_status live(rank *r) {
     SH_TRY(read_plan(r));
-    SH_TRY(agree_model(r));
     SH_TRY(share_node(r));
     SH_TRY(agree_pages(r));
     SH_TRY(prepare_trace(r));
