@@ -84,10 +84,10 @@ static sh_status read_plan(rank *r) {
     SH_TRY(sh_uplink_welcome(r->uplink, &w));
     r->plan = w->plan;
     r->model_dir = w->model;
-    SH_TRY(agree_model(r)); /* before it is believed that the plan is for it */
     r->config = calloc(1, sizeof *r->config);
     if (!r->config) SH_FAIL(SH_EMEMORY, "no memory for the configuration");
     SH_TRY(sh_config_load(r->model_dir, r->config));
+    SH_TRY(agree_model(r)); /* before it is believed that the plan is for it */
     SH_TRY(sh_plan_check(r->config, r->plan));
     if ((int)r->plan->n_rank != r->link->size)
         SH_FAIL(SH_EPEER, "plan: %zu ranks: this group has %d", r->plan->n_rank, r->link->size);
