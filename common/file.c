@@ -69,7 +69,7 @@ sh_status sh_map_open(const char *path, sh_map *out) {
         m.data = p;
     }
     close(fd);
-    sh_status st = m.len ? sh_mapped_add(path, m.data, m.len) : SH_OK;
+    sh_status st = m.len ? sh_mapped_add(path, &sb, m.data) : SH_OK;
     if (st != SH_OK) {
         munmap((void *)(uintptr_t)m.data, m.len);
         return sh_error_pass(st, __FILE__, __LINE__);

@@ -12,7 +12,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -51,18 +50,16 @@ static entry *unused(void) {
     return e;
 }
 
-sh_status sh_mapped_add(const char *path, const void *p, size_t bytes) {
-    struct stat sb;
-    bool known = stat(path, &sb) == 0;
+sh_status sh_mapped_add(const char *path, const struct stat *file, const void *p) {
     char *copy = strdup(path);
     pthread_mutex_lock(&lock);
     entry *e = copy ? unused() : NULL;
     if (e) {
         free(e->path);
         e->path = copy;
-        e->bytes = bytes;
-        e->device = known ? sb.st_dev : 0;
-        e->number = known ? sb.st_ino : 0;
+        e->bytes = (size_t)file->st_size;
+        e->device = file->st_dev;
+        e->number = file->st_ino;
         atomic_store(&e->from, (uintptr_t)p);
     }
     pthread_mutex_unlock(&lock);

@@ -6,11 +6,11 @@
 #ifndef SH_COMMON_MAPPED_H
 #define SH_COMMON_MAPPED_H
 
-#include <stddef.h>
+#include <sys/stat.h>
 #include "common/status.h"
 
-/* A map that begins at the file's first byte; path as messages name it. */
-sh_status sh_mapped_add(const char *path, const void *p, size_t bytes);
+/* A map of a whole file, as fstat found it; path as messages name it. */
+sh_status sh_mapped_add(const char *path, const struct stat *file, const void *p);
 void sh_mapped_remove(const void *p); /* before it is unmapped; one that is not known is ignored */
 
 /* For programs, not libraries: from here on such a fault writes a line to standard error that names the file, the byte
