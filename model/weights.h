@@ -64,8 +64,7 @@ typedef struct sh_weights_options {
     sh_share share;
     sh_held_experts held; /* only these are read */
     int first, last;      /* layers [first, last) */
-    sh_load_peers *peers; /* those that load together with this one; NULL: alone. Without effect on packed folders,
-                             which all of them have, or none */
+    sh_load_peers *peers; /* those that load together with this one; NULL: alone. Without effect on a packed folder */
     sh_load_told *tell;   /* how loading gets on; may be NULL */
     void *tell_arg;
 } sh_weights_options;
