@@ -4,6 +4,7 @@
 #include <string.h>
 #include "cli/commands.h"
 #include "cli/facts.h"
+#include "common/mapped.h"
 #include "model/team.h"
 
 static const struct {
@@ -101,6 +102,7 @@ int main(int argc, char **argv) {
         return SH_EXIT_OK;
     }
     if (runs_teams(name)) sh_team_prepare(argv);
+    SH_IGNORE(sh_mapped_watch(SH_EXIT_RUN)); /* without it the signal ends the process all the same, unnamed */
     for (int i = 0; i < N_COMMANDS; i++)
         if (strcmp(name, commands[i].name) == 0) {
             int rc = commands[i].run(argc - 1, argv + 1);

@@ -410,8 +410,5 @@ sh_status sh_options_packed(sh_shared_options *s, const char *path) {
     SH_TRY(sh_packed_read_type(path, &type));
     sh_mode own = type == SH_W_Q8 ? SH_MODE_Q8 : type == SH_W_Q4 ? SH_MODE_Q4 : SH_MODE_BF16;
     if (s->mode_at < 0) s->mode_at = (int)own;
-    if (sh_mode_wtype(sh_options_mode(s)) != type)
-        SH_FAIL(SH_EINPUT, "--mode: %s, but %s is packed for %s: use that mode, or the checkpoint itself",
-                sh_mode_name(sh_options_mode(s)), path, sh_wtype_modes(type));
-    return SH_OK;
+    return sh_packed_check_type(path, type, sh_mode_wtype(sh_options_mode(s)), sh_mode_name(sh_options_mode(s)));
 }

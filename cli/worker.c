@@ -8,6 +8,7 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "common/log.h"
+#include "common/mapped.h"
 #include "partition/machine.h"
 #include "worker/worker.h"
 
@@ -93,6 +94,7 @@ static int run_mpi(const sh_worker_options *o) {
         return SH_EXIT_RUN;
     }
     char who[32];
+    SH_IGNORE(sh_mapped_watch(SH_EXIT_RUN)); /* MPI has taken the signal when it started */
     snprintf(who, sizeof who, "rank %d", link->rank);
     sh_log_setup(SH_LOG_WARN, who);
     return leave(&link, sh_worker_run(link, o));

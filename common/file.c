@@ -14,6 +14,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "common/mapped.h"
+
 sh_file_op_table sh_file_ops = {write, fsync, rename};
 
 sh_status sh_file_read(const char *path, size_t max, char **text, size_t *len) {
@@ -67,12 +69,20 @@ sh_status sh_map_open(const char *path, sh_map *out) {
         m.data = p;
     }
     close(fd);
+    sh_status st = m.len ? sh_mapped_add(path, &sb, m.data) : SH_OK;
+    if (st != SH_OK) {
+        munmap((void *)(uintptr_t)m.data, m.len);
+        return sh_error_pass(st, __FILE__, __LINE__);
+    }
     *out = m;
     return SH_OK;
 }
 
 void sh_map_close(sh_map *m) {
-    if (m->data) munmap((void *)(uintptr_t)m->data, m->len);
+    if (m->data) {
+        sh_mapped_remove(m->data);
+        munmap((void *)(uintptr_t)m->data, m->len);
+    }
     *m = (sh_map){0};
 }
 

@@ -19,6 +19,10 @@ void sh_log_setup(sh_log_level max, const char *who) {
     snprintf(prefix, sizeof prefix, "%s", who ? who : "");
 }
 
+const char *sh_log_who(void) {
+    return prefix;
+}
+
 void sh_log(sh_log_level level, const char *fmt, ...) {
     static const char *labels[] = {"error: ", "warning: ", "", ""};
     if (level > max_level) return;

@@ -138,7 +138,9 @@ static const char later_tables[] =
     "CREATE TABLE IF NOT EXISTS routing(rank TEXT PRIMARY KEY, counts BLOB NOT NULL) WITHOUT ROWID;"
     "CREATE TABLE IF NOT EXISTS length(key INTEGER PRIMARY KEY, job INTEGER NOT NULL, kind INTEGER NOT NULL, length "
     "INTEGER NOT NULL);" /* of unanswered requests */
-    "CREATE INDEX IF NOT EXISTS length_longest ON length(job, kind, length DESC, key);";
+    "CREATE INDEX IF NOT EXISTS length_longest ON length(job, kind, length DESC, key);"
+    /* A program that knows no lengths, and had this store for a while, has left those of what it answered. */
+    "DELETE FROM length WHERE NOT EXISTS (SELECT 1 FROM request r WHERE r.key = length.key AND r.done = 0);";
 
 struct sh_store {
     sqlite3 *db;

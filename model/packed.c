@@ -119,6 +119,12 @@ sh_status sh_packed_read_type(const char *dir, sh_wtype *out) {
     return st == SH_OK ? SH_OK : sh_error_prefix(st, "%s/" SH_PACKED_INDEX, dir);
 }
 
+sh_status sh_packed_check_type(const char *dir, sh_wtype packed, sh_wtype wanted, const char *mode) {
+    if (packed == wanted) return SH_OK;
+    SH_FAIL(SH_EINPUT, "--mode: %s, but %s is packed for %s: use that mode, or the checkpoint itself", mode, dir,
+            sh_wtype_modes(packed));
+}
+
 /* --- files ---------------------------------------------------------------------------------------------------------
  */
 

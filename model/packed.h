@@ -47,6 +47,8 @@ sh_status sh_packed_tables(const sh_packed *p, sh_tensors **out);
 sh_status sh_packed_read_type(const char *dir, sh_wtype *out);
 const char *sh_wtype_name(sh_wtype t);  /* "bf16", "q8", "q4" */
 const char *sh_wtype_modes(sh_wtype t); /* for messages: the modes that read it: "bf16 or exact", … */
+/* SH_EINPUT where a mode (its name, for the message) needs matrices of another type than a folder has. */
+sh_status sh_packed_check_type(const char *dir, sh_wtype packed, sh_wtype wanted, const char *mode);
 /* Reads every byte of every file that the index names. The first that is not as it was written fails by file and range
  * of bytes. progress may be NULL. */
 sh_status sh_packed_verify(const char *dir, sh_team *team, void (*progress)(void *arg, size_t done, size_t total),

@@ -261,15 +261,9 @@ static sh_status fill_copy(void *ctx, const sh_slot *s) {
     return SH_OK;
 }
 
-static sh_status check_mode(const sh_packed *p, sh_wtype wanted) {
-    if (p->type == wanted) return SH_OK;
-    SH_FAIL(SH_EINPUT, "--mode: %s is asked for, but %s is packed for %s: use that mode, or the checkpoint itself",
-            sh_wtype_modes(wanted), p->dir, sh_wtype_modes(p->type));
-}
-
 sh_status sh_packed_load(sh_packed *p, sh_weights *w, sh_wmat *expert, sh_team *team, sh_loading *l) {
     placing x = {.p = p, .w = w, .team = team, .loading = l};
-    SH_TRY(check_mode(p, w->type));
+    SH_TRY(sh_packed_check_type(p->dir, p->type, w->type, sh_wtype_modes(w->type)));
     l->total = sh_weights_layout(w, expert, NULL);
     SH_TRY(sh_slots_each(w, point, &x));
     size_t bytes = x.copied;

@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "common/keep.h"
 #include "common/mem.h"
 #include "model/layout.h"
 #include "model/values.h"
@@ -527,9 +528,11 @@ sh_status sh_weights_load(const char *model_dir, const sh_config *c, const sh_we
     if (st == SH_OK) w->load = sh_loading_end(&loading);
     free(l.used);
     free(l.jobs);
+    if (st != SH_OK && l.lent) { /* messages begin and end in the block, and in the scalars of the layers */
+        sh_keep(w);
+        return st;
+    }
     if (st != SH_OK) {
-        sh_weights_impl *m = w->impl;
-        if (m && l.lent) m->block = NULL;
         sh_weights_destroy(&w);
         return st;
     }

@@ -99,10 +99,11 @@ static sh_status gather(const together *t, const void *mine, size_t n, void *all
     return st;
 }
 
-/* One whose preparing failed says so, and everybody fails with its words. */
+/* One whose preparing failed says so, and everybody fails with its number and words. */
 static sh_status check_records(const together *t, const record *r) {
     for (int m = 0; m < t->l->peers->members; m++)
-        if (r[m].status != SH_OK) SH_FAIL((sh_status)r[m].status, "%.*s", (int)sizeof r->text - 1, r[m].text);
+        if (r[m].status != SH_OK)
+            SH_FAIL((sh_status)r[m].status, "rank %d: %.*s", m, (int)sizeof r->text - 1, r[m].text);
     for (int m = 1; m < t->l->peers->members; m++)
         if (r[m].files != r[0].files)
             SH_FAIL(SH_EFORMAT,

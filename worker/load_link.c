@@ -5,20 +5,27 @@
  */
 #include "worker/load_link.h"
 
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/keep.h"
 #include "worker/backoff.h"
 
-enum { OPEN_SENDS = 64, OPEN_TAKES = 64 };
+enum {
+    OPEN_SENDS = 64,
+    OPEN_TAKES = 64,
+    OPEN_WORDS = 64
+}; /* far fewer than a link can have open, however many ranks */
 
 #define WORD_MAGIC   0x31534457u /* "WDS1" */
 #define STOP_SECONDS 3.0         /* for the others to hear of a failure and end what is under way */
 #define NAP_SECONDS  50e-6
 #define CHANNEL_WORD sh_link_channel(SH_TAG_WEIGHTS, 1)
 
-/* The last that a rank says to another. In the machine's byte order, as the weights are. */
+/* The last that a rank says to another; its text ends with a 0 byte, and the message there. In the machine's byte
+ * order, as the weights are. */
 typedef struct word {
     uint32_t magic;
     int32_t status;    /* SH_OK: it has everything */
@@ -34,11 +41,14 @@ typedef struct place {
 typedef struct peer {
     place *expected; /* queue */
     int n, cap, next;
-    uint64_t sent, taken; /* messages */
-    word said, heard;
-    int req; /* of the word: −1: not under way */
-    bool told, has_said;
+    uint64_t sent, taken, announced; /* messages; announced: by its word */
+    bool told;                       /* its word is here */
 } peer;
+
+typedef struct saying { /* a word under way */
+    int req;            /* −1: free */
+    word w;
+} saying;
 
 typedef struct taking { /* under way to its place */
     int req;            /* −1: free */
@@ -53,10 +63,14 @@ struct sh_load_link {
     peer *peer;           /* [size] */
     int send[OPEN_SENDS]; /* requests; −1: free */
     taking take[OPEN_TAKES];
-    int left;      /* expectations that are not met */
-    bool was_told; /* of the failure that ended the loading here */
-    bool stopping; /* what does not fit is dropped */
-    bool stuck;    /* in vain: somebody may still read what was sent */
+    saying say[OPEN_WORDS];
+    int left;           /* expectations that are not met */
+    int said;           /* ranks that this one's word was sent to, from the next one on */
+    bool speaking;      /* its word is `last` */
+    word last, failure; /* failure: the first one heard, status SH_OK: none */
+    bool was_told;      /* of the failure that ended the loading here */
+    bool stopping;      /* what does not fit is dropped */
+    bool stuck;         /* in vain: somebody may still read what was sent */
 };
 
 static sh_status gather(void *ctx, const void *mine, size_t n, void *all);
@@ -86,7 +100,7 @@ sh_status sh_load_link_create(sh_link *link, const sh_alive *alive, sh_load_link
                                .stop = stop};
     for (int i = 0; i < OPEN_SENDS; i++) x->send[i] = -1;
     for (int i = 0; i < OPEN_TAKES; i++) x->take[i].req = -1;
-    for (int i = 0; i < link->size; i++) x->peer[i].req = -1;
+    for (int i = 0; i < OPEN_WORDS; i++) x->say[i].req = -1;
     *out = x;
     return SH_OK;
 }
@@ -94,7 +108,11 @@ sh_status sh_load_link_create(sh_link *link, const sh_alive *alive, sh_load_link
 void sh_load_link_destroy(sh_load_link **xp) {
     sh_load_link *x = *xp;
     *xp = NULL;
-    if (!x || x->stuck) return; /* the link still reads its words */
+    if (!x) return;
+    if (x->stuck) { /* the link still reads its words */
+        sh_keep(x);
+        return;
+    }
     for (int i = 0; i < x->link->size; i++) free(x->peer[i].expected);
     for (int i = 0; i < OPEN_TAKES; i++) free(x->take[i].spare);
     free(x->peer);
@@ -139,7 +157,7 @@ static sh_status test(sh_load_link *x, int *req, bool *done) {
 static sh_status end_requests(sh_load_link *x) {
     bool done;
     for (int i = 0; i < OPEN_SENDS; i++) SH_TRY(test(x, &x->send[i], &done));
-    for (int i = 0; i < x->link->size; i++) SH_TRY(test(x, &x->peer[i].req, &done));
+    for (int i = 0; i < OPEN_WORDS; i++) SH_TRY(test(x, &x->say[i].req, &done));
     for (int i = 0; i < OPEN_TAKES; i++) {
         taking *t = &x->take[i];
         if (t->req < 0) continue;
@@ -195,27 +213,52 @@ static sh_status take_words(sh_load_link *x) {
         word w;
         SH_TRY(x->link->ops->probe(x->link, -1, CHANNEL_WORD, &found, &from, &len));
         if (!found) return SH_OK;
-        if (len != sizeof w)
-            SH_FAIL(SH_EPEER, "word on loading from rank %d: %zu bytes: %zu were expected", from, len, sizeof w);
+        if (len <= offsetof(word, text) || len > sizeof w)
+            SH_FAIL(SH_EPEER, "word on loading from rank %d: %zu bytes: %zu to %zu were expected", from, len,
+                    offsetof(word, text) + 1, sizeof w);
         SH_TRY(x->link->ops->recv(x->link, from, CHANNEL_WORD, &w, len));
         if (w.magic != WORD_MAGIC) SH_FAIL(SH_EPEER, "word on loading from rank %d: magic %08x", from, w.magic);
-        w.text[sizeof w.text - 1] = 0;
-        x->peer[from].heard = w;
+        ((char *)&w)[len - 1] = 0;
+        x->peer[from].announced = w.messages;
         x->peer[from].told = true;
+        if (w.status != SH_OK && x->failure.status == SH_OK) x->failure = w;
     }
+}
+
+/* The word goes to everybody who has not had one, a few at a time; each rank begins with the next. */
+static sh_status say_words(sh_load_link *x) {
+    for (int i = 0; x->speaking && x->said < x->link->size - 1 && i < OPEN_WORDS; i++) {
+        saying *s = &x->say[i];
+        if (s->req >= 0) continue;
+        int to = (x->link->rank + 1 + x->said) % x->link->size;
+        s->w = x->last;
+        s->w.messages = x->peer[to].sent;
+        SH_TRY(x->link->ops->send(x->link, to, CHANNEL_WORD, &s->w, offsetof(word, text) + strlen(s->w.text) + 1,
+                                  &s->req));
+        x->said++;
+    }
+    return SH_OK;
+}
+
+/* From now on progress says it. */
+static void speak(sh_load_link *x, sh_status st, const char *text) {
+    x->last = (word){.magic = WORD_MAGIC, .status = (int32_t)st};
+    snprintf(x->last.text, sizeof x->last.text, "%s", text);
+    x->speaking = true;
 }
 
 static sh_status progress(sh_load_link *x) {
     SH_TRY(end_requests(x));
     SH_TRY(take_weights(x));
-    return take_words(x);
+    SH_TRY(take_words(x));
+    return say_words(x);
 }
 
 static bool has_open_sends(const sh_load_link *x) {
     for (int i = 0; i < OPEN_SENDS; i++)
         if (x->send[i] >= 0) return true;
-    for (int i = 0; i < x->link->size; i++)
-        if (x->peer[i].req >= 0) return true;
+    for (int i = 0; i < OPEN_WORDS; i++)
+        if (x->say[i].req >= 0) return true;
     return false;
 }
 
@@ -238,11 +281,9 @@ static void rest(const sh_load_link *x, sh_backoff *wait) {
 static sh_status poll(void *ctx) {
     sh_load_link *x = ctx;
     SH_TRY(progress(x));
-    for (int i = 0; i < x->link->size; i++) {
-        const word *w = &x->peer[i].heard;
-        if (w->status == SH_OK) continue;
+    if (x->failure.status != SH_OK) {
         x->was_told = true;
-        SH_FAIL((sh_status)w->status, "%s", w->text);
+        SH_FAIL((sh_status)x->failure.status, "%s", x->failure.text);
     }
     return x->alive ? x->alive->check(x->alive->arg) : SH_OK;
 }
@@ -264,27 +305,19 @@ static sh_status send_bytes(void *ctx, int to, const void *p, size_t n) {
     }
 }
 
-/* To everybody who has not had one. */
-static sh_status say(sh_load_link *x, sh_status st, const char *text) {
-    for (int i = 0; i < x->link->size; i++) {
-        peer *e = &x->peer[i];
-        if (i == x->link->rank || e->has_said) continue;
-        e->said = (word){.magic = WORD_MAGIC, .status = (int32_t)st, .messages = e->sent};
-        snprintf(e->said.text, sizeof e->said.text, "%s", text);
-        e->has_said = true;
-        SH_TRY(x->link->ops->send(x->link, i, CHANNEL_WORD, &e->said, sizeof e->said, &e->req));
-    }
-    return SH_OK;
-}
-
 /* Everybody has said the last word, and all that was sent before it is here. */
 static bool has_heard_all(const sh_load_link *x) {
     if (has_open_takes(x)) return false;
     for (int i = 0; i < x->link->size; i++) {
         const peer *e = &x->peer[i];
-        if (i != x->link->rank && (!e->told || e->taken < e->heard.messages)) return false;
+        if (i != x->link->rank && (!e->told || e->taken < e->announced)) return false;
     }
     return true;
+}
+
+/* … and this one has said it, and everything that it sent is taken. */
+static bool has_ended(const sh_load_link *x) {
+    return x->said == x->link->size - 1 && has_heard_all(x) && !has_open_sends(x);
 }
 
 static sh_status finish(void *ctx) {
@@ -293,8 +326,8 @@ static sh_status finish(void *ctx) {
         SH_TRY(poll(x));
         rest(x, &wait);
     }
-    SH_TRY(say(x, SH_OK, ""));
-    for (sh_backoff wait = {0}; !has_heard_all(x) || has_open_sends(x);) {
+    speak(x, SH_OK, "");
+    for (sh_backoff wait = {0}; !has_ended(x);) {
         SH_TRY(poll(x));
         rest(x, &wait);
     }
@@ -303,15 +336,16 @@ static sh_status finish(void *ctx) {
 
 static bool stop(void *ctx, sh_status st) {
     sh_load_link *x = ctx;
-    char text[sizeof x->peer->said.text];
+    char text[sizeof x->last.text];
     if (x->was_told) /* goes on as it was heard */
         snprintf(text, sizeof text, "%s", sh_error_text());
     else
         snprintf(text, sizeof text, "rank %d: %s", x->link->rank, sh_error_text());
     x->stopping = true;
-    bool ok = say(x, st, text) == SH_OK;
+    speak(x, st, text);
+    bool ok = true;
     sh_backoff wait = {0};
-    for (double until = sh_now() + STOP_SECONDS; ok && (!has_heard_all(x) || has_open_sends(x));) {
+    for (double until = sh_now() + STOP_SECONDS; ok && !has_ended(x);) {
         ok = progress(x) == SH_OK && sh_now() < until;
         rest(x, &wait);
     }

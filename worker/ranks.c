@@ -6,6 +6,7 @@
 
 #include "common/file.h"
 #include "common/hash.h"
+#include "common/keep.h"
 #include "worker/backoff.h"
 
 #define LEAVE           0x3156454cu /* "LEV1" */
@@ -40,21 +41,63 @@ static sh_status take(sh_link *l, int from, void *p, size_t bytes, const sh_aliv
     }
 }
 
+/* A message that outlives its sender's wait: one who gives up leaves it to the link, which may read it at any time. */
+typedef struct parcel {
+    bool open; /* a send of it was not seen to end */
+    unsigned char bytes[];
+} parcel;
+
+static sh_status wrap(const void *p, size_t bytes, parcel **out) {
+    parcel *c = malloc(sizeof *c + bytes);
+    if (!c) SH_FAIL(SH_EMEMORY, "no memory for a message of %zu bytes", bytes);
+    c->open = false;
+    memcpy(c->bytes, p, bytes);
+    *out = c;
+    return SH_OK;
+}
+
+static void unwrap(parcel *c) {
+    if (c->open)
+        sh_keep(c);
+    else
+        free(c);
+}
+
+static sh_status give_parcel(sh_link *l, int to, parcel *c, size_t bytes, const sh_alive *alive) {
+    int req = 0;
+    SH_TRY(l->ops->send(l, to, SH_TAG_CONTROL, c->bytes, bytes, &req));
+    c->open = true;
+    SH_TRY(finish_send(l, req, alive, 0));
+    c->open = false;
+    return SH_OK;
+}
+
+static sh_status give(sh_link *l, int to, const void *p, size_t bytes, const sh_alive *alive) {
+    parcel *c = NULL;
+    SH_TRY(wrap(p, bytes, &c));
+    sh_status st = give_parcel(l, to, c, bytes, alive);
+    unwrap(c);
+    return st;
+}
+
+static sh_status give_all(sh_link *l, const void *p, size_t bytes, const sh_alive *alive) {
+    parcel *c = NULL;
+    sh_status st = SH_OK;
+    SH_TRY(wrap(p, bytes, &c));
+    for (int r = 1; st == SH_OK && r < l->size; r++) st = give_parcel(l, r, c, bytes, alive);
+    unwrap(c);
+    return st;
+}
+
 sh_status sh_ranks_exchange(sh_link *l, const void *mine, size_t bytes, void *all, const sh_alive *alive) {
     size_t total = bytes * (size_t)l->size;
-    int req = 0;
     memcpy((char *)all + bytes * (size_t)l->rank, mine, bytes);
     if (l->rank > 0) {
-        SH_TRY(l->ops->send(l, 0, SH_TAG_CONTROL, mine, bytes, &req));
-        SH_TRY(finish_send(l, req, alive, 0));
+        SH_TRY(give(l, 0, mine, bytes, alive));
         return take(l, 0, all, total, alive);
     }
     for (int r = 1; r < l->size; r++) SH_TRY(take(l, r, (char *)all + bytes * (size_t)r, bytes, alive));
-    for (int r = 1; r < l->size; r++) {
-        SH_TRY(l->ops->send(l, r, SH_TAG_CONTROL, all, total, &req));
-        SH_TRY(finish_send(l, req, alive, 0));
-    }
-    return SH_OK;
+    return l->size > 1 ? give_all(l, all, total, alive) : SH_OK;
 }
 
 /* Same kernel, same monotonic clock. 0: not known. */
@@ -81,12 +124,6 @@ static int64_t own_offset(void) {
     double before = sh_now();
     clock_gettime(CLOCK_REALTIME, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec - nanoseconds((before + sh_now()) / 2);
-}
-
-static sh_status give(sh_link *l, int to, const void *p, size_t bytes, const sh_alive *alive) {
-    int req = 0;
-    SH_TRY(l->ops->send(l, to, SH_TAG_CONTROL, p, bytes, &req));
-    return finish_send(l, req, alive, 0);
 }
 
 static sh_status answer_clock(sh_link *l, const sh_alive *alive, int64_t offset) {

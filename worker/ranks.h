@@ -13,7 +13,8 @@ typedef struct sh_alive {
     void *arg;
 } sh_alive;
 
-/* Collective: `all` [link->size][bytes] gets every rank's record. */
+/* Collective: `all` [link->size][bytes] gets every rank's record. What a failure leaves under way is a copy: both
+ * buffers are the caller's again in any case. */
 sh_status sh_ranks_exchange(sh_link *l, const void *mine, size_t bytes, void *all, const sh_alive *alive);
 /* What to add to sh_now() for nanoseconds since 1970 by the leader's clock, and by how much it may be wrong. */
 typedef struct sh_rank_clock {

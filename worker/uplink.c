@@ -13,6 +13,7 @@
 #include "common/clock.h"
 #include "common/limits.h"
 #include "common/log.h"
+#include "common/mapped.h"
 #include "common/mem.h"
 #include "proto/wire.h"
 #include "worker/ledger.h"
@@ -447,23 +448,39 @@ static sh_status soften(sh_uplink *u, sh_status st) {
     return SH_OK;
 }
 
-static void last_words(sh_uplink *u) {
-    SH_IGNORE(send_tokens(u));
-    if (u->trace && atomic_load(&u->welcomed)) SH_IGNORE(say_beat(u));
-    if (!u->has_fault) return;
+static void say_fault(sh_uplink *u, const char *text, bool lasting) {
     Shoal__Fault f = SHOAL__FAULT__INIT;
-    f.text = u->fault;
-    f.has_lasting = f.lasting = u->lasting;
+    f.text = (char *)(uintptr_t)text;
+    f.has_lasting = f.lasting = lasting;
     Shoal__FromRank m = SHOAL__FROM_RANK__INIT;
     m.fault = &f;
     SH_IGNORE(send_packed(u, &m));
+}
+
+static void last_words(sh_uplink *u) {
+    SH_IGNORE(send_tokens(u));
+    if (u->trace && atomic_load(&u->welcomed)) SH_IGNORE(say_beat(u));
+    if (u->has_fault) say_fault(u, u->fault, u->lasting);
+}
+
+/* Bytes of a mapped file are gone, and the thread that met them waits for this word to be on its way: it then ends the
+ * process. Not lasting: the file may be whole when the group is started again, which looks at it. */
+static void tell_of_file(sh_uplink *u) {
+    const char *text = sh_mapped_fault();
+    if (!text) return;
+    say_fault(u, text, false);
+    sh_wire_close(&u->wire); /* waits until it is sent */
+    sh_mapped_told();
+    for (;;) pause();
 }
 
 static void *uplink_main(void *arg) {
     sh_uplink *u = arg;
     (void)pthread_setname_np(pthread_self(), "shoal-uplink");
     sh_status st = soften(u, say_hello(u));
+    sh_mapped_listen_begin();
     for (;;) {
+        tell_of_file(u);
         pthread_mutex_lock(&u->lock);
         bool stop = u->stop;
         pthread_mutex_unlock(&u->lock);
@@ -476,6 +493,7 @@ static void *uplink_main(void *arg) {
             if ((sh_now() - u->ended) * 1e3 > GRACE_MS) die(u);
         }
     }
+    sh_mapped_listen_end();
     last_words(u);
     return NULL;
 }

@@ -4,21 +4,21 @@
  */
 #include "worker/worker.h"
 
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "common/hash.h"
+#include "common/keep.h"
 #include "common/log.h"
-#include "model/packed.h"
 #include "model/weights.h"
 #include "partition/machine.h"
 #include "partition/plan.h"
 #include "worker/backoff.h"
 #include "worker/lanes.h"
 #include "worker/ranks.h"
+#include "worker/sight.h"
 #include "worker/stage.h"
 #include "worker/uplink.h"
 
@@ -31,6 +31,7 @@ typedef struct rank {
     sh_uplink *uplink;
     const Shoal__Plan *plan; /* borrowed from the welcome, as is model_dir */
     const char *model_dir;
+    sh_sight model; /* what is there, the same on all ranks */
     sh_config *config;
     sh_machine *machine;
     sh_machine_part part;
@@ -66,6 +67,18 @@ static sh_status check_alive(void *arg) {
     return SH_OK;
 }
 
+/* Collective: all ranks find the same model, or all fail. */
+static sh_status agree_model(rank *r) {
+    const sh_alive alive = {check_alive, r};
+    SH_TRY(sh_sight_take(r->model_dir, &r->model));
+    sh_sight *all = calloc((size_t)r->link->size, sizeof *all);
+    if (!all) SH_FAIL(SH_EMEMORY, "no memory for what ranks find");
+    sh_status st = sh_ranks_exchange(r->link, &r->model, sizeof r->model, all, &alive);
+    if (st == SH_OK) st = sh_sight_compare(r->model_dir, all, r->link->size);
+    free(all);
+    return st == SH_OK ? SH_OK : sh_error_pass(st, __FILE__, __LINE__);
+}
+
 static sh_status read_plan(rank *r) {
     const Shoal__Welcome *w = NULL;
     SH_TRY(sh_uplink_welcome(r->uplink, &w));
@@ -74,6 +87,7 @@ static sh_status read_plan(rank *r) {
     r->config = calloc(1, sizeof *r->config);
     if (!r->config) SH_FAIL(SH_EMEMORY, "no memory for the configuration");
     SH_TRY(sh_config_load(r->model_dir, r->config));
+    SH_TRY(agree_model(r)); /* before it is believed that the plan is for it */
     SH_TRY(sh_plan_check(r->config, r->plan));
     if ((int)r->plan->n_rank != r->link->size)
         SH_FAIL(SH_EPEER, "plan: %zu ranks: this group has %d", r->plan->n_rank, r->link->size);
@@ -196,12 +210,9 @@ static const sh_kernels *kernels_of(const rank *r) {
 }
 
 /* Hash of the checkpoint and of what else decides a group's results beside the requests. */
-static sh_status fingerprint(const rank *r, uint64_t *out) {
-    uint64_t h = 0;
-    SH_TRY(sh_weights_fingerprint(r->model_dir, &h));
-    h = sh_hash64(h, r->plan->mode, strlen(r->plan->mode));
-    *out = sh_hash64(h, r->plan->kv, strlen(r->plan->kv));
-    return SH_OK;
+static uint64_t fingerprint(const rank *r) {
+    uint64_t h = sh_hash64(r->model.weights, r->plan->mode, strlen(r->plan->mode));
+    return sh_hash64(h, r->plan->kv, strlen(r->plan->kv));
 }
 
 /* Before the stage is made: what it needs to send K/V rows, or to take them. */
@@ -211,7 +222,8 @@ static sh_status prepare_stream(rank *r) {
     r->own = calloc(1, sizeof *r->own);
     if (!r->own) SH_FAIL(SH_EMEMORY, "no memory for the configuration");
     sh_plan_rank_config(r->config, r->plan, r->link->rank, r->own);
-    return r->shape.prefill > 0 ? fingerprint(r, &r->stream.model) : SH_OK;
+    r->stream.model = fingerprint(r);
+    return SH_OK;
 }
 
 static void told_of_load(void *arg, const sh_load_times *t) {
@@ -290,10 +302,9 @@ static sh_status announce(rank *r) {
     if (any.modelled) add_note(note, sizeof note, "SHOAL_ISA=model: results are made up, only the times are of use");
     if (r->shape.tp > 1 && r->plan->tp_sum)
         add_note(note, sizeof note, "--tp-reduce sum: results are not invariant: they depend on --tp");
-    if (r->plan->share_weights && r->link->size > 1 && sh_packed_is(r->model_dir))
+    if (r->plan->share_weights && r->link->size > 1 && r->model.kind >= 0)
         add_note(note, sizeof note, "--share-weights does nothing here: ranks map the packed folder");
-    uint64_t print = 0;
-    SH_TRY(fingerprint(r, &print));
+    uint64_t print = fingerprint(r);
     if (mine.modelled) print = sh_hash64(print, "modelled", 8); /* never a row of these among the model's */
     int lanes = r->shape.ep;
     return sh_uplink_ready(r->uplink, sh_leader_capacity(&r->schedule), lanes * sh_leader_total(&r->schedule),
@@ -535,24 +546,6 @@ static sh_status live(rank *r) {
     return r->link->rank == 0 ? lead(r) : serve(r);
 }
 
-/* What the link may still read or write after its rank failed: kept to the end of the process, and reachable, so that a
- * leak checker tells it from what was lost. */
-typedef struct kept {
-    struct kept *next;
-    sh_stage *stage;
-    sh_kv_receiver *receiver;
-    sh_timeline *timeline;
-} kept;
-
-static _Atomic(kept *) all_kept;
-
-static void keep(const rank *r) {
-    kept *k = calloc(1, sizeof *k);
-    if (!k) return;
-    *k = (kept){.stage = r->stage, .receiver = r->receiver, .timeline = r->timeline, .next = atomic_load(&all_kept)};
-    while (!atomic_compare_exchange_weak(&all_kept, &k->next, k)) continue;
-}
-
 static void release(rank *r, bool ended_well) {
     sh_lanes_destroy(&r->lanes);
     if (r->receiver && sh_kv_receiver_is_idle(r->receiver)) sh_kv_receiver_destroy(&r->receiver);
@@ -560,7 +553,11 @@ static void release(rank *r, bool ended_well) {
         sh_stage_destroy(&r->stage); /* else the link still reads its buffers */
     sh_trace_destroy(&r->trace);
     if (!r->stage) sh_timeline_destroy(&r->timeline);
-    if (r->stage && !ended_well) keep(r);
+    if (r->stage && !ended_well) {
+        sh_keep(r->stage);
+        sh_keep(r->receiver);
+        sh_keep(r->timeline);
+    }
     free(r->own);
     free(r->config);
     free(r->machine);

@@ -25,11 +25,16 @@ typedef struct group {
     sh_mode mode;
     bool hot;
     Shoal__Plan *plan;
+    int elsewhere; /* this rank finds its checkpoint there; −1: none */
+    const char *other_dir;
     /* what is done to a rank: before it gathers for the n-th time, which nobody leaves before it; and behind that */
     int victim;
     void (*before)(struct group *g, int gathered);
     void (*disturb)(struct group *g, int gathered);
     atomic_bool ended; /* the victim's alive check fails */
+    /* the victim ends once it has sent a scalar, and the others take nothing until it is gone */
+    bool silent;
+    atomic_bool sent_scalar, gone;
 } group;
 
 typedef struct member {
@@ -68,7 +73,10 @@ static sh_status is_alive(void *arg) {
 /* The functions of the real table with the real context, gather between. */
 static sh_status m_send(void *ctx, int to, const void *p, size_t n) {
     const member *m = ctx;
-    return m->real->send(m->real->ctx, to, p, n);
+    group *g = m->g;
+    SH_TRY(m->real->send(m->real->ctx, to, p, n));
+    if (g->silent && m->rank == g->victim && n == sizeof(float)) g->sent_scalar = g->ended = true;
+    return SH_OK;
 }
 static sh_status m_expect(void *ctx, int from, void *p, size_t n) {
     const member *m = ctx;
@@ -76,6 +84,8 @@ static sh_status m_expect(void *ctx, int from, void *p, size_t n) {
 }
 static sh_status m_poll(void *ctx) {
     member *m = ctx;
+    const group *g = m->g;
+    while (g->silent && m->rank != g->victim && !g->gone) sh_sleep(1e-3);
     sh_status st = m->real->poll(m->real->ctx);
     m->table.received = m->real->received;
     return st;
@@ -101,7 +111,7 @@ static sh_status load(member *m, bool together) {
                             .last = r->last,
                             .peers = together ? &m->table : NULL};
     if (g->plan->ep > 1) o.held = (sh_held_experts){.holds = holds, .ctx = m};
-    return sh_weights_load(g->dir, &m->config, &o, m->team, &m->w);
+    return sh_weights_load(m->rank == g->elsewhere ? g->other_dir : g->dir, &m->config, &o, m->team, &m->w);
 }
 
 static void *member_main(void *arg) {
@@ -117,11 +127,12 @@ static void *member_main(void *arg) {
     }
     if (m->status != SH_OK) snprintf(m->error, sizeof m->error, "%s", sh_error_text());
     sh_load_link_destroy(&x);
+    if (m->rank == m->g->victim) m->g->gone = true;
     return NULL;
 }
 
 static void open_group(group *g, const char *dir, const layout *y, sh_mode mode) {
-    *g = (group){.dir = dir, .mode = mode, .hot = y->hot, .victim = -1};
+    *g = (group){.dir = dir, .mode = mode, .hot = y->hot, .elsewhere = -1, .victim = -1};
     MUST(sh_config_load(dir, &g->config));
     sh_plan_request q = {
         .pp = y->pp, .ep = y->ep, .tp = y->tp, .cp = y->cp, .tp_sum = y->sum, .prefill = y->prefill, .mode = mode};
@@ -255,14 +266,20 @@ static void write_model(const char *from, bool drop) {
     free(text);
 }
 
-/* All ranks fail with this status and text. */
-static void fails(group *g, const char *what, sh_status status, const char *text) {
+/* All ranks fail with this status and text; the others than the culprit, if there is one (else −1), put its number in
+ * front. */
+static void fails(group *g, const char *what, int culprit, sh_status status, const char *text) {
     member m[FAKE_RANKS];
     double since = sh_now();
     load_all(g, m);
     for (int i = 0; i < (int)g->plan->n_rank; i++) {
         CHECK(m[i].status == status, "%s: rank %d ends with %d: %s", what, i, m[i].status, m[i].error);
         CHECK(strstr(m[i].error, text) != NULL, "%s: rank %d: %s: but: %s", what, i, m[i].error, text);
+        if (culprit >= 0 && i != culprit) {
+            char whose[32];
+            int k = snprintf(whose, sizeof whose, "rank %d: ", culprit);
+            CHECK(strncmp(m[i].error, whose, (size_t)k) == 0, "%s: rank %d: %s", what, i, m[i].error);
+        }
         CHECK(!m[i].w, "%s: rank %d has weights", what, i);
     }
     CHECK(sh_now() - since < 60, "%s: %.1f s", what, sh_now() - since);
@@ -282,7 +299,7 @@ static void test_damaged(const char *from) {
             CHECK(st != SH_OK, "a damaged checkpoint was loaded");
             snprintf(why, sizeof why, "%s", sh_error_text());
             CHECK(strstr(why, TENSOR) != NULL, "alone: %s", why);
-            fails(&g, drop ? "a tensor is missing" : "a value cannot be held", st, why);
+            fails(&g, drop ? "a tensor is missing" : "a value cannot be held", -1, st, why);
         }
 }
 
@@ -345,11 +362,35 @@ static void test_failing_rank(const char *from) {
     open_group(&g, dir, &three, SH_MODE_Q4); /* rounds: the value is fine */
     g.victim = 1;
     g.before = cut_file;
-    fails(&g, "the file is cut while it is read", SH_EIO, "was it truncated?");
+    fails(&g, "the file is cut while it is read", -1, SH_EIO, "was it truncated?");
     open_group(&g, from, &three, SH_MODE_Q4);
     g.victim = 2;
     g.disturb = vanish;
-    fails(&g, "a rank is lost", SH_EPEER, "rank 2: nothing was heard");
+    fails(&g, "a rank is lost", 2, SH_EPEER, "rank 2: nothing was heard");
+}
+
+/* What one rank finds in headers, and the others not. */
+static void test_one_headers(const char *from) {
+    const layout three = {.what = "cp 3", .cp = 3};
+    for (int r = 0; r < 3; r++) {
+        group g;
+        write_model(from, true);
+        open_group(&g, from, &three, SH_MODE_BF16);
+        g.elsewhere = r;
+        g.other_dir = dir;
+        fails(&g, "a tensor is missing on one rank", r, SH_EFORMAT, "missing tensor " TENSOR);
+    }
+}
+
+/* The others take what a rank sent when that has given up: bytes of a scalar of a layer among them. */
+static void test_silent(const char *from) {
+    const layout two = {.what = "cp 2", .cp = 2};
+    group g;
+    open_group(&g, from, &two, SH_MODE_Q4);
+    g.victim = 0;
+    g.silent = true;
+    fails(&g, "a rank is silent", 0, SH_EPEER, "rank 0: nothing was heard");
+    CHECK(g.sent_scalar, "a rank is silent: no scalar was under way");
 }
 
 int main(void) {
@@ -366,6 +407,8 @@ int main(void) {
     test_damaged(MODEL("e2b-like"));
     test_failing_rank(MODEL("31b-like"));
     test_others_files(MODEL("31b-like"));
+    test_one_headers(MODEL("e2b-like"));
+    test_silent(MODEL("26b-a4b-like"));
     SH_IGNORE(sh_path_remove(dir));
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;

@@ -355,6 +355,29 @@ static void take_lengths(void *ctx, int kind, int64_t sum, int64_t most) {
     to[kind][0] = sum, to[kind][1] = most;
 }
 
+/* An older program answers requests and knows nothing of lengths: what it leaves is gone when the store is taken up. */
+static void test_lengths_left(void) {
+    const char *path = fresh("left");
+    char command[1000];
+    sh_store *s = open_ok(path);
+    uint64_t job = new_job(s, "a");
+    uint64_t a = add_long(s, job, 1, 1, 10), b = add_long(s, job, 2, 1, 30), c = add_long(s, job, 3, 1, 99);
+    CU_ASSERT_EQUAL(sh_store_commit(s), SH_OK);
+    sh_store_close(&s);
+    snprintf(command, sizeof command,
+             "python3 -c 'import glob, sqlite3; d = sqlite3.connect(glob.glob(\"%s/*/store.db\")[0]); "
+             "d.execute(\"UPDATE request SET done = 1 WHERE key IN (%llu, %llu)\"); d.commit(); d.close()'",
+             path, (unsigned long long)b, (unsigned long long)c);
+    CU_ASSERT_EQUAL_FATAL(system(command), 0);
+    s = open_ok(path);
+    int64_t length = INT64_MAX, sums[3][2] = {{0}};
+    CU_ASSERT(longest(s, job, 1, &length, 0) == a && length == 10);
+    CU_ASSERT_EQUAL(longest(s, job, 1, &length, a), 0);
+    CU_ASSERT_EQUAL(sh_store_lengths(s, job, take_lengths, sums), SH_OK);
+    CU_ASSERT(sums[1][0] == 10 && sums[1][1] == 10);
+    sh_store_close(&s);
+}
+
 /* Longest first, of equal ones by age; answered ones and other jobs' are not among them; the next incarnation knows. */
 static void test_lengths(void) {
     const char *path = fresh("lengths");
@@ -396,6 +419,7 @@ int main(void) {
     CU_pSuite s = CU_add_suite("store", NULL, NULL);
     CU_add_test(s, "rows, names, progress, results", test_rows);
     CU_add_test(s, "lengths", test_lengths);
+    CU_add_test(s, "lengths that were left", test_lengths_left);
     CU_add_test(s, "takeover and fence", test_takeover);
     CU_add_test(s, "killed at random moments", test_killed);
     CU_add_test(s, "full disk while writing", test_full);
