@@ -53,6 +53,8 @@ sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out);
 /* How a stage is divided: one way at a time, so that its width is one of these numbers. To be asked before they are
  * multiplied. */
 sh_status sh_plan_check_division(int ep, int tp, int cp);
+/* Ranks that only read prompts go with stages of one rank. */
+sh_status sh_plan_check_prefill(int prefill, int ep, int tp, int cp);
 /* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
 /* Whether a rank computes an expert of one of its layers: every one where ep is 1. */

@@ -249,7 +249,10 @@ static sh_status load(rank *r) {
                           .load_arg = r,
                           .timeline = r->timeline};
     SH_TRY(sh_stage_create(&o, &r->stage));
-    if (o.stream && !makes_prompts(r)) SH_TRY(sh_kv_receiver_create(o.stream, sh_stage_kv(r->stage), &r->receiver));
+    if (o.stream && !makes_prompts(r)) {
+        SH_TRY(sh_kv_receiver_create(o.stream, sh_stage_kv(r->stage), &r->receiver));
+        sh_stage_take_rows(r->stage, r->receiver);
+    }
     return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);
 }
 
