@@ -12,8 +12,8 @@
 #include "partition/forecast_int.h"
 #include "partition/prefill_cost.h"
 
-#define TRIES 24   /* of the number that decode */
-#define CLOSE 1e-4 /* near enough */
+#define TRIES 16   /* of the number that decode */
+#define CLOSE 1e-3 /* near enough */
 
 /* The prompts' pipeline with pieces of some size. */
 typedef struct pipe {
@@ -115,10 +115,10 @@ static pipe pipe_of(const scene *x, double piece) {
                   .into = a->into + f * (b->into - a->into)};
 }
 
-/* Rank 0 hears of rows, and makes a micro-batch of prompts, between two of its own steps; as many are out as there are
- * ranks, and one that is being confirmed. */
+/* Rank 0 hears of rows, and makes micro-batches of prompts, between two of its own steps: every `lead` seconds. As many
+ * are out as there are ranks, and one that is being confirmed. */
 static double pipe_period(const scene *x, const pipe *p, double lead, double landing) {
-    return fmax(fmax(p->busiest, p->into), fmax((p->through + landing) / (x->shape.prefill + 1), lead));
+    return fmax(fmax(p->busiest, p->into), fmax(p->through + landing, lead) / (x->shape.prefill + 1));
 }
 
 static sh_status set_prompts(scene *x) {
@@ -189,10 +189,11 @@ static sh_status look_at_both(scene *x, double seqs, pace *out) {
     return SH_OK;
 }
 
-/* The number that decode: where `over` passes from below 0 to above. */
-static sh_status settle(scene *x, pace *out) {
+/* The number that decode: where `over` passes from below 0 to above. asked: requests per second if all did. */
+static sh_status settle(scene *x, pace *out, double *asked) {
     double lo = 0, hi = x->seqs, below = -1;
     SH_TRY(look_at_both(x, hi, out));
+    *asked = out->rate;
     for (int i = 0; i < TRIES && x->rows > 0 && fabs(out->over) > CLOSE; i++) {
         if (out->over > 0)
             hi = out->seqs;
@@ -292,9 +293,9 @@ static sh_status finish_mix(scene *x, pace *p) {
 }
 
 static sh_status tell(scene *x, double replicas, sh_forecast *f, sh_forecast_rank *rank) {
-    pace p, asked;
-    SH_TRY(look_at_both(x, x->seqs, &asked)); /* what all of them would ask for */
-    SH_TRY(settle(x, &p));
+    pace p;
+    double asked = 0;
+    SH_TRY(settle(x, &p, &asked));
     SH_TRY(finish_mix(x, &p));
     f->mix = p.mix;
     f->cycle = p.cycle;
@@ -305,7 +306,7 @@ static sh_status tell(scene *x, double replicas, sh_forecast *f, sh_forecast_ran
     f->seconds = x->w->requests / f->requests + start_and_end(x, &p, replicas);
     f->sent = tell_ranks(x, &p, rank) / (p.mix.requests * x->output);
     tell_prompts_side(x, &p, &f->prompts);
-    f->prompts.needed = asked.rate * x->rows;
+    f->prompts.needed = asked * x->rows;
     return SH_OK;
 }
 
