@@ -29,7 +29,7 @@ typedef struct scene {
     sh_plan_shape shape;
     double seqs, output, rows, chunk; /* output, rows: of a request; rows: of its prompt but the last */
     sh_cost_rank *decode;             /* [decode] */
-    double *seconds, *link;           /* [2 · pp], as sh_cost_ring wants them */
+    double *seconds, *link;           /* [pp] of each stage, and of the way to the next */
     double *taking;                   /* [decode] seconds per prompt row */
     sh_cost_prompt_rank *prompt;      /* [prefill], and taken [decode]: as of the last call of look_at_prompts */
     sh_cost_taken *taken;
@@ -59,13 +59,13 @@ static void release(scene *x) {
 static sh_status make_scene(scene *x) {
     size_t decode = (size_t)x->shape.decode, stages = (size_t)x->shape.pp;
     x->decode = calloc(decode, sizeof *x->decode);
-    x->seconds = calloc(4 * stages + decode, sizeof *x->seconds);
+    x->seconds = calloc(2 * stages + decode, sizeof *x->seconds);
     x->prompt = calloc((size_t)x->shape.prefill, sizeof *x->prompt);
     x->taken = calloc(decode, sizeof *x->taken);
     if (!x->decode || !x->seconds || !x->prompt || !x->taken)
         SH_FAIL(SH_EMEMORY, "forecast: no memory for %zu ranks", x->m->plan->n_rank);
-    x->link = x->seconds + 2 * stages;
-    x->taking = x->link + 2 * stages;
+    x->link = x->seconds + stages;
+    x->taking = x->link + stages;
     return SH_OK;
 }
 
@@ -138,6 +138,22 @@ static double way(const scene *x, int stage) {
     return stage + 1 < x->shape.pp ? x->decode[stage].cut.seconds : way_from(x, x->shape.decode - 1)->latency;
 }
 
+/* sh_cost_ring for micro-batches that are all alike: nobody waits for a longer one, so the busiest stage or link sets
+ * the pace, or there are too few of them to fill the ring. */
+static sh_cost_cycle even_ring(const scene *x, double in_flight) {
+    double around = 0, depth = floor(fmax(1, in_flight + 0.5));
+    sh_cost_cycle c = {0};
+    for (int s = 0; s < x->shape.pp; s++) {
+        around += x->seconds[s] + x->link[s];
+        c.period = fmax(c.period, fmax(x->seconds[s], x->link[s]));
+        if (x->seconds[s] > x->seconds[c.slowest]) c.slowest = s;
+    }
+    c.period = fmax(c.period, around / depth);
+    c.round_trip = c.period * depth;
+    c.bubble = 1 - x->seconds[c.slowest] / c.period;
+    return c;
+}
+
 /* Every token put out is a decode row, the first one included: it is the prompt's last token's. */
 static sh_status look_at_decode(scene *x, double seqs, pace *out) {
     pace p = {.seqs = seqs};
@@ -151,7 +167,7 @@ static sh_status look_at_decode(scene *x, double seqs, pace *out) {
         x->seconds[s] = x->decode[s].seconds + SH_STEP_SECONDS + p.mix.requests * x->rows * x->taking[s];
         x->link[s] = way(x, s);
     }
-    SH_TRY(sh_cost_ring(x->shape.pp, x->seconds, x->link, 0, p.mix.in_flight, &p.cycle));
+    p.cycle = even_ring(x, p.mix.in_flight);
     if (seqs < 1) p.cycle.period /= seqs; /* now and then nothing decodes */
     p.rate = p.mix.requests / p.cycle.period;
     *out = p;

@@ -398,7 +398,7 @@ static sh_status try_shape(const sh_search_options *o, sh_search *s, sh_way way,
     return note(s, &x);
 }
 
-/* Numbers of ranks that read prompts, or that do not: all up to 8, then steps of a quarter to a half. */
+/* Numbers of ranks that read prompts, or that do not: all up to 8, then steps of a seventh to a quarter. */
 static bool worth_trying(int n) {
     while (n > 15 && n % 2 == 0) n /= 2;
     return n <= 8 || n == 10 || n == 12 || n == 14;

@@ -261,6 +261,34 @@ static void test_no_prompts(void) {
     sh_plan_free(&p);
 }
 
+/* A pipeline that only decodes goes round as sh_cost_ring plays it, apart from where its some hundred beats are cut
+ * off.
+ */
+static void test_ring(void) {
+    Shoal__Plan *p = plan_of(&e4b, 3, 1, SH_KV_BF16);
+    sh_cost_model m = model_of(&e4b, p);
+    sh_workload w = {.bin = {{.prompt = 2, .output = 1e5, .requests = 1e6}}, .n = 1, .requests = 1e6};
+    for (int seqs = 1; seqs <= 4; seqs++)
+        for (int slow = 0; slow < 2; slow++) {
+            sh_forecast f;
+            sh_forecast_rank rank[4];
+            sh_cost_cycle c;
+            m.net.between.latency = slow ? 3e9 : 0; /* as long as a stage or so */
+            CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, seqs, 1, &f, rank), SH_OK);
+            double seconds[6], link[6];
+            for (int s = 0; s < 6; s++) {
+                const sh_forecast_rank *r = &rank[s % 3];
+                seconds[s] = r->seconds[0] + r->seconds[1] + r->seconds[2] + r->seconds[3] + r->exchange;
+                link[s] = m.net.between.latency;
+            }
+            CU_ASSERT_EQUAL(sh_cost_ring(3, seconds, link, 0, fmin(3, seqs), &c), SH_OK);
+            near(f.cycle.period / c.period, 1, 5e-3, "period");
+            near(f.cycle.round_trip / c.round_trip, 1, 5e-3, "round");
+            CU_ASSERT_EQUAL(f.cycle.slowest, c.slowest);
+        }
+    sh_plan_free(&p);
+}
+
 /* Written, read back and explained: the same plan. */
 static void test_file(void) {
     sh_cluster k = {.nodes = 3,
@@ -315,6 +343,7 @@ int main(void) {
     CU_add_test(s, "decode sets the pace", test_decode_sets_the_pace);
     CU_add_test(s, "prompts set the pace", test_prompts_set_the_pace);
     CU_add_test(s, "no prompts", test_no_prompts);
+    CU_add_test(s, "the ring of those that decode", test_ring);
     CU_add_test(s, "search and words", test_file);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures() + (CU_get_number_of_suites_failed() != 0);
