@@ -424,12 +424,12 @@ static sh_status spread_experts(const sh_config *c, const sh_plan_request *q, co
 }
 
 /* Balanced cuts for the ranks that make K/V. */
-static sh_status cut_prefill(const sh_config *c, const sh_plan_shape *s, Shoal__Plan *p) {
+static sh_status cut_prefill(const sh_config *c, const double *cost, const sh_plan_shape *s, Shoal__Plan *p) {
     int cut[SH_MAX_LAYERS];
     if (s->prefill == 0) return SH_OK;
     sh_config made = *c;
     sh_config_prefill(&made);
-    SH_TRY(sh_plan_balance(&made, s->prefill, cut));
+    SH_TRY(cost ? sh_plan_balance_by(cost, made.kv_end, s->prefill, cut) : sh_plan_balance(&made, s->prefill, cut));
     for (int i = 0; i < s->prefill; i++) {
         p->rank[s->decode + i]->first = i ? cut[i - 1] : 0;
         p->rank[s->decode + i]->last = i + 1 < s->prefill ? cut[i] : made.kv_end;
@@ -469,7 +469,7 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     p->kv_memory = r->kv_memory;
     p->has_prefill = shape.prefill > 0;
     p->prefill = shape.prefill;
-    sh_status st = cut_prefill(c, &shape, p);
+    sh_status st = cut_prefill(c, r->prefill_cost, &shape, p);
     if (st == SH_OK) st = spread_experts(c, r, &shape, p);
     if (st == SH_OK) st = sh_plan_check(c, p);
     if (st != SH_OK) {

@@ -11,15 +11,16 @@
 #include "proto/group.pb-c.h"
 
 typedef struct sh_plan_request {
-    int ranks;                /* of the group; 0: stages × width, as the other members say */
-    int pp;                   /* stages; 0: as the cuts say, else ranks / width */
-    int ep, tp, cp;           /* how a stage is divided among its members; 0: 1. At most one is above 1 */
-    bool tp_sum;              /* partial sums in place of gathered outputs */
-    bool no_prefix_sharing;   /* each sequence computes all of its prompt */
-    bool share_weights;       /* what several ranks need one of them reads, and sends to the others */
-    int prefill;              /* ranks besides the stages that make the K/V of prompts; `ranks` counts them */
-    const char *cuts;         /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
-    const double *layer_cost; /* [layers] what balanced means, head in the last; NULL: elements of weights */
+    int ranks;                  /* of the group; 0: stages × width, as the other members say */
+    int pp;                     /* stages; 0: as the cuts say, else ranks / width */
+    int ep, tp, cp;             /* how a stage is divided among its members; 0: 1. At most one is above 1 */
+    bool tp_sum;                /* partial sums in place of gathered outputs */
+    bool no_prefix_sharing;     /* each sequence computes all of its prompt */
+    bool share_weights;         /* what several ranks need one of them reads, and sends to the others */
+    int prefill;                /* ranks besides the stages that make the K/V of prompts; `ranks` counts them */
+    const char *cuts;           /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
+    const double *layer_cost;   /* [layers] what balanced means, head in the last; NULL: elements of weights */
+    const double *prefill_cost; /* [layers with K/V] the same for the ranks that make the K/V of prompts */
     sh_mode mode;
     sh_kv_type kv;
     int threads;                      /* per rank; 0: the rank's CPU set */

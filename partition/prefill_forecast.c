@@ -141,15 +141,15 @@ static double way(const scene *x, int stage) {
 /* sh_cost_ring for micro-batches that are all alike: nobody waits for a longer one, so the busiest stage or link sets
  * the pace, or there are too few of them to fill the ring. */
 static sh_cost_cycle even_ring(const scene *x, double in_flight) {
-    double around = 0, depth = floor(fmax(1, in_flight + 0.5));
+    double around = 0;
     sh_cost_cycle c = {0};
     for (int s = 0; s < x->shape.pp; s++) {
         around += x->seconds[s] + x->link[s];
         c.period = fmax(c.period, fmax(x->seconds[s], x->link[s]));
         if (x->seconds[s] > x->seconds[c.slowest]) c.slowest = s;
     }
-    c.period = fmax(c.period, around / depth);
-    c.round_trip = c.period * depth;
+    c.period = fmax(c.period, around / in_flight);
+    c.round_trip = c.period * in_flight;
     c.bubble = 1 - x->seconds[c.slowest] / c.period;
     return c;
 }
@@ -219,7 +219,7 @@ static sh_status settle(scene *x, pace *out, double *asked) {
         double least = lo + 0.05 * (hi - lo), most = hi - 0.05 * (hi - lo);
         SH_TRY(look_at_both(x, fmin(most, fmax(least, straight)), out));
     }
-    return SH_OK;
+    return out->over > CLOSE && lo > 0 ? look_at_both(x, lo, out) : SH_OK; /* never more than can be */
 }
 
 /* --- what it comes to ----------------------------------------------------------------------------------------------

@@ -139,13 +139,20 @@ sh_status sh_search_judge(const sh_search_options *o, sh_choice *x) {
     return st == SH_EMEMORY || st == SH_OK ? SH_OK : st;
 }
 
-/* Seconds of every layer in the mixture of x's forecast, head with the last: what balanced cuts weigh. */
-static sh_status layer_seconds(const sh_search_options *o, const sh_choice *x, double *cost) {
+/* Seconds of every layer in the mixture of x's forecast, head with the last: what balanced cuts weigh. prompts: the
+ * same of those that make K/V, on the ranks that only read prompts. */
+static sh_status layer_seconds(const sh_search_options *o, const sh_choice *x, double *cost, double *prompts) {
     const sh_forecast_mix *mix = &x->forecast.mix;
     double mixed = x->shape.prefill > 0 ? 0 : mix->mixed; /* the prompts are on other ranks */
     sh_cost_rates rates;
     sh_cost_model m;
     model_of(o, x, &rates, &m);
+    for (int r = x->shape.decode; r < x->shape.decode + x->shape.prefill; r++)
+        for (int i = x->plan->rank[r]->first; i < x->plan->rank[r]->last; i++) {
+            sh_cost_layer l;
+            SH_TRY(sh_cost_layer_of(&m, r, i, mix->span + mix->n_decode, mix->n_spans - mix->n_decode, &l));
+            prompts[i] = l.seconds;
+        }
     for (int r = 0; r < x->shape.decode; r += x->shape.width)
         for (int i = x->plan->rank[r]->first; i < x->plan->rank[r]->last; i++) {
             sh_cost_layer l[2];
@@ -174,11 +181,13 @@ static sh_plan_request request_of(const sh_search_options *o, const sh_choice *x
 
 /* Cuts by seconds in place of weights, where that is faster and fits as well. */
 static sh_status recut(const sh_search_options *o, sh_choice *x) {
-    double cost[SH_MAX_LAYERS];
+    double cost[SH_MAX_LAYERS], prompts[SH_MAX_LAYERS];
     sh_plan_request q = request_of(o, x);
-    if (x->shape.pp == 1 || (q.cuts && *q.cuts)) return SH_OK;
-    SH_TRY(layer_seconds(o, x, cost));
-    q.layer_cost = cost;
+    bool given = x->shape.pp == 1 || (q.cuts && *q.cuts);
+    if (given && x->shape.prefill < 2) return SH_OK;
+    SH_TRY(layer_seconds(o, x, cost, prompts));
+    if (!given) q.layer_cost = cost;
+    q.prefill_cost = prompts;
     q.max_seqs = x->plan->max_seqs;
     q.chunk = x->plan->chunk;
     sh_choice y = *x;
