@@ -385,6 +385,34 @@ static void test_small_nodes(void) {
     sh_search_free(&s);
 }
 
+/* Nodes that hold E4B with KV for few sequences: stages are needed, and pieces of prompts would hold up all of them. */
+static void test_prompts_apart(void) {
+    sh_cluster k;
+    bool chosen = false;
+    sh_option t[SH_OPTIONS_MAX];
+    sh_shared_options mine;
+    sh_search *s = NULL;
+    sh_workload w = {.bin = {{.prompt = 1000, .output = 1000, .requests = 1e6}}, .n = 1, .requests = 1e6};
+    machine("box-24g", &k);
+    k.nodes = 3;
+    k.memory = 10 * 0x1p30;
+    k.between = (sh_cost_link){50e-6, 10e9 / 8};
+    sh_search_options o = {
+        .config = &e4b, .cluster = &k, .workload = &w, .fixed = {.mode = SH_MODE_BF16, .kv = SH_KV_BF16}};
+    must(sh_search_run(&o, &s));
+    CU_ASSERT_TRUE_FATAL(s->n > 0);
+    CU_ASSERT_TRUE(s->best[0].way == SH_WAY_PREFILL && s->best[0].shape.pp == 2 && s->best[0].shape.prefill == 1);
+    CU_ASSERT_TRUE(s->best[0].forecast.seconds < 0.9 * s->of_way[SH_WAY_STAGES].forecast.seconds);
+    sh_search_free(&s);
+    o.no_prefill = true;
+    must(sh_search_run(&o, &s));
+    CU_ASSERT_TRUE(s->n > 0 && s->best[0].shape.prefill == 0 && !s->has_way[SH_WAY_PREFILL]);
+    sh_search_free(&s);
+    sh_options_shared(&mine, t);
+    must(sh_plan_choose(&mine, &e4b, &k, &w, &chosen)); /* and a run takes it */
+    CU_ASSERT_TRUE(chosen && mine.ranks == 3 && mine.pp == 2 && mine.prefill == 1 && mine.max_seqs > 0);
+}
+
 /* One expert takes half of the rows: placing by the counts, with a copy, makes a step shorter and says so. */
 static void test_placement(void) {
     sh_cluster k;
@@ -597,6 +625,7 @@ int main(void) {
     CU_add_test(s, "the best of all", test_exhaustive);
     CU_add_test(s, "more is not slower", test_monotone);
     CU_add_test(s, "small nodes", test_small_nodes);
+    CU_add_test(s, "prompts apart", test_prompts_apart);
     CU_add_test(s, "placing by counts", test_placement);
     CU_add_test(s, "the choice of a run", test_choice);
     CU_add_test(s, "errors of machine files", test_json_errors);
