@@ -217,8 +217,8 @@ static sh_status two_paces(const sh_forecast *f, sh_buf *out) {
                          show(f->cycle.period * 1e3).s, show(f->step_decode * 1e3).s,
                          show(f->cycle.round_trip * 1e3).s));
     SH_TRY(sh_buf_printf(out,
-                         "  prompts    %.0f rows at a time, every %s ms at most; up to %s tokens/s, and %s could be "
-                         "answered: %s set%s the pace\n",
+                         "  prompts    %.0f rows at a time, one after the other every %s ms; in full chunks up to %s "
+                         "tokens/s, and %s could be answered: %s set%s the pace\n",
                          f->mix.piece, show(p->period * 1e3).s, show(p->rows).s, show(p->needed).s,
                          p->slower ? "reading" : "the ranks that decode", p->slower ? "s" : ""));
     return sh_buf_printf(out,
