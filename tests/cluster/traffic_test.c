@@ -8,7 +8,7 @@
 
 #include <math.h>
 #include "model/batch.h"
-#include "partition/prefill_cost.h"
+#include "partition/cost.h"
 
 #ifdef __SANITIZE_THREAD__
 enum { SOME = 1 };
@@ -30,7 +30,6 @@ typedef struct counter { /* one per rank, written by its thread alone */
     uint64_t head, heads;            /* of tensor parallelism: what is exchanged for the sampler, and its messages */
     uint64_t rows, choices, results; /* of expert parallelism: what its messages say they hold */
     uint64_t row_bytes, result_bytes;
-    uint64_t shards, shard_messages, shard_rows, shard_heads; /* K/V rows of prompts: bytes of rows, and of heads */
     sh_batch batch;
     seen step[MAX_STEPS];
     int n_steps;
@@ -81,23 +80,6 @@ static void note_experts(counter *c, const uint8_t *p, size_t n) {
     }
 }
 
-/* docs/protocol.md, "K/V rows of prompts": an envelope of 64 bytes, then shards at multiples of 64; the bytes of a
- * shard's head and of its rows are its second and third field. */
-static void note_shards(counter *c, const uint8_t *p, size_t n) {
-    for (size_t at = 64; at + 16 <= n;) {
-        uint32_t head;
-        uint64_t rows;
-        memcpy(&head, p + at + 4, sizeof head);
-        memcpy(&rows, p + at + 8, sizeof rows);
-        c->shards++;
-        c->shard_heads += align64(head + rows) - rows;
-        c->shard_rows += rows;
-        at += align64(head + rows);
-    }
-    c->shard_messages++;
-    c->shard_heads += 64;
-}
-
 static sh_status count_send(sh_link *l, int to, int tag, const void *p, size_t n, int *req) {
     counter *c = &counters[l->rank];
     SH_TRY(c->send(l, to, tag, p, n, req));
@@ -108,7 +90,6 @@ static sh_status count_send(sh_link *l, int to, int tag, const void *p, size_t n
     if (tag == SH_TAG_BATCH) note_batch(c, p, n);
     if (tag == SH_TAG_TENSOR && ((const int32_t *)p)[1] < 0) c->head += n, c->heads++; /* of no layer */
     if (tag % TAGS == SH_TAG_EXPERTS) note_experts(c, p, n);
-    if (tag == SH_TAG_SHARD) note_shards(c, p, n);
     return SH_OK;
 }
 
@@ -126,7 +107,7 @@ static void count_on(sh_link *l) {
  */
 
 typedef struct layout {
-    int stages, ep, tp, cp, prefill;
+    int stages, ep, tp, cp;
     bool sum;
 } layout;
 
@@ -163,7 +144,6 @@ static bool run_group(const char *name, const sh_config *c, const layout *y, con
     for (int i = 0; i <= y->stages; i++) cut[i] = c->n_layers * i / y->stages;
     fake_open(f, model, y->stages, cut, mode, kv);
     f->on_link = count_on;
-    f->prefill = y->prefill;
     fake_divide(f, y->ep, y->tp, y->cp);
     f->plan.tp_sum = f->plan.has_tp_sum = y->sum;
     *l = add_requests(f);
@@ -460,93 +440,6 @@ static void test_positions(const char *name, int stages, int cp, const char *kv)
     fake_close(&f);
 }
 
-/* ---- ranks that only read prompts ----------------------------------------------------------------------------------
- */
-
-/* Decode ranks that store the K/V of a layer: those with a layer that reads them. */
-static int holders(const sh_config *c, const fake *f, int decode, int layer) {
-    int n = 0;
-    for (int d = 0; d < decode; d++) {
-        bool reads = false;
-        for (int i = f->plan.rank[d]->first; i < f->plan.rank[d]->last; i++)
-            reads = reads || c->layer[i].kv_from == layer;
-        n += reads;
-    }
-    return n;
-}
-
-/* docs/planning.md: the K/V of all tokens of a prompt but the last, of each layer of a rank, to each rank that stores
- * them; of sliding layers those that the last token sees. */
-static uint64_t rows_formula(const sh_config *c, const fake *f, int decode, int rank, const char *kv) {
-    uint64_t sum = 0;
-    int window = 0;
-    for (int i = 0; i < c->n_layers; i++)
-        if (c->layer[i].window > window) window = c->layer[i].window;
-    for (int y = f->plan.rank[rank]->first; y < f->plan.rank[rank]->last; y++) {
-        const sh_layer *l = &c->layer[y];
-        size_t row = (l->k_eq_v ? 1 : 2) * (size_t)l->kv_heads * vec_bytes(kv, l->head_dim);
-        for (int i = 0; i < f->n_work; i++) {
-            int rows = f->work[i].n_prompt - 1;
-            if (l->window > 0 && rows > window - 1) rows = window - 1;
-            sum += (uint64_t)holders(c, f, decode, y) * (uint64_t)rows * row;
-        }
-    }
-    return sum;
-}
-
-/* The cost model of all prompts as pieces of no more than a chunk: rows to the byte, heads about. */
-static void check_prompt_cost(const char *name, const sh_config *c, const fake *f, const layout *y) {
-    static const sh_cost_rates rates = {1e9, 1e9, 1, 1, 1, 1, 0, 0};
-    static const sh_cost_link link = {0, 1e9};
-    sh_cost_model m = {.config = c, .plan = &f->plan, .rates = &rates, .alike = true, .net = {link, link, 1}};
-    sh_cost_prompt_rank rank[FAKE_RANKS];
-    sh_cost_taken taken[FAKE_RANKS];
-    sh_cost_span span[FAKE_WORK];
-    double passed = 0;
-    for (int i = 0; i < f->n_work; i++) {
-        double all = f->work[i].n_prompt - 1, one = fmin(all, f->plan.chunk);
-        span[i] = (sh_cost_span){.seqs = all / one, .rows = one, .lo = 0, .hi = all - one};
-        passed += all;
-    }
-    MUST(sh_cost_prompts(&m, span, f->n_work, rank, taken));
-    for (int i = 0; i < y->prefill; i++) {
-        const counter *t = &counters[y->stages + i];
-        double blocks = 0, got = (double)(t->shard_rows + t->shard_heads);
-        for (int k = 0; k < t->n_steps; k++) blocks += (double)t->step[k].block;
-        CHECK(fabs(rank[i].payload - (double)t->shard_rows) < 0.5,
-              "%s, %d + %d ranks: rank %d sent %llu bytes of rows, the cost model counts %.0f", name, y->stages,
-              y->prefill, y->stages + i, (unsigned long long)t->shard_rows, rank[i].payload);
-        /* its heads are those of one step with all of them; chunks end anywhere */
-        double heads = (double)t->shard_heads, most = 64.0 * (double)t->shard_messages + 256.0 * (double)t->shards;
-        CHECK(heads <= most && rank[i].rows.bytes - rank[i].payload <= most,
-              "%s, %d + %d ranks: rank %d: %.0f bytes of heads in %.0f", name, y->stages, y->prefill, y->stages + i,
-              heads, got);
-        CHECK(fabs(rank[i].step.cut.bytes - blocks) < 0.5, "%s: rank %d handed on %.0f bytes, the cost model %.0f",
-              name, y->stages + i, blocks, rank[i].step.cut.bytes);
-        CHECK(i + 1 == y->prefill || blocks == passed * c->hidden * 4 * (c->ple ? 2 : 1),
-              "%s: rank %d handed on %.0f bytes for %.0f rows", name, y->stages + i, blocks, passed);
-    }
-}
-
-static void test_prefill(const char *name, int stages, int prefill, const char *kv) {
-    static sh_config c;
-    char model[600];
-    snprintf(model, sizeof model, "%s/text/models/%s", SH_TEST_DATA, name);
-    MUST(sh_config_load(model, &c));
-    layout y = {.stages = stages, .ep = 1, .tp = 1, .cp = 1, .prefill = prefill};
-    fake f;
-    load l;
-    if (run_group(name, &c, &y, strcmp(kv, "f32") ? "bf16" : "exact", kv, &f, &l)) {
-        for (int r = 0; r < f.n; r++) {
-            uint64_t want = r < stages ? 0 : rows_formula(&c, &f, stages, r, kv), got = counters[r].shard_rows;
-            CHECK(got == want, "%s, %d + %d ranks, KV %s: rank %d sent %llu bytes of K/V rows, the formula says %llu",
-                  name, stages, prefill, kv, r, (unsigned long long)got, (unsigned long long)want);
-        }
-        check_prompt_cost(name, &c, &f, &y);
-    }
-    fake_close(&f);
-}
-
 /* Threads meet alike in all groups of a kind: the thread sanitizer sees the largest of each. */
 static void test_some(void) {
     test_pipeline("e2b-like", "exact", "f32");
@@ -554,7 +447,6 @@ static void test_some(void) {
     test_tensor("31b-like", 1, 4, true);
     test_experts("26b-a4b-like", 2, 2, "bf16", 2);
     test_positions("26b-a4b-like", 2, 2, "bf16");
-    test_prefill("e2b-like", 2, 2, "bf16");
 }
 
 static void test_all(void) {
@@ -578,10 +470,6 @@ static void test_all(void) {
     test_positions("31b-like", 1, 4, "bf16");
     test_positions("31b-like", 1, 4, "q8");
     test_positions("26b-a4b-like", 2, 2, "bf16");
-    test_prefill("e2b-like", 1, 1, "bf16");
-    test_prefill("e2b-like", 3, 2, "q8");
-    test_prefill("31b-like", 2, 2, "bf16");
-    test_prefill("26b-a4b-like", 1, 3, "f32");
 }
 
 int main(void) {
