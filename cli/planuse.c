@@ -92,6 +92,7 @@ static void take_choice(sh_shared_options *s, const sh_choice *x) {
     s->ep = x->shape.ep;
     s->tp = x->shape.tp;
     s->cp = x->shape.cp;
+    s->prefill = x->shape.prefill;
     if (!s->max_seqs) s->max_seqs = x->plan->max_seqs;
     if (!s->chunk) s->chunk = x->plan->chunk;
 }
@@ -113,9 +114,10 @@ sh_status sh_plan_choose(sh_shared_options *s, const sh_config *c, const sh_clus
 sh_status sh_plan_tune(const sh_shared_options *s, const sh_config *c, const sh_cluster *k, const sh_workload *w,
                        int ranks, int replicas, sh_plan_batch *out) {
     *out = (sh_plan_batch){0};
-    if ((s->max_seqs && s->chunk) || s->plan || s->prefill || !(w->requests >= 1)) return SH_OK;
+    if ((s->max_seqs && s->chunk) || s->plan || !(w->requests >= 1)) return SH_OK;
     sh_search *found = NULL;
-    sh_search_options o = {.config = c, .cluster = k, .workload = w, .replicas = replicas};
+    sh_search_options o = {
+        .config = c, .cluster = k, .workload = w, .replicas = replicas, .no_prefill = s->prefill == 0};
     sh_options_plan(s, ranks, &o.fixed);
     if (sh_search_run(&o, &found) != SH_OK) return SH_OK; /* what is wrong with the layout is said by who checks it */
     if (found->n > 0)

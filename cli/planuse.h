@@ -11,13 +11,13 @@
  * that would say otherwise are refused by name. Freed by sh_plan_free; NULL without --plan. */
 sh_status sh_plan_use(sh_shared_options *s, const sh_config *c, Shoal__Plan **out);
 /* Where nothing is said of ranks (no -n, --replicas, --pp, --ep, --tp, --cp, --cuts, --plan …): sets ranks, replicas,
- * how a stage is divided, sequences and chunk to what the planner finds best on these nodes for that workload. *chosen
- * false, and *s as it was, where something is said or nothing fits. */
+ * how a stage is divided, ranks that only read prompts, sequences and chunk to what the planner finds best on these
+ * nodes for that workload. *chosen false, and *s as it was, where something is said or nothing fits. */
 sh_status sh_plan_choose(sh_shared_options *s, const sh_config *c, const sh_cluster *k, const sh_workload *w,
                          bool *chosen);
 /* Where the layout is settled: the sequences at once and the rows of a chunk that the cost model finds best, those
  * given being as they are, and the seconds that the job takes so. out->max_seqs 0: nothing is chosen, with both given,
- * --plan or --prefill, and where nothing fits. */
+ * with --plan, and where nothing fits. */
 typedef struct sh_plan_batch {
     int max_seqs, chunk;
     double seconds;

@@ -350,7 +350,7 @@ static sh_status check_all(run *r) {
     r->spooled = sh_input_is_stream(r->input);
     if (!sh_file_exists(r->store_path) && r->spooled) SH_TRY(sh_dir_make(r->store_path));
     SH_TRY(check_own(r));
-    if (r->shared.plan || r->shared.prefill) return sh_input_scan(r->input, r->fresh, NULL, &r->scanned);
+    if (r->shared.plan) return sh_input_scan(r->input, r->fresh, NULL, &r->scanned);
     SH_TRY(sh_workguess_create(r->shared.default_max_tokens, &r->lengths));
     const sh_input_reader reader = sh_workguess_reader(r->lengths);
     return sh_input_scan(r->input, r->fresh, &reader, &r->scanned);

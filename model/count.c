@@ -77,7 +77,8 @@ size_t sh_config_kv_bytes(const sh_config *c, sh_kv_type type, sh_kv_kind kind, 
 
 bool sh_config_kv_crosses(const sh_config *c, int layer, int cut) {
     if (layer >= cut || !c->layer[layer].has_kv) return false;
-    for (int i = cut; i < (c->kv_end ? c->kv_end : c->n_layers); i++)
+    int from = cut > c->first_shared ? cut : c->first_shared; /* layers before that read their own */
+    for (int i = from; i < (c->kv_end ? c->kv_end : c->n_layers); i++)
         if (c->layer[i].kv_from == layer) return true;
     return false;
 }

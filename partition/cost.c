@@ -108,11 +108,13 @@ static sh_cost_part attention(const sh_cost_model *m, const sh_cost_place *p, in
     return part(bytes, flops, r->read * r->attention_read, r->fma * r->attention_fma, 0);
 }
 
+static double kv_elements(const sh_config *c, const sh_layer *l, const sh_cost_place *p) {
+    return l->has_kv ? (l->k_eq_v ? 1 : 2) * kv_heads_of(l, p) * l->head_dim * c->hidden : 0;
+}
+
 static double project_elements(const sh_config *c, const sh_layer *l, const sh_cost_place *p) {
     double q = (double)l->heads * l->head_dim, h = c->hidden;
-    double n = q / p->shape.tp * h + (p->sums ? h * q / p->shape.tp : slice(c->hidden, p) * q);
-    if (l->has_kv) n += (l->k_eq_v ? 1 : 2) * kv_heads_of(l, p) * l->head_dim * h;
-    return n;
+    return q / p->shape.tp * h + (p->sums ? h * q / p->shape.tp : slice(c->hidden, p) * q) + kv_elements(c, l, p);
 }
 
 /* gate, up and down of the dense branch. */
@@ -131,6 +133,20 @@ static sh_cost_part rest(const sh_config *c, const sh_layer *l, const sh_cost_pl
 
 /* --- one layer -----------------------------------------------------------------------------------------------------
  */
+
+/* The last layer of ranks that only read prompts: nobody asks for more of it than K and V (sh_config_prefill). */
+static bool only_kv(const sh_config *c, const sh_cost_place *p, int layer) {
+    return p->rank >= p->shape.decode && layer == c->first_shared - 1;
+}
+
+static void keys_and_values(const sh_config *c, const sh_layer *l, const sh_cost_place *p, double rows, double parts,
+                            sh_cost_layer *out) {
+    double values = 2.0 * l->kv_heads * l->head_dim;
+    out->project = product(p, kv_elements(c, l, p), rows, parts);
+    out->rest.flops = rows * NORM_FLOPS * (c->hidden + 3 * values);
+    out->rest.seconds = out->rest.flops / p->rates->fma + p->rates->layer;
+    out->seconds = out->project.seconds + out->rest.seconds;
+}
 
 /* Rows that a member computes of those that its micro-batch has. */
 static double own_rows(const sh_cost_place *p, double rows) {
@@ -172,6 +188,10 @@ static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, 
     double rows = own_rows(p, d.rows), parts = sh_cost_parts(m, p, rows);
     *out = (sh_cost_layer){0};
     if (!(d.rows > 0)) return;
+    if (only_kv(c, p, layer)) {
+        keys_and_values(c, l, p, rows, parts, out);
+        return;
+    }
     out->project = product(p, project_elements(c, l, p), rows, parts);
     out->attention = attention(m, p, layer, &d);
     if (l->moe) experts(m, p, layer, rows, out);
@@ -241,12 +261,11 @@ static bool same_layer(const sh_cost_model *m, const sh_cost_place *p, int a, in
     return !(x->moe && m->routing) && x->kind == y->kind && x->heads == y->heads && x->kv_heads == y->kv_heads &&
            x->head_dim == y->head_dim && x->window == y->window && x->has_kv == y->has_kv && x->k_eq_v == y->k_eq_v &&
            x->ff == y->ff && x->moe == y->moe && (a >= c->first_shared) == (b >= c->first_shared) &&
-           (!moe || sh_cost_experts_alike(m->plan, p, a, b));
+           only_kv(c, p, a) == only_kv(c, p, b) && (!moe || sh_cost_experts_alike(m->plan, p, a, b));
 }
 
-/* The layers of a stage, as one of its members sees them; took [layers of the stage] gets the seconds of each. */
-static void member_layers(const sh_cost_model *m, const sh_cost_place *p, const sh_cost_span *span, int n_spans,
-                          double *took, sh_cost_rank *out) {
+void sh_cost_member_layers(const sh_cost_model *m, const sh_cost_place *p, const sh_cost_span *span, int n_spans,
+                           double *took, sh_cost_rank *out) {
     int first = m->plan->rank[p->rank]->first, last = m->plan->rank[p->rank]->last, n = 0;
     struct {
         int layer;
@@ -300,7 +319,7 @@ static sh_status stage_step(const sh_cost_model *m, int stage, int width, const 
             if (!last) sh_cost_wire_cut(m, &p, d.rows, d.kept, &r->cut);
             continue;
         }
-        member_layers(m, &p, span, n_spans, took, r);
+        sh_cost_member_layers(m, &p, span, n_spans, took, r);
         took[layers] = last ? add_head(m, &p, d.kept, r) : 0;
         if (!last) sh_cost_wire_cut(m, &p, d.rows, d.kept, &r->cut);
         for (int k = 0; k <= layers; k++) {

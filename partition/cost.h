@@ -4,7 +4,8 @@
  * no clock, no randomness. Formulas with their reasons: docs/planning.md; sources: gemma4-text §2.5–2.9.
  *
  *   sh_cost_layer_of   one rank, one layer, one micro-batch: the finest grain, for simulations and for sleeping kernels
- *   sh_cost_step       all ranks, one micro-batch: the layers of each, head, sampler, the block that crosses the cut
+ *   sh_cost_step       all ranks that decode, one micro-batch: the layers of each, head, sampler, the block that
+ *                      crosses the cut; ranks that only read prompts are prefill_cost.h's
  *   sh_cost_forecast   a workload in steady state: tokens/s, shares of time, traffic (forecast.h)
  *
  * Numbers of rows may be fractions: they are averages. Times are those of one micro-batch that meets no other; what
@@ -52,6 +53,7 @@ typedef struct sh_cost_model {
     bool alike;                 /* all ranks have rates[0] */
     sh_cost_net net;
     const sh_routing *routing; /* counted in a run: how often each expert is chosen; NULL: all alike */
+    double prompts;            /* that the pages of ranks which only read them hold at once; 0: enough */
 } sh_cost_model;
 
 /* --- rows ----------------------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ typedef struct sh_cost_rank {
     double waits;      /* of these: for other members that had more to do */
 } sh_cost_rank;
 
-/* out [plan->n_rank]. */
+/* out [ranks that decode]. */
 sh_status sh_cost_step(const sh_cost_model *m, const sh_cost_span *span, int n_spans, sh_cost_rank *out);
 
 /* Adds to *seconds what head and sampler take on a rank of the last stage: for n_decode of the spans in a share

@@ -1,5 +1,5 @@
 /* What the files of the cost model share: where a rank stands, rows as a layer sees them, routes to experts. Private to
- * cost.c, traffic.c and forecast.c. */
+ * cost.c, traffic.c, prefill_cost.c and forecast.c. */
 #ifndef SH_PARTITION_COST_INT_H
 #define SH_PARTITION_COST_INT_H
 
@@ -49,6 +49,10 @@ sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p,
 bool sh_cost_experts_alike(const Shoal__Plan *plan, const sh_cost_place *p, int a, int b);
 /* An earlier member of the stage whose cost is this one's; −1: none. */
 int sh_cost_twin(const sh_cost_model *m, const sh_cost_place *p);
+
+/* The layers of a stage, as one of its members sees them; took [layers of the stage] gets the seconds of each. */
+void sh_cost_member_layers(const sh_cost_model *m, const sh_cost_place *p, const sh_cost_span *span, int n_spans,
+                           double *took, sh_cost_rank *out);
 
 /* Parts that the rows of a layer are cut into: blocks that bound the scratch; with experts elsewhere an even number of
  * them once there are enough rows, so that one computes while the other's rows travel (model/gemma4.c). */

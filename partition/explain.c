@@ -39,12 +39,17 @@ sh_status sh_explain_shape(const sh_choice *x, sh_buf *out) {
     if (x->replicas > 1)
         SH_TRY(sh_buf_printf(out, "%d groups of %d rank%s: ", x->replicas, x->ranks, x->ranks == 1 ? "" : "s"));
     if (x->shape.pp == 1)
-        SH_TRY(sh_buf_add_str(out, x->shape.width > 1 ? "one stage" : "the whole model on each rank"));
+        SH_TRY(sh_buf_add_str(out, x->shape.width > 1     ? "one stage"
+                                   : x->shape.prefill > 0 ? "one rank that decodes"
+                                                          : "the whole model on each rank"));
     else
         SH_TRY(sh_buf_printf(out, "pipeline of %d stages", x->shape.pp));
     if (x->shape.ep > 1) SH_TRY(sh_buf_printf(out, " × %d ranks that divide sequences and experts", x->shape.ep));
     if (x->shape.tp > 1) SH_TRY(sh_buf_printf(out, " × %d ranks that divide heads and columns", x->shape.tp));
     if (x->shape.cp > 1) SH_TRY(sh_buf_printf(out, " × %d ranks that divide positions", x->shape.cp));
+    if (x->shape.prefill > 0)
+        SH_TRY(sh_buf_printf(out, " + %d rank%s only read%s prompts", x->shape.prefill,
+                             x->shape.prefill > 1 ? "s that" : " that", x->shape.prefill > 1 ? "" : "s"));
     return SH_OK;
 }
 
@@ -69,7 +74,14 @@ static void limit_words(const sh_search_options *o, const sh_choice *x, const sh
     const char *where = x->ranks > x->ranks_per_node ? "between nodes" : "within the node";
     const sh_cost_link *l = x->ranks > x->ranks_per_node ? &o->cluster->between : &o->cluster->within;
     double read = (r->weight_bytes + r->kv_bytes) * 1e-9;
-    if (r->exchange > 0.3 * period)
+    if (f->prompts.slower)
+        snprintf(
+            text, size,
+            "prompts: %d rank%s can read %s tokens/s of them, and %s could be answered; so %.0f sequences decode at "
+            "a time",
+            x->shape.prefill, x->shape.prefill > 1 ? "s" : "", show(f->prompts.rows).s, show(f->prompts.needed).s,
+            f->mix.decode * f->mix.in_flight);
+    else if (r->exchange > 0.3 * period)
         snprintf(text, size, "exchange: %s of %s ms of a step, on links of %s Gbit/s %s", show(r->exchange * 1e3).s,
                  show(period * 1e3).s, show(l->bandwidth * 8e-9).s, where);
     else if (r->idle > 0.25 * period)
@@ -128,7 +140,7 @@ static sh_status memory_row(const sh_search_options *o, const sh_choice *x, int 
     sh_range ids = sh_share_range_of((sh_share){.parts = tp}, member, c->vocab, SH_SHARE_VOCAB);
     char vocab[32] = "-", experts[16] = "-";
     if (c->experts) snprintf(experts, sizeof experts, "%d", experts_of(c, x, r));
-    if (r->last == c->n_layers && (x->shape.cp == 1 || member == 0))
+    if (r->last == c->n_layers && rank < x->shape.decode && (x->shape.cp == 1 || member == 0))
         snprintf(vocab, sizeof vocab, "%d-%d", ids.lo, ids.hi - 1);
     double kv = x->plan->kv_memory ? (double)x->plan->kv_memory
                                    : (double)sh_cluster_memory(o->cluster, x->ranks_per_node) -
@@ -139,20 +151,20 @@ static sh_status memory_row(const sh_search_options *o, const sh_choice *x, int 
                          (double)m.weights / GIB, (double)m.scratch / GIB, kv / GIB);
 }
 
-static const char *rank_limit(const sh_forecast_rank *r, double period) {
+static const char *rank_limit(const sh_choice *x, int rank, const sh_forecast_rank *r, double period) {
     double busy = busy_of(r), compute = busy - r->exchange;
-    if (r->idle > 0.5 * period) return "waits for other stages";
+    if (r->idle > 0.5 * period) return rank < x->shape.decode ? "waits for other stages" : "waits for prompts";
     if (r->exchange > 0.5 * busy) return "exchange";
     return r->memory_bound > 0.5 * compute ? "memory bandwidth" : "arithmetic";
 }
 
 static sh_status time_row(const sh_choice *x, int rank, int n, const sh_forecast_rank *r, double period, sh_buf *out) {
     double sent = 0;
-    for (int i = 0; i < 5; i++) sent += r->sent[i];
+    for (int i = 0; i < SH_FORECAST_WIRES; i++) sent += r->sent[i];
     SH_TRY(rank_name(x, rank, n, out));
     return sh_buf_printf(out, "%9.2f %9.2f %8.2f %9.2f %7.2f %7.2f  %9.3f  %s\n", r->seconds[SH_CAUSE_WEIGHTS] * 1e3,
                          r->seconds[SH_CAUSE_ATTENTION] * 1e3, r->seconds[SH_CAUSE_EXPERTS] * 1e3, r->exchange * 1e3,
-                         r->seconds[SH_CAUSE_OTHER] * 1e3, r->idle * 1e3, sent * 1e-6, rank_limit(r, period));
+                         r->seconds[SH_CAUSE_OTHER] * 1e3, r->idle * 1e3, sent * 1e-6, rank_limit(x, rank, r, period));
 }
 
 static sh_status rank_tables(const sh_search_options *o, const sh_choice *x, const sh_forecast *f,
@@ -171,17 +183,17 @@ static sh_status rank_tables(const sh_search_options *o, const sh_choice *x, con
 }
 
 static sh_status traffic(const sh_choice *x, const sh_forecast *f, const sh_forecast_rank *rank, sh_buf *out) {
-    double sum[5] = {0}, hidden = 0, waiting = 0;
+    double sum[SH_FORECAST_WIRES] = {0}, hidden = 0, waiting = 0;
     if (x->ranks == 1) return SH_OK;
     for (int i = 0; i < x->ranks; i++) {
-        for (int k = 0; k < 5; k++) sum[k] += rank[i].sent[k];
+        for (int k = 0; k < SH_FORECAST_WIRES; k++) sum[k] += rank[i].sent[k];
         hidden += rank[i].overlapped / x->ranks;
         waiting += rank[i].exchange / x->ranks;
     }
     SH_TRY(
         sh_buf_printf(out, "  traffic    %s kB per token put out; MB per step of the group:", show(f->sent * 1e-3).s));
     bool any = false;
-    for (int k = 0; k < 5; k++)
+    for (int k = 0; k < SH_FORECAST_WIRES; k++)
         if (sum[k] > 0) {
             SH_TRY(sh_buf_printf(out, "%s %s %s", any ? "," : "", sh_forecast_wires[k], show(sum[k] * 1e-6).s));
             any = true;
@@ -192,22 +204,49 @@ static sh_status traffic(const sh_choice *x, const sh_forecast *f, const sh_fore
                          show(hidden * 1e3).s, show(waiting * 1e3).s);
 }
 
+/* Both pipelines, where prompts have one of their own. */
+static sh_status two_paces(const sh_forecast *f, sh_buf *out) {
+    const sh_forecast_prompts *p = &f->prompts;
+    char first[32];
+    sh_explain_time(p->first, first, sizeof first);
+    SH_TRY(sh_buf_printf(out, "  rows       %.0f micro-batches in flight, each with %.0f decode rows\n",
+                         f->mix.in_flight, f->mix.decode));
+    SH_TRY(sh_buf_printf(out,
+                         "  step       every %s ms; the slowest stage computes %s; a sequence's next token comes after "
+                         "%s\n",
+                         show(f->cycle.period * 1e3).s, show(f->step_decode * 1e3).s,
+                         show(f->cycle.round_trip * 1e3).s));
+    SH_TRY(sh_buf_printf(out,
+                         "  prompts    %.0f rows at a time, one after the other every %s ms; in full chunks up to %s "
+                         "tokens/s, and %s could be answered: %s set%s the pace\n",
+                         f->mix.piece, show(p->period * 1e3).s, show(p->rows).s, show(p->needed).s,
+                         p->slower ? "reading" : "the ranks that decode", p->slower ? "s" : ""));
+    return sh_buf_printf(out,
+                         "             %.1f of %.0f sequences are being read, %s each; the busiest rank waits %s ms of "
+                         "a micro-batch for its links\n",
+                         p->handing, f->seqs, first, show(p->exposed * 1e3).s);
+}
+
+static sh_status one_pace(const sh_choice *x, const sh_forecast *f, sh_buf *out) {
+    SH_TRY(sh_buf_printf(out,
+                         "  rows       %.0f micro-batches in flight%s, each with %.0f decode rows, %.0f %% of them "
+                         "with %.0f prompt rows\n",
+                         f->mix.in_flight, x->shape.ep > 1 ? " on each rank" : "", f->mix.decode, 100 * f->mix.mixed,
+                         f->mix.piece));
+    return sh_buf_printf(out,
+                         "  step       every %s ms; the slowest stage computes %s without and %s with prompt rows; a "
+                         "sequence's next token comes after %s\n",
+                         show(f->cycle.period * 1e3).s, show(f->step_decode * 1e3).s, show(f->step_mixed * 1e3).s,
+                         show(f->cycle.round_trip * 1e3).s);
+}
+
 static sh_status speed(const sh_search_options *o, const sh_choice *x, const sh_forecast *f, sh_buf *out) {
     char whole[32];
     sh_explain_time(f->seconds, whole, sizeof whole);
     SH_TRY(sh_buf_printf(
         out, "  runs with  --max-seqs %d --chunk %d: KV for %.0f sequences at once, and up to %d tokens in one\n",
         x->plan->max_seqs, x->plan->chunk, x->seqs, x->kv.tokens));
-    SH_TRY(sh_buf_printf(out,
-                         "  rows       %.0f micro-batches in flight%s, each with %.0f decode rows, %.0f %% of them "
-                         "with %.0f prompt rows\n",
-                         f->mix.in_flight, x->shape.ep > 1 ? " on each rank" : "", f->mix.decode, 100 * f->mix.mixed,
-                         f->mix.piece));
-    SH_TRY(sh_buf_printf(out,
-                         "  step       every %s ms; the slowest stage computes %s without and %s with prompt rows; a "
-                         "sequence's next token comes after %s\n",
-                         show(f->cycle.period * 1e3).s, show(f->step_decode * 1e3).s, show(f->step_mixed * 1e3).s,
-                         show(f->cycle.round_trip * 1e3).s));
+    SH_TRY(x->shape.prefill > 0 ? two_paces(f, out) : one_pace(x, f, out));
     return sh_buf_printf(out, "  speed      %s tokens/s out, %s in; %.0f requests take %s\n", show(f->tokens_out).s,
                          show(f->tokens_in).s, o->workload->requests, whole);
 }

@@ -4,25 +4,29 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include "partition/forecast_int.h"
 
 #define LAPS        16 /* of the ring that are played */
 #define LEAST_BEATS 256
 
-const char *const sh_forecast_wires[5] = {"rows to experts", "results of experts", "gathers", "positions", "cuts"};
+const char *const sh_forecast_wires[SH_FORECAST_WIRES] = {
+    "rows to experts", "results of experts", "gathers", "positions", "cuts", "K/V of prompts"};
 
 /* --- rows of a micro-batch -----------------------------------------------------------------------------------------
  */
 
-/* Decode rows of each length in proportion to the tokens that requests of it put out. */
-static void add_decode(sh_forecast_mix *x, const sh_workload *w, double per_request) {
+void sh_forecast_add_decode(sh_forecast_mix *x, const sh_workload *w, double first) {
     double sum = 0;
-    for (int i = 0; i < w->n; i++) sum += w->bin[i].requests * (w->bin[i].output - 1);
-    for (int i = 0; i < w->n && per_request > 0; i++) {
+    for (int i = 0; i < w->n; i++) sum += w->bin[i].requests * (w->bin[i].output - first);
+    for (int i = 0; i < w->n && sum > 0; i++) {
         const sh_workload_bin *b = &w->bin[i];
-        double part = b->requests * (b->output - 1) / sum;
+        double part = b->requests * (b->output - first) / sum;
         if (!(part > 0)) continue;
-        x->span[x->n_spans++] = (sh_cost_span){
-            .seqs = x->decode * part, .rows = 1, .kept = 1, .lo = b->prompt, .hi = b->prompt + b->output - 1};
+        x->span[x->n_spans++] = (sh_cost_span){.seqs = x->decode * part,
+                                               .rows = 1,
+                                               .kept = 1,
+                                               .lo = b->prompt - 1 + first,
+                                               .hi = b->prompt + b->output - 1};
     }
     x->n_decode = x->n_spans;
 }
@@ -63,7 +67,7 @@ sh_forecast_mix sh_forecast_mix_of(const Shoal__Plan *p, const sh_workload *w, d
     double rows = x.requests * prompt;
     x.piece = fmin(chunk, fmax(rows, usual_piece(w, chunk)));
     x.mixed = fmin(1, rows / x.piece);
-    add_decode(&x, w, per_request);
+    sh_forecast_add_decode(&x, w, 1);
     add_prompts(&x, w, chunk);
     return x;
 }
@@ -172,11 +176,11 @@ static sh_status set_scene(scene *x) {
     return SH_OK;
 }
 
-static void add_rank(const sh_cost_rank *c, double share, sh_forecast_rank *r) {
-    const double sent[5] = {c->dispatch.bytes, c->results.bytes, c->gather.bytes + c->head.bytes, c->context.bytes,
-                            c->cut.bytes};
+void sh_forecast_add_rank(const sh_cost_rank *c, double share, sh_forecast_rank *r) {
+    const double sent[] = {c->dispatch.bytes, c->results.bytes, c->gather.bytes + c->head.bytes, c->context.bytes,
+                           c->cut.bytes};
     for (int i = 0; i < SH_CAUSES; i++) r->seconds[i] += share * c->part[i].seconds;
-    for (int i = 0; i < 5; i++) r->sent[i] += share * sent[i];
+    for (int i = 0; i < (int)(sizeof sent / sizeof *sent); i++) r->sent[i] += share * sent[i];
     r->exchange += share * (c->exposed + c->waits);
     r->memory_bound += share * c->memory_bound;
     r->overlapped += share * c->hidden;
@@ -188,21 +192,19 @@ static double tell_ranks(const scene *x, const sh_cost_cycle *cycle, sh_forecast
     double sent = 0;
     for (size_t i = 0; i < x->m->plan->n_rank; i++) {
         sh_forecast_rank r = {0};
-        add_rank(&x->cost[0][i], 1 - x->mix->mixed, &r);
-        add_rank(&x->cost[1][i], x->mix->mixed, &r);
+        sh_forecast_add_rank(&x->cost[0][i], 1 - x->mix->mixed, &r);
+        sh_forecast_add_rank(&x->cost[1][i], x->mix->mixed, &r);
         r.seconds[SH_CAUSE_OTHER] += SH_STEP_SECONDS;
         double busy = r.exchange;
         for (int k = 0; k < SH_CAUSES; k++) busy += r.seconds[k];
         r.idle = fmax(0, cycle->period - busy);
-        for (int k = 0; k < 5; k++) sent += r.sent[k];
+        for (int k = 0; k < SH_FORECAST_WIRES; k++) sent += r.sent[k];
         if (rank) rank[i] = r;
     }
     return sent;
 }
 
-/* Tokens by which the last sequences outlast full ranks. In a long job they are anywhere in their lives when the queue
- * is empty, in one that runs all at once at the beginning. */
-static double tail_tokens(const sh_workload *w, double seqs) {
+double sh_forecast_tail(const sh_workload *w, double seqs) {
     double sum = 0, squares = 0, longest = 0, at_once = fmin(1, seqs / w->requests);
     for (int i = 0; i < w->n; i++) {
         const sh_workload_bin *b = &w->bin[i];
@@ -220,7 +222,7 @@ static double start_and_end(const scene *x, const sh_workload *w, const sh_forec
     double lane = f->mix.decode * f->mix.in_flight, chunk = ceil((double)x->m->plan->chunk / x->shape.ep);
     double begin = lane * sh_workload_mean_prompt(w) / chunk * f->cycle.period / 2;
     double plain = f->step_decode / ((1 - f->mix.mixed) * f->step_decode + f->mix.mixed * f->step_mixed);
-    return begin + tail_tokens(w, lane * x->shape.ep * replicas) * f->cycle.round_trip * plain;
+    return begin + sh_forecast_tail(w, lane * x->shape.ep * replicas) * f->cycle.round_trip * plain;
 }
 
 static sh_status tell(const scene *x, const sh_workload *w, double replicas, sh_forecast *f, sh_forecast_rank *rank) {
@@ -239,11 +241,8 @@ static sh_status tell(const scene *x, const sh_workload *w, double replicas, sh_
 
 sh_status sh_cost_forecast(const sh_cost_model *m, const sh_workload *w, double seqs, double replicas, sh_forecast *out,
                            sh_forecast_rank *rank) {
-    if (m->plan->has_prefill && m->plan->prefill > 0)
-        SH_FAIL(SH_EUNSUPPORTED,
-                "plan: prefill %d: what ranks that only read prompts save is not forecast: allowed here is 0",
-                m->plan->prefill);
     scene x = {.m = m, .shape = sh_plan_shape_of(m->plan)};
+    if (x.shape.prefill > 0) return sh_forecast_with_prefill(m, w, seqs, replicas, out, rank);
     sh_forecast f = {.seqs = fmax(1, fmin(seqs, w->requests / replicas))};
     f.mix = sh_forecast_mix_of(m->plan, w, f.seqs);
     x.mix = &f.mix;

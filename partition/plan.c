@@ -116,6 +116,15 @@ sh_status sh_plan_check_division(int ep, int tp, int cp) {
     return SH_OK;
 }
 
+sh_status sh_plan_check_prefill(int prefill, int ep, int tp, int cp) {
+    if (prefill > 0 && (ep > 1 || tp > 1 || cp > 1))
+        SH_FAIL(SH_EINPUT,
+                "--prefill %d, --ep %d, --tp %d, --cp %d: prompts are handed over between stages of one rank: allowed "
+                "with --prefill is 1 for each of the others",
+                prefill, ep, tp, cp);
+    return SH_OK;
+}
+
 /* Stages and width from what was asked for; every number that contradicts another is named. */
 static sh_status choose_shape(const sh_plan_request *r, int n_cuts, sh_plan_shape *out) {
     sh_plan_shape s = {
@@ -184,11 +193,7 @@ static sh_status check_shape(const sh_config *c, const sh_plan_shape *s, int ran
         SH_FAIL(SH_EINPUT, "%d stages: the model has %d layers: allowed are 1 to %d stages", s->pp, c->n_layers,
                 c->n_layers);
     SH_TRY(in_range("--prefill", s->prefill, 0, c->first_shared < SH_MAX_RANKS ? c->first_shared : SH_MAX_RANKS - 1));
-    if (s->prefill > 0 && s->width > 1)
-        SH_FAIL(SH_EINPUT,
-                "--prefill %d, --ep %d, --tp %d, --cp %d: prompts are handed over between stages of one rank: allowed "
-                "with --prefill is 1 for each of the others",
-                s->prefill, s->ep, s->tp, s->cp);
+    SH_TRY(sh_plan_check_prefill(s->prefill, s->ep, s->tp, s->cp));
     if (s->ep > 1 && c->experts == 0) SH_FAIL(SH_EINPUT, "--ep: %d: the model has no experts: allowed is 1", s->ep);
     if (s->ep > 1 && s->ep > c->experts)
         SH_FAIL(SH_EINPUT, "--ep: %d: the model has %d experts: allowed are 1 to %d", s->ep, c->experts, c->experts);
@@ -419,12 +424,12 @@ static sh_status spread_experts(const sh_config *c, const sh_plan_request *q, co
 }
 
 /* Balanced cuts for the ranks that make K/V. */
-static sh_status cut_prefill(const sh_config *c, const sh_plan_shape *s, Shoal__Plan *p) {
+static sh_status cut_prefill(const sh_config *c, const double *cost, const sh_plan_shape *s, Shoal__Plan *p) {
     int cut[SH_MAX_LAYERS];
     if (s->prefill == 0) return SH_OK;
     sh_config made = *c;
     sh_config_prefill(&made);
-    SH_TRY(sh_plan_balance(&made, s->prefill, cut));
+    SH_TRY(cost ? sh_plan_balance_by(cost, made.kv_end, s->prefill, cut) : sh_plan_balance(&made, s->prefill, cut));
     for (int i = 0; i < s->prefill; i++) {
         p->rank[s->decode + i]->first = i ? cut[i - 1] : 0;
         p->rank[s->decode + i]->last = i + 1 < s->prefill ? cut[i] : made.kv_end;
@@ -464,7 +469,7 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     p->kv_memory = r->kv_memory;
     p->has_prefill = shape.prefill > 0;
     p->prefill = shape.prefill;
-    sh_status st = cut_prefill(c, &shape, p);
+    sh_status st = cut_prefill(c, r->prefill_cost, &shape, p);
     if (st == SH_OK) st = spread_experts(c, r, &shape, p);
     if (st == SH_OK) st = sh_plan_check(c, p);
     if (st != SH_OK) {

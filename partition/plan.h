@@ -11,15 +11,16 @@
 #include "proto/group.pb-c.h"
 
 typedef struct sh_plan_request {
-    int ranks;                /* of the group; 0: stages × width, as the other members say */
-    int pp;                   /* stages; 0: as the cuts say, else ranks / width */
-    int ep, tp, cp;           /* how a stage is divided among its members; 0: 1. At most one is above 1 */
-    bool tp_sum;              /* partial sums in place of gathered outputs */
-    bool no_prefix_sharing;   /* each sequence computes all of its prompt */
-    bool share_weights;       /* what several ranks need one of them reads, and sends to the others */
-    int prefill;              /* ranks besides the stages that make the K/V of prompts; `ranks` counts them */
-    const char *cuts;         /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
-    const double *layer_cost; /* [layers] what balanced means, head in the last; NULL: elements of weights */
+    int ranks;                  /* of the group; 0: stages × width, as the other members say */
+    int pp;                     /* stages; 0: as the cuts say, else ranks / width */
+    int ep, tp, cp;             /* how a stage is divided among its members; 0: 1. At most one is above 1 */
+    bool tp_sum;                /* partial sums in place of gathered outputs */
+    bool no_prefix_sharing;     /* each sequence computes all of its prompt */
+    bool share_weights;         /* what several ranks need one of them reads, and sends to the others */
+    int prefill;                /* ranks besides the stages that make the K/V of prompts; `ranks` counts them */
+    const char *cuts;           /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
+    const double *layer_cost;   /* [layers] what balanced means, head in the last; NULL: elements of weights */
+    const double *prefill_cost; /* [layers with K/V] the same for the ranks that make the K/V of prompts */
     sh_mode mode;
     sh_kv_type kv;
     int threads;                      /* per rank; 0: the rank's CPU set */
@@ -53,6 +54,8 @@ sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out);
 /* How a stage is divided: one way at a time, so that its width is one of these numbers. To be asked before they are
  * multiplied. */
 sh_status sh_plan_check_division(int ep, int tp, int cp);
+/* Ranks that only read prompts go with stages of one rank. */
+sh_status sh_plan_check_prefill(int prefill, int ep, int tp, int cp);
 /* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */
 sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
 /* Whether a rank computes an expert of one of its layers: every one where ep is 1. */

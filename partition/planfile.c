@@ -66,7 +66,7 @@ static void set_times(const sh_forecast_rank *r, const sh_plan_memory *m, double
     to->other = brief(r->seconds[SH_CAUSE_OTHER]);
     to->exchange = brief(r->exchange);
     to->idle = brief(r->idle);
-    for (int i = 0; i < 5; i++) to->sent += r->sent[i];
+    for (int i = 0; i < SH_FORECAST_WIRES; i++) to->sent += r->sent[i];
     to->sent = brief(to->sent);
     to->memory_gib = brief(((double)(m->weights + m->scratch) + kv) / 0x1p30);
 }

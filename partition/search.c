@@ -12,8 +12,12 @@
 #define LEAST_CHUNK 64
 #define MOST_CHUNK  2048
 
-const char *const sh_way_names[SH_WAYS] = {"replicas of one rank", "stages (pp)", "experts divided (ep)",
-                                           "heads and columns divided (tp)", "positions divided (cp)"};
+const char *const sh_way_names[SH_WAYS] = {"replicas of one rank",
+                                           "stages (pp)",
+                                           "prompts on ranks of their own (prefill)",
+                                           "experts divided (ep)",
+                                           "heads and columns divided (tp)",
+                                           "positions divided (cp)"};
 
 void sh_choice_release(sh_choice *x) {
     sh_plan_free(&x->plan);
@@ -38,7 +42,8 @@ static void model_of(const sh_search_options *o, const sh_choice *x, sh_cost_rat
         .rates = rates,
         .alike = true,
         .net = {.within = o->cluster->within, .between = o->cluster->between, .ranks_per_node = x->ranks_per_node},
-        .routing = o->routing};
+        .routing = o->routing,
+        .prompts = x->reading};
 }
 
 sh_status sh_search_forecast(const sh_search_options *o, const sh_choice *x, sh_forecast *out, sh_forecast_rank *rank) {
@@ -59,12 +64,17 @@ static double usual_tokens(const sh_workload *w) {
     return tokens / weight;
 }
 
+static int widest_window(const sh_config *c) {
+    int w = 0;
+    for (int i = 0; i < c->n_layers; i++)
+        if (c->layer[i].window > w) w = c->layer[i].window;
+    return w;
+}
+
 /* Sequences of this workload that the pages hold at once, in a group. */
 static double sequences_that_fit(const sh_search_options *o, const sh_choice *x, const sh_kv_limits *l) {
     double pages = ceil(usual_tokens(o->workload) / SH_PAGE_TOKENS), n = l->max_seqs;
-    int window = 0;
-    for (int i = 0; i < o->config->n_layers; i++)
-        if (o->config->layer[i].window > window) window = o->config->layer[i].window;
+    int window = widest_window(o->config);
     if (sh_config_kv_bytes(o->config, l->type, SH_KV_GLOBAL, 0, o->config->n_layers))
         n = fmin(n, x->kv.pages[SH_KV_GLOBAL] * (double)x->shape.cp / pages);
     if (window > 0 && sh_config_kv_bytes(o->config, l->type, SH_KV_SLIDING, 0, o->config->n_layers)) {
@@ -73,6 +83,27 @@ static double sequences_that_fit(const sh_search_options *o, const sh_choice *x,
         n = fmin(n, fmax(1, (x->kv.pages[SH_KV_SLIDING] - under_way) / held));
     }
     return floor(fmax(n, 1)) * x->shape.ep;
+}
+
+/* Prompts of this workload that ranks which only read them hold at once: all pages of one, and of sliding layers those
+ * from the window of its first row that is not yet confirmed to the last row out (sh_prefill_peak). */
+static sh_status prompts_that_fit(const sh_search_options *o, sh_choice *x, const sh_kv_limits *l, double *out) {
+    double rows = fmax(1, sh_workload_mean_prompt(o->workload) - 1), longest = 0, n = l->max_seqs;
+    double pages = ceil(rows / SH_PAGE_TOKENS);
+    for (int i = 0; i < o->workload->n; i++) longest = fmax(longest, o->workload->bin[i].prompt - 1);
+    if (x->prompts.tokens < fmin(longest, x->plan->max_context - 1))
+        SH_FAIL(SH_EMEMORY,
+                "ranks that only read prompts have KV for %d tokens left, and the longest prompt of the workload needs "
+                "%.0f",
+                x->prompts.tokens, longest);
+    int window = widest_window(o->config);
+    if (x->prompts.pages[SH_KV_GLOBAL] > 0) n = fmin(n, x->prompts.pages[SH_KV_GLOBAL] / pages);
+    if (x->prompts.pages[SH_KV_SLIDING] > 0) {
+        double under_way = ceil((window + (double)l->chunk * (x->shape.prefill + 1) - 2) / SH_PAGE_TOKENS) + 2;
+        n = fmin(n, x->prompts.pages[SH_KV_SLIDING] / fmin(pages, under_way));
+    }
+    *out = fmax(1, floor(n));
+    return SH_OK;
 }
 
 /* Memory, KV pages and speed of x->plan. A failure's text is the reason. */
@@ -86,12 +117,14 @@ static sh_status judge(const sh_search_options *o, sh_choice *x, uint64_t *budge
     }
     SH_TRY(sh_plan_kv_limits(x->plan, &l));
     SH_TRY(sh_plan_kv_group(o->config, &l, x->plan, budget, &x->kv));
+    if (x->shape.prefill > 0) SH_TRY(sh_plan_kv_prefill(o->config, &l, x->plan, budget, &x->prompts));
     double longest = sh_workload_longest(o->workload);
     if (x->kv.tokens < fmin(longest, x->plan->max_context))
         SH_FAIL(SH_EMEMORY, "KV for %d tokens is left, and the longest request of the workload needs %.0f",
                 x->kv.tokens, longest);
     x->kv_budget = least;
     x->seqs = sequences_that_fit(o, x, &l);
+    if (x->shape.prefill > 0) SH_TRY(prompts_that_fit(o, x, &l, &x->reading));
     return sh_search_forecast(o, x, &x->forecast, NULL);
 }
 
@@ -106,20 +139,28 @@ sh_status sh_search_judge(const sh_search_options *o, sh_choice *x) {
     return st == SH_EMEMORY || st == SH_OK ? SH_OK : st;
 }
 
-/* Seconds of every layer in the mixture of x's forecast, head with the last: what balanced cuts weigh. */
-static sh_status layer_seconds(const sh_search_options *o, const sh_choice *x, double *cost) {
+/* Seconds of every layer in the mixture of x's forecast, head with the last: what balanced cuts weigh. prompts: the
+ * same of those that make K/V, on the ranks that only read prompts. */
+static sh_status layer_seconds(const sh_search_options *o, const sh_choice *x, double *cost, double *prompts) {
     const sh_forecast_mix *mix = &x->forecast.mix;
+    double mixed = x->shape.prefill > 0 ? 0 : mix->mixed; /* the prompts are on other ranks */
     sh_cost_rates rates;
     sh_cost_model m;
     model_of(o, x, &rates, &m);
-    for (size_t r = 0; r < x->plan->n_rank; r += (size_t)x->shape.width)
+    for (int r = x->shape.decode; r < x->shape.decode + x->shape.prefill; r++)
+        for (int i = x->plan->rank[r]->first; i < x->plan->rank[r]->last; i++) {
+            sh_cost_layer l;
+            SH_TRY(sh_cost_layer_of(&m, r, i, mix->span + mix->n_decode, mix->n_spans - mix->n_decode, &l));
+            prompts[i] = l.seconds;
+        }
+    for (int r = 0; r < x->shape.decode; r += x->shape.width)
         for (int i = x->plan->rank[r]->first; i < x->plan->rank[r]->last; i++) {
             sh_cost_layer l[2];
-            SH_TRY(sh_cost_layer_of(&m, (int)r, i, mix->span, mix->n_decode, &l[0]));
-            SH_TRY(sh_cost_layer_of(&m, (int)r, i, mix->span, mix->n_spans, &l[1]));
-            cost[i] = (1 - mix->mixed) * l[0].seconds + mix->mixed * l[1].seconds;
+            SH_TRY(sh_cost_layer_of(&m, r, i, mix->span, mix->n_decode, &l[0]));
+            SH_TRY(sh_cost_layer_of(&m, r, i, mix->span, mix->n_spans, &l[1]));
+            cost[i] = (1 - mixed) * l[0].seconds + mixed * l[1].seconds;
         }
-    return sh_cost_head(&m, (int)x->plan->n_rank - x->shape.width, mix->span, mix->n_decode, mix->n_spans, mix->mixed,
+    return sh_cost_head(&m, x->shape.decode - x->shape.width, mix->span, mix->n_decode, mix->n_spans, mixed,
                         &cost[o->config->n_layers - 1]);
 }
 
@@ -130,6 +171,7 @@ static sh_plan_request request_of(const sh_search_options *o, const sh_choice *x
     q.ep = x->shape.ep;
     q.tp = x->shape.tp;
     q.cp = x->shape.cp;
+    q.prefill = x->shape.prefill;
     if (q.ep == 1) { /* nothing to place */
         q.routing = NULL;
         q.replicate = 0;
@@ -139,11 +181,13 @@ static sh_plan_request request_of(const sh_search_options *o, const sh_choice *x
 
 /* Cuts by seconds in place of weights, where that is faster and fits as well. */
 static sh_status recut(const sh_search_options *o, sh_choice *x) {
-    double cost[SH_MAX_LAYERS];
+    double cost[SH_MAX_LAYERS], prompts[SH_MAX_LAYERS];
     sh_plan_request q = request_of(o, x);
-    if (x->shape.pp == 1 || (q.cuts && *q.cuts)) return SH_OK;
-    SH_TRY(layer_seconds(o, x, cost));
-    q.layer_cost = cost;
+    bool given = x->shape.pp == 1 || (q.cuts && *q.cuts);
+    if (given && x->shape.prefill < 2) return SH_OK;
+    SH_TRY(layer_seconds(o, x, cost, prompts));
+    if (!given) q.layer_cost = cost;
+    q.prefill_cost = prompts;
     q.max_seqs = x->plan->max_seqs;
     q.chunk = x->plan->chunk;
     sh_choice y = *x;
@@ -223,6 +267,7 @@ sh_status sh_search_unplaced(const sh_search_options *o, const sh_choice *x, sh_
 sh_status sh_search_try(const sh_search_options *o, sh_choice *x) {
     sh_plan_request q = request_of(o, x);
     x->fits = false;
+    x->shape.decode = x->shape.pp * x->shape.width;
     sh_status st = sh_plan_make(o->config, &q, &x->plan);
     if (st == SH_EMEMORY) return st;
     if (st != SH_OK) {
@@ -240,7 +285,8 @@ sh_status sh_search_try(const sh_search_options *o, sh_choice *x) {
  */
 
 static bool same_shape(const sh_choice *a, const sh_choice *b) {
-    return a->way == b->way && a->shape.pp == b->shape.pp && a->shape.width == b->shape.width;
+    return a->way == b->way && a->shape.pp == b->shape.pp && a->shape.width == b->shape.width &&
+           a->shape.prefill == b->shape.prefill;
 }
 
 static bool simpler(const sh_choice *a, const sh_choice *b) {
@@ -317,8 +363,9 @@ static bool wanted(int fixed, int value) {
 }
 
 /* Why a shape cannot be, before any plan is made; "" when it may. */
-static const char *illegal(const sh_config *c, sh_way way, int pp, int width) {
+static const char *illegal(const sh_config *c, sh_way way, int pp, int width, int prefill) {
     if (pp > c->n_layers) return "fewer layers than stages";
+    if (prefill > c->first_shared) return "fewer layers with K/V of their own than ranks that read prompts";
     if (way == SH_WAY_EXPERTS && c->experts == 0) return "the model has no experts";
     if (way == SH_WAY_EXPERTS && width > c->experts) return "fewer experts than ranks";
     for (int i = 0; i < c->n_layers && way == SH_WAY_TENSOR; i++)
@@ -326,20 +373,28 @@ static const char *illegal(const sh_config *c, sh_way way, int pp, int width) {
     return "";
 }
 
-static sh_status try_shape(const sh_search_options *o, sh_search *s, sh_way way, int ranks, int width, int replicas,
-                           int per_node) {
-    sh_choice x = {.way = way,
-                   .shape = {.pp = ranks / width, .ep = 1, .tp = 1, .cp = 1, .width = width},
-                   .ranks = ranks,
-                   .replicas = replicas,
-                   .ranks_per_node = per_node};
+/* What the groups of a search are made of. */
+typedef struct groups {
+    int ranks, replicas, per_node;
+} groups;
+
+static sh_status try_shape(const sh_search_options *o, sh_search *s, sh_way way, const groups *g, int width,
+                           int prefill) {
+    int decode = g->ranks - prefill;
+    sh_choice x = {
+        .way = way,
+        .shape =
+            {.pp = decode / width, .ep = 1, .tp = 1, .cp = 1, .width = width, .decode = decode, .prefill = prefill},
+        .ranks = g->ranks,
+        .replicas = g->replicas,
+        .ranks_per_node = g->per_node};
     if (way == SH_WAY_EXPERTS) x.shape.ep = width;
     if (way == SH_WAY_TENSOR) x.shape.tp = width;
     if (way == SH_WAY_CONTEXT) x.shape.cp = width;
     if (!wanted(o->fixed.pp, x.shape.pp) || !wanted(o->fixed.ep, x.shape.ep) || !wanted(o->fixed.tp, x.shape.tp) ||
-        !wanted(o->fixed.cp, x.shape.cp))
+        !wanted(o->fixed.cp, x.shape.cp) || !wanted(o->fixed.prefill, prefill))
         return SH_OK;
-    const char *why = illegal(o->config, way, x.shape.pp, width);
+    const char *why = illegal(o->config, way, x.shape.pp, width, prefill);
     if (*why) {
         if (!s->has_way[way]) snprintf(s->of_way[way].why, sizeof s->of_way[way].why, "%s", why);
         return SH_OK;
@@ -352,12 +407,28 @@ static sh_status try_shape(const sh_search_options *o, sh_search *s, sh_way way,
     return note(s, &x);
 }
 
-static sh_status try_group(const sh_search_options *o, sh_search *s, int ranks, int replicas, int per_node) {
-    if (ranks == 1) return try_shape(o, s, SH_WAY_ALONE, 1, 1, replicas, per_node);
-    SH_TRY(try_shape(o, s, SH_WAY_STAGES, ranks, 1, replicas, per_node));
-    for (int width = 2; width <= ranks; width++)
-        for (int way = SH_WAY_EXPERTS; way < SH_WAYS && ranks % width == 0; way++)
-            SH_TRY(try_shape(o, s, (sh_way)way, ranks, width, replicas, per_node));
+/* Numbers of ranks that read prompts, or that do not: all up to 8, then steps of a seventh to a quarter. */
+static bool worth_trying(int n) {
+    while (n > 15 && n % 2 == 0) n /= 2;
+    return n <= 8 || n == 10 || n == 12 || n == 14;
+}
+
+static sh_status try_prefill(const sh_search_options *o, sh_search *s, const groups *g) {
+    if (o->no_prefill) return SH_OK;
+    for (int n = 1; n < g->ranks; n++) {
+        if (n != o->fixed.prefill && !worth_trying(n) && !worth_trying(g->ranks - n)) continue;
+        SH_TRY(try_shape(o, s, SH_WAY_PREFILL, g, 1, n));
+    }
+    return SH_OK;
+}
+
+static sh_status try_group(const sh_search_options *o, sh_search *s, const groups *g) {
+    if (g->ranks == 1) return try_shape(o, s, SH_WAY_ALONE, g, 1, 0);
+    SH_TRY(try_shape(o, s, SH_WAY_STAGES, g, 1, 0));
+    SH_TRY(try_prefill(o, s, g));
+    for (int width = 2; width <= g->ranks; width++)
+        for (int way = SH_WAY_EXPERTS; way < SH_WAYS && g->ranks % width == 0; way++)
+            SH_TRY(try_shape(o, s, (sh_way)way, g, width, 0));
     return SH_OK;
 }
 
@@ -368,7 +439,8 @@ static sh_status try_all(const sh_search_options *o, sh_search *s, int per_node)
         int ranks = total / r;
         if (ranks == last || (o->replicas && total / o->replicas < ranks)) continue;
         last = ranks;
-        SH_TRY(try_group(o, s, ranks, o->replicas ? o->replicas : total / ranks, per_node));
+        const groups g = {ranks, o->replicas ? o->replicas : total / ranks, per_node};
+        SH_TRY(try_group(o, s, &g));
     }
     return SH_OK;
 }
@@ -380,7 +452,8 @@ static sh_status try_fixed(const sh_search_options *o, sh_search *s) {
         SH_FAIL(SH_EINPUT, "%d ranks of a group: out of range: allowed are 1 to %d", ranks, SH_MAX_RANKS);
     if (!replicas) replicas = nodes * numa > ranks ? nodes * numa / ranks : 1;
     int per_node = (ranks * replicas + nodes - 1) / nodes;
-    return try_group(o, s, ranks, replicas, per_node > 1 ? per_node : 1);
+    const groups g = {ranks, replicas, per_node > 1 ? per_node : 1};
+    return try_group(o, s, &g);
 }
 
 static int or_one(int v) {
@@ -391,18 +464,17 @@ static int or_one(int v) {
 static sh_status check_fixed(const sh_plan_request *r) {
     int pp = or_one(r->pp), ep = or_one(r->ep), tp = or_one(r->tp), cp = or_one(r->cp);
     SH_TRY(sh_plan_check_division(ep, tp, cp));
-    if (r->ranks > 0 && r->ranks % ((int64_t)pp * ep * tp * cp) != 0)
-        SH_FAIL(SH_EINPUT, "%d ranks: %d stages of %d ranks (ep %d, tp %d, cp %d) do not divide them", r->ranks, pp,
-                ep * tp * cp, ep, tp, cp);
+    SH_TRY(sh_plan_check_prefill(r->prefill, ep, tp, cp));
+    if (r->prefill > 0 && r->ranks > 0 && r->prefill >= r->ranks)
+        SH_FAIL(SH_EINPUT, "--prefill: %d of %d ranks: allowed are 0 to %d: one at least must decode", r->prefill,
+                r->ranks, r->ranks - 1);
+    if (r->ranks > 0 && (r->ranks - r->prefill) % ((int64_t)pp * ep * tp * cp) != 0)
+        SH_FAIL(SH_EINPUT, "%d ranks%s: %d stages of %d ranks (ep %d, tp %d, cp %d) do not divide them",
+                r->ranks - r->prefill, r->prefill ? " that decode" : "", pp, ep * tp * cp, ep, tp, cp);
     return SH_OK;
 }
 
 sh_status sh_search_run(const sh_search_options *o, sh_search **out) {
-    if (o->fixed.prefill)
-        SH_FAIL(SH_EINPUT,
-                "--prefill: %d: the planner does not weigh ranks that only read prompts: allowed here is 0; give it "
-                "to run or serve",
-                o->fixed.prefill);
     SH_TRY(check_fixed(&o->fixed));
     sh_search *s = calloc(1, sizeof *s);
     if (!s) SH_FAIL(SH_EMEMORY, "planner: no memory");

@@ -1,7 +1,8 @@
 /*
- * The search for a plan: replicas × stages × one way of dividing a stage, all that are legal, those that fit memory,
- * ranked by the time that the workload would take. Pure and deterministic: (model, machine, workload, what is fixed) →
- * choices. Says of every way why its best did not win. Formulas and rules: docs/planning.md.
+ * The search for a plan: replicas × stages × one way of dividing a stage, or ranks that only read prompts; all that are
+ * legal (of the numbers of such ranks a few), those that fit memory, ranked by the time that the workload would take.
+ * Pure and deterministic: (model, machine, workload, what is fixed) → choices. Says of every way why its best did not
+ * win. Formulas and rules: docs/planning.md.
  */
 #ifndef SH_PARTITION_SEARCH_H
 #define SH_PARTITION_SEARCH_H
@@ -14,7 +15,8 @@
 typedef enum sh_way {
     SH_WAY_ALONE,   /* a group is one rank */
     SH_WAY_STAGES,  /* layers alone */
-    SH_WAY_EXPERTS, /* ep > 1 */
+    SH_WAY_PREFILL, /* some ranks only read prompts; layers alone on both sides */
+    SH_WAY_EXPERTS, /* ep > 1: this and the next are the ways of dividing a stage */
     SH_WAY_TENSOR,  /* tp > 1 */
     SH_WAY_CONTEXT, /* cp > 1 */
     SH_WAYS
@@ -27,6 +29,7 @@ typedef struct sh_search_options {
     const sh_workload *workload;
     sh_plan_request fixed;     /* members that are 0 or NULL are free; ranks: of a group */
     int replicas;              /* 0: free */
+    bool no_prefill;           /* all ranks decode; fixed.prefill is 0 */
     const sh_routing *routing; /* what routing will be like; NULL: all experts alike. fixed.routing places them */
 } sh_search_options;
 
@@ -37,10 +40,11 @@ typedef struct sh_choice {
     bool fits;
     Shoal__Plan *plan; /* owned; NULL unless it fits */
     sh_forecast forecast;
-    sh_kv_plan kv;
-    uint64_t kv_budget; /* bytes of the tightest rank */
-    double seqs;        /* that the group can run at once */
-    char why[512];      /* !fits: the sentence; else, for what did not win: what costs it most */
+    sh_kv_plan kv, prompts; /* prompts: of the ranks that only read them */
+    uint64_t kv_budget;     /* bytes of the tightest rank */
+    double seqs;            /* that the group can run at once */
+    double reading;         /* prompts that the ranks which only read them can hold at once; 0: there are none */
+    char why[512];          /* !fits: the sentence; else, for what did not win: what costs it most */
 } sh_choice;
 
 #define SH_SEARCH_BEST 5

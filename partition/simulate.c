@@ -25,6 +25,9 @@ static sh_status check(const sh_cost_model *m, sh_plan_shape s) {
     if (s.tp > 1 || s.cp > 1)
         SH_FAIL(SH_EUNSUPPORTED, "timetable: tp %d, cp %d: only stages that are divided by experts are laid out", s.tp,
                 s.cp);
+    if (s.prefill > 0)
+        SH_FAIL(SH_EUNSUPPORTED, "timetable: prefill %d: only ranks that decode what they read are laid out",
+                s.prefill);
     if (m->routing || !m->alike) SH_FAIL(SH_EUNSUPPORTED, "timetable: experts and ranks must be alike");
     for (int i = 0; i < s.pp; i++)
         if (!sh_cost_once(m, i))

@@ -267,8 +267,8 @@ static double block_bytes(const sh_cost_model *m, const sh_cost_place *p, int cu
 
 void sh_cost_wire_cut(const sh_cost_model *m, const sh_cost_place *p, double rows, double kept, sh_cost_wire *out) {
     int per = m->net.ranks_per_node > 0 ? m->net.ranks_per_node : 1, width = p->shape.width, node = p->rank / per;
-    int leave = 0, end = (node + 1) * per;
-    for (int r = node * per; r < end && r + width < (int)m->plan->n_rank; r++) leave += r + width >= end;
+    int leave = 0, end = (node + 1) * per; /* ranks that only read prompts are behind these */
+    for (int r = node * per; r < end && r + width < p->shape.decode; r++) leave += r + width >= end;
     bool far = p->rank + width >= end;
     const sh_cost_link *way = far ? &m->net.between : &m->net.within;
     *out = (sh_cost_wire){.messages = 1, .bytes = block_bytes(m, p, m->plan->rank[p->rank]->last, rows, kept)};

@@ -46,9 +46,10 @@ bool sh_kv_sender_is_idle(const sh_kv_sender *s);
 typedef struct sh_kv_receiver sh_kv_receiver;
 sh_status sh_kv_receiver_create(const sh_kv_stream_options *o, sh_kv_pool *pool, sh_kv_receiver **out);
 void sh_kv_receiver_destroy(sh_kv_receiver **r);
-/* Between steps: moves what has come into the pool, where `done` (the last micro-batch that this rank has decoded) lets
- * it; tells rank 0 of each prefill micro-batch that all its rows are here, or that some were damaged. *worked:
- * something moved. SH_EPEER when a message is whole and wrong. Never waits. */
+/* Between steps and in them: moves what has come into the pool, where `done` (the last micro-batch that this rank has
+ * decoded) lets it: no later one reads those pages before rank 0 has heard; tells rank 0 of each prefill micro-batch
+ * that all its rows are here, or that some were damaged. *worked: something moved. SH_EPEER when a message is whole and
+ * wrong. Never waits. */
 sh_status sh_kv_receiver_poll(sh_kv_receiver *r, uint64_t done, bool *worked);
 bool sh_kv_receiver_is_idle(const sh_kv_receiver *r); /* no buffer is in the link's hands */
 /* Rank 0: the next word of any rank, itself included, on a micro-batch. */

@@ -45,10 +45,11 @@ struct sh_stage {
     bool leads, is_last, samples; /* rank 0; last stage; a member of it that samples */
     sh_config part;               /* the model as this member sees it (o.share) */
     sh_tensor_link *tensor;
-    sh_experts *experts;  /* where members are lanes: what they send each other */
-    sh_context *context;  /* where they share positions out */
-    sh_kv_sender *sender; /* a stage that makes the K/V of prompts */
-    sh_peers peers;       /* of these three */
+    sh_experts *experts;      /* where members are lanes: what they send each other */
+    sh_context *context;      /* where they share positions out */
+    sh_kv_sender *sender;     /* a stage that makes the K/V of prompts */
+    sh_kv_receiver *receiver; /* one that takes them; borrowed */
+    sh_peers peers;           /* of these three */
     sh_model *model;
     size_t descriptor_max, recv_bytes, send_bytes;
     uint8_t *recv;   /* from the rank before; rank 0: answers of the last stage */
@@ -175,7 +176,7 @@ static sh_status create_model(sh_stage *s) {
     sh_load_link_destroy(&together);
     if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
     sh_model_set_timeline(s->model, o->timeline);
-    if (o->stages > 1) sh_team_set_poll(sh_model_team(s->model), poll, s);
+    if (o->stages > 1 || o->stream) sh_team_set_poll(sh_model_team(s->model), poll, s);
     return SH_OK;
 }
 
@@ -324,14 +325,18 @@ static sh_status test_sends(sh_stage *s) {
 }
 
 /* Between the matrix products of a step: a block of the step before leaves only while somebody calls the link, and the
- * next stage may have nothing else to do. */
+ * next stage may have nothing else to do. K/V rows of prompts likewise, of which there is a message for each layer: who
+ * took them between steps alone would hold up those that make them. */
 static void poll(void *arg) {
     sh_stage *s = arg;
     double now = sh_now();
+    bool worked = false;
     if (s->experts) s->peers.experts->poll(s->experts);
     if (s->failed != SH_OK || now - s->polled_at < POLL_SECONDS) return;
     s->polled_at = now;
     s->failed = test_sends(s);
+    if (s->failed == SH_OK && s->sender) s->failed = sh_kv_sender_progress(s->sender);
+    if (s->failed == SH_OK && s->receiver) s->failed = sh_kv_receiver_poll(s->receiver, s->steps, &worked);
     if (s->failed != SH_OK) snprintf(s->why, sizeof s->why, "%s", sh_error_text());
 }
 
@@ -599,6 +604,10 @@ sh_experts_times sh_stage_experts_time(const sh_stage *s) {
 
 uint64_t sh_stage_steps(const sh_stage *s) {
     return s->steps;
+}
+
+void sh_stage_take_rows(sh_stage *s, sh_kv_receiver *r) {
+    s->receiver = r;
 }
 
 sh_kv_pool *sh_stage_kv(sh_stage *s) {

@@ -54,6 +54,9 @@ static inline int sh_stage_lanes(const sh_stage_options *o) {
 sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out);
 void sh_stage_destroy(sh_stage **s);
 
+/* Polls a receiver of K/V rows also while a step computes, about every 100 µs. Borrowed for the stage's life; what goes
+ * wrong there is told by the next sh_stage_progress. */
+void sh_stage_take_rows(sh_stage *s, sh_kv_receiver *r);
 /* Frees the buffers of sends that are done: progress of the link. */
 sh_status sh_stage_progress(sh_stage *s);
 /* Whether a step can start without waiting for the next stage to take an earlier one. Rank 0 asks before each step. */

@@ -261,7 +261,10 @@ static sh_status load(rank *r) {
                           .load_arg = r,
                           .timeline = r->timeline};
     SH_TRY(sh_stage_create(&o, &r->stage));
-    if (o.stream && !makes_prompts(r)) SH_TRY(sh_kv_receiver_create(o.stream, sh_stage_kv(r->stage), &r->receiver));
+    if (o.stream && !makes_prompts(r)) {
+        SH_TRY(sh_kv_receiver_create(o.stream, sh_stage_kv(r->stage), &r->receiver));
+        sh_stage_take_rows(r->stage, r->receiver);
+    }
     return r->link->rank > 0 ? SH_OK : sh_lanes_create(&r->schedule, sh_stage_lanes(&o), &r->lanes);
 }
 
@@ -434,14 +437,16 @@ static sh_status take_rows(rank *r, bool *worked) {
     return SH_OK;
 }
 
+/* As many micro-batches of prompts as may be out: a step of rank 0's own can take longer than one of these. */
 static sh_status lead_prompts(rank *r, bool *worked) {
-    bool made = false;
-    sh_batch *batch = NULL;
-    if (!r->receiver || !sh_stage_has_room_for_prompts(r->stage)) return SH_OK;
-    SH_TRY(sh_lanes_next_prompts(r->lanes, &batch, &made));
-    if (!made) return SH_OK;
-    *worked = true;
-    return sh_stage_send_prompts(r->stage, batch);
+    for (bool made = true; made && r->receiver && sh_stage_has_room_for_prompts(r->stage);) {
+        sh_batch *batch = NULL;
+        SH_TRY(sh_lanes_next_prompts(r->lanes, &batch, &made));
+        if (!made) break;
+        *worked = true;
+        SH_TRY(sh_stage_send_prompts(r->stage, batch));
+    }
+    return SH_OK;
 }
 
 static sh_status lead_step(rank *r, bool *worked) {

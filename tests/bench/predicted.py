@@ -109,9 +109,11 @@ def plan(model, options, out):
 
 
 def members(kinds, nodes, experts):
-    """All layouts of one group on at most so many nodes: stages, and what the members of a stage divide."""
+    """All layouts of one group on at most so many nodes: stages, stages beside ranks that only read prompts, and what the members of
+    a stage divide."""
     sizes = [n for n in (1, 2, 4, 8, 16) if n <= nodes]
     found = [f"pp{p}" for p in sizes]
+    found += [f"prefill{n}" if p == 1 else f"prefill{n} pp{p}" for n, p in itertools.product(sizes, (1, 2, 3, 4)) if n + p <= nodes]
     for kind, p, n in itertools.product(kinds, sizes, sizes[1:]):
         if p * n <= nodes and (kind != "ep" or experts):
             found.append(f"{kind}{n}" if p == 1 else f"pp{p} {kind}{n}")
@@ -119,11 +121,13 @@ def members(kinds, nodes, experts):
 
 
 def options_of(layout):
-    d = {k: int(v) for k, v in re.findall(r"(pp|ep|tp|cp)(\d+)", layout)}
-    ranks = 1
+    d = {k: int(v) for k, v in re.findall(r"(pp|ep|tp|cp|prefill)(\d+)", layout)}
+    prefill, ranks = d.pop("prefill", 0), 1
     for v in d.values():
         ranks *= v
-    return ranks, ["-n", ranks, *itertools.chain(*((f"--{k}", d.get(k, 1)) for k in ("pp", "ep", "tp", "cp")))]
+    ranks += prefill
+    more = ["--prefill", prefill] if prefill else []
+    return ranks, ["-n", ranks, *itertools.chain(*((f"--{k}", d.get(k, 1)) for k in ("pp", "ep", "tp", "cp"))), *more]
 
 
 class Job:
@@ -151,11 +155,11 @@ class Job:
 
 def report(o, want, got, ranks, choice):
     bad = []
-    print(f"{'layout':10s} {'ranks':>5s} {'predicted s':>11s} {'measured s':>10s} {'least':>6s} {'most':>6s} {'measured/predicted':>18s}")
+    print(f"{'layout':12s} {'ranks':>5s} {'predicted s':>11s} {'measured s':>10s} {'least':>6s} {'most':>6s} {'measured/predicted':>18s}")
     median = {name: statistics.median(t) for name, t in got.items() if t}
     for name in sorted(median, key=median.get):
         ratio = median[name] / want[name]
-        print(f"{name:10s} {ranks[name]:5d} {want[name]:11.1f} {median[name]:10.1f} {min(got[name]):6.1f} {max(got[name]):6.1f} {ratio:18.2f}")
+        print(f"{name:12s} {ranks[name]:5d} {want[name]:11.1f} {median[name]:10.1f} {min(got[name]):6.1f} {max(got[name]):6.1f} {ratio:18.2f}")
         if not 0.75 <= ratio <= 1.25:
             bad.append(f"{name}: {ratio:.2f} of what was predicted")
     best = min(median, key=median.get)

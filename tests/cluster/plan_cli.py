@@ -138,6 +138,52 @@ def quantized(c, s):
         c.check(f"q8 plan, --mode {mode}", rc == 2 and f"--mode: {mode}, but the plan says q8" in err, (rc, err))
 
 
+def prompts_apart(c, s):
+    """Ranks that only read prompts: searched for, asked for, written, explained, edited, run, and predicted beside what was measured."""
+    path, box = s.file("prefill.json"), ("--machine", os.path.join(MACHINES, "box-24g.json"), "--brief", "--nodes", 4)
+    rc, out, err = plan(s, "-m", os.path.join(CONFIGS, "e4b"), *box)
+    c.check("weighed", rc == 0 and "  prompts on ranks of their own (prefill): slower, " in out, (rc, out, err))
+    rc, out, err = plan(s, "-m", st.DEMO, *box, "--prefill", 1, "--pp", 2, "--replicas", 1, "--max-seqs", 8, "--chunk", 64, "-o", path)
+    c.check("asked for", rc == 0 and "pipeline of 2 stages + 1 rank that only reads prompts" in out and "K/V of prompts" in out, (rc, out, err))
+    p = json.load(open(path))
+    c.check("written", p["prefill"] == 1 and [(r["first"], r["last"]) for r in p["rank"]][2] == (0, 6) and len(p["forecast"]["rank"]) == 3
+            and p["forecast"]["rank"][2]["sent"] > 0 and p["forecast"]["seconds"] > 0, p)
+    rc, out2, err = plan(s, "-m", st.DEMO, *box, "--plan", path)
+    c.check("explained", rc == 0 and "\n  2           2  0-5 " in out2 and "sequences are being read" in out2, (rc, out2, err))
+    speed = [line for line in out.splitlines() if line.startswith("  speed")]
+    c.check("the same forecast", speed and speed[0] in out2, (speed, out2))
+    requests = [st.completion(f"r{i}", list(range(5, 45 + 9 * i)), max_tokens=8, temperature=0) for i in range(6)]
+    rc, alone, err = st.run(s, st.DEMO, requests, "-n", 1)
+    c.check("one rank", rc == 0 and len(alone) == 6, (rc, err))
+    rc, rows, err = st.run(s, st.DEMO, requests, "--plan", path, "--launcher", "local")
+    c.check("runs to the same rows", rc == 0 and rows == alone, (rc, err))
+    p["rank"][0]["last"] = p["rank"][1]["first"] = 1  # another cut; and two ranks that read, with a cut of their own
+    p["rank"] = p["rank"][:2] + [{"first": 0, "last": 4}, {"first": 4, "last": 6}]
+    p["prefill"] = 2
+    with open(path, "w") as f:
+        json.dump(p, f)
+    rc, out, err = plan(s, "-m", st.DEMO, *box, "--plan", path)
+    c.check("edited and explained", rc == 0 and "+ 2 ranks that only read prompts" in out, (rc, out, err))
+    st.write_lines(s.file("e.jsonl"), requests)
+    for style in ("plain", "json"):
+        q = subprocess.run([st.shoal(), "run", "-m", st.DEMO, "-i", s.file("e.jsonl"), "-o", s.file(f"e.{style}"), "--plan", path, "--launcher",
+                            "local", "--progress", style], capture_output=True, text=True, timeout=120, env=s.env(XDG_CACHE_HOME=s.file("nowhere")))
+        c.check("edited plan runs", q.returncode == 0, q.stderr)
+        if style == "plain":
+            c.check("words", q.stderr.count("  measured ") == 4 and q.stderr.count("  predicted") == 5, q.stderr)
+        else:
+            end = [e for e in map(json.loads, q.stderr.splitlines()) if e["event"] == "end"][0]
+            ranks = end["predicted"]["stages"]
+            c.check("json", len(ranks) == 4 and end["predicted"]["seconds"] > 0 and ranks[3]["weights"] > 0, end)
+    p["rank"][3]["first"] = 5
+    with open(s.file("q.json"), "w") as f:
+        json.dump(p, f)
+    rc, _, err = plan(s, "-m", st.DEMO, *box, "--plan", s.file("q.json"))
+    c.check("lost layer", rc == 2 and "must begin at layer 4" in err, (rc, err))
+    rc, _, err = plan(s, "-m", st.DEMO, *box, "--prefill", 1, "--ep", 2)
+    c.check("divided", rc == 2 and "prompts are handed over between stages of one rank" in err, (rc, err))
+
+
 def beside_measured(c, s):
     requests = [st.completion(f"r{i}", list(range(5, 25)), max_tokens=8, temperature=0) for i in range(6)]
     st.write_lines(s.file("p.jsonl"), requests)
@@ -158,6 +204,7 @@ def main():
         workloads(c, s)
         edited(c, s)
         quantized(c, s)
+        prompts_apart(c, s)
         beside_measured(c, s)
         measured_once(c, s)
         c.check("nothing left behind", not st.left_behind(s), st.left_behind(s, 0))

@@ -452,9 +452,6 @@ static void test_forecast(void) {
     CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 32, 1, &f, &rank), SH_OK);
     near(f.tokens_in / f.tokens_out, 2, 1e-9, "in and out");
     near(f.requests * f.seconds, 1e6, 0.01 * 1e6, "the whole job");
-    p->has_prefill = true;
-    p->prefill = 1;
-    CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 32, 1, &f, &rank), SH_EUNSUPPORTED);
     sh_plan_free(&p);
 }
 

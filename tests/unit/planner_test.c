@@ -159,7 +159,8 @@ static bool fits(const sh_config *c, const sh_cluster *k, const sh_choice *x) {
         sh_plan_memory m = sh_plan_rank_memory(c, x->plan, i);
         static sh_config mine;
         sh_config_share(c, sh_plan_share(x->plan, i), &mine);
-        uint64_t pool = sh_plan_kv_bytes(&mine, kv, x->plan->rank[i]->first, x->plan->rank[i]->last, x->kv.pages);
+        const int32_t *pages = i < x->shape.decode ? x->kv.pages : x->prompts.pages;
+        uint64_t pool = sh_plan_kv_bytes(&mine, kv, x->plan->rank[i]->first, x->plan->rank[i]->last, pages);
         if (m.weights + m.scratch + m.reserve + pool > have) {
             printf("\nrank %d: %llu + %llu + %llu + %llu of %llu\n", i, (unsigned long long)m.weights,
                    (unsigned long long)m.scratch, (unsigned long long)m.reserve, (unsigned long long)pool,
@@ -198,18 +199,31 @@ static bool owned_once(const sh_config *c, const sh_choice *x) {
             }
         }
     }
-    return p->rank[x->ranks - 1]->last == c->n_layers;
+    for (int i = x->shape.decode, next = 0; i < x->ranks; i++) { /* and once more up to the last that makes K/V */
+        if (p->rank[i]->first != next || p->rank[i]->last <= next || p->rank[i]->n_experts) return false;
+        next = p->rank[i]->last;
+        if (i + 1 == x->ranks && next != c->first_shared) return false;
+    }
+    return p->rank[x->shape.decode - 1]->last == c->n_layers;
+}
+
+static bool about(const sh_config *c, uint64_t sum, uint64_t whole, int ranks) {
+    double slack = (c->ple ? 4.0 * c->ple : 0) * ranks + 64.0 * ranks; /* one vector for all layers */
+    return fabs((double)sum - (double)whole) <= slack;
 }
 
 /* Bytes of weights: the ranks' together are at least the model's, and exactly that (tables aside) where nothing of a
- * stage is held by all its members. */
+ * stage is held by all its members. Ranks that only read prompts have those of K/V and what K/V come from. */
 static bool weights_add_up(const sh_config *c, const sh_choice *x) {
-    uint64_t sum = 0, whole = 0;
-    for (int i = 0; i < x->ranks; i++) sum += sh_plan_rank_memory(c, x->plan, i).weights;
-    whole = sh_weights_estimate(c, SH_MODE_BF16, 0, c->n_layers);
+    static sh_config made;
+    uint64_t sum = 0, prompts = 0, whole = sh_weights_estimate(c, SH_MODE_BF16, 0, c->n_layers);
+    for (int i = 0; i < x->ranks; i++)
+        *(i < x->shape.decode ? &sum : &prompts) += sh_plan_rank_memory(c, x->plan, i).weights;
     if (x->shape.width > 1) return sum + sum / 1000 + 65536 >= whole;
-    double slack = (c->ple ? 4.0 * c->ple : 0) * x->ranks + 64.0 * x->ranks; /* one vector for all layers */
-    return fabs((double)sum - (double)whole) <= slack;
+    made = *c;
+    sh_config_prefill(&made);
+    uint64_t need = x->shape.prefill ? sh_weights_estimate(&made, SH_MODE_BF16, 0, made.kv_end) : 0;
+    return about(c, sum, whole, x->shape.decode) && about(c, prompts, need, x->shape.prefill) && need < whole;
 }
 
 static sh_status round_trip(const sh_config *c, sh_choice *x, const sh_search_options *o, bool *same) {
@@ -233,19 +247,19 @@ static void check_choice(const sh_config *c, const sh_search_options *o, sh_choi
     sh_status st = sh_plan_check(c, x->plan);
     if (st == SH_OK) st = round_trip(c, x, o, &same);
     bool good = st == SH_OK && same && fits(c, o->cluster, x) && owned_once(c, x) && weights_add_up(c, x);
-    good = good && x->ranks == x->shape.pp * x->shape.width &&
+    good = good && x->ranks == x->shape.pp * x->shape.width + x->shape.prefill &&
            x->ranks * x->replicas <= o->cluster->nodes * x->ranks_per_node;
     good = good && x->forecast.seconds > 0 && isfinite(x->forecast.seconds) && x->forecast.cycle.period > 0;
     if (!good && ++*bad < 4)
-        printf("\n%d layers, %d experts; pp %d ep %d tp %d cp %d × %d: %d %d %d %d %s\n", c->n_layers, c->experts,
-               x->shape.pp, x->shape.ep, x->shape.tp, x->shape.cp, x->replicas, same, fits(c, o->cluster, x),
-               owned_once(c, x), weights_add_up(c, x), st == SH_OK ? "" : sh_error_text());
+        printf("\n%d layers, %d experts; pp %d ep %d tp %d cp %d prefill %d × %d: %d %d %d %d %s\n", c->n_layers,
+               c->experts, x->shape.pp, x->shape.ep, x->shape.tp, x->shape.cp, x->shape.prefill, x->replicas, same,
+               fits(c, o->cluster, x), owned_once(c, x), weights_add_up(c, x), st == SH_OK ? "" : sh_error_text());
 }
 
 /* 10,000 machines and models, each with one random layout; every hundredth with the whole search. */
 static void test_properties(void) {
     static sh_config c;
-    int bad = 0, fitting = 0, refused = 0, searched = 0;
+    int bad = 0, fitting = 0, refused = 0, searched = 0, apart = 0;
     for (int i = 0; i < MACHINES; i++) {
         random_config(&c);
         sh_cluster k = random_cluster();
@@ -266,9 +280,11 @@ static void test_properties(void) {
             sh_search_free(&s);
             continue;
         }
-        int way = upto(4), width = way ? 1 + upto(8) : 1, pp = 1 + upto(c.n_layers < 6 ? c.n_layers : 6);
-        sh_choice x = {
-            .shape = {.pp = pp, .ep = 1, .tp = 1, .cp = 1, .width = width}, .ranks = pp * width, .replicas = 1};
+        int way = upto(5), width = way % 4 ? 1 + upto(8) : 1, pp = 1 + upto(c.n_layers < 6 ? c.n_layers : 6);
+        int prefill = way == 4 ? 1 + upto(c.first_shared < 6 ? c.first_shared : 6) : 0;
+        sh_choice x = {.shape = {.pp = pp, .ep = 1, .tp = 1, .cp = 1, .width = width, .prefill = prefill},
+                       .ranks = pp * width + prefill,
+                       .replicas = 1};
         if (way == 1) x.shape.ep = width;
         if (way == 2) x.shape.tp = width;
         if (way == 3) x.shape.cp = width;
@@ -279,10 +295,13 @@ static void test_properties(void) {
         else if (!*x.why)
             bad++;
         fitting += x.fits;
+        apart += x.fits && prefill > 0;
         refused += !x.fits;
         sh_choice_release(&x);
     }
-    printf("\n%d plans fit, %d do not, %d searches\n", fitting, refused, searched);
+    printf("\n%d plans fit (%d with ranks that only read prompts), %d do not, %d searches\n", fitting, apart, refused,
+           searched);
+    CU_ASSERT_TRUE(apart > MACHINES / 20);
     CU_ASSERT_TRUE(fitting > 3 * MACHINES / 10 && refused > MACHINES / 10);
     CU_ASSERT_EQUAL(bad, 0);
 }
@@ -364,6 +383,34 @@ static void test_small_nodes(void) {
     CU_ASSERT_PTR_NOT_NULL(strstr(s->of_way[SH_WAY_ALONE].why, "may use 24576.0 MiB"));
     CU_ASSERT_TRUE(s->best[0].shape.pp > 1 || s->best[0].shape.ep > 1);
     sh_search_free(&s);
+}
+
+/* Nodes that hold E4B with KV for few sequences: stages are needed, and pieces of prompts would hold up all of them. */
+static void test_prompts_apart(void) {
+    sh_cluster k;
+    bool chosen = false;
+    sh_option t[SH_OPTIONS_MAX];
+    sh_shared_options mine;
+    sh_search *s = NULL;
+    sh_workload w = {.bin = {{.prompt = 1000, .output = 1000, .requests = 1e6}}, .n = 1, .requests = 1e6};
+    machine("box-24g", &k);
+    k.nodes = 3;
+    k.memory = 10 * 0x1p30;
+    k.between = (sh_cost_link){50e-6, 10e9 / 8};
+    sh_search_options o = {
+        .config = &e4b, .cluster = &k, .workload = &w, .fixed = {.mode = SH_MODE_BF16, .kv = SH_KV_BF16}};
+    must(sh_search_run(&o, &s));
+    CU_ASSERT_TRUE_FATAL(s->n > 0);
+    CU_ASSERT_TRUE(s->best[0].way == SH_WAY_PREFILL && s->best[0].shape.pp == 2 && s->best[0].shape.prefill == 1);
+    CU_ASSERT_TRUE(s->best[0].forecast.seconds < 0.9 * s->of_way[SH_WAY_STAGES].forecast.seconds);
+    sh_search_free(&s);
+    o.no_prefill = true;
+    must(sh_search_run(&o, &s));
+    CU_ASSERT_TRUE(s->n > 0 && s->best[0].shape.prefill == 0 && !s->has_way[SH_WAY_PREFILL]);
+    sh_search_free(&s);
+    sh_options_shared(&mine, t);
+    must(sh_plan_choose(&mine, &e4b, &k, &w, &chosen)); /* and a run takes it */
+    CU_ASSERT_TRUE(chosen && mine.ranks == 3 && mine.pp == 2 && mine.prefill == 1 && mine.max_seqs > 0);
 }
 
 /* One expert takes half of the rows: placing by the counts, with a copy, makes a step shorter and says so. */
@@ -459,8 +506,11 @@ static void test_batch(void) {
     CU_ASSERT_EQUAL(b.max_seqs, 0); /* both are given */
     s.max_seqs = s.chunk = 0;
     s.prefill = 2;
-    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
-    CU_ASSERT_EQUAL(b.max_seqs, 0); /* nothing is forecast of it */
+    must(sh_plan_tune(&s, &a4b, &k, &w, 6, 1, &b));
+    CU_ASSERT_EQUAL(b.max_seqs, 0); /* experts divided, and prompts apart: who makes the plan says so */
+    s.ep = 0;
+    must(sh_plan_tune(&s, &e4b, &k, &w, 4, 1, &b));
+    CU_ASSERT_TRUE(b.max_seqs > 0 && b.chunk > 0 && b.seconds > 0);
     s.prefill = 0;
     k.nodes = 1;
     must(sh_plan_tune(&s, &b31, &k, &w, 1, 1, &b));
@@ -575,6 +625,7 @@ int main(void) {
     CU_add_test(s, "the best of all", test_exhaustive);
     CU_add_test(s, "more is not slower", test_monotone);
     CU_add_test(s, "small nodes", test_small_nodes);
+    CU_add_test(s, "prompts apart", test_prompts_apart);
     CU_add_test(s, "placing by counts", test_placement);
     CU_add_test(s, "the choice of a run", test_choice);
     CU_add_test(s, "errors of machine files", test_json_errors);
