@@ -7,7 +7,6 @@
 #include "model/owner.h"
 #include "partition/cost_int.h"
 
-#define POSITIONS     8     /* samples of a span's first position */
 #define GELU_FLOPS    120.0 /* multiply-adds' worth of one gelu(x)·y: docs/performance.md */
 #define NORM_FLOPS    10.0  /* the same for one value that a norm, a rotation or a sum passes */
 #define SAME_AS_LAYER 8     /* shapes of layers that a step remembers */
@@ -31,11 +30,10 @@ sh_cost_load sh_cost_load_of(const sh_cost_span *span, int n_spans, bool kept_on
         l.all += s->seqs * s->rows;
         l.rows += s->seqs * rows;
         l.kept += s->seqs * s->kept;
-        l.end = fmax(l.end, s->hi + s->rows);
-        for (int k = 0; k < POSITIONS; k++) {
-            double first = s->lo + (s->hi - s->lo) * (k + 0.5) / POSITIONS, end = first + s->rows;
-            l.pairs += s->seqs * (keys_below(end, w) - keys_below(end - rows, w)) / POSITIONS;
-            l.keys += s->seqs * fmin(end, w - 1 + rows) / POSITIONS;
+        for (int k = 0; k < SH_COST_POSITIONS; k++) {
+            double first = s->lo + (s->hi - s->lo) * (k + 0.5) / SH_COST_POSITIONS, end = first + s->rows;
+            l.pairs += s->seqs * (keys_below(end, w) - keys_below(end - rows, w)) / SH_COST_POSITIONS;
+            l.keys += s->seqs * fmin(end, w - 1 + rows) / SH_COST_POSITIONS;
         }
     }
     return l;
@@ -179,7 +177,7 @@ static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, 
     if (c->ple) out->ple = product(p, 3.0 * c->ple * c->hidden, rows, parts);
     out->rest = rest(c, l, p, rows);
     if (p->shape.tp > 1) sh_cost_wire_tensor(m, p, layer, d.rows, out);
-    if (p->shape.cp > 1) sh_cost_wire_context(m, p, layer, &d, out);
+    if (p->shape.cp > 1) sh_cost_wire_context(m, p, layer, span, n_spans, out);
     overlap(parts, out);
     out->seconds = out->project.seconds + out->attention.seconds + out->router.seconds + out->dense.seconds +
                    out->experts.seconds + out->ple.seconds + out->rest.seconds + out->exposed;

@@ -62,6 +62,7 @@ typedef struct sh_cost_span {
     double seqs;       /* how many */
     double rows, kept; /* of each: rows at consecutive positions, the last `kept` of which go to the sampler */
     double lo, hi;     /* position of the first row: anywhere between, evenly */
+    double tokens;     /* of the whole sequence, prompt and output, where it is longer than hi + rows */
 } sh_cost_span;
 
 /* --- one layer -----------------------------------------------------------------------------------------------------

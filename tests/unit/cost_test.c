@@ -282,6 +282,38 @@ static void test_context_traffic(void) {
     CU_ASSERT_EQUAL(sh_cost_step(&m, &s, 1, r), SH_OK);
     CU_ASSERT_EQUAL(r[0].head.bytes, 0);
     near(r[2].head.bytes, 5376, 1e-6, "its share of the kept row");
+    /* not what an average row sees, but the sum over rows */
+    double q1 = 32 * 512 * 4.0, part = 32 * 514 * 4.0;
+    s = (sh_cost_span){.seqs = 1, .rows = 400, .kept = 1, .lo = 0, .hi = 0}; /* 128, 128, 128, 16 rows see 1, 2, 3, 4 */
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK);
+    near(l.context.bytes, 100 * 0.75 * 4096 + (128 * 6 + 16 * 4) * 3 / 16.0 * (q1 + part), 1, "blocks of each row");
+    s = (sh_cost_span){.seqs = 2, .rows = 2, .kept = 2, .lo = 639, .hi = 639}; /* 5 blocks, then 6 */
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK);
+    near(l.context.bytes, 0.75 * 4096 + 2 * 3 / 16.0 * (8 * q1 + 11 * part), 1e-3, "no more owners than members");
+    s.tokens = 64400; /* blocks of 8,192: a row sees one */
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK);
+    near(l.context.bytes, 0.75 * 4096 + 2 * 3 / 16.0 * (2 * q1 + 2 * part), 1e-3, "the whole sequence sets their size");
+    sh_plan_free(&p);
+}
+
+/* K/V of a message are filled up to a multiple of 64 bytes: rows whose bytes are none. */
+static void test_filled_rows(void) {
+    sh_config odd = b31;
+    for (int i = 0; i < odd.n_layers; i++) odd.layer[i].kv_heads = 1;
+    for (int i = 0; i < odd.n_layers; i++) odd.layer[i].head_dim = odd.layer[i].kind == SH_KV_GLOBAL ? 32 : 16;
+    sh_plan_request q = {.mode = SH_MODE_BF16, .kv = SH_KV_Q8, .cp = 2};
+    Shoal__Plan *p = plan_of(&odd, q);
+    sh_cost_model m = model_of(&odd, p);
+    sh_cost_layer l;
+    static const double rows[] = {2, 3, 4, 16}, filled[] = {64, 96, 128, 320}; /* 40 bytes a row: of 1, 1 or 2, 2, 8 */
+    for (int i = 0; i < 4; i++) {
+        sh_cost_span s = {.seqs = 1, .rows = rows[i], .kept = 1};
+        CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
+        near(l.context.bytes, filled[i], 1e-9, "sliding");
+        CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK); /* K = V: 36 bytes; half of them elsewhere */
+        double others = rows[i] / 4 * 32 * (32 + 34) * 4, stored = rows[i] / 4;
+        near(l.context.bytes, (stored < 1 ? stored * 64 : stored > 1 ? 192 : 64) + others, 1e-9, "global");
+    }
     sh_plan_free(&p);
 }
 
@@ -470,6 +502,7 @@ int main(void) {
     CU_add_test(s, "measured routing", test_routing);
     CU_add_test(s, "traffic of heads and columns", test_tensor_traffic);
     CU_add_test(s, "traffic of positions", test_context_traffic);
+    CU_add_test(s, "K/V rows in messages", test_filled_rows);
     CU_add_test(s, "rates of quantised products", test_quantised_rates);
     CU_add_test(s, "seconds", test_seconds);
     CU_add_test(s, "what does not hide", test_hiding);
