@@ -24,6 +24,9 @@ bool sh_cost_once(const sh_cost_model *m, int stage);
 double sh_cost_products_rate(const sh_cost_rates *r, sh_mode mode);
 double sh_cost_weights_read(const sh_cost_rates *r, sh_mode mode);
 double sh_cost_both(const sh_cost_rates *r, sh_mode mode);
+/* How many rows of SH_COST_MANY take as long to compute as `rows`: what kernels make for nothing where rows are few.
+ * Grows with rows, without jumps. */
+double sh_cost_paid_rows(const sh_cost_rates *r, sh_mode mode, double rows);
 const sh_cost_rates *sh_cost_rates_of(const sh_cost_model *m, int rank);
 
 #define SH_COST_POSITIONS 8 /* samples of a span's first position */
