@@ -75,9 +75,9 @@ def measure(o):
             b = bench(o.q4, BESIDE, n, 16, 1)
             have["decode"] += [entry(b, d, n) for d in b["decode"]]
             have["prompt"].append(entry(b, b["prefill"], n))
-        for part in ("decode", "prompt"):
-            have[part].sort(key=lambda e: (e["batch"], e["context"]))
-    save(o, have)
+            for part in ("decode", "prompt"):
+                have[part].sort(key=lambda e: (e["batch"], e["context"]))
+            save(o, have)
 
 
 def modelled(o, have):
