@@ -116,6 +116,16 @@ static double within(double v, double most) {
     return v < 0.001 ? 0.001 : v > most ? most : v;
 }
 
+static sh_status set_few(const double *few, double **to, size_t *n) {
+    *to = calloc(SH_PRODUCT_FEWS, sizeof **to);
+    if (!*to) SH_FAIL(SH_EMEMORY, "no memory for the description of this machine");
+    for (*n = 0; *n < SH_PRODUCT_FEWS; (*n)++) (*to)[*n] = few[*n];
+    return SH_OK;
+}
+
+_Static_assert(SH_PRODUCT_FEWS == SH_COST_FEW && SH_PRODUCT_ROWS == SH_COST_MANY && SH_PRODUCT_MOST == SH_COST_FEW_MOST,
+               "what is measured is what is asked");
+
 /* What the kernels reach of the limits. Those that only take the time of a rate are left to what is assumed. */
 static sh_status measure_products(sh_team *t, const sh_machine *m, const sh_ceiling *c, Shoal__MachineKernels *k) {
     const sh_kernels *kn;
@@ -136,7 +146,9 @@ static sh_status measure_products(sh_team *t, const sh_machine *m, const sh_ceil
     k->weights_both = p.both[SH_W_BF16];
     k->q8_both = p.both[SH_W_Q8];
     k->q4_both = p.both[SH_W_Q4];
-    return SH_OK;
+    SH_TRY(set_few(p.few[SH_W_BF16], &k->weights_few, &k->n_weights_few));
+    SH_TRY(set_few(p.few[SH_W_Q8], &k->q8_few, &k->n_q8_few));
+    return set_few(p.few[SH_W_Q4], &k->q4_few, &k->n_q4_few);
 }
 
 static sh_status measure_with(sh_team *t, const sh_machine *m, Shoal__Machine *x) {

@@ -11,6 +11,9 @@
 #define FILL    0x1400 /* a small normal number as bf16 and as a half: weights, codes and scales alike */
 #define TRIES   3
 #define SECONDS 0.3 /* after so much time no further try begins */
+#define MANY    32  /* rows from which on arithmetic is what takes the time */
+#define FEW_AT  3   /* of the numbers of rows: that of SH_PRODUCT_FEW */
+#define ROUNDS  8
 
 typedef struct bench {
     sh_team *team;
@@ -56,17 +59,47 @@ static double best_of(const bench *b, sh_wtype type, int places, int rows) {
     return sum;
 }
 
+/* Seconds of 1, 2, 4, … 64 rows, each for one place. Those of fewer rows are no longer: what says otherwise is a
+ * disturbance. Where arithmetic is all that counts a quarter of the weights will do. */
+static void measure_times(const bench *b, sh_wtype type, int places, double *t) {
+    for (int i = SH_PRODUCT_FEWS; i >= 0; i--) {
+        int rows = 1 << i, n = rows < MANY || places < 4 ? places : places / 4;
+        t[i] = best_of(b, type, n, rows) / n;
+        if (i < SH_PRODUCT_FEWS && t[i] > t[i + 1]) t[i] = t[i + 1];
+    }
+}
+
+/* Reading alone takes r, computing c, both together t: the seconds that c must be. */
+static double computing(double r, double both, double t) {
+    if (t > (1 + both) * r) return t - both * r;
+    return both > 0 && t > r ? (t - r) / both : 0;
+}
+
+void sh_product_rates_of(const double *t, double bytes, double flops, sh_wtype type, sh_product_rates *out) {
+    double *few = out->few[type], r = t[0], many = t[SH_PRODUCT_FEWS], part = 0, c = 0;
+    for (int i = 0; i < ROUNDS; i++) { /* the two depend on each other, little */
+        c = many - part * r > many / 2 ? many - part * r : many / 2;
+        double eight = c * SH_PRODUCT_FEW / SH_PRODUCT_ROWS, longer = r > eight ? r : eight;
+        part = (t[FEW_AT] - longer) / (r + eight - longer);
+        part = part < 0 ? 0 : part > 1 ? 1 : part;
+    }
+    out->read[type] = bytes / r;
+    out->flops[type] = flops * SH_PRODUCT_ROWS / c;
+    out->both[type] = part;
+    for (int i = SH_PRODUCT_FEWS; i-- > 0;) {
+        double share = (double)(1 << i) / SH_PRODUCT_ROWS, next = i + 1 < SH_PRODUCT_FEWS ? few[i + 1] : 1;
+        double least = next / 2, own = computing(r, part, t[i]); /* more rows take no less time */
+        few[i] = own * SH_PRODUCT_MOST > c * share ? c * share / own : SH_PRODUCT_MOST;
+        if (few[i] < least) few[i] = least;
+    }
+}
+
 static void measure_type(const bench *b, sh_wtype type, sh_product_rates *out) {
+    double t[SH_PRODUCT_FEWS + 1];
     size_t group = SH_LINEAR_MOST * sh_wmat_bytes(type, OUTPUTS, INPUTS);
     int places = (int)(b->bytes / group);
-    if (places > 64) places = 64;
-    double bytes = (double)places * (double)group, one = 2.0 * SH_LINEAR_MOST * OUTPUTS * INPUTS;
-    out->read[type] = bytes / best_of(b, type, places, 1);
-    out->flops[type] = one * SH_PRODUCT_ROWS / best_of(b, type, 1, SH_PRODUCT_ROWS);
-    double read = bytes / out->read[type], compute = places * one * SH_PRODUCT_FEW / out->flops[type];
-    double longer = read > compute ? read : compute, shorter = read + compute - longer;
-    double part = (best_of(b, type, places, SH_PRODUCT_FEW) - longer) / shorter;
-    out->both[type] = part < 0 ? 0 : part > 1 ? 1 : part;
+    measure_times(b, type, places < 64 ? places : 64, t);
+    sh_product_rates_of(t, (double)group, 2.0 * SH_LINEAR_MOST * OUTPUTS * INPUTS, type, out);
 }
 
 sh_status sh_product_rates_measure(sh_team *t, const sh_kernels *kn, size_t bytes, sh_product_rates *out) {

@@ -58,6 +58,25 @@ static sh_status link_of(sh_cluster *c, const char *name, const Shoal__MachineLi
     return SH_OK;
 }
 
+/* The rates with few rows of many's, as rows of many that take as long. */
+static sh_status few_of(const char *name, const double *share, size_t n, double *to) {
+    for (size_t i = 0; i < SH_COST_FEW; i++) to[i] = 0;
+    if (n == 0) return SH_OK;
+    if (n != SH_COST_FEW)
+        SH_FAIL(SH_EINPUT, "machine: kernels.%s: %zu numbers: allowed are %d, for 1, 2, 4, 8, 16 and 32 rows", name, n,
+                SH_COST_FEW);
+    for (size_t i = SH_COST_FEW; i-- > 0;) {
+        double rows = (double)(1 << i), next = i + 1 < SH_COST_FEW ? to[i + 1] : SH_COST_MANY, least = rows / next;
+        if (!(share[i] >= least * (1 - 1e-9) && share[i] <= SH_COST_FEW_MOST))
+            SH_FAIL(
+                SH_EINPUT,
+                "machine: kernels.%s[%zu]: %g is out of range: allowed are %g to %d: %g rows take no longer than %g",
+                name, i, share[i], least, SH_COST_FEW_MOST, rows, 2 * rows);
+        to[i] = rows / share[i];
+    }
+    return SH_OK;
+}
+
 static sh_status kernels_of(sh_cluster *c, const Shoal__MachineKernels *k) {
     sh_cost_rates u = usual_kernels;
     double layer = 0, sample = 0;
@@ -77,6 +96,9 @@ static sh_status kernels_of(sh_cluster *c, const Shoal__MachineKernels *k) {
                   &c->kernels.weights_both));
     SH_TRY(number("kernels.q8_both", k && k->has_q8_both, k ? k->q8_both : 0, 0, 1, 0, &c->kernels.q8_both));
     SH_TRY(number("kernels.q4_both", k && k->has_q4_both, k ? k->q4_both : 0, 0, 1, 0, &c->kernels.q4_both));
+    if (k) SH_TRY(few_of("weights_few", k->weights_few, k->n_weights_few, c->kernels.weights_few));
+    if (k) SH_TRY(few_of("q8_few", k->q8_few, k->n_q8_few, c->kernels.q8_few));
+    if (k) SH_TRY(few_of("q4_few", k->q4_few, k->n_q4_few, c->kernels.q4_few));
     SH_TRY(number("kernels.layer_us", k && k->has_layer_us, k ? k->layer_us : 0, 0, 1e6, u.layer * 1e6, &layer));
     SH_TRY(number("kernels.sample_ns", k && k->has_sample_ns, k ? k->sample_ns : 0, 0, 1e6, u.sample * 1e9, &sample));
     c->kernels.layer = layer * 1e-6;

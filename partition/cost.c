@@ -7,7 +7,6 @@
 #include "model/owner.h"
 #include "partition/cost_int.h"
 
-#define POSITIONS     8     /* samples of a span's first position */
 #define GELU_FLOPS    120.0 /* multiply-adds' worth of one gelu(x)·y: docs/performance.md */
 #define NORM_FLOPS    10.0  /* the same for one value that a norm, a rotation or a sum passes */
 #define SAME_AS_LAYER 8     /* shapes of layers that a step remembers */
@@ -31,11 +30,10 @@ sh_cost_load sh_cost_load_of(const sh_cost_span *span, int n_spans, bool kept_on
         l.all += s->seqs * s->rows;
         l.rows += s->seqs * rows;
         l.kept += s->seqs * s->kept;
-        l.end = fmax(l.end, s->hi + s->rows);
-        for (int k = 0; k < POSITIONS; k++) {
-            double first = s->lo + (s->hi - s->lo) * (k + 0.5) / POSITIONS, end = first + s->rows;
-            l.pairs += s->seqs * (keys_below(end, w) - keys_below(end - rows, w)) / POSITIONS;
-            l.keys += s->seqs * fmin(end, w - 1 + rows) / POSITIONS;
+        for (int k = 0; k < SH_COST_POSITIONS; k++) {
+            double first = s->lo + (s->hi - s->lo) * (k + 0.5) / SH_COST_POSITIONS, end = first + s->rows;
+            l.pairs += s->seqs * (keys_below(end, w) - keys_below(end - rows, w)) / SH_COST_POSITIONS;
+            l.keys += s->seqs * fmin(end, w - 1 + rows) / SH_COST_POSITIONS;
         }
     }
     return l;
@@ -69,16 +67,29 @@ double sh_cost_both(const sh_cost_rates *r, sh_mode mode) {
     return mode == SH_MODE_Q8 ? r->q8_both : mode == SH_MODE_Q4 ? r->q4_both : r->weights_both;
 }
 
-static sh_cost_part weights_part(const sh_cost_place *p, double bytes, double flops) {
+double sh_cost_paid_rows(const sh_cost_rates *r, sh_mode mode, double rows) {
+    const double *few = mode == SH_MODE_Q8 ? r->q8_few : mode == SH_MODE_Q4 ? r->q4_few : r->weights_few;
+    if (!(few[0] > 0) || rows >= SH_COST_MANY) return rows;
+    if (rows < 1) return rows * few[0];
+    int i = 0;
+    while (i + 1 < SH_COST_FEW && rows >= 2 << i) i++;
+    double lo = 1 << i, hi = i + 1 < SH_COST_FEW ? few[i + 1] : SH_COST_MANY;
+    return few[i] + (hi - few[i]) * (rows - lo) / lo;
+}
+
+/* Matrices of so many elements, each read once and multiplied with so many rows. */
+static sh_cost_part weights_part(const sh_cost_place *p, double elements, double rows) {
     const sh_cost_rates *r = p->rates;
-    return part(bytes, flops, sh_cost_weights_read(r, p->mode), sh_cost_products_rate(r, p->mode),
-                sh_cost_both(r, p->mode));
+    double flops = 2 * elements * sh_cost_paid_rows(r, p->mode, rows);
+    sh_cost_part x = part(elements * sh_mode_weight_bytes(p->mode), flops, sh_cost_weights_read(r, p->mode),
+                          sh_cost_products_rate(r, p->mode), sh_cost_both(r, p->mode));
+    x.flops = 2 * elements * rows;
+    return x;
 }
 
 /* Weights are read once for each part of the rows. */
 static sh_cost_part product(const sh_cost_place *p, double elements, double rows, double parts) {
-    if (!(rows > 0)) return (sh_cost_part){0};
-    return weights_part(p, elements * parts * sh_mode_weight_bytes(p->mode), 2 * elements * rows);
+    return rows > 0 ? weights_part(p, elements * parts, rows / parts) : (sh_cost_part){0};
 }
 
 /* Of n columns or outputs, those of this member. */
@@ -158,8 +169,7 @@ static void experts(const sh_cost_model *m, const sh_cost_place *p, int layer, d
     double parts = sh_cost_parts(m, p, rows);
     sh_cost_routes e = sh_cost_routes_of(m, p, layer, rows * p->shape.ep / parts);
     double elements = 3.0 * c->expert_ff * c->hidden; /* whole ones, also where heads and columns are divided */
-    e.rows *= parts;
-    out->experts = weights_part(p, e.touched * parts * elements * sh_mode_weight_bytes(p->mode), 2 * e.rows * elements);
+    if (e.touched > 0) out->experts = weights_part(p, e.touched * parts * elements, e.rows / e.touched);
     out->experts_touched = e.touched;
     out->router = product(p, (double)c->hidden * c->experts, rows, parts);
     sh_cost_wire_experts(m, p, rows, &e, out);
@@ -199,7 +209,7 @@ static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, 
     if (c->ple) out->ple = product(p, 3.0 * c->ple * c->hidden, rows, parts);
     out->rest = rest(c, l, p, rows);
     if (p->shape.tp > 1) sh_cost_wire_tensor(m, p, layer, d.rows, out);
-    if (p->shape.cp > 1) sh_cost_wire_context(m, p, layer, &d, out);
+    if (p->shape.cp > 1) sh_cost_wire_context(m, p, layer, span, n_spans, out);
     overlap(parts, out);
     out->seconds = out->project.seconds + out->attention.seconds + out->router.seconds + out->dense.seconds +
                    out->experts.seconds + out->ple.seconds + out->rest.seconds + out->exposed;

@@ -21,6 +21,10 @@
 /* --- what a rank and its links can do ------------------------------------------------------------------------------
  */
 
+#define SH_COST_FEW      6  /* numbers of rows whose rate is measured: 1 << i, and … */
+#define SH_COST_MANY     64 /* … that of the …_fma below */
+#define SH_COST_FEW_MOST 16 /* of that rate: where reading hides all there is no telling */
+
 typedef struct sh_cost_rates {
     double read; /* bytes/s that the rank's cores read from memory together */
     double fma;  /* f32 operations/s of the same cores, a multiply-add counting as two */
@@ -30,6 +34,8 @@ typedef struct sh_cost_rates {
     double q4_read, q4_fma;           /* of 4-bit weights; the same */
     double weights_both, q8_both,
         q4_both; /* of reading and computing, the part of the shorter that adds to the longer */
+    /* Rows of many that take as long to compute as 1, 2, 4, … 32; 0: that many */
+    double weights_few[SH_COST_FEW], q8_few[SH_COST_FEW], q4_few[SH_COST_FEW];
     double attention_read, attention_fma; /* scores and weighted sums */
     double layer;                         /* seconds of each layer whatever its rows: starting and joining threads */
     double sample;                        /* seconds per sampled row and entry of the vocabulary, of one thread */
@@ -64,6 +70,7 @@ typedef struct sh_cost_span {
     double seqs;       /* how many */
     double rows, kept; /* of each: rows at consecutive positions, the last `kept` of which go to the sampler */
     double lo, hi;     /* position of the first row: anywhere between, evenly */
+    double tokens;     /* of the whole sequence, prompt and output, where it is longer than hi + rows */
 } sh_cost_span;
 
 /* --- one layer -----------------------------------------------------------------------------------------------------

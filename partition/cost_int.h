@@ -24,7 +24,12 @@ bool sh_cost_once(const sh_cost_model *m, int stage);
 double sh_cost_products_rate(const sh_cost_rates *r, sh_mode mode);
 double sh_cost_weights_read(const sh_cost_rates *r, sh_mode mode);
 double sh_cost_both(const sh_cost_rates *r, sh_mode mode);
+/* How many rows of SH_COST_MANY take as long to compute as `rows`: what kernels make for nothing where rows are few.
+ * Grows with rows, without jumps. */
+double sh_cost_paid_rows(const sh_cost_rates *r, sh_mode mode, double rows);
 const sh_cost_rates *sh_cost_rates_of(const sh_cost_model *m, int rank);
+
+#define SH_COST_POSITIONS 8 /* samples of a span's first position */
 
 /* Rows of a micro-batch as a layer sees them. */
 typedef struct sh_cost_load {
@@ -32,7 +37,6 @@ typedef struct sh_cost_load {
     double rows;  /* that pass the layer */
     double kept;  /* that go to the sampler */
     double pairs; /* Σ over those rows of the keys they see */
-    double end;   /* last position of any */
     double keys;  /* Σ over sequences of the keys that some row of theirs sees: what is read */
 } sh_cost_load;
 sh_cost_load sh_cost_load_of(const sh_cost_span *span, int n_spans, bool kept_only, int window);
@@ -61,8 +65,8 @@ double sh_cost_parts(const sh_cost_model *m, const sh_cost_place *p, double rows
 void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
                           sh_cost_layer *out);
 void sh_cost_wire_tensor(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows, sh_cost_layer *out);
-void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_load *d,
-                          sh_cost_layer *out);
+void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_span *span,
+                          int n_spans, sh_cost_layer *out);
 void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_wire *out);
 void sh_cost_wire_cut(const sh_cost_model *m, const sh_cost_place *p, double rows, double kept, sh_cost_wire *out);
 

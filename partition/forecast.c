@@ -37,8 +37,12 @@ static void add_prompts(sh_forecast_mix *x, const sh_workload *w, double chunk) 
     for (int i = 0; i < w->n && x->piece > 0; i++) {
         const sh_workload_bin *b = &w->bin[i];
         double rows = x->piece * b->requests * b->prompt / sum, piece = fmin(b->prompt, fmin(chunk, x->piece));
-        x->span[x->n_spans++] = (sh_cost_span){
-            .seqs = rows / piece, .rows = piece, .kept = piece / b->prompt, .lo = 0, .hi = b->prompt - piece};
+        x->span[x->n_spans++] = (sh_cost_span){.seqs = rows / piece,
+                                               .rows = piece,
+                                               .kept = piece / b->prompt,
+                                               .lo = 0,
+                                               .hi = b->prompt - piece,
+                                               .tokens = b->prompt + b->output};
     }
 }
 

@@ -200,7 +200,7 @@ void sh_cost_wire_tensor(const sh_cost_model *m, const sh_cost_place *p, int lay
  * 1,024 entries; a row that asks for more sends more. cp: the final hidden states of own kept rows. */
 void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_wire *out) {
     double vocab = sh_cost_share(m->config->vocab, SH_SHARE_VOCAB, p->member, p->shape.tp);
-    double bytes = p->shape.tp > 1 ? kept * (64 * 8 + ceil(vocab / SH_SHARE_VOCAB) * 8)
+    double bytes = p->shape.tp > 1 ? kept * (fmin(64, vocab) * 8 + ceil(vocab / SH_SHARE_VOCAB) * 8)
                                    : kept / p->shape.cp * m->config->hidden * (double)sizeof(float);
     if (p->member == 0 || p->shape.width == 1 || p->shape.ep > 1) return;
     const sh_cost_link *way = p->far ? &m->net.between : &m->net.within;
@@ -211,30 +211,54 @@ void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double ke
 /* --- positions -----------------------------------------------------------------------------------------------------
  */
 
-/* Blocks that a row sees, on average, and how many members store them. */
-static void blocks_seen(const sh_cost_load *d, int members, double *blocks, double *owners) {
-    double size = SH_SEGMENT_TOKENS << sh_owner_level((int)ceil(d->end), members),
-           seen = d->rows > 0 ? d->pairs / d->rows : 1;
-    *blocks = ceil(seen / size);
-    *owners = fmin(*blocks, members);
+/* Σ over the positions below n of the blocks that a row there sees, counted up to `most`. */
+static double blocks_below(double n, double size, double most) {
+    double whole = fmin(floor(n / size), most);
+    return size * whole * (whole + 1) / 2 + (n - whole * size) * fmin(whole + 1, most);
+}
+
+/* Blocks of a global layer that the rows see, and members that store some of what a row sees, both added up. */
+static void blocks_seen(const sh_cost_span *span, int n_spans, bool kept_only, int members, double *blocks,
+                        double *owners) {
+    *blocks = *owners = 0;
+    for (int i = 0; i < n_spans; i++) {
+        const sh_cost_span *s = &span[i];
+        double rows = kept_only ? s->kept : s->rows, whole = fmax(s->tokens, s->hi + s->rows), places;
+        if (!(rows > 0) || !(s->seqs > 0)) continue;
+        double size = (double)((int64_t)SH_SEGMENT_TOKENS << sh_owner_level((int)ceil(whole), members));
+        for (int k = 0; k < (places = s->hi > s->lo ? SH_COST_POSITIONS : 1); k++) {
+            double end = s->lo + (s->hi - s->lo) * (k + 0.5) / places + s->rows, n = s->seqs / places;
+            *blocks += n * (blocks_below(end, size, INFINITY) - blocks_below(end - rows, size, INFINITY));
+            *owners += n * (blocks_below(end, size, members) - blocks_below(end - rows, size, members));
+        }
+    }
+}
+
+/* K/V rows of a message, which are filled up to a multiple of 64 bytes; between two numbers of rows what lies between.
+ */
+static double filled(double rows, double bytes) {
+    double whole = floor(rows), lo = ceil(whole * bytes / 64) * 64, hi = ceil((whole + 1) * bytes / 64) * 64;
+    return lo + (rows - whole) * (hi - lo);
 }
 
 /* Every member computes its share of the rows. Sliding layers: each K/V row to all. Global layers: each K/V row to its
  * owner, each query to the owners of what it sees, and from these a partial result (o, m, l) of each head and block. */
-void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_load *d,
-                          sh_cost_layer *out) {
+void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_span *span,
+                          int n_spans, sh_cost_layer *out) {
     const sh_layer *l = &m->config->layer[layer];
-    double own = d->rows / p->shape.cp, others = p->shape.cp - 1, elsewhere = others / p->shape.cp, blocks, owners;
-    double kv = l->has_kv ? (double)sh_layer_kv_bytes(l, p->kv) : 0;
+    bool kept_only = layer >= m->config->first_shared;
+    sh_cost_load d = sh_cost_load_of(span, n_spans, kept_only, 0);
+    double own = d.rows / p->shape.cp, others = p->shape.cp - 1, elsewhere = others / p->shape.cp / p->shape.cp;
+    double kv = l->has_kv ? (double)sh_layer_kv_bytes(l, p->kv) : 0, blocks, owners;
     if (l->kind == SH_KV_SLIDING) {
-        add(&out->context, to_members(m, p, own * others * kv, 1));
+        add(&out->context, to_members(m, p, others * filled(own, kv), 1));
         return;
     }
-    blocks_seen(d, p->shape.cp, &blocks, &owners);
+    blocks_seen(span, n_spans, kept_only, p->shape.cp, &blocks, &owners);
     double q = (double)l->heads * l->head_dim * sizeof(float);
     double partial = (double)l->heads * (l->head_dim + 2) * sizeof(float);
-    add(&out->context, to_members(m, p, own * elsewhere * (kv + owners * q), 1));
-    add(&out->context, to_members(m, p, own * elsewhere * blocks * partial, 1));
+    add(&out->context, to_members(m, p, others * filled(own / p->shape.cp, kv) + elsewhere * owners * q, 1));
+    add(&out->context, to_members(m, p, elsewhere * blocks * partial, 1));
 }
 
 /* --- cuts ----------------------------------------------------------------------------------------------------------

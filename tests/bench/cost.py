@@ -4,7 +4,7 @@ same steps (build/release/tests/step_cost) with the speeds measured here: decode
 tokens of context, and the experts that a step touches.
 
     build/release/tests/make_shape 26b-a4b /tmp/26b && build/release/shoal pack -m /tmp/26b -o /tmp/26b.q4 --mode q4
-    chrt -r 1 tests/bench/cost.py measure /tmp/26b /tmp/26b.q4 steps.json [--only machine|batch|context]
+    chrt -r 1 tests/bench/cost.py measure /tmp/26b /tmp/26b.q4 steps.json [--only machine|batch|context] [--modes q4] [--rounds 2]
     tests/bench/cost.py table steps.json;  tests/bench/cost.py plot steps.json > docs/cost/steps.svg
 
 measure keeps what steps.json has of other parts. Minutes: batch 2, context 3."""
@@ -43,6 +43,11 @@ def entry(b, d, prompt):
     return e
 
 
+def save(o, have):
+    with open(o.file, "w") as f:
+        json.dump(have, f, indent=1)
+
+
 def measure(o):
     have = {}
     if os.path.exists(o.file):
@@ -55,12 +60,13 @@ def measure(o):
         with open(path) as f:
             have["machine"] = json.load(f)
         have["date"] = time.strftime("%Y-%m-%d")
+        save(o, have)
     if o.only in (None, "batch"):
-        have["batch"] = []
-        for model in (o.q4, o.bf16):
-            b = bench(model, BATCHES, BEHIND, 24, 3)
-            have["batch"] += [entry(b, d, BEHIND) for d in b["decode"]]
+        for mode in o.modes.split(","):
+            b = bench({"q4": o.q4, "bf16": o.bf16}[mode], BATCHES, BEHIND, 24, o.rounds)
+            have["batch"] = [e for e in have.get("batch", []) if e["mode"] != b["mode"]] + [entry(b, d, BEHIND) for d in b["decode"]]
             have.setdefault("limits", {})[b["mode"]] = b["limits"]
+            save(o, have)
     if o.only in (None, "context"):
         new = [int(n) for n in o.contexts.split(",")]
         for part in ("decode", "prompt"):
@@ -69,10 +75,9 @@ def measure(o):
             b = bench(o.q4, BESIDE, n, 16, 1)
             have["decode"] += [entry(b, d, n) for d in b["decode"]]
             have["prompt"].append(entry(b, b["prefill"], n))
-        for part in ("decode", "prompt"):
-            have[part].sort(key=lambda e: (e["batch"], e["context"]))
-    with open(o.file, "w") as f:
-        json.dump(have, f, indent=1)
+            for part in ("decode", "prompt"):
+                have[part].sort(key=lambda e: (e["batch"], e["context"]))
+            save(o, have)
 
 
 def modelled(o, have):
@@ -180,6 +185,8 @@ def main():
     m.add_argument("q4")
     m.add_argument("file")
     m.add_argument("--only", choices=["machine", "batch", "context"])
+    m.add_argument("--modes", default="q4,bf16", help="of batch")
+    m.add_argument("--rounds", type=int, default=3, help="of batch")
     m.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
     for name in ("table", "plot"):
         sub.add_parser(name).add_argument("file")

@@ -70,6 +70,10 @@ def measured_once(c, s):
     c.check("its numbers", here["read_gbs"] > 0.1 and here["fma_gflops"] > 0.1 and here["cores"] >= 1, here)
     shares = [kernels.get(f"{k}_{what}", 0) for k in ("weights", "q8", "q4") for what in ("read", "fma")]
     c.check("its kernels", all(0 < x <= 64 for x in shares) and len(set(shares)) > 1, kernels)
+    few = [kernels.get(f"{k}_few", []) for k in ("weights", "q8", "q4")]
+    c.check("few rows", all(len(x) == 6 and 0 < min(x) and max(x) <= 16 for x in few), kernels)
+    rc, out2, err = plan(s, "-m", st.DEMO, "--brief", "--machine", s.file("here.json"))
+    c.check("read back", rc == 0, (rc, err))
     before = os.stat(os.path.join(s.file("cache/shoal"), os.listdir(s.file("cache/shoal"))[0])).st_mtime_ns
     rc, out2, _ = plan(s, "-m", st.DEMO, "--brief")
     after = os.stat(os.path.join(s.file("cache/shoal"), os.listdir(s.file("cache/shoal"))[0])).st_mtime_ns

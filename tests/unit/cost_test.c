@@ -282,6 +282,38 @@ static void test_context_traffic(void) {
     CU_ASSERT_EQUAL(sh_cost_step(&m, &s, 1, r), SH_OK);
     CU_ASSERT_EQUAL(r[0].head.bytes, 0);
     near(r[2].head.bytes, 5376, 1e-6, "its share of the kept row");
+    /* not what an average row sees, but the sum over rows */
+    double q1 = 32 * 512 * 4.0, part = 32 * 514 * 4.0;
+    s = (sh_cost_span){.seqs = 1, .rows = 400, .kept = 1, .lo = 0, .hi = 0}; /* 128, 128, 128, 16 rows see 1, 2, 3, 4 */
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK);
+    near(l.context.bytes, 100 * 0.75 * 4096 + (128 * 6 + 16 * 4) * 3 / 16.0 * (q1 + part), 1, "blocks of each row");
+    s = (sh_cost_span){.seqs = 2, .rows = 2, .kept = 2, .lo = 639, .hi = 639}; /* 5 blocks, then 6 */
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK);
+    near(l.context.bytes, 0.75 * 4096 + 2 * 3 / 16.0 * (8 * q1 + 11 * part), 1e-3, "no more owners than members");
+    s.tokens = 64400; /* blocks of 8,192: a row sees one */
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK);
+    near(l.context.bytes, 0.75 * 4096 + 2 * 3 / 16.0 * (2 * q1 + 2 * part), 1e-3, "the whole sequence sets their size");
+    sh_plan_free(&p);
+}
+
+/* K/V of a message are filled up to a multiple of 64 bytes: rows whose bytes are none. */
+static void test_filled_rows(void) {
+    sh_config odd = b31;
+    for (int i = 0; i < odd.n_layers; i++) odd.layer[i].kv_heads = 1;
+    for (int i = 0; i < odd.n_layers; i++) odd.layer[i].head_dim = odd.layer[i].kind == SH_KV_GLOBAL ? 32 : 16;
+    sh_plan_request q = {.mode = SH_MODE_BF16, .kv = SH_KV_Q8, .cp = 2};
+    Shoal__Plan *p = plan_of(&odd, q);
+    sh_cost_model m = model_of(&odd, p);
+    sh_cost_layer l;
+    static const double rows[] = {2, 3, 4, 16}, filled[] = {64, 96, 128, 320}; /* 40 bytes a row: of 1, 1 or 2, 2, 8 */
+    for (int i = 0; i < 4; i++) {
+        sh_cost_span s = {.seqs = 1, .rows = rows[i], .kept = 1};
+        CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
+        near(l.context.bytes, filled[i], 1e-9, "sliding");
+        CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK); /* K = V: 36 bytes; half of them elsewhere */
+        double others = rows[i] / 4 * 32 * (32 + 34) * 4, stored = rows[i] / 4;
+        near(l.context.bytes, (stored < 1 ? stored * 64 : stored > 1 ? 192 : 64) + others, 1e-9, "global");
+    }
     sh_plan_free(&p);
 }
 
@@ -298,6 +330,41 @@ static void test_quantised_rates(void) {
     near(sh_cost_weights_read(&r, SH_MODE_BF16), 90e9, 1, "reading bf16");
     near(sh_cost_weights_read(&r, SH_MODE_Q8), 50e9, 1, "reading q8");
     near(sh_cost_weights_read(&r, SH_MODE_Q4), 40e9, 1, "reading q4");
+}
+
+/* Few rows take longer each than many, where that was measured. */
+static void test_few_rows(void) {
+    sh_cost_rates r = {.read = 1e15, .fma = 1e12, .weights_read = 1, .weights_fma = 1, .q4_fma = 2};
+    for (double n = 0; n < 100; n += 0.5) near(sh_cost_paid_rows(&r, SH_MODE_Q4, n), n, 0, "not measured");
+    memcpy(r.q4_few, (double[]){3, 5, 10, 16, 16, 40}, sizeof r.q4_few);
+    static const double rows[][2] = {{0, 0},   {0.5, 1.5}, {1, 3},   {1.5, 4},  {2, 5},   {3, 7.5},
+                                     {4, 10},  {8, 16},    {12, 16}, {16, 16},  {24, 28}, {32, 40},
+                                     {48, 52}, {64, 64},   {65, 65}, {200, 200}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        near(sh_cost_paid_rows(&r, SH_MODE_Q4, rows[i][0]), rows[i][1], 1e-12, "measured");
+    for (double n = 0, before = 0; n < 100; n += 1.0 / 64) {
+        double now = sh_cost_paid_rows(&r, SH_MODE_Q4, n);
+        CU_ASSERT_TRUE(now >= before && now - before <= 3.0 / 64 + 1e-12); /* no jump, never less */
+        before = now;
+    }
+    near(sh_cost_paid_rows(&r, SH_MODE_BF16, 8), 8, 0, "of its own mode");
+    near(sh_cost_paid_rows(&r, SH_MODE_Q8, 8), 8, 0, "of its own mode");
+    Shoal__Plan *p = plan_of(&a4b, (sh_plan_request){.mode = SH_MODE_Q4, .kv = SH_KV_BF16});
+    sh_cost_model m = model_of(&a4b, p);
+    m.rates = &r;
+    sh_cost_span s = decode(128, 1024); /* 8 rows to each expert, 128 to the rest */
+    sh_cost_layer l;
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
+    double expert = 2.0 * 3 * 2816 * 704, dense = 2.0 * 3 * 2816 * 2112, each = 128 * 8 / l.experts_touched;
+    near(l.experts.seconds, l.experts_touched * expert * sh_cost_paid_rows(&r, SH_MODE_Q4, each) / 2e12, 1e-9,
+         "experts");
+    near(l.experts.flops, 128 * 8 * expert, 1, "what is computed");
+    near(l.dense.seconds, 128 * dense / 2e12, 1e-9, "many rows");
+    s = decode(2, 1024);
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
+    near(l.dense.seconds, 5 * dense / 2e12, 1e-9, "few rows");
+    near(l.dense.flops, 2 * dense, 1, "what is computed");
+    sh_plan_free(&p);
 }
 
 /* Seconds: the roofline, links with latency, nodes that share one. */
@@ -467,7 +534,9 @@ int main(void) {
     CU_add_test(s, "measured routing", test_routing);
     CU_add_test(s, "traffic of heads and columns", test_tensor_traffic);
     CU_add_test(s, "traffic of positions", test_context_traffic);
+    CU_add_test(s, "K/V rows in messages", test_filled_rows);
     CU_add_test(s, "rates of quantised products", test_quantised_rates);
+    CU_add_test(s, "few rows", test_few_rows);
     CU_add_test(s, "seconds", test_seconds);
     CU_add_test(s, "what does not hide", test_hiding);
     CU_add_test(s, "ring", test_ring);

@@ -517,6 +517,8 @@ static void test_batch(void) {
     CU_ASSERT_EQUAL(b.max_seqs, 0); /* does not fit: who makes the plan says so */
 }
 
+#define MACHINE_WITH(kernels) "{\"node\": [{\"cores\": 4, \"memory_gib\": 8}], \"kernels\": {" kernels "}}"
+
 static void test_json_errors(void) {
     static const struct {
         const char *text, *message;
@@ -538,6 +540,13 @@ static void test_json_errors(void) {
          "m: machine: node.count: 9999 is out of range: allowed are 1 to 4096"},
         {"{\"node\": [{\"cores\": 4, \"memory_gib\": 8}], \"between\": {\"gbit\": 0}}",
          "m: machine: between.gbit: 0 is out of range: allowed are 0.001 to 1e+06"},
+        {MACHINE_WITH("\"q4_few\": [0.5, 0.6]"),
+         "m: machine: kernels.q4_few: 2 numbers: allowed are 6, for 1, 2, 4, 8, 16 and 32 rows"},
+        {MACHINE_WITH("\"q8_few\": [0.1, 0.1, 0.2, 0.3, 0.5, 0.4]"),
+         "m: machine: kernels.q8_few[5]: 0.4 is out of range: allowed are 0.5 to 16: 32 rows take no longer than 64"},
+        {MACHINE_WITH("\"weights_few\": [0.1, 0.1, 0.2, 0.2, 0.8, 0.9]"),
+         "m: machine: kernels.weights_few[3]: 0.2 is out of range: allowed are 0.4 to 16: 8 rows take no longer than "
+         "16"},
     };
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
         sh_cluster c;
@@ -555,6 +564,12 @@ static void test_json_errors(void) {
     CU_ASSERT_TRUE(c.mixed);
     CU_ASSERT_PTR_NOT_NULL(strstr(c.assumed, "reading 12 GB/s"));
     CU_ASSERT_PTR_NOT_NULL(strstr(c.assumed, "between 10 Gbit/s"));
+    CU_ASSERT_EQUAL(c.kernels.q4_few[0], 0); /* not said: as many */
+    text = MACHINE_WITH("\"q4_few\": [0.125, 0.125, 0.25, 0.5, 1, 1]");
+    must(sh_cluster_read("m", text, strlen(text), 0, &c));
+    static const double paid[] = {8, 16, 16, 16, 16, 32};
+    for (int i = 0; i < SH_COST_FEW; i++) CU_ASSERT_EQUAL(c.kernels.q4_few[i], paid[i]);
+    CU_ASSERT_EQUAL(c.kernels.weights_few[0], 0);
 }
 
 static void read_plan(const char *text, const char *message) {
