@@ -9,8 +9,10 @@
 #include "model/linear.h"
 #include "model/row_loop.h"
 
-#define UNIT_PANELS 4   /* weight panels per piece of work */
-#define UNIT_ROWS   256 /* rows per matrix product */
+#define LEAST_PANELS 4   /* weight panels per piece of work: at least, and */
+#define MOST_PANELS  24  /* at most */
+#define UNITS_EACH   8   /* pieces per thread to aim at */
+#define UNIT_ROWS    256 /* rows per matrix product */
 
 /* A run of panels of one expert's matrix. */
 typedef struct unit {
@@ -105,7 +107,7 @@ static void unpack_result(const sh_moe *m, float *x, const void *from) {
 static int units_of(const sh_config *c) {
     int widest = sh_wmat_panels(2 * c->expert_ff), other = sh_wmat_panels(c->hidden);
     if (other > widest) widest = other;
-    return c->experts * (widest / UNIT_PANELS + 1);
+    return c->experts * (widest / LEAST_PANELS + 1);
 }
 
 /* Rows in 8 bits: of the wider of the two products. */
@@ -337,6 +339,26 @@ static void run_units(void *arg, int member, int size) {
     }
 }
 
+static int panels_of(const sh_moe *m, int e) {
+    int lo, hi;
+    places_of(m, e, &lo, &hi);
+    return lo < hi ? sh_wmat_panels(m->mats[e].n) : 0;
+}
+
+/* Long runs of panels stream better, and pack rows less often; all threads shall have some. */
+static void cut_units(sh_moe *m) {
+    int total = 0;
+    for (int e = 0; e < m->config->experts; e++) total += panels_of(m, e);
+    int run = total / (sh_team_size(m->team) * UNITS_EACH) / LEAST_PANELS * LEAST_PANELS;
+    run = run < LEAST_PANELS ? LEAST_PANELS : run > MOST_PANELS ? MOST_PANELS : run;
+    m->n_units = 0;
+    for (int e = 0; e < m->config->experts; e++) {
+        int panels = panels_of(m, e);
+        for (int p = 0; p < panels; p += run)
+            m->units[m->n_units++] = (unit){e, p, p + run < panels ? p + run : panels};
+    }
+}
+
 /* out [places, mats[e].n] = in [places, mats[e].k] · mats[e]ᵀ, each place by its expert. */
 static void by_expert(sh_moe *m, const sh_wmat *mats, const float *in, size_t ld_in, float *out, size_t ld_out) {
     m->mats = mats;
@@ -344,14 +366,7 @@ static void by_expert(sh_moe *m, const sh_wmat *mats, const float *in, size_t ld
     m->ld_in = ld_in;
     m->out = out;
     m->ld_out = ld_out;
-    m->n_units = 0;
-    for (int e = 0; e < m->config->experts; e++) {
-        int lo, hi;
-        places_of(m, e, &lo, &hi);
-        int panels = lo < hi ? sh_wmat_panels(mats[e].n) : 0;
-        for (int p = 0; p < panels; p += UNIT_PANELS)
-            m->units[m->n_units++] = (unit){e, p, p + UNIT_PANELS < panels ? p + UNIT_PANELS : panels};
-    }
+    cut_units(m);
     atomic_store(&m->next, 0);
     sh_team_run(m->team, run_units, m);
 }
