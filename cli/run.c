@@ -403,7 +403,10 @@ static void predict(const run *r, sh_closing *c, sh_prediction *p) {
 }
 
 static void print_closing(run *r, sh_session *s, const sh_outcomes *outcomes) {
-    sh_closing c = {.output = r->output, .outcomes = outcomes, .wall = sh_now() - r->began, .ep = r->shared.ep};
+    sh_closing c = {.output = r->output,
+                    .outcomes = outcomes,
+                    .wall = sh_now() - r->began,
+                    .ep = r->planned ? sh_plan_shape_of(r->planned).ep : r->shared.ep};
     if (r->progress.style == SH_PROGRESS_NONE) return;
     sh_session_closing(s, &c);
     sh_prediction prediction = {0};

@@ -39,6 +39,7 @@ def on_this_machine(s, check):
         c, got, e = st.run(s, MODEL, req, *options)
         d = st.difference(want, got)
         check(c == 0 and not d, f"{what}: exit {c}; {d} {e[-300:] if c else ''}")
+        return e
 
     experts, one = counts(s.file("one.json"))
     rows = sum(one[0]) // TOP_K
@@ -70,7 +71,8 @@ def planned(s, check, same):
         plan["split_rows"] = rows
         with open(s.file("plan.json"), "w") as f:
             json.dump(plan, f)
-        same(f"steps of {rows} rows and more are cut", "--plan", s.file("plan.json"), "--launcher", "local")
+        err = same(f"steps of {rows} rows and more are cut", "--plan", s.file("plan.json"), "--launcher", "local", "--progress", "plain")
+        check("  experts    busiest rank " in err, f"the closing table tells of the exchange: {err[-1500:]}")
     plan["split_rows"] = -1
     with open(s.file("plan.json"), "w") as f:
         json.dump(plan, f)
