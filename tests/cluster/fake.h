@@ -78,7 +78,7 @@ typedef struct fake {
     uint64_t epoch;
     int heartbeat_ms, orphan_ms;
     uint64_t trace_steps; /* that ranks shall tell the timeline of */
-    fake_work *work; /* [FAKE_WORK] */
+    fake_work *work;      /* [FAKE_WORK] */
     int n_work;
     bool ready, all_greeted, mute;
     int64_t kv_total;
