@@ -183,6 +183,8 @@ static void test_store_owner(void) {
              (int)getppid(), (int)getppid());
     CU_ASSERT_STRING_EQUAL(sh_error_text(), want);
     CU_ASSERT_EQUAL(sh_runstore_close(&s, true), SH_OK);
+    CU_ASSERT_TRUE(sh_file_exists(path)); /* it is that process's now */
+    CU_ASSERT_EQUAL(sh_path_remove(path), SH_OK);
 
     char deep[256] = "/tmp/";
     memset(deep + 5, 'x', 120);
