@@ -102,7 +102,9 @@ sh_status sh_plan_choose(sh_shared_options *s, const sh_config *c, const sh_clus
     sh_search *found = NULL;
     *chosen = false;
     if (!is_free(s) || !(w->requests >= 1)) return SH_OK;
-    sh_search_options o = {.config = c, .cluster = k, .workload = w};
+    /* Ranks that only read prompts share no beginnings of prompts, which lengths say nothing of: by the user's word
+     * alone. */
+    sh_search_options o = {.config = c, .cluster = k, .workload = w, .no_prefill = true};
     sh_options_plan(s, 0, &o.fixed);
     SH_TRY(sh_search_run(&o, &found));
     *chosen = found->n > 0 && found->best[0].replicas <= SH_MAX_REPLICAS;

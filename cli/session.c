@@ -424,8 +424,9 @@ static sh_status renew_coordinator(sh_session *s) {
         if (WIFEXITED(s->coordinator.status) && WEXITSTATUS(s->coordinator.status) == SH_EXIT_SUPERSEDED)
             return superseded(s);
         bool mine; /* one more incarnation of this run would take the store from the newer one */
-        SH_TRY(sh_runstore_owned(s->o.store, &mine));
-        if (!mine) return superseded(s);
+        sh_status looked = sh_runstore_owned(s->o.store, &mine);
+        if (looked == SH_OK && !mine) return superseded(s);
+        if (looked != SH_OK) sh_progress_warn(s->o.progress, "whose store it is cannot be seen: %s", sh_error_text());
         SH_TRY(note_failure(s));
         while (sh_now() < s->of_coordinator.not_before && !*s->o.interrupted) sh_sleep(0.02);
     }

@@ -32,6 +32,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of who adds and remo
 static struct sigaction before; /* this handler */
 static int exit_with;
 static atomic_flag claimed = ATOMIC_FLAG_INIT;
+#define PATH_SHOWN 800 /* bytes; what is wrong with the file has room behind it */
 static char text[1024];
 static _Atomic(const char *) fault;
 static atomic_int listeners;
@@ -111,7 +112,9 @@ static void describe(const entry *e, size_t at, int code) {
     line l = {.to = text, .room = sizeof text - 1};
     struct stat sb;
     bool same = stat(e->path, &sb) == 0 && sb.st_dev == e->device && sb.st_ino == e->number;
+    l.room = PATH_SHOWN;
     add(&l, e->path);
+    l.room = sizeof text - 1;
     add(&l, ": byte ");
     add_number(&l, at);
     if (code == BUS_MCEERR_AR || code == BUS_MCEERR_AO) {

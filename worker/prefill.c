@@ -86,7 +86,7 @@ int32_t sh_prefill_peak(const sh_leader_options *o, sh_kv_kind kind, int32_t n) 
     if (kind == SH_KV_GLOBAL) return all;
     /* From the window of the first row that is not confirmed to the last row out. */
     int64_t rows = (int64_t)o->window + (int64_t)o->chunk * sh_prefill_in_flight(o);
-    return (int32_t)(rows < all ? min32(all, ((int32_t)rows - 2) / SH_PAGE_TOKENS + 2) : all);
+    return rows < n ? min32(all, ((int32_t)rows - 2) / SH_PAGE_TOKENS + 2) : all;
 }
 
 sh_status sh_prefill_prepare(const sh_prefill *p, sh_seq *s) {

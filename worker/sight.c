@@ -12,14 +12,14 @@
 #include "common/limits.h"
 #include "model/packed.h"
 
-static sh_status hash_config(const char *dir, uint64_t *out) {
+static sh_status hash_file(const char *dir, const char *name, size_t most, uint64_t *out) {
     char path[PATH_MAX], *text = NULL;
     size_t len = 0;
-    if (snprintf(path, sizeof path, "%s/config.json", dir) >= (int)sizeof path)
+    if (snprintf(path, sizeof path, "%s/%s", dir, name) >= (int)sizeof path)
         SH_FAIL(SH_ELIMIT, "%.64s…: path too long", dir);
     *out = 0;
-    if (!sh_file_exists(path)) return SH_OK; /* GGUF alone: its metadata stand in */
-    SH_TRY(sh_file_read(path, SH_MAX_CONFIG_BYTES, &text, &len));
+    if (!sh_file_exists(path)) return SH_OK; /* config.json beside GGUF: its metadata stand in */
+    SH_TRY(sh_file_read(path, most, &text, &len));
     *out = sh_hash64(1, text, len);
     free(text);
     return SH_OK;
@@ -34,7 +34,8 @@ sh_status sh_sight_take(const char *model_dir, sh_sight *out) {
         s.kind = (int32_t)type;
     }
     SH_TRY(sh_weights_fingerprint(model_dir, &s.weights));
-    SH_TRY(hash_config(model_dir, &s.config));
+    SH_TRY(hash_file(model_dir, "config.json", SH_MAX_CONFIG_BYTES, &s.config));
+    if (s.kind >= 0) SH_TRY(hash_file(model_dir, SH_PACKED_INDEX, SH_MAX_ST_HEADER, &s.index));
     *out = s;
     return SH_OK;
 }
@@ -60,6 +61,11 @@ sh_status sh_sight_compare(const char *model_dir, const sh_sight *all, int n) {
                     "%s: rank %d (%s) finds weights with fingerprint %016" PRIx64 " there, rank 0 (%s) with %016" PRIx64
                     ": all ranks must find the same",
                     model_dir, r, b->host, b->weights, a->host, a->weights);
+        if (a->index != b->index)
+            SH_FAIL(SH_EFORMAT,
+                    "%s/" SH_PACKED_INDEX ": rank %d (%s) finds another one than rank 0 (%s): the folders have other "
+                    "weights, or were packed by other versions: all ranks must find the same",
+                    model_dir, r, b->host, a->host);
         if (a->config != b->config)
             SH_FAIL(SH_EFORMAT,
                     "%s/config.json: rank %d (%s) finds another one than rank 0 (%s): all ranks must "

@@ -11,8 +11,9 @@
 typedef struct sh_sight {
     uint64_t weights; /* sh_weights_fingerprint */
     uint64_t config;  /* hash of config.json; 0: there is none */
+    uint64_t index;   /* hash of a packed folder's index, which has the checksums of its files; else 0 */
     int32_t kind;     /* −1: a checkpoint; else a folder that is packed for this sh_wtype */
-    char host[116];
+    char host[108];
 } sh_sight;
 
 /* Reads headers and a page of each tensor, or the index of a packed folder. */

@@ -19,6 +19,7 @@
 #include "worker/backoff.h"
 #include "worker/context.h"
 #include "worker/load_link.h"
+#include "worker/prefill.h"
 #include "worker/tensor.h"
 #include "worker/tokens.h"
 #include "worker/vocabulary.h"
@@ -59,7 +60,8 @@ struct sh_stage {
     sh_buf encoded;    /* rank 0: its own descriptor */
     handout *handouts; /* rank 0: [SENDS][width − 1] */
     int next_handout;
-    handout prompts[SENDS]; /* rank 0: descriptors on their way to the first prefill rank */
+    handout *prompts; /* rank 0: [n_prompts] descriptors on their way to the first prefill rank */
+    int n_prompts;
     int next_prompts;
     sh_batch batch;   /* ranks above 0: the descriptor decoded */
     sh_token *tokens; /* rank 0: [max_rows] */
@@ -209,6 +211,17 @@ static sh_status create_sampler(sh_stage *s) {
     return o->share.parts > 1 ? sh_vocabulary_create(&v, &s->vocabulary) : SH_OK;
 }
 
+/* As many as may be out: none waits for the one before to be taken. */
+static sh_status create_prompts(sh_stage *s) {
+    int n = sh_prefill_in_flight(s->o.schedule);
+    s->prompts = calloc((size_t)n, sizeof *s->prompts);
+    if (!s->prompts) SH_FAIL(SH_EMEMORY, "no memory for %d descriptors", n);
+    s->n_prompts = n;
+    for (int i = 0; i < n; i++) s->prompts[i].req = -1;
+    for (int i = 0; i < n; i++) SH_TRY(sh_buf_reserve(&s->prompts[i].encoded, s->descriptor_max));
+    return SH_OK;
+}
+
 /* Rank 0: descriptors for the other members of its stage, and its own. */
 static sh_status create_handouts(sh_stage *s) {
     int n = SENDS * (s->o.width - 1);
@@ -217,8 +230,7 @@ static sh_status create_handouts(sh_stage *s) {
     if (!s->handouts) SH_FAIL(SH_EMEMORY, "no memory for %d descriptors", n);
     for (int i = 0; i < n; i++) s->handouts[i].req = -1;
     for (int i = 0; i < n; i++) SH_TRY(sh_buf_reserve(&s->handouts[i].encoded, s->descriptor_max));
-    for (int i = 0; i < SENDS && s->o.stream; i++) SH_TRY(sh_buf_reserve(&s->prompts[i].encoded, s->descriptor_max));
-    return SH_OK;
+    return s->o.stream ? create_prompts(s) : SH_OK;
 }
 
 static sh_status create_buffers(sh_stage *s) {
@@ -259,7 +271,6 @@ sh_status sh_stage_create(const sh_stage_options *o, sh_stage **out) {
     s->leads = o->link->rank == 0;
     s->is_last = s->stage == o->stages - 1;
     s->samples = s->is_last && o->root == 0 && (o->lanes || s->member == 0);
-    for (int i = 0; i < SENDS; i++) s->prompts[i].req = -1;
     sh_status st = create_peers(s);
     if (st == SH_OK) st = create_model(s);
     if (st == SH_OK) st = create_buffers(s);
@@ -281,7 +292,8 @@ void sh_stage_destroy(sh_stage **p) {
         if (s->sends[i].block) sh_mem_free(s->sends[i].block, s->send_bytes);
     }
     for (int i = 0; s->handouts && i < SENDS * (s->o.width - 1); i++) sh_buf_release(&s->handouts[i].encoded);
-    for (int i = 0; i < SENDS; i++) sh_buf_release(&s->prompts[i].encoded);
+    for (int i = 0; i < s->n_prompts; i++) sh_buf_release(&s->prompts[i].encoded);
+    free(s->prompts);
     free(s->handouts);
     free(s->sends);
     free(s->tokens);
@@ -320,7 +332,7 @@ static sh_status test_send(sh_stage *s, int *req) {
 static sh_status test_sends(sh_stage *s) {
     for (int i = 0; i < s->n_sends; i++) SH_TRY(test_send(s, &s->sends[i].req));
     for (int i = 0; i < n_handouts(s); i++) SH_TRY(test_send(s, &s->handouts[i].req));
-    for (int i = 0; i < SENDS; i++) SH_TRY(test_send(s, &s->prompts[i].req));
+    for (int i = 0; i < s->n_prompts; i++) SH_TRY(test_send(s, &s->prompts[i].req));
     return SH_OK;
 }
 
@@ -359,7 +371,7 @@ bool sh_stage_is_idle(const sh_stage *s) {
         if (s->sends[i].req >= 0) return false;
     for (int i = 0; i < n_handouts(s); i++)
         if (s->handouts[i].req >= 0) return false;
-    for (int i = 0; i < SENDS; i++)
+    for (int i = 0; i < s->n_prompts; i++)
         if (s->prompts[i].req >= 0) return false;
     if (s->sender && !sh_kv_sender_is_idle(s->sender)) return false;
     return (!s->experts || sh_experts_is_idle(s->experts)) && (!s->context || sh_context_is_idle(s->context));
@@ -510,12 +522,12 @@ sh_status sh_stage_lead(sh_stage *s, const sh_batch *batches) {
 }
 
 bool sh_stage_has_room_for_prompts(const sh_stage *s) {
-    return s->prompts[s->next_prompts].req < 0;
+    return s->n_prompts > 0 && s->prompts[s->next_prompts].req < 0;
 }
 
 sh_status sh_stage_send_prompts(sh_stage *s, const sh_batch *b) {
     handout *h = &s->prompts[s->next_prompts];
-    s->next_prompts = (s->next_prompts + 1) % SENDS;
+    s->next_prompts = (s->next_prompts + 1) % s->n_prompts;
     SH_TRY(encode(s, b, &h->encoded));
     return s->link->ops->send(s->link, s->o.stages * s->o.width, SH_TAG_BATCH, h->encoded.data, h->encoded.len,
                               &h->req);

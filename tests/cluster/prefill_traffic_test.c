@@ -38,6 +38,7 @@ static void note_shards(counter *c, const uint8_t *p, size_t n) {
         uint64_t rows;
         memcpy(&head, p + at + 4, sizeof head);
         memcpy(&rows, p + at + 8, sizeof rows);
+        MUST(head > 0 ? SH_OK : SH_EFORMAT);
         c->shards++;
         c->rows += rows;
         at += align64(head + rows);

@@ -111,6 +111,7 @@ class Place:
     taken = set()
 
     def __init__(self):
+        self.tmp = self.shm = None
         Place.taken.add(self)
         self.tmp = tempfile.mkdtemp(prefix="sht-")
         os.chmod(self.tmp, 0o711)  # a test may go on as another user
@@ -149,9 +150,10 @@ class Place:
 def stop():
     """Ends whatever was started here, builds too, and removes its folders."""
     stopping.set()
-    for _ in range(4):  # what was just about to start is seen a moment later
-        while pids := marked(MARK):
-            kill(pids)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+    for _ in range(10):  # what was just about to start is seen a moment later
+        kill(marked(MARK))
         time.sleep(0.1)
     for place in list(Place.taken):
         place.remove()
@@ -170,6 +172,7 @@ def finished(test, words, env, out):
             pass  # just ended
 
     limit = threading.Timer(test.seconds, end)
+    limit.daemon = True
     limit.start()
     _, status, used = os.wait4(p.pid, 0)
     limit.cancel()

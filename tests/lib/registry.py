@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 
 import onetest
 import schedule
@@ -143,5 +144,9 @@ try:
 except KeyboardInterrupt:
     onetest.stop()
     status = 130
+except Exception:  # what runs must not outlive this program
+    traceback.print_exc()
+    onetest.stop()
+    status = 1
 sys.stdout.flush()
 os._exit(status)  # threads that wait for what was interrupted are no reason to stay

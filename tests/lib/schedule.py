@@ -30,6 +30,21 @@ class Builds:
     def make(self, preset, background=False):
         """What to say of it: how long it took, or the end of its log."""
         began = time.time()
+        try:
+            self._make(preset, background)
+        except Exception as e:  # whoever waits for it must hear
+            self.failed[preset] = f"the {preset} build failed: {e!r}"
+        finally:
+            self.events[preset].set()
+        if preset not in self.failed:
+            return f"built {preset} in {time.time() - began:.0f} s"
+        try:
+            with open(self.log(preset), errors="replace") as f:
+                return "".join(f.readlines()[-40:]) + self.failed[preset]
+        except OSError:
+            return self.failed[preset]
+
+    def _make(self, preset, background):
         targets = [] if preset == "release" else ["--target", preset + "_tests"]
         os.makedirs(os.path.join(ROOT, "build"), exist_ok=True)
         with open(self.log(preset), "wb") as out:
@@ -38,11 +53,6 @@ class Builds:
                 if not self._done(words, out, preset, background):
                     self.failed[preset] = f"the {preset} build failed: see {os.path.relpath(self.log(preset), ROOT)}"
                     break
-        self.events[preset].set()
-        if preset not in self.failed:
-            return f"built {preset} in {time.time() - began:.0f} s"
-        with open(self.log(preset), errors="replace") as f:
-            return "".join(f.readlines()[-40:]) + self.failed[preset]
 
     @staticmethod
     def _done(words, out, preset, background):
@@ -90,11 +100,17 @@ class Schedule:
         for h in hands:
             h.join()
 
+    def _say(self, text):
+        try:
+            self.say(text)
+        except (OSError, ValueError):
+            pass  # nobody reads it: no reason to leave tests unanswered
+
     def _back(self, tests, background):
         for preset, ready in self.builds.events.items():
             if not ready.is_set():
-                self.say(self.builds.make(preset, background))
-        self._some(tests, CPUS, background)
+                self._say(self.builds.make(preset, background))
+        self._some(tests, CPUS if onetest.own_shm() else 1, background)
 
     def _front(self, tests, pairs):
         for release in (True, False):  # those of the other builds when they are there
@@ -113,9 +129,18 @@ class Schedule:
         side.join()
         self._some(last, 1)
 
+    def _whole(self, first, last):
+        try:
+            self._all(first, last)
+        except BaseException as e:  # else whoever reads the results waits for ever
+            self.results.put((None, e))
+
     def run(self, tests):
         """(test, result) of each, as they end."""
         first, last = [t for t in tests if t.tier != "long"], [t for t in tests if t.tier == "long"]
-        threading.Thread(target=self._all, args=(first, last), daemon=True).start()
+        threading.Thread(target=self._whole, args=(first, last), daemon=True).start()
         for _ in tests:
-            yield self.results.get()
+            test, result = self.results.get()
+            if test is None:
+                raise result
+            yield test, result

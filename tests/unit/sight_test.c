@@ -45,6 +45,12 @@ static void real_folders(void) {
     refused((const sh_sight[]){b, c}, 2,
             "/m: rank 1 (node2) finds a folder packed for q8 there, rank 0 (node1) finds a folder packed for q4: all "
             "ranks must find the same");
+    sh_sight other = b;
+    CU_ASSERT_TRUE(a.index == 0 && b.index != 0 && b.index != c.index);
+    other.index++;
+    refused((const sh_sight[]){b, other}, 2,
+            "/m/shoal-pack.json: rank 1 (node1) finds another one than rank 0 (node1): the folders have other weights, "
+            "or were packed by other versions: all ranks must find the same");
     snprintf(why, sizeof why,
              "/m: rank 1 (node3) finds weights with fingerprint %016llx there, rank 0 (node0) with %016llx: all ranks "
              "must find the same",
