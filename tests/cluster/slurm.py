@@ -215,14 +215,17 @@ echo "serve $?"
 
     def limit(self):
         """The time limit comes near: the example queues the job again until it is done; a bare script ends with 4."""
-        script, out, log = self.script("limit", self.long, ["--pp", 2])
+        longer = self.s.file("longer.jsonl")  # some 30 s of work: Slurm looks at time limits now and then only
+        st.write_lines(longer, long_requests(1500, 300))
+        self.want[longer] = self._local(longer)
+        script, out, log = self.script("limit", longer, ["--pp", 2])
         job = self.submit(script, log, "-t", 1, "--signal=B:USR1@53")
         j = self.ends("time limit", job, log, 280)
         self.check(int(j.get("Restarts", 0)) >= 1, f"time limit: {j.get('Restarts')} restarts: {self.read(log)[-800:]}")
         self.check("queueing job" in self.read(log) and "going on from" in self.read(log), f"time limit: {self.read(log)[-800:]}")
-        self.complete("time limit", out, self.long, log)
+        self.complete("time limit", out, longer, log)
         out, log = self.s.file("term.jsonl"), self.s.file("term.log")
-        bare = self._script("term", f"#!/bin/bash\nexec {st.shoal()} run --pp 2 -m {st.DEMO} -i {self.long} -o {out} --progress plain\n")
+        bare = self._script("term", f"#!/bin/bash\nexec {st.shoal()} run --pp 2 -m {st.DEMO} -i {longer} -o {out} --progress plain\n")
         job = self.submit(bare, log, "-N2", "--ntasks-per-node=1", "-c2", "-t", 1, "--signal=B:TERM@53")
         self.ends("B:TERM", job, log, 90, "FAILED", "4:0")
         self.check("shoal run: interrupted: " in self.read(log), f"B:TERM: {self.read(log)[-800:]}")
