@@ -213,11 +213,17 @@ echo "serve $?"
         self.check("is complete: nothing to do" in self.read(log), f"once more: {self.read(log)}")
         self.tidy("after scancel")
 
+    def longer(self):
+        """A job of half a minute and more: Slurm looks at time limits and dead daemons now and then only."""
+        path = self.s.file("longer.jsonl")
+        if path not in self.want:
+            st.write_lines(path, long_requests(1500, 300))
+            self.want[path] = self._local(path)
+        return path
+
     def limit(self):
         """The time limit comes near: the example queues the job again until it is done; a bare script ends with 4."""
-        longer = self.s.file("longer.jsonl")  # some 30 s of work: Slurm looks at time limits now and then only
-        st.write_lines(longer, long_requests(1500, 300))
-        self.want[longer] = self._local(longer)
+        longer = self.longer()
         script, out, log = self.script("limit", longer, ["--pp", 2])
         job = self.submit(script, log, "-t", 1, "--signal=B:USR1@53")
         j = self.ends("time limit", job, log, 280)
@@ -284,7 +290,8 @@ echo "serve $?"
     def outlived(self):
         """slurmd and its steps' daemons die, the batch script lives: the job is queued again while the old one is at work (slowly,
         two requests at once: Slurm takes half a minute)."""
-        script, out, log = self.script("outlived", self.long, ["-n", 2, "--max-seqs", 2])
+        longer = self.longer()
+        script, out, log = self.script("outlived", longer, ["-n", 2, "--max-seqs", 2])
         job = self.submit(script, log, "-N1")
         host = self.begun(job, log)[0]
         self.cluster.kill_daemons(host)
@@ -294,7 +301,7 @@ echo "serve $?"
         said = self.read(log)
         self.check(f"shoal run: {out}.store: a newer run has taken it over" in said, f"outlived: {said[-1500:]}")
         self.check("queueing" not in said, f"outlived: the old script queued the job: {said[-1500:]}")
-        self.complete("outlived", out, self.long, log)
+        self.complete("outlived", out, longer, log)
         self.tidy("outlived")
         self.cluster.start(host)
 
