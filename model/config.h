@@ -98,6 +98,8 @@ size_t sh_config_kv_bytes(const sh_config *c, sh_kv_type type, sh_kv_kind kind, 
 /* Whether K/V of producer `layer` must cross a cut before layer `cut` (layer < cut and some consumer ≥ cut, below
  * kv_end if that is set). */
 bool sh_config_kv_crosses(const sh_config *c, int layer, int cut);
+/* The widest window of the sliding layers; 0: there are none. */
+int sh_config_widest_window(const sh_config *c);
 const char *sh_mode_name(sh_mode m);
 const char *sh_kv_type_name(sh_kv_type t);
 /* The type where none is asked for. */

@@ -75,6 +75,13 @@ size_t sh_config_kv_bytes(const sh_config *c, sh_kv_type type, sh_kv_kind kind, 
     return bytes;
 }
 
+int sh_config_widest_window(const sh_config *c) {
+    int w = 0;
+    for (int i = 0; i < c->n_layers; i++)
+        if (c->layer[i].kind == SH_KV_SLIDING && c->layer[i].window > w) w = c->layer[i].window;
+    return w;
+}
+
 bool sh_config_kv_crosses(const sh_config *c, int layer, int cut) {
     if (layer >= cut || !c->layer[layer].has_kv) return false;
     int from = cut > c->first_shared ? cut : c->first_shared; /* layers before that read their own */

@@ -20,13 +20,6 @@ static int64_t pages_of(int64_t tokens) {
     return (tokens + SH_PAGE_TOKENS - 1) / SH_PAGE_TOKENS;
 }
 
-static int widest_window(const sh_config *c) {
-    int w = 0;
-    for (int i = 0; i < c->n_layers; i++)
-        if (c->layer[i].kind == SH_KV_SLIDING && c->layer[i].window > w) w = c->layer[i].window;
-    return w;
-}
-
 /* One stage: bytes of a page of each kind (0: the stage stores none of it), and what it may spend. */
 typedef struct stage {
     int64_t page[SH_KV_KINDS];
@@ -46,7 +39,7 @@ static int members_of(const sh_kv_limits *l) {
 }
 
 static demand demand_of(const sh_config *c, const sh_kv_limits *l) {
-    int64_t w = widest_window(c);
+    int64_t w = sh_config_widest_window(c);
     int64_t all = pages_of(l->max_context);
     demand d = {.longest = sh_owner_most(l->max_context, members_of(l))};
     /* of many sequences each member stores the same */

@@ -1,5 +1,5 @@
 /* What the files of the cost model share: where a rank stands, rows as a layer sees them, routes to experts. Private to
- * cost.c, traffic.c, prefill_cost.c and forecast.c. */
+ * cost.c, traffic.c, forecast.c, prefill_cost.c and prefill_forecast.c. */
 #ifndef SH_PARTITION_COST_INT_H
 #define SH_PARTITION_COST_INT_H
 
@@ -51,6 +51,13 @@ typedef struct sh_cost_routes {
 sh_cost_routes sh_cost_routes_of(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows);
 /* Whether all ranks of the stage hold as many experts of layer a as of layer b. */
 bool sh_cost_experts_alike(const Shoal__Plan *plan, const sh_cost_place *p, int a, int b);
+static inline int sh_cost_ranks_per_node(const sh_cost_model *m) {
+    return m->net.ranks_per_node > 0 ? m->net.ranks_per_node : 1;
+}
+static inline int sh_cost_node_of(const sh_cost_model *m, int rank) {
+    return rank / sh_cost_ranks_per_node(m);
+}
+
 /* An earlier member of the stage whose cost is this one's; −1: none. */
 int sh_cost_twin(const sh_cost_model *m, const sh_cost_place *p);
 

@@ -40,17 +40,6 @@ static leaving leaving_of(const sh_cost_span *span, int n_spans, int window) {
     return l;
 }
 
-static int widest_window(const sh_config *c) {
-    int w = 0;
-    for (int i = 0; i < c->n_layers; i++)
-        if (c->layer[i].kind == SH_KV_SLIDING && c->layer[i].window > w) w = c->layer[i].window;
-    return w;
-}
-
-static int node_of(const sh_cost_model *m, int rank) {
-    return rank / (m->net.ranks_per_node > 0 ? m->net.ranks_per_node : 1);
-}
-
 /* A message with the rows of one layer, to each rank that stores them. near, far: bytes within the node and out of it.
  */
 static void send_layer(const sh_cost_model *m, const sh_cost_place *p, int layer, const leaving *l, double far[2],
@@ -59,7 +48,7 @@ static void send_layer(const sh_cost_model *m, const sh_cost_place *p, int layer
     double bytes = ENVELOPE + l->heads + rows;
     for (int d = 0; d < p->shape.decode; d++) {
         if (!sh_cost_stores(m, d, layer)) continue;
-        bool away = node_of(m, d) != node_of(m, p->rank);
+        bool away = sh_cost_node_of(m, d) != sh_cost_node_of(m, p->rank);
         far[away] += bytes;
         out->rows.messages++;
         out->rows.bytes += bytes;
@@ -76,7 +65,7 @@ static void send_layer(const sh_cost_model *m, const sh_cost_place *p, int layer
 static void cut(const sh_cost_model *m, const sh_cost_place *p, double rows, sh_cost_wire *out) {
     const sh_config *c = m->config;
     if (p->rank + 1 == (int)m->plan->n_rank) return;
-    bool away = node_of(m, p->rank + 1) != node_of(m, p->rank);
+    bool away = sh_cost_node_of(m, p->rank + 1) != sh_cost_node_of(m, p->rank);
     const sh_cost_link *way = away ? &m->net.between : &m->net.within;
     *out = (sh_cost_wire){.messages = 1, .bytes = rows * c->hidden * (double)sizeof(float) * (c->ple ? 2 : 1)};
     out->seconds = way->latency + out->bytes / way->bandwidth;
@@ -91,8 +80,8 @@ static sh_status one_rank(const sh_cost_model *m, int rank, const sh_cost_span *
     p.once = true;
     *out = (sh_cost_prompt_rank){0};
     sh_cost_member_layers(m, &p, span, n_spans, took, &out->step);
-    const leaving kind[SH_KV_KINDS] = {
-        [SH_KV_GLOBAL] = leaving_of(span, n_spans, 0), [SH_KV_SLIDING] = leaving_of(span, n_spans, widest_window(c))};
+    const leaving kind[SH_KV_KINDS] = {[SH_KV_GLOBAL] = leaving_of(span, n_spans, 0),
+                                       [SH_KV_SLIDING] = leaving_of(span, n_spans, sh_config_widest_window(c))};
     for (int i = m->plan->rank[rank]->first; i < m->plan->rank[rank]->last; i++) {
         out->step.seconds += took[i - m->plan->rank[rank]->first];
         send_layer(m, &p, i, &kind[c->layer[i].kind], far, out, taken);
@@ -107,8 +96,8 @@ static void on_links(const sh_cost_model *m, int decode, double (*far)[2], sh_co
     for (int i = 0; i < n; i++) {
         double out = 0;
         for (int j = 0; j < n; j++) {
-            if (node_of(m, decode + j) != node_of(m, decode + i)) continue;
-            bool leaves = j + 1 < n && node_of(m, decode + j + 1) != node_of(m, decode + j);
+            if (sh_cost_node_of(m, decode + j) != sh_cost_node_of(m, decode + i)) continue;
+            bool leaves = j + 1 < n && sh_cost_node_of(m, decode + j + 1) != sh_cost_node_of(m, decode + j);
             out += far[j][1] + (leaves ? rank[j].step.cut.bytes : 0);
         }
         sh_cost_prompt_rank *r = &rank[i];
@@ -121,7 +110,7 @@ double sh_cost_taken_wire(const sh_cost_model *m, const sh_cost_taken *taken) {
     sh_plan_shape s = sh_plan_shape_of(m->plan);
     double most = 0, sum = 0;
     for (int d = 0; d < s.decode; d++) {
-        if (d > 0 && node_of(m, d) != node_of(m, d - 1)) sum = 0;
+        if (d > 0 && sh_cost_node_of(m, d) != sh_cost_node_of(m, d - 1)) sum = 0;
         sum += taken[d].far;
         most =
             fmax(most, fmax(sum / m->net.between.bandwidth, (taken[d].bytes - taken[d].far) / m->net.within.bandwidth));

@@ -9,6 +9,7 @@
  */
 #include <math.h>
 #include <stdlib.h>
+#include "partition/cost_int.h"
 #include "partition/forecast_int.h"
 #include "partition/prefill_cost.h"
 
@@ -74,8 +75,7 @@ static sh_status make_scene(scene *x) {
 
 static const sh_cost_link *way_from(const scene *x, int rank) {
     const sh_cost_net *n = &x->m->net;
-    int per = n->ranks_per_node > 0 ? n->ranks_per_node : 1;
-    return rank / per != 0 ? &n->between : &n->within;
+    return sh_cost_node_of(x->m, rank) != 0 ? &n->between : &n->within;
 }
 
 /* Pieces of `piece` rows together, of prompts of each length in proportion to their rows. */

@@ -64,17 +64,10 @@ static double usual_tokens(const sh_workload *w) {
     return tokens / weight;
 }
 
-static int widest_window(const sh_config *c) {
-    int w = 0;
-    for (int i = 0; i < c->n_layers; i++)
-        if (c->layer[i].window > w) w = c->layer[i].window;
-    return w;
-}
-
 /* Sequences of this workload that the pages hold at once, in a group. */
 static double sequences_that_fit(const sh_search_options *o, const sh_choice *x, const sh_kv_limits *l) {
     double pages = ceil(usual_tokens(o->workload) / SH_PAGE_TOKENS), n = l->max_seqs;
-    int window = widest_window(o->config);
+    int window = sh_config_widest_window(o->config);
     if (sh_config_kv_bytes(o->config, l->type, SH_KV_GLOBAL, 0, o->config->n_layers))
         n = fmin(n, x->kv.pages[SH_KV_GLOBAL] * (double)x->shape.cp / pages);
     if (window > 0 && sh_config_kv_bytes(o->config, l->type, SH_KV_SLIDING, 0, o->config->n_layers)) {
@@ -96,7 +89,7 @@ static sh_status prompts_that_fit(const sh_search_options *o, sh_choice *x, cons
                 "ranks that only read prompts have KV for %d tokens left, and the longest prompt of the workload needs "
                 "%.0f",
                 x->prompts.tokens, longest);
-    int window = widest_window(o->config);
+    int window = sh_config_widest_window(o->config);
     if (x->prompts.pages[SH_KV_GLOBAL] > 0) n = fmin(n, x->prompts.pages[SH_KV_GLOBAL] / pages);
     if (x->prompts.pages[SH_KV_SLIDING] > 0) {
         double under_way = ceil((window + (double)l->chunk * (x->shape.prefill + 1) - 2) / SH_PAGE_TOKENS) + 2;

@@ -69,8 +69,7 @@ static sh_status put_exchange(const sh_cost_model *m, sh_plan_shape s, sh_buf *o
 /* Descriptor and answer of a lane: every span brings its pages, a prompt's last piece its tokens. */
 static sh_status put_kind(const sh_config *c, int kind, const sh_cost_span *span, int n, sh_buf *out) {
     double rows = 0, kept = 0, bytes = DESCRIPTOR;
-    int window = 0;
-    for (int i = 0; i < c->n_layers; i++) window = c->layer[i].window > window ? c->layer[i].window : window;
+    int window = sh_config_widest_window(c);
     for (int i = 0; i < n; i++) {
         const sh_cost_span *s = &span[i];
         double end = (s->lo + s->hi) / 2 + s->rows, near = window > 0 ? fmin(end, window) : 0;

@@ -6,7 +6,7 @@
 
 /* Which other members are on the rank's node, and how many ranks of the group are there. */
 static void neighbours(const sh_cost_model *m, int rank, sh_cost_place *p) {
-    int per = m->net.ranks_per_node > 0 ? m->net.ranks_per_node : 1, ranks = (int)m->plan->n_rank;
+    int per = sh_cost_ranks_per_node(m), ranks = (int)m->plan->n_rank;
     int width = p->shape.width, begin = rank / width * width, node = rank / per;
     int lo = node * per, hi = lo + per < ranks ? lo + per : ranks;
     p->sharers = hi - lo;
@@ -290,7 +290,7 @@ static double block_bytes(const sh_cost_model *m, const sh_cost_place *p, int cu
 }
 
 void sh_cost_wire_cut(const sh_cost_model *m, const sh_cost_place *p, double rows, double kept, sh_cost_wire *out) {
-    int per = m->net.ranks_per_node > 0 ? m->net.ranks_per_node : 1, width = p->shape.width, node = p->rank / per;
+    int per = sh_cost_ranks_per_node(m), width = p->shape.width, node = p->rank / per;
     int leave = 0, end = (node + 1) * per; /* ranks that only read prompts are behind these */
     for (int r = node * per; r < end && r + width < p->shape.decode; r++) leave += r + width >= end;
     bool far = p->rank + width >= end;

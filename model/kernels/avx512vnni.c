@@ -41,19 +41,14 @@ SH_INLINE __m512i four(const int8_t *x) {
     return _mm512_set1_epi32(v);
 }
 
-SH_INLINE void fetch(const uint8_t *next) {
-    _mm_prefetch((const char *)next, _MM_HINT_T0);
-    _mm_prefetch((const char *)next + WALK_FAR, _MM_HINT_T1);
-}
-
 /* One block: integer sums of `rows` rows with 32 outputs. `step` bytes are fetched for each 128 of codes. */
 SH_INLINE void block_sums(sh_wtype t, const uint8_t *codes, const int8_t *x, size_t ld, int rows, const uint8_t *next,
                           size_t step, __m512i s[TILE_ROWS][2]) {
     const __m512i low = _mm512_set1_epi8(15);
     for (int i = 0; i < sh_wtype_group(t); i += t == SH_W_Q8 ? 4 : 8, codes += 128, next += step) {
         __m512i a = _mm512_loadu_si512(codes), b = _mm512_loadu_si512(codes + 64), v[TILE_ROWS];
-        fetch(next);
-        fetch(next + step / 2);
+        walk_fetch(next);
+        walk_fetch(next + step / 2);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) v[r] = four(x + (size_t)r * ld + i);
         if (t == SH_W_Q8) {

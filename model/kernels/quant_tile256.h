@@ -56,12 +56,8 @@ SH_INLINE void part_sums(sh_wtype t, const part *j, const uint8_t *codes, const 
 SH_INLINE __m256 sum_float(__m256i s);
 
 SH_INLINE const uint8_t *fetch(const uint8_t *next, size_t step, int quarters) {
-    _mm_prefetch((const char *)next, _MM_HINT_T0);
-    _mm_prefetch((const char *)next + WALK_FAR, _MM_HINT_T1);
-    if (quarters == 4) {
-        _mm_prefetch((const char *)next + step / 2, _MM_HINT_T0);
-        _mm_prefetch((const char *)next + step / 2 + WALK_FAR, _MM_HINT_T1);
-    }
+    walk_fetch(next);
+    if (quarters == 4) walk_fetch(next + step / 2);
     return next + step;
 }
 

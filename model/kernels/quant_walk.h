@@ -12,6 +12,7 @@
 #ifndef SH_MODEL_KERNELS_QUANT_WALK_H
 #define SH_MODEL_KERNELS_QUANT_WALK_H
 
+#include <immintrin.h>
 #include <stdbool.h>
 #include <string.h>
 #include "model/kernels/kernels.h"
@@ -63,6 +64,12 @@ typedef struct walk {
     size_t ldy, g0, g1;
     uint32_t *packed; /* tile after tile */
 } walk;
+
+/* A line into L1, and one that comes later into L2. */
+static inline __attribute__((always_inline)) void walk_fetch(const uint8_t *next) {
+    _mm_prefetch((const char *)next, _MM_HINT_T0);
+    _mm_prefetch((const char *)next + WALK_FAR, _MM_HINT_T1);
+}
 
 static inline size_t walk_min(size_t a, size_t b) {
     return a < b ? a : b;

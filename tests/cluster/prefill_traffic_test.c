@@ -9,6 +9,7 @@
 #include <math.h>
 #include "model/batch.h"
 #include "partition/prefill_cost.h"
+#include "worker/shard.h"
 
 #ifdef __SANITIZE_THREAD__
 enum { SOME = 1 };
@@ -30,18 +31,15 @@ static size_t align64(size_t n) {
     return (n + 63) / 64 * 64;
 }
 
-/* docs/protocol.md, "K/V rows of prompts": an envelope of 64 bytes, then shards at multiples of 64; a shard's second
- * field is the bytes of its head, the third those of its rows. */
+/* docs/protocol.md, "K/V rows of prompts": an envelope of 64 bytes, then shards at multiples of 64. */
 static void note_shards(counter *c, const uint8_t *p, size_t n) {
-    for (size_t at = 64; at + 16 <= n;) {
-        uint32_t head;
-        uint64_t rows;
-        memcpy(&head, p + at + 4, sizeof head);
-        memcpy(&rows, p + at + 8, sizeof rows);
-        MUST(head > 0 ? SH_OK : SH_EFORMAT);
+    for (size_t at = 64; at < n;) {
+        sh_shard s;
+        size_t used = 0;
+        MUST(sh_shard_open(p + at, n - at, &s, &used));
         c->shards++;
-        c->rows += rows;
-        at += align64(head + rows);
+        c->rows += sh_shard_payload_bytes(&s);
+        at += align64(used);
     }
     c->messages++;
 }
