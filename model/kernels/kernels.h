@@ -180,6 +180,8 @@ sh_status sh_blas_check(char *text, size_t n);
 
 /* One exp and one log for scalar callers (sampler): the same polynomial as the table's. */
 float sh_expf(float x);
+/* exp(x) as the weight of a term beside one of weight 1: 0 below SH_WEIGHT_MIN (poly.h). */
+float sh_weightf(float x);
 float sh_logf(float x);
 
 /* Packs a row-major bf16 matrix [n, k] with row stride ld (elements) into panels [p0, p1) of dst (sh_wmat layout). */

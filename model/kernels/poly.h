@@ -9,15 +9,18 @@
  * degree 4. */
 #define SH_EXP_MIN -104.0f /* below: 0; the smallest denormal is exp(−103.28) */
 #define SH_EXP_MAX 89.0f   /* above: infinity */
-#define SH_LOG2E   0x1.715476p+0f
-#define SH_LN2_HI  0x1.62ep-1f /* 12 significant bits: n · SH_LN2_HI is exact */
-#define SH_LN2_LO  0x1.0bfbe8p-15f
-#define SH_EXP_C2  0.5f
-#define SH_EXP_C3  0x1.5554dep-3f
-#define SH_EXP_C4  0x1.55551ap-5f
-#define SH_EXP_C5  0x1.120b64p-7f
-#define SH_EXP_C6  0x1.6d10fep-10f
-#define SH_ROUND_F 0x1.8p23f /* adding and subtracting it rounds |x| < 2²² to an integer, ties to even */
+/* Below it sh_weightf is 0: 2^−92 of the largest term is far below what a sum of them can show, and neither weights nor
+ * their products with values become subnormal, on which some CPUs spend a hundred cycles each. */
+#define SH_WEIGHT_MIN -64.0f
+#define SH_LOG2E      0x1.715476p+0f
+#define SH_LN2_HI     0x1.62ep-1f /* 12 significant bits: n · SH_LN2_HI is exact */
+#define SH_LN2_LO     0x1.0bfbe8p-15f
+#define SH_EXP_C2     0.5f
+#define SH_EXP_C3     0x1.5554dep-3f
+#define SH_EXP_C4     0x1.55551ap-5f
+#define SH_EXP_C5     0x1.120b64p-7f
+#define SH_EXP_C6     0x1.6d10fep-10f
+#define SH_ROUND_F    0x1.8p23f /* adding and subtracting it rounds |x| < 2²² to an integer, ties to even */
 
 #define SH_TANH_MAX 20.0f /* of 2·|x|: tanh(10) is 1 in f32 */
 

@@ -85,6 +85,10 @@ float sh_expf(float x) {
     return (1.0f + p) * power_of_two(a) * power_of_two(n - a);
 }
 
+float sh_weightf(float x) {
+    return x < SH_WEIGHT_MIN ? 0 : sh_expf(x);
+}
+
 /* tanh x = e/(e + 2) with e = exp(2|x|) − 1: no cancellation anywhere. */
 static float tanh_poly(float x) {
     float p, y = 2.0f * fabsf(x);
@@ -98,7 +102,7 @@ static float gelu_tanh(float x) {
     float c = SH_GELU_C * x;
     c = c * x;
     c = c * x;
-    return x / (1.0f + sh_expf(SH_GELU_W * (x + c)));
+    return x / (1.0f + sh_weightf(SH_GELU_W * (x + c)));
 }
 
 /* log x = e·ln 2 + 2·atanh(s), s = (m − 1)/(m + 1), m in [sqrt ½, sqrt 2); in double, rounded once. */
@@ -297,12 +301,12 @@ static void ref_scores_bf16(float *s, size_t lds, const float *q, size_t ldq, in
         }
 }
 
-/* p[i] = exp(x[i] − m), stored unless p is NULL; returns Σ p by lanes. A maximum of −inf counts as 0, so that entries
- * of −inf alone sum to 0 instead of NaN. */
+/* p[i] = weight(x[i] − m), stored unless p is NULL; returns Σ p by lanes. A maximum of −inf counts as 0, so that
+ * entries of −inf alone sum to 0 instead of NaN. */
 static float sum_exp(float *p, const float *x, int n, float m) {
     float l[SH_LANES] = {0}, shift = m == -INFINITY ? 0.0f : m;
     for (int i = 0; i < n; i++) {
-        float e = sh_expf(x[i] - shift);
+        float e = sh_weightf(x[i] - shift);
         if (p) p[i] = e;
         l[i % SH_LANES] = l[i % SH_LANES] + e;
     }
@@ -338,7 +342,7 @@ static void ref_weighted_sum(float *o, size_t ldo, const float *p, size_t lds, i
 
 static void ref_merge(float *oa, float *ma, float *la, const float *ob, float mb, float lb, int hd) {
     float m = larger(*ma, mb), shift = m == -INFINITY ? 0.0f : m;
-    float ea = sh_expf(*ma - shift), eb = sh_expf(mb - shift);
+    float ea = sh_weightf(*ma - shift), eb = sh_weightf(mb - shift);
     for (int d = 0; d < hd; d++) oa[d] = fmaf(eb, ob[d], ea * oa[d]);
     *la = fmaf(eb, lb, ea * *la);
     *ma = m;

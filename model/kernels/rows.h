@@ -60,10 +60,16 @@ SH_INLINE v16 v_exp_reduce(v16 x, v16 *t) {
     return v_fma(v_mul(r, r), q, r);
 }
 
-SH_INLINE v16 v_exp(v16 x) {
-    v16 t, y = v_min(v_set1(SH_EXP_MAX), v_max(v_set1(SH_EXP_MIN), x));
+SH_INLINE v16 v_exp_from(float min, v16 x) {
+    v16 t, y = v_min(v_set1(SH_EXP_MAX), v_max(v_set1(min), x));
     v16 p = v_exp_reduce(y, &t);
     return v_scale_pow2(v_add(v_set1(1.0f), p), t);
+}
+
+/* sh_weightf of x ≤ 0. */
+SH_INLINE v16 v_weight(v16 x) {
+    v16 t, p = v_exp_reduce(v_max(v_set1(SH_WEIGHT_MIN), x), &t);
+    return v_zero_below(v_mul(v_add(v_set1(1.0f), p), v_pow2(t)), x, v_set1(SH_WEIGHT_MIN));
 }
 
 SH_INLINE v16 v_tanh(v16 x) {
@@ -75,7 +81,8 @@ SH_INLINE v16 v_tanh(v16 x) {
 
 SH_INLINE v16 v_gelu_tanh(v16 x) {
     v16 c = v_mul(v_mul(v_mul(v_set1(SH_GELU_C), x), x), x);
-    return v_div(x, v_add(v_set1(1.0f), v_exp(v_mul(v_set1(SH_GELU_W), v_add(x, c)))));
+    v16 e = v_exp_from(SH_WEIGHT_MIN, v_mul(v_set1(SH_GELU_W), v_add(x, c))); /* 1 + what is below is 1 */
+    return v_div(x, v_add(v_set1(1.0f), e));
 }
 
 /* ---- rows -------------------------------------------------------------------------------------------------------- */
@@ -152,7 +159,7 @@ static void x86_softcap(float *x, float cap, int n) {
 static void x86_exp(float *y, const float *x, int n) {
     int c;
     for (int i = 0; i < n; i += SH_LANES) {
-        v16 a = v_exp(take(x, i, n, &c));
+        v16 a = v_exp_from(SH_EXP_MIN, take(x, i, n, &c));
         put(y + i, a, c);
     }
 }
@@ -224,12 +231,12 @@ SH_INLINE float sum_exp(float *p, const float *x, int n, float m) {
     v16 acc = v_zero(), shift = v_set1(m == -INFINITY ? 0.0f : m);
     int i = 0;
     for (; i + SH_LANES <= n; i += SH_LANES) {
-        v16 e = v_exp(v_sub(v_load(x + i), shift));
+        v16 e = v_weight(v_sub(v_load(x + i), shift));
         if (p) v_store(p + i, e);
         acc = v_add(acc, e);
     }
     if (i < n) {
-        v16 e = v_exp(v_sub(v_load_n(x + i, n - i), shift));
+        v16 e = v_weight(v_sub(v_load_n(x + i, n - i), shift));
         if (p) v_store_n(p + i, e, n - i);
         acc = v_add_n(acc, e, n - i);
     }
@@ -321,7 +328,7 @@ static void x86_add_weighted_bf16(float *o, size_t ldo, const float *p, size_t l
 
 static void x86_merge(float *oa, float *ma, float *la, const float *ob, float mb, float lb, int hd) {
     float m = *ma > mb ? *ma : mb, shift = m == -INFINITY ? 0.0f : m;
-    float ea = sh_expf(*ma - shift), eb = sh_expf(mb - shift);
+    float ea = sh_weightf(*ma - shift), eb = sh_weightf(mb - shift);
     int c;
     for (int d = 0; d < hd; d += SH_LANES) {
         v16 a = v_mul(v_set1(ea), take(oa, d, hd, &c));

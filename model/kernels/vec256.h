@@ -72,6 +72,11 @@ SH_INLINE v16 v_min(v16 x, v16 y) {
 SH_INLINE v16 keep_from(v16 old, v16 new, int n) {
     return (v16){pick(old.a, new.a, n), pick(old.b, new.b, n - 8)};
 }
+/* a, but 0 where x < min (a NaN is not). */
+SH_INLINE v16 v_zero_below(v16 a, v16 x, v16 min) {
+    return (v16){_mm256_and_ps(a.a, _mm256_cmp_ps(x.a, min.a, _CMP_NLT_UQ)),
+                 _mm256_and_ps(a.b, _mm256_cmp_ps(x.b, min.b, _CMP_NLT_UQ))};
+}
 /* Lanes from n on keep z, x and y respectively. */
 SH_INLINE v16 v_fma_n(v16 x, v16 y, v16 z, int n) {
     return keep_from(z, v_fma(x, y, z), n);

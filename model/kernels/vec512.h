@@ -60,6 +60,10 @@ SH_INLINE v16 v_max(v16 a, v16 b) {
 SH_INLINE v16 v_min(v16 a, v16 b) {
     return _mm512_min_ps(a, b);
 } /* a < b ? a : b */
+/* a, but 0 where x < min (a NaN is not). */
+SH_INLINE v16 v_zero_below(v16 a, v16 x, v16 min) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, min, _CMP_NLT_UQ), a);
+}
 /* Lanes from n on keep c, a and b respectively. */
 SH_INLINE v16 v_fma_n(v16 a, v16 b, v16 c, int n) {
     return _mm512_mask3_fmadd_ps(a, b, c, lanes(n));

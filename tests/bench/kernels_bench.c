@@ -154,7 +154,7 @@ static void bench_elementwise(const bench *b) {
     double gelu = 1e30, norm = 1e30;
     for (int i = 0; i < b->passes * 20; i++) {
         double t0 = sh_now();
-        b->kn->gelu_mul(b->c, b->a, b->b, N);
+        b->kn->gelu_mul(b->c, b->b, b->b + N, N);
         double t1 = sh_now();
         b->kn->rmsnorm(b->c, b->x, b->b, HIDDEN, 1e-6f);
         double t2 = sh_now();

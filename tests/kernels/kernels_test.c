@@ -646,6 +646,28 @@ static void test_elementary_functions(void) {
     CU_ASSERT(sh_logf(0) == -INFINITY && isnan(sh_logf(-1)) && sh_logf(1) == 0 && sh_logf(INFINITY) == INFINITY);
 }
 
+/* A key's weight is exp of its distance from the largest score, or 0; never, on any level, a subnormal number. Nor is
+ * there one behind it: not in what the weights multiply, not in what segments merge to. */
+static void test_weights(void) {
+    enum { KEYS = 45 };
+    CU_ASSERT(sh_weightf(0) == 1 && sh_weightf(-64) > 0 && sh_weightf(-64.01f) == 0 && isnan(sh_weightf(NAN)));
+    CU_ASSERT(sh_weightf(-INFINITY) == 0 && sh_weightf(-63) == sh_expf(-63));
+    for (const char *const *isa = sh_kernels_levels; *isa; isa++) {
+        const sh_kernels *kn = level(*isa);
+        for (float far = -50; kn && far > -130; far -= 0.37f) {
+            float s[KEYS] = {0}, x[KEYS], v[KEYS], m = 0, l = 0, o = 0, sum = 0;
+            for (int i = 0; i < KEYS; i++) x[i] = s[i] = i % 2 ? far + 0.003f * (float)i : i < KEYS - 1 ? -INFINITY : 0;
+            for (int i = 0; i < KEYS; i++) v[i] = 1e-6f;
+            kn->softmax_part(s, KEYS, &m, &l);
+            for (int i = 0; i < KEYS; i++) CU_ASSERT(s[i] == sh_weightf(x[i]) && fpclassify(s[i]) != FP_SUBNORMAL);
+            kn->weighted_sum(&o, 1, s, KEYS, 1, v, KEYS - 1, 1);
+            CU_ASSERT(fpclassify(o) != FP_SUBNORMAL);
+            kn->merge(&sum, &m, &l, v, far, 1, 1); /* a segment whose largest score is far below */
+            CU_ASSERT(fpclassify(sum) != FP_SUBNORMAL);
+        }
+    }
+}
+
 /* Attention entries mean what they say: against double precision. */
 static void test_attention_meaning(void) {
     enum { HD = 40, KEYS = 37 };
@@ -916,6 +938,7 @@ int main(void) {
     CU_add_test(s, "keys and values in 8 bits", test_kv8_meaning);
     CU_add_test(s, "sh_linear, quantised", test_linear_quantized);
     CU_add_test(s, "elementary functions", test_elementary_functions);
+    CU_add_test(s, "weights", test_weights);
     CU_add_test(s, "attention entries", test_attention_meaning);
     CU_add_test(s, "attention in place", test_attention_in_place);
     CU_add_test(s, "sh_linear invariance", test_linear_invariance);
