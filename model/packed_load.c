@@ -30,6 +30,13 @@ typedef struct placing {
 /* --- pages ---------------------------------------------------------------------------------------------------------
  */
 
+/* What is read from now on comes in huge pages, where kernel and file system have them for files. */
+static void want_huge(const uint8_t *from, size_t bytes) {
+    const uintptr_t page = 4096;
+    uintptr_t a = (uintptr_t)from & ~(page - 1);
+    (void)madvise((void *)a, (uintptr_t)from + bytes - a, MADV_HUGEPAGE);
+}
+
 sh_status sh_packed_bring(const char *path, const uint8_t *from, size_t bytes, const uint8_t *start) {
     const uintptr_t page = 4096;
     uintptr_t a = (uintptr_t)from & ~(page - 1), b = ((uintptr_t)from + bytes + page - 1) & ~(page - 1);
@@ -86,6 +93,7 @@ static sh_status open_map(const sh_packed *p, sh_packed_file *f) {
 static sh_status use(placing *x, sh_packed_file *f, const uint8_t *from, size_t bytes) {
     char path[PATH_MAX];
     SH_TRY(sh_packed_path(x->p, f->name, path));
+    want_huge(from, bytes);
     bringing b = {.path = path, .from = from, .start = f->map.data, .bytes = bytes, .loading = x->loading};
     if (x->team && bytes > PIECE)
         sh_team_run(x->team, bring_pieces, &b);
