@@ -36,8 +36,8 @@ static const char usage[] =
     "  weights GB/s   10^9 bytes/s of weights that the steps had to read\n"
     "  % of read      share of the memory read bandwidth measured on the same threads\n"
     "  KV GB/s        10^9 bytes/s of keys and values attended to\n"
-    "  time in %      by cause: matrix products with weights, attention, experts, other (norms, activations,\n"
-    "                 embeddings, choice of the token)\n\n";
+    "  time in %      by cause: matrix products with weights (and the norms and activations that make their\n"
+    "                 rows), attention, experts, other (other norms, embeddings, choice of the token)\n\n";
 
 typedef struct options {
     const char *model, *batches, *layers, *trace, *trace_steps;

@@ -15,7 +15,6 @@
 #include "common/clock.h"
 #include "model/gemma4_model.h"
 #include "model/linear.h"
-#include "model/row_loop.h"
 
 /* A loop over rows: what the callbacks below need to know. */
 typedef struct row_job {
@@ -64,14 +63,19 @@ static void book_waiting(sh_model *m) {
     m->mark += waited;
 }
 
+/* y[i] [n, w[i]->n] = x [n, k] · w[i]ᵀ for `count` matrices; x is made first, unless make is NULL. */
+static void project_made(sh_model *m, int count, const sh_wmat *const *w, const sh_row_maker *make, const float *x,
+                         int n, float *const *y) {
+    size_t ld[SH_LINEAR_MOST];
+    for (int i = 0; i < count; i++) ld[i] = (size_t)w[i]->n;
+    book(m, &m->times.other);
+    sh_linear_made(m->team, m->kn, count, w, make, x, (size_t)w[0]->k, n, y, ld);
+    book(m, &m->times.weights);
+}
+
 /* y [n, w->n] = x [n, w->k] · wᵀ */
 static void project(sh_model *m, const sh_wmat *w, const float *x, int n, float *y) {
-    book(m, &m->times.other);
-    if (w->k > 0)
-        sh_linear(m->team, m->kn, w, x, (size_t)w->k, n, y, (size_t)w->n);
-    else
-        memset(y, 0, (size_t)n * (size_t)w->n * sizeof *y); /* a share without columns */
-    book(m, &m->times.weights);
+    project_made(m, 1, &w, NULL, x, n, &y);
 }
 
 /* --- members of a stage --------------------------------------------------------------------------------------------
@@ -95,16 +99,17 @@ static sh_status sum(sh_model *m, int layer, sh_joint what, float *y, int n) {
     return SH_OK;
 }
 
-/* y [n, hidden] = x [n, total] · wᵀ, x being what the members of a stage computed column by column. Each gathers x,
- * computes some outputs of all inputs and gathers those; where sums may be split, each multiplies the columns that it
- * has, and the products are added. */
-static sh_status mix(sh_model *m, int layer, sh_joint from, sh_joint to, const sh_wmat *w, const float *x, int n,
-                     int total, int unit, float *y) {
+/* y [n, hidden] = x [n, total] · wᵀ, x being what the members of a stage computed column by column; it is made first,
+ * unless make is NULL. Each gathers x, computes some outputs of all inputs and gathers those; where sums may be split,
+ * each multiplies the columns that it has, and the products are added. */
+static sh_status mix(sh_model *m, int layer, sh_joint from, sh_joint to, const sh_wmat *w, const sh_row_maker *make,
+                     const float *x, int n, int total, int unit, float *y) {
     const sh_share *s = &m->options.share;
     if (s->parts <= 1 || s->sum) {
-        project(m, w, x, n, y);
+        project_made(m, 1, &w, make, x, n, &y);
         return s->parts <= 1 ? SH_OK : sum(m, layer, to, y, n);
     }
+    if (make) sh_row_loop_run(m->team, n, make->width, make->fn, make->arg);
     SH_TRY(gather(m, layer, from, x, n, total, unit, m->all));
     project(m, w, m->all, n, m->own);
     return gather(m, layer, to, m->own, n, m->config.hidden, SH_SHARE_COLUMNS, y);
@@ -119,10 +124,8 @@ static void norm_rows(void *arg, int lo, int hi) {
     for (int r = lo; r < hi; r++) j->m->kn->rmsnorm(row(j->y, r, H), row(j->x, r, H), j->norm, H, j->m->config.eps);
 }
 
-/* y = rms(x, w) */
-static void norm(sh_model *m, const float *x, const float *w, int n, float *y) {
-    row_job j = {.m = m, .x = (float *)x, .y = y, .norm = w}; /* x is only read */
-    sh_row_loop_run(m->team, n, (size_t)m->config.hidden, norm_rows, &j);
+static sh_row_maker maker(sh_row_loop_fn fn, row_job *j, int width) {
+    return (sh_row_maker){.fn = fn, .arg = j, .width = (size_t)width};
 }
 
 static void residual_rows(void *arg, int lo, int hi) {
@@ -195,17 +198,14 @@ static void heads_rows(void *arg, int lo, int hi) {
     }
 }
 
-/* Queries of this layer, unless only its K/V are wanted, and keys and values if it has its own; all raw. */
-static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights *w, int n) {
-    size_t q = (size_t)l->heads * (size_t)l->head_dim, kv = (size_t)l->kv_heads * (size_t)l->head_dim;
+/* Of rms(x): queries of this layer, unless only its K/V are wanted, and keys and values if it has its own; all raw. */
+static void project_heads(sh_model *m, const sh_layer *l, const sh_layer_weights *w, const sh_part *p) {
+    row_job j = {.m = m, .x = row(m->x, p->row0, m->config.hidden), .y = m->h, .norm = w->input_norm};
+    sh_row_maker normed = maker(norm_rows, &j, m->config.hidden);
     const sh_wmat *mats[] = {&w->q, &w->k, &w->v};
     float *out[] = {m->q, m->k, m->v};
-    size_t ld[] = {q, kv, kv};
     int count = !l->has_kv ? 1 : l->k_eq_v ? 2 : 3, from = w->q.data ? 0 : 1;
-    book(m, &m->times.other);
-    sh_linear_multi(m->team, m->kn, count - from, mats + from, m->h, (size_t)m->config.hidden, n, out + from,
-                    ld + from);
-    book(m, &m->times.weights);
+    project_made(m, count - from, mats + from, &normed, m->h, p->n, out + from);
 }
 
 /* q, and K and V in their pages. */
@@ -214,8 +214,7 @@ static sh_status heads_block(sh_model *m, const sh_part *p) {
     const sh_layer_weights *w = weights_of(m, p->layer);
     const sh_peers *peers = m->options.peers;
     sh_model_clip(m, p);
-    norm(m, row(m->x, p->row0, m->config.hidden), w->input_norm, p->n, m->h);
-    project_heads(m, l, w, p->n);
+    project_heads(m, l, w, p);
     row_job j = {.m = m, .layer = p->layer, .l = l, .w = w};
     sh_row_loop_run(m->team, p->n, (size_t)((l->heads + 2 * l->kv_heads) * l->head_dim), heads_rows, &j);
     book(m, &m->times.other);
@@ -245,7 +244,7 @@ static sh_status attention_block(sh_model *m, const sh_part *p) {
     float *x = row(m->x, p->row0, m->config.hidden);
     SH_TRY(attend(m, p->layer));
     int all = m->whole.layer[p->layer].heads * l->head_dim;
-    SH_TRY(mix(m, p->layer, SH_JOINT_HEADS, SH_JOINT_O, &w->o, m->q, p->n, all, l->head_dim, m->h));
+    SH_TRY(mix(m, p->layer, SH_JOINT_HEADS, SH_JOINT_O, &w->o, NULL, m->q, p->n, all, l->head_dim, m->h));
     residual(m, x, m->h, w->post_attn_norm, p->n);
     return SH_OK;
 }
@@ -253,19 +252,15 @@ static sh_status attention_block(sh_model *m, const sh_part *p) {
 /* --- feed-forward --------------------------------------------------------------------------------------------------
  */
 
-/* y = down( gelu(gate h) ⊙ (up h) ) */
-static sh_status dense(sh_model *m, int layer, const sh_layer_weights *w, const float *h, int n, float *y) {
-    const sh_layer *l = &m->config.layer[layer];
-    const sh_wmat *mats[] = {&w->gate, &w->up};
-    float *out[] = {m->gate, m->up};
-    size_t ld[] = {(size_t)l->ff, (size_t)l->ff};
-    book(m, &m->times.other);
-    sh_linear_multi(m->team, m->kn, 2, mats, h, (size_t)m->config.hidden, n, out, ld);
-    book(m, &m->times.weights);
-    row_job j = {.m = m, .x = m->gate, .y = m->up, .width = l->ff};
-    sh_row_loop_run(m->team, n, (size_t)l->ff, gelu_rows, &j);
-    return mix(m, layer, SH_JOINT_FF, SH_JOINT_DOWN, &w->down, m->gate, n, m->whole.layer[layer].ff, SH_SHARE_COLUMNS,
-               y);
+/* y = down( gelu(gate h) ⊙ (up h) ), h = rms(x) */
+static sh_status dense(sh_model *m, int layer, const sh_layer_weights *w, float *x, int n, float *y) {
+    int ff = m->config.layer[layer].ff;
+    row_job before = {.m = m, .x = x, .y = m->h, .norm = w->pre_ff_norm};
+    row_job between = {.m = m, .x = m->gate, .y = m->up, .width = ff};
+    sh_row_maker normed = maker(norm_rows, &before, m->config.hidden), active = maker(gelu_rows, &between, ff);
+    project_made(m, 2, (const sh_wmat *const[]){&w->gate, &w->up}, &normed, m->h, n, (float *const[]){m->gate, m->up});
+    return mix(m, layer, SH_JOINT_FF, SH_JOINT_DOWN, &w->down, &active, m->gate, n, m->whole.layer[layer].ff,
+               SH_SHARE_COLUMNS, y);
 }
 
 static void join_rows(void *arg, int lo, int hi) {
@@ -304,8 +299,7 @@ static sh_status experts_begin(sh_model *m, int slot) {
 static sh_status feed_forward(sh_model *m, int slot) {
     const sh_part *p = &m->part[slot];
     const sh_layer_weights *w = weights_of(m, p->layer);
-    norm(m, row(m->x, p->row0, m->config.hidden), w->pre_ff_norm, p->n, m->h);
-    SH_TRY(dense(m, p->layer, w, m->h, p->n, p->y));
+    SH_TRY(dense(m, p->layer, w, row(m->x, p->row0, m->config.hidden), p->n, p->y));
     if (!m->config.layer[p->layer].moe) return SH_OK;
     book(m, &m->times.other);
     SH_TRY(sh_moe_compute(m->moe, slot, w));
@@ -353,9 +347,9 @@ static void ple_block(sh_model *m, const sh_part *p) {
     project(m, &w->ple_model_proj, row(m->x0, p->row0, H), n, m->ple);
     project(m, &w->ple_gate, x, n, m->gate); /* reads x itself, without a norm */
     row_job j = {.m = m, .layer = p->layer, .ids = m->ids + p->row0};
-    sh_row_loop_run(m->team, n, 8 * (size_t)P, ple_rows, &j);
+    sh_row_maker gated = maker(ple_rows, &j, 8 * P);
+    project_made(m, 1, (const sh_wmat *const[]){&w->ple_proj}, &gated, m->gate, n, (float *const[]){m->h});
     if (m->probe.ple) m->probe.ple(m->probe.arg, p->layer, m->ple, n, P);
-    project(m, &w->ple_proj, m->gate, n, m->h);
     residual(m, x, m->h, w->post_ple_norm, n);
 }
 
@@ -464,7 +458,8 @@ sh_status sh_model_forward(sh_model *m, const sh_batch *b, const void *in, void 
     SH_TRY(settle(m));
     if (m->options.last >= m->config.first_shared) sh_model_keep(m);
     if (sh_config_has_head(&m->config, m->options.last)) {
-        norm(m, m->x, m->weights->final_norm, m->n, m->spread ? m->h : out);
+        row_job j = {.m = m, .x = m->x, .y = m->spread ? m->h : out, .norm = m->weights->final_norm};
+        sh_row_loop_run(m->team, m->n, (size_t)m->config.hidden, norm_rows, &j);
         if (m->spread) SH_TRY(sh_spread_gather(m->spread, m->h, m->config.hidden, out));
         book_waiting(m);
     } else if (m->options.last != m->config.kv_end) {

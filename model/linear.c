@@ -3,7 +3,6 @@
 
 #include <stdatomic.h>
 #include <string.h>
-#include "model/row_loop.h"
 
 /*
  * Work is cut into pieces that members take as they come, so that one that is held up by other work on its CPU does not
@@ -23,6 +22,7 @@ typedef struct product {
     const sh_kernels *kn;
     int count, m, total; /* total: panels of all matrices */
     const sh_wmat *const *w;
+    const sh_row_maker *make; /* NULL: x is there */
     const float *x;
     size_t ldx;
     sh_qrows q; /* x in the codes of the matrices' type, when they are quantised */
@@ -115,7 +115,7 @@ sh_qrows sh_qrows_place(sh_wtype type, int k, int rows, void *memory) {
 
 typedef struct quantizing {
     const product *p;
-    int k, group;
+    int first, k, group; /* first: the product's row that is row 0 here */
 } quantizing;
 
 static void quantize_rows(void *arg, int lo, int hi) {
@@ -123,6 +123,7 @@ static void quantize_rows(void *arg, int lo, int hi) {
     const sh_qrows *q = &j->p->q;
     for (int r = lo; r < hi; r++) {
         size_t i = (size_t)r;
+        if (j->p->make) j->p->make->fn(j->p->make->arg, j->first + r, j->first + r + 1);
         j->p->kn->quantize(j->p->x + i * j->p->ldx, j->k, j->group, q->code + i * q->ld, q->scale + i * q->groups,
                            q->sum + i * q->groups);
     }
@@ -137,17 +138,17 @@ static void multiply_quantized(sh_team *t, product *p, int m) {
     for (int r = 0; r < m; r += p->m) {
         p->m = m - r < most ? m - r : most;
         p->q = sh_qrows_place(type, k, p->m, memory);
-        quantizing j = {.p = p, .k = k, .group = sh_wtype_group(type)};
-        sh_row_loop_run(t, p->m, (size_t)k, quantize_rows, &j);
+        quantizing j = {.p = p, .first = r, .k = k, .group = sh_wtype_group(type)};
+        sh_row_loop_run(t, p->m, (size_t)k + (p->make ? p->make->width : 0), quantize_rows, &j);
         multiply(t, p);
         p->x += (size_t)p->m * p->ldx;
         for (int i = 0; i < p->count; i++) p->y[i] += (size_t)p->m * p->ldy[i];
     }
 }
 
-void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const float *x, size_t ldx,
-                     int m, float *const *y, const size_t *ldy) {
-    product p = {.team = t, .kn = kn, .count = count, .m = m, .w = w, .x = x, .ldx = ldx, .ldy = ldy};
+void sh_linear_made(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const sh_row_maker *make,
+                    const float *x, size_t ldx, int m, float *const *y, const size_t *ldy) {
+    product p = {.team = t, .kn = kn, .count = count, .m = m, .w = w, .make = make, .x = x, .ldx = ldx, .ldy = ldy};
     for (int i = 0; i < count; i++) {
         p.total += sh_wmat_panels(w[i]->n);
         p.y[i] = y[i];
@@ -158,10 +159,17 @@ void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat 
             for (int r = 0; r < m; r++) memset(y[i] + (size_t)r * ldy[i], 0, (size_t)w[i]->n * sizeof(float));
         return;
     }
-    if (w[0]->type == SH_W_BF16)
-        multiply(t, &p);
-    else
+    if (w[0]->type != SH_W_BF16) {
         multiply_quantized(t, &p, m);
+        return;
+    }
+    if (make) sh_row_loop_run(t, m, make->width, make->fn, make->arg);
+    multiply(t, &p);
+}
+
+void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const float *x, size_t ldx,
+                     int m, float *const *y, const size_t *ldy) {
+    sh_linear_made(t, kn, count, w, NULL, x, ldx, m, y, ldy);
 }
 
 void sh_linear(sh_team *t, const sh_kernels *kn, const sh_wmat *w, const float *x, size_t ldx, int m, float *y,

@@ -4,6 +4,7 @@
 #define SH_MODEL_LINEAR_H
 
 #include "model/kernels/kernels.h"
+#include "model/row_loop.h"
 #include "model/team.h"
 
 #define SH_LINEAR_MOST 4 /* matrices of one call */
@@ -16,6 +17,18 @@ void sh_linear(sh_team *t, const sh_kernels *kn, const sh_wmat *w, const float *
  * SH_LINEAR_MOST; all of one type and one k. */
 void sh_linear_multi(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const float *x, size_t ldx,
                      int m, float *const *y, const size_t *ldy);
+
+/* What writes the rows of x before they are multiplied: a norm, an activation. */
+typedef struct sh_row_maker {
+    sh_row_loop_fn fn; /* for ranges of rows that together are all of them */
+    void *arg;
+    size_t width; /* values of work in a row */
+} sh_row_maker;
+
+/* sh_linear_multi on rows that are made first (make NULL: they are there). A row that is quantised is so by the thread
+ * that has just made it, while it is in its cache. */
+void sh_linear_made(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const sh_row_maker *make,
+                    const float *x, size_t ldx, int m, float *const *y, const size_t *ldy);
 
 /* Memory of `rows` rows quantised for a matrix of this type with k inputs, and the rows laid out in it. */
 size_t sh_qrows_bytes(sh_wtype type, int k, int rows);

@@ -8,6 +8,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -726,6 +727,33 @@ static void test_attention_in_place(void) {
     release_all();
 }
 
+typedef struct making {
+    const float *from;
+    float *x;
+    int k;
+    atomic_int made;
+} making;
+
+static void make_rows(void *arg, int lo, int hi) {
+    making *j = arg;
+    memcpy(j->x + (size_t)lo * (size_t)j->k, j->from + (size_t)lo * (size_t)j->k, (size_t)(hi - lo) * (size_t)j->k * 4);
+    atomic_fetch_add(&j->made, hi - lo);
+}
+
+/* Rows that are made on the way give `want`, and each is made once. */
+static bool makes_rows(sh_team *team, const sh_kernels *kn, const sh_wmat *w, const float *x, int m,
+                       const float *want) {
+    size_t bytes = (size_t)m * (size_t)w->k * 4, out = (size_t)m * (size_t)w->n * 4, ld = (size_t)w->n;
+    float *rows = calloc(1, bytes), *y = malloc(out);
+    making j = {.from = x, .x = rows, .k = w->k};
+    sh_row_maker make = {.fn = make_rows, .arg = &j, .width = ld};
+    sh_linear_made(team, kn, 1, &w, &make, rows, (size_t)w->k, m, &y, &ld);
+    bool same = memcmp(y, want, out) == 0 && j.made == m;
+    free(rows);
+    free(y);
+    return same;
+}
+
 /* Bytes do not depend on threads, on the number of rows, or on whether matrices run together. */
 static void test_linear_invariance(void) {
     enum { N = 150, N2 = 70, K = 333, M = 130 };
@@ -754,6 +782,7 @@ static void test_linear_invariance(void) {
                             (const size_t[]){N, N2});
             CU_ASSERT(memcmp(y, want, (size_t)(rows[i] * N) * 4) == 0);
             CU_ASSERT(memcmp(y2, want2, (size_t)(rows[i] * N2) * 4) == 0);
+            CU_ASSERT(makes_rows(team, kn, &w, x, rows[i], want));
         }
         sh_team_destroy(&team);
         CU_ASSERT_PTR_NULL(team);
@@ -785,6 +814,7 @@ static void test_linear_quantized(void) {
                 sh_linear_multi(team, kn, 2, (const sh_wmat *const[]){&w, &w2}, x, K, M, (float *const[]){y, y2},
                                 (const size_t[]){N, N2});
                 CU_ASSERT(memcmp(y, want, M * N * 4) == 0 && memcmp(y2, want2, M * N2 * 4) == 0);
+                CU_ASSERT(makes_rows(team, kn, &w, x, M, want));
                 sh_team_destroy(&team);
             }
         release_all();
