@@ -128,12 +128,17 @@ def left_behind(scratch, wait=15.0):
         time.sleep(0.2)
 
 
-def kill_all(scratch):
-    for line in left_behind(scratch, 0):
+def kill(pids):
+    """Ends processes at once; some may be gone already."""
+    for p in pids:
         try:
-            os.kill(int(line.split()[1].rstrip(":")), signal.SIGKILL)
-        except (OSError, ValueError):
+            os.kill(p, signal.SIGKILL)
+        except OSError:
             pass
+
+
+def kill_all(scratch):
+    kill(int(line.split()[1].rstrip(":")) for line in left_behind(scratch, 0))
 
 
 class Checks:
