@@ -33,8 +33,7 @@ def in_background(words, nice):
 @functools.cache
 def own_shm():
     """Whether a test can have a /dev/shm of its own here: then what is left in it is this test's, whoever runs beside it."""
-    return subprocess.run(["unshare", "--mount", "mount", "--bind", "/dev/shm", "/dev/shm"], stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL).returncode == 0 if shutil.which("unshare") and os.geteuid() == 0 else False
+    return shoaltest.own_mounts("/dev/shm")
 
 
 def environment(test, tmp, mark, long_tier):

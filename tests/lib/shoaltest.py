@@ -25,6 +25,15 @@ def golden(name):
         return json.load(f)
 
 
+def own_mounts(folder="/dev/shm"):
+    """Whether a test may put one folder in another's place for itself alone: root, a mount namespace, and mount --bind in it."""
+    try:
+        return subprocess.run(["unshare", "--mount", "mount", "--bind", folder, folder], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL).returncode == 0 and os.geteuid() == 0
+    except FileNotFoundError:
+        return False
+
+
 class Scratch:
     """A private folder that is also TMPDIR of every run, so that whatever is left in it is seen."""
 
