@@ -118,3 +118,23 @@ sh_status sh_hosts_expand(const char *nodelist, sh_buf *out) {
     }
     return SH_OK;
 }
+
+/* Names of one machine: "node1" and "node1.cluster" are. */
+static bool same_machine(const char *a, const char *b) {
+    size_t n = strcspn(a, ".:,");
+    return n == strcspn(b, ".:,") && strncmp(a, b, n) == 0;
+}
+
+sh_status sh_hosts_within(const char *list, const char *nodelist) {
+    SH_CLEANUP(sh_buf_release) sh_buf all;
+    sh_buf_init(&all, 0);
+    SH_TRY(sh_hosts_expand(nodelist, &all));
+    for (const char *s = list; s; s = next_entry(s)) {
+        bool there = same_machine(s, "localhost");
+        for (const char *h = (const char *)all.data; h && !there; h = next_entry(h)) there = same_machine(s, h);
+        if (!there)
+            SH_FAIL(SH_EINPUT, "--hosts: '%.*s' is not in this Slurm job: its nodes are %s (SLURM_JOB_NODELIST)",
+                    (int)name_len(s), s, nodelist);
+    }
+    return SH_OK;
+}

@@ -12,5 +12,8 @@ int sh_hosts_count(const char *list);
 sh_status sh_hosts_divide(const char *list, int k, int groups, sh_buf *out, int *part, int *parts);
 /* Appends the hosts of Slurm's notation, "a[01-03,7],b" → "a01,a02,a03,a7,b". SH_EINPUT: not that notation. */
 sh_status sh_hosts_expand(const char *nodelist, sh_buf *out);
+/* --hosts inside a Slurm job: mpirun leaves out, without a word, what is not of the job. SH_EINPUT: an entry of the
+ * list whose name is neither in Slurm's `nodelist` (domains do not count) nor localhost; names it. */
+sh_status sh_hosts_within(const char *list, const char *nodelist);
 
 #endif

@@ -210,10 +210,18 @@ static sh_status check_plan(run *r, const sh_config *config) {
     return sh_plan_make(config, &q, &r->planned);
 }
 
-/* Inside an allocation of several nodes the groups are on all of them. */
+/* Inside an allocation of several nodes the groups are on all of them; mpirun knows the first component of a job of
+ * several. */
 static sh_status take_allocation(run *r) {
-    const char *nodes = getenv("SLURM_JOB_NODELIST"), *n = getenv("SLURM_JOB_NUM_NODES");
-    if (r->hosts || r->launcher || !nodes || !n || atoi(n) < 2) return SH_OK;
+    const char *nodes = getenv("SLURM_JOB_NODELIST"), *n = getenv("SLURM_JOB_NUM_NODES"),
+               *components = getenv("SLURM_HET_SIZE");
+    if (r->launcher || !nodes) return SH_OK;
+    if (r->hosts) return getenv("OMPI_MCA_ras") ? SH_OK : sh_hosts_within(r->hosts, nodes); /* ras: who tells mpirun */
+    if (components && atoi(components) > 1)
+        sh_progress_say(&r->progress, "note",
+                        "a job of %d components (SLURM_HET_SIZE): the nodes of the first are used, %s, and no others",
+                        atoi(components), nodes);
+    if (!n || atoi(n) < 2) return SH_OK;
     sh_buf_init(&r->slurm_hosts, 0);
     SH_TRY(sh_hosts_expand(nodes, &r->slurm_hosts));
     r->hosts = (const char *)r->slurm_hosts.data;

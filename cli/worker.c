@@ -41,6 +41,16 @@ static bool launched(void) {
     return false;
 }
 
+/* Tasks of srun that no MPI joins would each be a group of its own, or several times the same one. */
+static sh_status refuse_strangers(void) {
+    const char *tasks = getenv("SLURM_STEP_NUM_TASKS");
+    if (launched() || !tasks || atoi(tasks) < 2) return SH_OK;
+    SH_FAIL(SH_EINPUT,
+            "was started as one of %d tasks (SLURM_STEP_NUM_TASKS) that no MPI joins: srun needs --mpi=pmix ('srun "
+            "--mpi=list' shows what it has); with --link local each task is a group of its own",
+            atoi(tasks));
+}
+
 /* "0-3,8,10-11" → numbers. */
 static sh_status parse_cpus(const char *s, int *cpus, int *n) {
     int count = 0;
@@ -151,6 +161,10 @@ static int run_worker(const arguments *a) {
     if (a->cpus && parse_cpus(a->cpus, cpus, &o.n_cpus) != SH_OK) return sh_options_complain("worker", SH_EXIT_USAGE);
     o.cpus = o.n_cpus ? cpus : NULL;
     if (a->part && parse_part(a->part, &o.part, &o.parts) != SH_OK) return sh_options_complain("worker", SH_EXIT_USAGE);
+    if (a->link == LINK_AUTO && refuse_strangers() != SH_OK) {
+        sh_error("%s", sh_error_text()); /* for the log of a run that started it */
+        return SH_EXIT_USAGE;
+    }
     bool mpi = a->link == LINK_MPI || (a->link == LINK_AUTO && launched());
     if (mpi && a->ranks) {
         fprintf(stderr,

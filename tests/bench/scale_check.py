@@ -9,6 +9,7 @@ last from two jobs of different length, whose beginnings and ends cancel. Median
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -55,7 +56,7 @@ def steady(o, job, requests, short, long, ranks, options):
     seconds = []
     for inp in (short, long):
         job.inp = inp
-        work, _, text = job.run(ranks, options)
+        work, text = job.run(options, ranks)
         seconds.append(work)
         if o.verbose:
             print(text, flush=True)
@@ -93,7 +94,9 @@ def main():
         json.dump({"lengths": [{"prompt": o.prompt, "output": o.output}], "requests": 1e6}, f)
     with st.Scratch() as s:
         simulated, real = simulate.build(o.folder, True), simulate.build(o.folder, False)
-        plans = {p: predicted.layout(p) for p in o.plans.split(",")}
+        plans = {p: {k: int(v) for k, v in re.findall(r"(pp|ep)(\d+)", p)} for p in o.plans.split(",")}
+        for name, p in plans.items():
+            p["ranks"], p["options"] = predicted.options_of(name)
         nodes = netns.Nodes(s.file("net"), max(p["ranks"] for p in plans.values()))
         try:
             nodes.jumbo(9000)  # fewer frames: two CPUs carry them all
@@ -122,8 +125,8 @@ def forecast(o, s, nodes, simulated, real, name, p):
 
 def measure(o, s, nodes, p):
     requests = [int(x) * p["seqs"] for x in o.lengths.split(",")]
-    job = predicted.Job(s, nodes, o.model, None, o.isa)
-    options = ["--max-seqs", str(p["seqs"]), "--chunk", str(p["chunk"]), "--pp", str(p.get("pp", 1)), "--ep", str(p.get("ep", 1))]
+    job = predicted.Job(s, nodes, o.model, None, o.isa, None)
+    options = [*map(str, p["options"]), "--max-seqs", str(p["seqs"]), "--chunk", str(p["chunk"])]
     for i, n in enumerate(requests):
         predicted.workload(s.file(f"in{i}.jsonl"), n, o.prompt, o.output)
     return steady(o, job, requests, s.file("in0.jsonl"), s.file("in1.jsonl"), p["ranks"], options)

@@ -5,8 +5,6 @@
  */
 #include "serving.h"
 
-static json_t *expected; /* rows of the undisturbed run of make_lines(60, 40) */
-
 static void check_rows(const server *s, uint64_t job) {
     json_t *rows = rows_of(s, job);
     CU_ASSERT_EQUAL(json_object_size(rows), 60);
@@ -666,32 +664,23 @@ static void test_routing(void) {
 }
 
 int main(int argc, char **argv) {
-    if (argc == 13 && strcmp(argv[1], "--server") == 0) return server_main(argv + 2);
-    snprintf(dir, sizeof dir, "/tmp/shoal-coord-XXXXXX");
-    if (!mkdtemp(dir) || CU_initialize_registry() != CUE_SUCCESS) return 1;
-    CU_pSuite s = CU_add_suite("coordinator", NULL, NULL);
-    CU_add_test(s, "a job from start to end", test_plain);
-    CU_add_test(s, "bad lines", test_bad_lines);
-    CU_add_test(s, "lost groups, repeated tokens", test_lost_groups);
-    CU_add_test(s, "work lost with a connection", test_lost_work);
-    CU_add_test(s, "coordinator killed at work", test_killed_at_work);
-    CU_add_test(s, "coordinator killed while lines arrive", test_killed_while_submitting);
-    CU_add_test(s, "cancel", test_cancel);
-    CU_add_test(s, "two incarnations", test_incarnations);
-    CU_add_test(s, "a plan that cannot be", test_impossible_plan);
-    CU_add_test(s, "disk full", test_disk_full);
-    CU_add_test(s, "groups of two sizes", test_sizes);
-    CU_add_test(s, "a slow group", test_slow_group);
-    CU_add_test(s, "a late group", test_late_group);
-    CU_add_test(s, "a request that ends groups", test_poison);
-    CU_add_test(s, "groups that end by themselves", test_bad_groups);
-    CU_add_test(s, "groups that do not load", test_slow_loading);
-    CU_add_test(s, "counts of experts", test_routing);
-    CU_basic_set_mode(CU_BRM_VERBOSE);
-    CU_basic_run_tests();
-    unsigned failed = CU_get_number_of_failures() + CU_get_number_of_tests_failed();
-    CU_cleanup_registry();
-    json_decref(expected);
-    SH_IGNORE(sh_path_remove(dir));
-    return failed != 0;
+    CU_TestInfo tests[] = {{"a job from start to end", test_plain},
+                           {"bad lines", test_bad_lines},
+                           {"lost groups, repeated tokens", test_lost_groups},
+                           {"work lost with a connection", test_lost_work},
+                           {"coordinator killed at work", test_killed_at_work},
+                           {"coordinator killed while lines arrive", test_killed_while_submitting},
+                           {"cancel", test_cancel},
+                           {"two incarnations", test_incarnations},
+                           {"a plan that cannot be", test_impossible_plan},
+                           {"disk full", test_disk_full},
+                           {"groups of two sizes", test_sizes},
+                           {"a slow group", test_slow_group},
+                           {"a late group", test_late_group},
+                           {"a request that ends groups", test_poison},
+                           {"groups that end by themselves", test_bad_groups},
+                           {"groups that do not load", test_slow_loading},
+                           {"counts of experts", test_routing},
+                           CU_TEST_INFO_NULL};
+    return serving_main(argc, argv, "coordinator", tests);
 }

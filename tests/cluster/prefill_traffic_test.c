@@ -4,12 +4,10 @@
  * bound, hidden states between those ranks to the byte. The formulas are written out again below from the model's
  * configuration. Says nothing of time.
  */
-#include "tests/cluster/fake.h"
+#include "tests/cluster/tap.h"
 
 #include <math.h>
-#include "model/batch.h"
 #include "partition/prefill_cost.h"
-#include "worker/shard.h"
 
 #ifdef __SANITIZE_THREAD__
 enum { SOME = 1 };
@@ -17,60 +15,33 @@ enum { SOME = 1 };
 enum { SOME = 0 };
 #endif
 
-typedef struct counter { /* one per rank, written by its thread alone */
-    sh_status (*send)(sh_link *l, int to, int tag, const void *p, size_t n, int *req);
+typedef struct counter {                    /* one per rank, written by its thread alone */
     uint64_t messages, shards, rows, heads; /* K/V rows of prompts: bytes of rows, and all else of their messages */
     uint64_t blocks, passed;                /* hidden states handed on: bytes, and rows of their micro-batches */
-    sh_batch batch;
 } counter;
 
 static counter counters[FAKE_RANKS];
-static sh_link_ops counting;
 
-static size_t align64(size_t n) {
-    return (n + 63) / 64 * 64;
-}
-
-/* docs/protocol.md, "K/V rows of prompts": an envelope of 64 bytes, then shards at multiples of 64. */
-static void note_shards(counter *c, const uint8_t *p, size_t n) {
-    for (size_t at = 64; at < n;) {
-        sh_shard s;
-        size_t used = 0;
-        MUST(sh_shard_open(p + at, n - at, &s, &used));
-        c->shards++;
-        c->rows += sh_shard_payload_bytes(&s);
-        at += align64(used);
-    }
-    c->messages++;
-}
-
-static void note_batch(counter *c, const void *p, size_t n) {
-    size_t used = 0;
-    MUST(sh_batch_decode(&c->batch, p, n, &used));
-    c->blocks += n - (align64(used) < n ? align64(used) : n); /* a descriptor alone is not padded */
-    c->passed += (uint64_t)c->batch.n_rows;
-}
-
-static sh_status count_send(sh_link *l, int to, int tag, const void *p, size_t n, int *req) {
+static void note(const sh_link *l, int to, int tag, const void *p, size_t n) {
+    (void)to;
     counter *c = &counters[l->rank];
-    SH_TRY(c->send(l, to, tag, p, n, req));
     if (tag == SH_TAG_SHARD) {
-        uint64_t before = c->rows;
-        note_shards(c, p, n);
-        c->heads += n - (c->rows - before);
+        uint64_t rows = 0;
+        tap_shards(p, n, &c->shards, &rows);
+        c->messages++;
+        c->rows += rows;
+        c->heads += n - rows;
     }
-    if (tag == SH_TAG_BATCH && l->rank > 0) note_batch(c, p, n);
-    return SH_OK;
+    if (tag == SH_TAG_BATCH && l->rank > 0) {
+        size_t header = 0;
+        c->passed += (uint64_t)tap_batch(l->rank, p, n, &header)->n_rows;
+        c->blocks += n - header;
+    }
 }
 
 static void count_on(sh_link *l) {
-    counter *c = &counters[l->rank];
-    sh_batch batch = c->batch;
-    *c = (counter){.send = l->ops->send, .batch = batch};
-    if (!batch.arena.base) MUST(sh_batch_create((size_t)4 << 20, &c->batch));
-    if (l->rank == 0) counting = *l->ops; /* the same for all */
-    counting.send = count_send;
-    l->ops = &counting;
+    counters[l->rank] = (counter){0};
+    tap_on(l, note);
 }
 
 /* Prompts shorter and longer than a chunk and than a window. */
@@ -216,7 +187,7 @@ int main(void) {
         test("31b-like", 2, 2, "bf16", "bf16");
         test("26b-a4b-like", 1, 3, "bf16", "q8");
     }
-    for (int r = 0; r < FAKE_RANKS; r++) sh_batch_release(&counters[r].batch);
+    tap_close();
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
 }

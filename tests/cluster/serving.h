@@ -26,6 +26,7 @@
 #include "proto/group.pb-c.h"
 
 static char dir[64];
+static json_t *expected; /* rows of an undisturbed run */
 static const char model[] = SH_SOURCE_DIR "/share/minnow";
 
 static inline const char *in_dir(const char *name) {
@@ -95,9 +96,8 @@ static inline void server_exec(const server_options *o, const char *endpoint, in
                                 o->load_ms, o->groups};
     for (int i = 0; i < 7; i++) snprintf(number[i], sizeof number[i], "%lld", value[i]);
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that gives up leaves nothing behind */
-    execl("/proc/self/exe", "coordinator_test", "--server", endpoint, o->store, number[0], number[1],
-          o->cuts ? o->cuts : "", number[2], number[3], number[4], number[5], number[6], o->routing ? o->routing : "",
-          (char *)NULL);
+    execl("/proc/self/exe", "server", "--server", endpoint, o->store, number[0], number[1], o->cuts ? o->cuts : "",
+          number[2], number[3], number[4], number[5], number[6], o->routing ? o->routing : "", (char *)NULL);
     _exit(99);
 }
 
@@ -483,6 +483,25 @@ static inline bool wait_done(const server *s, fake *f, uint64_t job, const char 
         if (!f) sh_sleep(0.01);
     }
     return false;
+}
+
+/* --- the program ---------------------------------------------------------------------------------------------------
+ */
+
+/* main of such a test: the coordinator where it was started as that, else the tests, in a folder of their own. */
+static inline int serving_main(int argc, char **argv, const char *suite, CU_TestInfo *tests) {
+    if (argc == 13 && strcmp(argv[1], "--server") == 0) return server_main(argv + 2);
+    snprintf(dir, sizeof dir, "/tmp/shoal-serving-XXXXXX");
+    if (!mkdtemp(dir) || CU_initialize_registry() != CUE_SUCCESS) return 1;
+    CU_SuiteInfo suites[] = {{.pName = suite, .pTests = tests}, CU_SUITE_INFO_NULL};
+    if (CU_register_suites(suites) != CUE_SUCCESS) return 1;
+    CU_basic_set_mode(CU_BRM_VERBOSE);
+    CU_basic_run_tests();
+    unsigned failed = CU_get_number_of_failures() + CU_get_number_of_tests_failed();
+    CU_cleanup_registry();
+    json_decref(expected);
+    SH_IGNORE(sh_path_remove(dir));
+    return failed != 0;
 }
 
 #endif

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """shoal under a real Slurm (tests/lib/slurm.py: slurmctld, slurmd and munged on virtual nodes; needs root): job scripts of several
-nodes give the rows of a local run, byte for byte; a node that dies, a batch script that outlives its slurmd, scancel and the time
-limit lose no row, give none twice, and leave nothing on the nodes. The job script is the one of deploy/slurm.
-    slurm.py [PART…]   layouts, tasks, service, cancelled, limit, node, unnoticed, outlived, spared; all by default"""
+nodes give the rows of a local run, byte for byte; a node that dies, a batch script that outlives its slurmd, scancel, the time
+limit, preemption and suspension lose no row, give none twice, and leave nothing on the nodes. The job script is the one of
+deploy/slurm.
+    slurm.py [PART…]   of those in PARTS; all by default"""
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -18,6 +20,8 @@ BATCH = os.path.join(st.ROOT, "share", "demo-batch.jsonl")
 SCRIPT = os.path.join(st.ROOT, "deploy", "slurm", "shoal.sbatch")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 AT_WORK = "tokens of KV fit"
+PARTS = ("layouts", "tasks", "components", "array", "service", "cancelled", "preempted", "suspended", "limit", "node", "unnoticed",
+         "outlived", "spared")
 ROOT_MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # jobs are root's here
 
 
@@ -50,11 +54,11 @@ class Test:
         os.remove(out)
         return rows
 
-    def script(self, name, inp, options=()):
+    def script(self, name, inp, options=(), out=None):
         """The example job script with this test's files in place of those that are to be changed; its results and its log."""
         with open(SCRIPT) as f:
             text = f.read()
-        out = self.s.file(name + ".jsonl")
+        out = self.s.file(out or name + ".jsonl")
         for old, new in ((r"^model=.*", f"model={st.DEMO}"), (r"^requests=.*", f"requests={inp}"), (r"^results=.*", f"results={out}"),
                          (r"^export TMPDIR=.*", f"export TMPDIR={self.s.tmp}"),
                          (r"^shoal run", " ".join([st.shoal(), "run", *map(str, options)]))):
@@ -157,15 +161,56 @@ class Test:
             self.complete(name, out, BATCH, "")
             if os.path.exists(out):
                 os.remove(out)
-        log = self.s.file("launcher.log")
-        text = f"""#!/bin/bash
-hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
-exec {' '.join(run)} --pp 2 --launcher 'srun --overlap --mpi=pmix -N2 -n $SHOAL_RANKS' --hosts "$hosts"
-"""
-        job = self.submit(self._script("launcher", text), log, "-N2", "--ntasks-per-node=1", "-c2")
-        self.ends("srun as launcher", job, log, 60)
-        self.complete("srun as launcher", out, BATCH, log)
+        self._launched("srun as launcher", [*run, "--pp", "2", "--launcher", "'srun --overlap --mpi=pmix -N2 -n $SHOAL_RANKS'"], out)
+        said = "was started as one of 2 tasks (SLURM_STEP_NUM_TASKS) that no MPI joins: srun needs --mpi=pmix"
+        self._launched("srun without MPI", [*run, "--pp", "2", "--launcher", "'srun --overlap --mpi=none -N2 -n $SHOAL_RANKS'"], None, "3:0", said)
+        shutil.rmtree(out + ".store")
+        self._launched("another job's node", [*run, "--hosts", "node0,head"], None, "2:0", "--hosts: 'head' is not in this Slurm job", hosts="")
         self.tidy("tasks")
+
+    def _launched(self, name, run, out, status="0:0", said="", hosts='--hosts "$hosts"', nodes=("-N2", "--ntasks-per-node=1", "-c2")):
+        """A batch script that starts one run; its results, or what it says."""
+        log = self.s.file("launched.log")
+        text = f"""#!/bin/bash
+hosts=$(for n in $SLURM_JOB_NODELIST_HET_GROUP_0 $SLURM_JOB_NODELIST_HET_GROUP_1 ${{SLURM_HET_SIZE:-$SLURM_JOB_NODELIST}}; do
+    scontrol show hostnames $n; done | grep node | paste -sd,)
+exec {' '.join(run)} {hosts}
+"""
+        job = self.submit(self._script("launched", text), log, "--open-mode=truncate", *nodes)
+        self.ends(name, job, log, 60, "COMPLETED" if status == "0:0" else "FAILED", status)
+        self.check(said in self.read(log), f"{name}: no '{said}': {self.read(log)[-1500:]}")
+        if out:
+            self.complete(name, out, BATCH, log)
+            os.remove(out)
+
+    def components(self):
+        """A heterogeneous job: mpirun knows the nodes of its first component, which is said; srun all."""
+        out = self.s.file("components.jsonl")
+        run = [st.shoal(), "run", "-m", st.DEMO, "-i", BATCH, "-o", out, "--progress", "plain"]
+        nodes = ["-N1", "--ntasks-per-node=1", "-c2", ":", "-N2", "--ntasks-per-node=1", "-c2"]
+        self._launched("components", run, out, hosts="", nodes=nodes,
+                       said="a job of 2 components (SLURM_HET_SIZE): the nodes of the first are used, node0, and no others")
+        self._launched("components by mpirun", run, None, "2:0", "is not in this Slurm job: its nodes are node0", nodes=nodes)
+        self._launched("components by srun", [*run, "-n", "3", "--launcher", "'srun --overlap --mpi=pmix --het-group=0,1'"], out,
+                       said="ranks 3/3", nodes=nodes)
+        self.tidy("components")
+
+    def array(self):
+        """Each task has files of its own. One of them bears the number of the array: when its time is up it alone is queued again."""
+        script, out, _ = self.script("array", self.long, out="array.$SLURM_ARRAY_TASK_ID.jsonl")
+        job = self.submit(script, self.s.file("array.%a.log"), "--array=0-1")
+        logs = [self.s.file(f"array.{k}.log") for k in (0, 1)]
+        for log in logs:
+            self.wait_text(log, AT_WORK)
+        time.sleep(2)
+        self.check(self.cluster.job(job + "_1").get("JobId") == job, "array: another task bears its number")
+        self.cluster.run(["scancel", "--signal=USR1", "--batch", job + "_1"])
+        for k, restarts in ((0, "0"), (1, "1")):
+            j = self.ends(f"task {k}", f"{job}_{k}", logs[k], 150, restarts=int(restarts))
+            self.check(j.get("Restarts") == restarts, f"task {k}: {j.get('Restarts')} restarts")
+            self.complete(f"task {k}", out.replace("$SLURM_ARRAY_TASK_ID", str(k)), self.long, logs[k])
+        self.check(f"queueing job {job}_1 again" in self.read(logs[1]), f"array: {self.read(logs[1])[-800:]}")
+        self.tidy("array")
 
     def service(self):
         """A coordinator on one node, ranks by srun on two, a client on another."""
@@ -212,6 +257,37 @@ echo "serve $?"
         self.ends("once more", job, log, 30)
         self.check("is complete: nothing to do" in self.read(log), f"once more: {self.read(log)}")
         self.tidy("after scancel")
+
+    def preempted(self):
+        """A job of more priority takes the nodes after some seconds of grace, at whose beginning the ranks on other nodes get SIGTERM,
+        and at whose end all; Slurm itself queues the job again."""
+        self.cluster.reconfigure(grace=6)
+        script, out, log = self.script("preempted", self.long, ["--pp", 2])
+        job = self.submit(script, log)
+        self.begun(job, log)
+        urgent = self.submit(self._script("urgent", "#!/bin/bash\nsleep 1\n"), self.s.file("urgent.log"), "-p", "urgent", "-N4", "--exclusive")
+        self.ends("urgent", urgent, log, 60)
+        j = self.ends("preempted", job, log, 150, restarts=1)
+        self.check(j.get("Restarts") == "1", f"preempted: {j.get('Restarts')} restarts")
+        said = self.read(log)
+        self.check("going on from" in said and "queueing" not in said, f"preempted: {said[-1500:]}")
+        self.complete("preempted", out, self.long, log)
+        self.tidy("preempted")
+        self.cluster.reconfigure()
+
+    def suspended(self):
+        """All processes stop for longer than a silence is allowed, and go on."""
+        script, out, log = self.script("suspended", self.long, ["--pp", 2])
+        job = self.submit(script, log)
+        self.begun(job, log)
+        self.cluster.run(["scontrol", "suspend", job])
+        time.sleep(15)
+        self.check(self.cluster.job(job).get("JobState") == "SUSPENDED", "suspended: it is not")
+        self.cluster.run(["scontrol", "resume", job])
+        j = self.ends("suspended", job, log, 150)
+        self.check(j.get("Restarts") == "0" and "nothing heard for" in self.read(log), f"suspended: {self.read(log)[-1500:]}")
+        self.complete("suspended", out, self.long, log)
+        self.tidy("suspended")
 
     def longer(self):
         """A job of half a minute and more: Slurm looks at time limits and dead daemons now and then only."""
@@ -289,11 +365,13 @@ echo "serve $?"
 
     def outlived(self):
         """slurmd and its steps' daemons die, the batch script lives: the job is queued again while the old one is at work (slowly,
-        two requests at once: Slurm takes half a minute)."""
-        longer = self.longer()
-        script, out, log = self.script("outlived", longer, ["-n", 2, "--max-seqs", 2])
+        two requests at once: Slurm takes half a minute; the new one may hurry)."""
+        longer, seqs = self.longer(), self.s.file("seqs")
+        st.write_lines(seqs, ["2"])
+        script, out, log = self.script("outlived", longer, ["-n", 2, "--max-seqs", f"$(cat {seqs})"])
         job = self.submit(script, log, "-N1")
         host = self.begun(job, log)[0]
+        st.write_lines(seqs, ["32"])
         self.cluster.kill_daemons(host)
         self.cluster.wait_job(job, ("RUNNING",), 90, 1)
         self.check(self.left(host) != [], f"outlived: the old run had ended before the new one began: {self.read(log)[-1200:]}")
@@ -321,11 +399,10 @@ echo "serve $?"
 def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # daemons live on their own: they are ended on the way out
     check = st.Checks()
-    parts = ["layouts", "tasks", "service", "cancelled", "limit", "node", "unnoticed", "outlived", "spared"]
-    wanted = sys.argv[1:] or parts
+    wanted = sys.argv[1:] or PARTS
     for p in wanted:
-        if p not in parts:
-            sys.exit(f"'{p}' is no part: allowed are {', '.join(parts)}")
+        if p not in PARTS:
+            sys.exit(f"'{p}' is no part: allowed are {', '.join(PARTS)}")
     with st.Scratch() as s:
         try:
             cluster = slurm.Slurm(s.file("net"), s.tmp, 4)

@@ -94,8 +94,6 @@ static void close_job(const server *s, uint64_t job) {
     sh_client_close(&c);
 }
 
-static json_t *expected; /* rows of the lines in their own order */
-
 static void check_rows(const server *s, uint64_t job) {
     json_t *rows = rows_of(s, job);
     CU_ASSERT_EQUAL(json_object_size(rows), N + 1);
@@ -253,20 +251,8 @@ static void test_two_groups(void) {
 }
 
 int main(int argc, char **argv) {
-    if (argc == 13 && strcmp(argv[1], "--server") == 0) return server_main(argv + 2);
-    snprintf(dir, sizeof dir, "/tmp/shoal-tail-XXXXXX");
-    if (!mkdtemp(dir) || CU_initialize_registry() != CUE_SUCCESS) return 1;
-    CU_pSuite s = CU_add_suite("the end of a job", NULL, NULL);
-    CU_add_test(s, "steps", test_steps);
-    CU_add_test(s, "a group is lost", test_lost_group);
-    CU_add_test(s, "another coordinator", test_restart);
-    CU_add_test(s, "two jobs", test_two_jobs);
-    CU_add_test(s, "two groups", test_two_groups);
-    CU_basic_set_mode(CU_BRM_VERBOSE);
-    CU_basic_run_tests();
-    unsigned failed = CU_get_number_of_failures() + CU_get_number_of_tests_failed();
-    CU_cleanup_registry();
-    json_decref(expected);
-    SH_IGNORE(sh_path_remove(dir));
-    return failed != 0;
+    CU_TestInfo tests[] = {
+        {"steps", test_steps},       {"a group is lost", test_lost_group}, {"another coordinator", test_restart},
+        {"two jobs", test_two_jobs}, {"two groups", test_two_groups},      CU_TEST_INFO_NULL};
+    return serving_main(argc, argv, "the end of a job", tests);
 }

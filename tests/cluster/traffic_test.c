@@ -5,13 +5,11 @@
  * too. The formulas are written out again below from the model's configuration, not taken from the code under test.
  * Says nothing of time.
  */
-#include "tests/cluster/fake.h"
+#include "tests/cluster/tap.h"
 
 #include <math.h>
-#include "model/batch.h"
 #include "model/owner.h"
 #include "partition/cost.h"
-#include "worker/shard.h"
 
 #ifdef __SANITIZE_THREAD__
 enum { SOME = 1 };
@@ -38,20 +36,17 @@ typedef struct seen {
 } seen;
 
 typedef struct counter { /* one per rank, written by its thread alone */
-    sh_status (*send)(sh_link *l, int to, int tag, const void *p, size_t n, int *req);
     uint64_t bytes[TAGS], messages[TAGS], all, link_says;
     uint64_t head, heads;            /* of tensor parallelism: what is exchanged for the sampler, and its messages */
     uint64_t rows, choices, results; /* of expert parallelism: what its messages say they hold */
     uint64_t row_bytes, result_bytes;
     uint64_t payload, shards; /* K/V rows of prompts */
-    sh_batch batch;
     seen step[MAX_STEPS];
     sh_span span[MAX_SPANS];
     int n_steps, n_spans;
 } counter;
 
 static counter counters[FAKE_RANKS];
-static sh_link_ops counting;
 
 /* What a descriptor may take, for what it holds: docs/protocol.md. */
 static size_t header_most(const sh_batch *b) {
@@ -62,28 +57,22 @@ static size_t header_most(const sh_batch *b) {
     return n;
 }
 
-static void note_batch(counter *c, int to, const void *p, size_t n) {
-    size_t used = 0;
-    MUST(sh_batch_decode(&c->batch, p, n, &used));
-    size_t header = (used + 63) / 64 * 64; /* a block begins at a multiple of 64 */
-    if (header > n) header = n;            /* a descriptor alone is not padded */
-    if (c->n_steps == MAX_STEPS || c->n_spans + c->batch.n_spans > MAX_SPANS) {
+static void note_batch(counter *c, int rank, int to, const void *p, size_t n) {
+    size_t header = 0;
+    const sh_batch *b = tap_batch(rank, p, n, &header);
+    if (c->n_steps == MAX_STEPS || c->n_spans + b->n_spans > MAX_SPANS) {
         CHECK(false, "more than %d micro-batches or %d spans", MAX_STEPS, MAX_SPANS);
         return;
     }
     c->step[c->n_steps++] = (seen){.to = to,
-                                   .rows = c->batch.n_rows,
-                                   .kept = c->batch.n_kept,
+                                   .rows = b->n_rows,
+                                   .kept = b->n_kept,
                                    .span0 = c->n_spans,
-                                   .n_spans = c->batch.n_spans,
+                                   .n_spans = b->n_spans,
                                    .header = header,
-                                   .header_most = header_most(&c->batch),
+                                   .header_most = header_most(b),
                                    .block = n - header};
-    for (int i = 0; i < c->batch.n_spans; i++) c->span[c->n_spans++] = c->batch.spans[i];
-}
-
-static size_t align64(size_t n) {
-    return (n + 63) / 64 * 64;
+    for (int i = 0; i < b->n_spans; i++) c->span[c->n_spans++] = b->spans[i];
 }
 
 /* docs/protocol.md: rows for experts, behind a head of 32 bytes and 4 per choice; or results, one per choice. */
@@ -102,40 +91,21 @@ static void note_experts(counter *c, const uint8_t *p, size_t n) {
     }
 }
 
-/* docs/protocol.md: an envelope of 64 bytes, then shards. */
-static void note_shards(counter *c, const uint8_t *p, size_t n) {
-    for (size_t at = 64; at < n;) {
-        sh_shard s;
-        size_t used = 0;
-        MUST(sh_shard_open(p + at, n - at, &s, &used));
-        c->payload += sh_shard_payload_bytes(&s);
-        c->shards++;
-        at += align64(used);
-    }
-}
-
-static sh_status count_send(sh_link *l, int to, int tag, const void *p, size_t n, int *req) {
+static void note(const sh_link *l, int to, int tag, const void *p, size_t n) {
     counter *c = &counters[l->rank];
-    SH_TRY(c->send(l, to, tag, p, n, req));
     c->bytes[tag % TAGS] += n;
     c->messages[tag % TAGS]++;
     c->all += n;
     c->link_says = l->sent_bytes;
-    if (tag == SH_TAG_BATCH) note_batch(c, to, p, n);
+    if (tag == SH_TAG_BATCH) note_batch(c, l->rank, to, p, n);
     if (tag == SH_TAG_TENSOR && memcmp(p, "VOC1", 4) == 0) c->head += n, c->heads++;
     if (tag % TAGS == SH_TAG_EXPERTS) note_experts(c, p, n);
-    if (tag == SH_TAG_SHARD) note_shards(c, p, n);
-    return SH_OK;
+    if (tag == SH_TAG_SHARD) tap_shards(p, n, &c->shards, &c->payload);
 }
 
 static void count_on(sh_link *l) {
-    counter *c = &counters[l->rank];
-    sh_batch batch = c->batch;
-    *c = (counter){.send = l->ops->send, .batch = batch};
-    if (!batch.arena.base) MUST(sh_batch_create((size_t)4 << 20, &c->batch));
-    if (l->rank == 0) counting = *l->ops; /* the same for all */
-    counting.send = count_send;
-    l->ops = &counting;
+    counters[l->rank] = (counter){0};
+    tap_on(l, note);
 }
 
 /* ---- groups --------------------------------------------------------------------------------------------------------
@@ -684,7 +654,7 @@ int main(void) {
         test_types();
         test_shapes();
     }
-    for (int r = 0; r < FAKE_RANKS; r++) sh_batch_release(&counters[r].batch);
+    tap_close();
     printf("%d checks, %d failed\n", checks, failures);
     return failures ? 1 : 0;
 }

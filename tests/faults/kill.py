@@ -6,7 +6,6 @@ usage: kill.py [--kills N] [--seed S] [--ranks N] [--model NAME] [--options "--e
 import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -55,11 +54,7 @@ def main():
             time.sleep(rnd.uniform(0.1, max(1.0, took)))
             procs = st.children(p.pid) + [p.pid]
             victims = procs if k % 4 == 3 else [rnd.choice(procs)]
-            for v in victims:
-                try:
-                    os.kill(v, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+            st.kill(victims)
             try:
                 _, err = p.communicate(timeout=120)
             except subprocess.TimeoutExpired:

@@ -4,7 +4,6 @@ command goes on; one that never comes up is given up with a warning, all of them
 own; a request that ends every worker gets an error row and the others theirs."""
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -73,14 +72,6 @@ def apart(pid):
             return False
         time.sleep(0.1)
     return True
-
-
-def kill(pids):
-    for p in pids:
-        try:
-            os.kill(p, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def wait_for(what, seconds=30.0):
@@ -163,7 +154,7 @@ def main():
         wait_for(lambda: ranks(groups(p.pid).get(2, [])))
         time.sleep(0.6)
         first = set(ranks(groups(p.pid).get(1, [])))
-        kill(groups(p.pid).get(2, []))
+        st.kill(groups(p.pid).get(2, []))
         time.sleep(0.3)
         check(first and first <= set(ranks(groups(p.pid).get(1, []))) or p.poll() is not None, "one-killed: the first group ended, too")
         c.expect(0, want, "one group killed")
@@ -174,7 +165,7 @@ def main():
         p = c.start()
         wait_for(lambda: ranks(groups(p.pid).get(1, [])))
         time.sleep(1.0)
-        kill(st.children(p.pid) + [p.pid])
+        st.kill(st.children(p.pid) + [p.pid])
         c.end()
         with open(c.out + f".tmp.{p.pid}", "w") as f:
             f.write("half a row")

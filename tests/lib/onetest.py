@@ -12,6 +12,8 @@ import tempfile
 import threading
 import time
 
+import shoaltest
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LOGS = os.path.join(ROOT, "build", "test-logs")
 SKIPPED = 77
@@ -31,8 +33,7 @@ def in_background(words, nice):
 @functools.cache
 def own_shm():
     """Whether a test can have a /dev/shm of its own here: then what is left in it is this test's, whoever runs beside it."""
-    return subprocess.run(["unshare", "--mount", "mount", "--bind", "/dev/shm", "/dev/shm"], stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL).returncode == 0 if shutil.which("unshare") and os.geteuid() == 0 else False
+    return shoaltest.own_mounts("/dev/shm")
 
 
 def environment(test, tmp, mark, long_tier):
@@ -62,14 +63,6 @@ def marked(mark):
         except OSError:
             pass
     return found
-
-
-def kill(pids):
-    for p in pids:
-        try:
-            os.kill(p, signal.SIGKILL)
-        except OSError:
-            pass
 
 
 def command_line(pid):
@@ -138,7 +131,7 @@ class Place:
         while (pids := marked(self.mark)) and time.time() < end:
             time.sleep(0.1)
         found = [f"process {p}: {command_line(p)}" for p in pids]
-        kill(pids)
+        shoaltest.kill(pids)
         return found + [f"socket {s}" for s in sockets_in(self.tmp)] + [f"shared memory {p}" for p in self.shm_left()]
 
     def remove(self):
@@ -153,7 +146,7 @@ def stop():
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, signal.SIG_IGN)
     for _ in range(10):  # what was just about to start is seen a moment later
-        kill(marked(MARK))
+        shoaltest.kill(marked(MARK))
         time.sleep(0.1)
     for place in list(Place.taken):
         place.remove()

@@ -25,6 +25,15 @@ def golden(name):
         return json.load(f)
 
 
+def own_mounts(folder="/dev/shm"):
+    """Whether a test may put one folder in another's place for itself alone: root, a mount namespace, and mount --bind in it."""
+    try:
+        return subprocess.run(["unshare", "--mount", "mount", "--bind", folder, folder], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL).returncode == 0 and os.geteuid() == 0
+    except FileNotFoundError:
+        return False
+
+
 class Scratch:
     """A private folder that is also TMPDIR of every run, so that whatever is left in it is seen."""
 
@@ -128,12 +137,17 @@ def left_behind(scratch, wait=15.0):
         time.sleep(0.2)
 
 
-def kill_all(scratch):
-    for line in left_behind(scratch, 0):
+def kill(pids):
+    """Ends processes at once; some may be gone already."""
+    for p in pids:
         try:
-            os.kill(int(line.split()[1].rstrip(":")), signal.SIGKILL)
-        except (OSError, ValueError):
+            os.kill(p, signal.SIGKILL)
+        except OSError:
             pass
+
+
+def kill_all(scratch):
+    kill(int(line.split()[1].rstrip(":")) for line in left_behind(scratch, 0))
 
 
 class Checks:

@@ -1,5 +1,6 @@
 """A small real Slurm on virtual nodes (tests/lib/netns.py): slurmctld on the head, a slurmd and a munged on every node. Raises
-netns.Unavailable where Slurm is not installed (deploy/install-deps --slurm). Every node has a TMPDIR of its own (a tmpfs over
+netns.Unavailable where Slurm is not installed (deploy/install-deps --slurm) or virtual nodes are not allowed, and AssertionError
+with the daemons' words where both are there and Slurm does not come up. Every node has a TMPDIR of its own (a tmpfs over
 `tmp`); the rest of the file system is shared, as on a cluster. Nothing is asked of the machine's own configuration."""
 import ctypes
 import os
@@ -49,9 +50,13 @@ Waittime=0
 JobRequeue=1
 UnkillableStepTimeout=30
 NodeName={nodes} CPUs={cpus} RealMemory=4000 State=UNKNOWN
-PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{more}
+PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 GraceTime={grace}
+PartitionName=urgent Nodes={nodes} MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=9
 """
-DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "salloc", "scancel", "scontrol", "sinfo")
 
 
 def _which(name):
@@ -64,18 +69,15 @@ def _end_with_parent():
 
 
 class Slurm:
-    """cpus: of each node, whatever the machine has. silence: seconds until a node that does not answer is down (SlurmdTimeout).
-    kill_wait: seconds from SIGTERM to SIGKILL."""
-
-    def __init__(self, folder, tmp, n, cpus=2, silence=6, kill_wait=8):
-        missing = [d for d in DAEMONS if not _which(d)]
+    def __init__(self, folder, tmp, n):
+        missing = [d for d in PROGRAMS if not _which(d)]
         if missing:
             raise netns.Unavailable(f"{', '.join(missing)}: not installed: deploy/install-deps --slurm")
-        self.folder, self.tmp, self.daemons = folder, tmp, []
+        self.folder, self.tmp, self.daemons = folder, tmp, {}
         self.nodes = netns.Nodes(folder, n)
         self.names = self.nodes.names[1:]
         try:
-            self._configure(cpus, silence, kill_wait)
+            self._configure()
             self._make_key()
             for host in self.nodes.names:
                 self._prepare(host)
@@ -83,22 +85,27 @@ class Slurm:
             for host in self.names:
                 self._daemon(host, ["slurmd", "-D", "-N", host])
             self.wait_states(self.names, "idle", 30)
-        except Exception:
+        except Exception as e:  # virtual nodes were allowed: what is wrong now is a fault
+            said = self.logs()
             self.down()
-            raise
+            raise AssertionError(f"Slurm does not come up: {e}\n{said}")
 
-    def _configure(self, cpus, silence, kill_wait):
+    def _configure(self, cpus=2, silence=6, kill_wait=8, grace=0, more=""):
+        """cpus: of each node, whatever the machine has. silence: seconds until a node that does not answer is down (SlurmdTimeout).
+        kill_wait: seconds from SIGTERM to SIGKILL. grace: seconds from being preempted to SIGTERM (GraceTime). more: lines of slurm.conf."""
         etc = os.path.join(self.folder, "etc")
         os.makedirs(etc, exist_ok=True)
         os.makedirs(os.path.join(self.folder, "ctl"), exist_ok=True)
-        files = {"slurm.conf": CONF.format(folder=self.folder, nodes=",".join(self.names), cpus=cpus, silence=silence, kill_wait=kill_wait),
+        files = {"slurm.conf": CONF.format(folder=self.folder, nodes=",".join(self.names), cpus=cpus, silence=silence, kill_wait=kill_wait,
+                                           grace=grace, more=more),
                  "cgroup.conf": "CgroupPlugin=cgroup/v1\n", "mpi.conf": "PMIxCliTmpDirBase=/run/pmix\n"}
         for name, text in files.items():
             with open(os.path.join(etc, name), "w") as f:
                 f.write(text)
 
-    def reconfigure(self, cpus=2, silence=6, kill_wait=8):
-        self._configure(cpus, silence, kill_wait)
+    def reconfigure(self, **settings):
+        """As at the start but for these."""
+        self._configure(**settings)
         self.run(["scontrol", "reconfigure"])
 
     def _make_key(self):
@@ -116,15 +123,22 @@ class Slurm:
                             f"--log-file={self.folder}/{host}.munged.log", f"--seed-file={self.folder}/{host}.munged.seed"])
         end = time.time() + 10
         while self.nodes.inside(host, "test -S /run/munge/munge.socket.2", check=False).returncode:
+            self._watch()
             if time.time() > end:
-                raise netns.Unavailable(f"munged on {host} did not start: {self._tail(host + '.munged.log')}")
+                raise AssertionError(f"munged on {host} did not start")
             time.sleep(0.05)
 
     def _daemon(self, host, args):
         with open(os.path.join(self.folder, f"{host}.{args[0]}.out"), "ab") as out:
             p = subprocess.Popen(self.nodes.command(host, [_which(args[0]), *args[1:]]), stdin=subprocess.DEVNULL, stdout=out,
                                  stderr=out, start_new_session=True, preexec_fn=_end_with_parent)
-        self.daemons.append(p)
+        self.daemons[host, args[0]] = p
+
+    def _watch(self):
+        """A daemon that has ended by itself is what is wrong."""
+        for (host, name), p in self.daemons.items():
+            if p.poll() is not None:
+                raise AssertionError(f"{name} on {host} ended with status {p.returncode}: {self._tail(f'{host}.{name}.out')}")
 
     def _tail(self, name):
         try:
@@ -134,11 +148,17 @@ class Slurm:
             return str(e)
 
     def logs(self):
-        return "\n".join(f"--- {n}\n{self._tail(n)}" for n in ("slurmctld.log", *(h + ".slurmd.log" for h in self.names)))
+        names = ["slurmctld.log", *(h + ".slurmd.log" for h in self.names), *(h + ".munged.log" for h in self.nodes.names)]
+        return "\n".join(f"--- {n}\n{self._tail(n)}" for n in names if os.path.exists(os.path.join(self.folder, n)))
 
     def run(self, args, host="head", timeout=60, env=None, check=True):
         """A command of Slurm, or another, in a node."""
-        p = subprocess.run(self.nodes.command(host, args), capture_output=True, text=True, timeout=timeout, env=env)
+        try:
+            p = subprocess.run(self.nodes.command(host, args), capture_output=True, text=True, timeout=timeout, env=env)
+        except subprocess.TimeoutExpired as e:
+            said = (e.stderr or b"").decode(errors="replace")[-800:]
+            queue = subprocess.run(self.nodes.command("head", ["squeue", "-l"]), capture_output=True, text=True, timeout=30).stdout
+            raise AssertionError(f"{args}: not finished after {timeout} s: {said}\n{queue}\n{self.logs()}")
         if check and p.returncode:
             raise AssertionError(f"{args}: exit {p.returncode}: {p.stderr.strip()}")
         return p
@@ -167,21 +187,29 @@ class Slurm:
         while True:
             p = self.run(["sinfo", "-h", "-N", "-n", ",".join(hosts), "-o", "%t"], check=False)
             if set(p.stdout.split()) == {state}:
-                return True
+                return
+            self._watch()
             if time.time() > end:
-                raise netns.Unavailable(f"nodes did not become {state}: {p.stdout.split()} {p.stderr}\n{self.logs()}")
+                raise AssertionError(f"nodes did not become {state} within {seconds} s: {p.stdout.split()} {p.stderr}")
             time.sleep(0.1)
 
     def power_off(self, host):
         """Nobody is told: the cable goes first."""
         self.nodes.link(host, False)
         self.nodes.kill(host)
+        self._forget(lambda h, name: h == host)
 
     def kill_daemons(self, host):
         """slurmd and its job steps' daemons vanish; what they started goes on."""
         for pid in self.nodes.processes(host):
             if self.nodes.command_line(pid).split(" ")[0].split("/")[-1].rstrip(":") in ("slurmd", "slurmstepd"):
                 os.kill(pid, signal.SIGKILL)
+        self._forget(lambda h, name: (h, name) == (host, "slurmd"))
+
+    def _forget(self, which):
+        """Daemons that were killed here."""
+        for key in [k for k in self.daemons if which(*k)]:
+            self.daemons.pop(key).wait()
 
     def start(self, host):
         """A node that has no slurmd has one again."""
@@ -192,15 +220,15 @@ class Slurm:
         end = time.time() + 30
         while time.time() < end:
             self.run(["scontrol", "update", f"nodename={host}", "state=resume"], check=False)
-            if self.run(["sinfo", "-h", "-N", "-n", host, "-o", "%t"]).stdout.split() == ["idle"]:
+            if set(self.run(["sinfo", "-h", "-N", "-n", host, "-o", "%t"]).stdout.split()) == {"idle"}:
                 return
             time.sleep(0.5)
         raise AssertionError(f"{host} did not come back\n{self.logs()}")
 
     def down(self):
         self.nodes.down()  # whatever lives in a node's process namespace goes with it
-        for p in self.daemons:
+        for p in self.daemons.values():
             if p.poll() is None:
                 p.kill()
             p.wait()
-        self.daemons = []
+        self.daemons = {}

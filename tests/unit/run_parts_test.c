@@ -209,6 +209,12 @@ static void test_hosts(void) {
     CU_ASSERT_EQUAL(sh_hosts_divide("a,,b", 0, 2, &b, &part, &parts), SH_EINPUT);
     CU_ASSERT_STRING_EQUAL(sh_error_text(), "--hosts: 'a,,b' has an entry without a name");
     sh_buf_release(&b);
+    CU_ASSERT_EQUAL(sh_hosts_within("n3,n1:4,n1", "n[1-3],gpu"), SH_OK);
+    CU_ASSERT_EQUAL(sh_hosts_within("n2.cluster:2,gpu,localhost", "n[1-3],gpu.cluster"), SH_OK);
+    CU_ASSERT_EQUAL(sh_hosts_within("n1,n30:2", "n[1-3]"), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(),
+                           "--hosts: 'n30' is not in this Slurm job: its nodes are n[1-3] (SLURM_JOB_NODELIST)");
+    CU_ASSERT_EQUAL(sh_hosts_within("n", "n1"), SH_EINPUT);
 }
 
 static void test_nodelist(void) {
