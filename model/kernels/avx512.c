@@ -200,14 +200,14 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
 #pragma GCC unroll 16
             for (int j = 0; j < keys; j++) _mm_prefetch((const char *)(next + at[j] + (size_t)d), _MM_HINT_T1);
         }
+        __m512 b[8];
 #pragma GCC unroll 16
-        for (int j = 0; j < keys; j++) {
-            __m512 b = v_stored(k, at[j] + (size_t)d, bf16, SH_LANES);
+        for (int j = 0; j < keys; j++) b[j] = v_stored(k, at[j] + (size_t)d, bf16, SH_LANES);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-                int i = sum_of(r, keys, j);
-                acc[i] = _mm512_fmadd_ps(_mm512_loadu_ps(q + (size_t)r * ldq + d), b, acc[i]);
-            }
+        for (int r = 0; r < rows; r++) {
+            __m512 a = _mm512_loadu_ps(q + (size_t)r * ldq + d);
+#pragma GCC unroll 16
+            for (int j = 0; j < keys; j++) acc[sum_of(r, keys, j)] = _mm512_fmadd_ps(a, b[j], acc[sum_of(r, keys, j)]);
         }
     }
     if (d < hd) {

@@ -136,7 +136,7 @@ SH_INLINE v16 v_join16(const v16 a[16]) {
 SH_INLINE v16 v_from_bf16(const uint16_t *p) {
     const __m512i to = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3,
                                         0, 2, 0, 1, 0, 0, 0);
-    __m512i x = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)p));
+    __m512i x = _mm512_maskz_loadu_epi16(0xffff, p);
     return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, to, x));
 }
 SH_INLINE v16 v_from_bf16_n(const uint16_t *p, int n) {
