@@ -249,18 +249,15 @@ static void ask_for(const layer_pages *lp, const sh_span *s, int pos, int n, int
     }
 }
 
-/* While vectors [at, at+rows) of n are used: the same of what comes next, which is the values after the keys, and the
- * keys of the next positions after the values; where keys are formed from values half of them each time. */
+/* What is used after vectors [at, at+rows) of n: their values after keys, the keys of the next positions after values;
+ * where keys are formed from values, these two use the same. */
 static void ask_ahead(const looking *l, int at, int rows) {
     const sh_kv_rows *r = l->r;
-    if (!l->value && !l->lp->k_eq_v) {
+    int from = (int)((long)r->n_next * at / l->n), to = (int)((long)r->n_next * (at + rows) / l->n);
+    if (l->value)
+        ask_for(l->lp, l->s, r->next + from, to - from, l->head, l->lp->k_eq_v);
+    else if (!l->lp->k_eq_v)
         ask_for(l->lp, l->s, l->pos + at, rows, l->head, true);
-        return;
-    }
-    int half = l->lp->k_eq_v ? 2 : 1, done = l->value && l->lp->k_eq_v ? l->n : 0;
-    int from = (int)((long)r->n_next * (done + at) / (half * l->n));
-    int to = (int)((long)r->n_next * (done + at + rows) / (half * l->n));
-    ask_for(l->lp, l->s, r->next + from, to - from, l->head, l->lp->k_eq_v);
 }
 
 /* `rows` vectors in f32: where they lie, or widened into the tile. */

@@ -185,9 +185,9 @@ SH_INLINE int sum_of(int r, int keys, int j) {
 }
 
 /* `rows` rows times `keys` keys from number j0, rows · keys ≤ 16; the first `some` keys exist, the rest read the last
- * one again. */
+ * one again. next: asked for meanwhile, unless it is NULL. */
 SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int rows, const void *k, bool bf16,
-                          const uint16_t *next, int j0, int keys, int some, int hd) {
+                          const uint16_t *next, unsigned blocks, int j0, int keys, int some, int hd) {
     __m512 acc[SH_LANES];
     size_t at[8];
 #pragma GCC unroll 16
@@ -196,9 +196,9 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
     for (int j = 0; j < keys; j++) at[j] = (size_t)(j0 + (j < some ? j : some - 1)) * (size_t)hd;
     int d = 0;
     for (; d + SH_LANES <= hd; d += SH_LANES) {
-        if (next && !(d & SH_LANES)) {
-#pragma GCC unroll 16
-            for (int j = 0; j < keys; j++) _mm_prefetch((const char *)(next + at[j] + (size_t)d), _MM_HINT_T1);
+#pragma GCC unroll 4
+        for (int i = 0; i < keys / 2; i++) { /* 32 values to a line */
+            if (next) ask_line(next, (size_t)((j0 * (hd / SH_LANES) + d / SH_LANES * keys) / 2 + i), blocks);
         }
         __m512 b[8];
 #pragma GCC unroll 16
@@ -230,10 +230,11 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
 
 /* 16 / rows keys at a time. */
 SH_INLINE void score_rows(float *s, size_t lds, const float *q, size_t ldq, int rows, const void *k, bool bf16,
-                          const uint16_t *next, int j0, int keys, int hd) {
+                          const uint16_t *next, unsigned blocks, int j0, int keys, int hd) {
     int step = rows > 1 ? SH_LANES / rows : 8;
     for (int j = 0; j < keys; j += step) {
-        score_tile(s + j, lds, q, ldq, rows, k, bf16, next, j0 + j, step, keys - j < step ? keys - j : step, hd);
+        score_tile(s + j, lds, q, ldq, rows, k, bf16, next, blocks, j0 + j, step, keys - j < step ? keys - j : step,
+                   hd);
     }
 }
 
@@ -241,27 +242,30 @@ SH_INLINE void score_rows(float *s, size_t lds, const float *q, size_t ldq, int 
 
 /* `most` rows at a time, then two, then one. */
 SH_INLINE void score_block(float *s, size_t lds, const float *q, size_t ldq, int rows, int most, const void *k,
-                           bool bf16, const uint16_t *next, int j0, int keys, int hd) {
+                           bool bf16, const uint16_t *next, unsigned blocks, int j0, int keys, int hd) {
     int r = 0;
     for (; r + most <= rows; r += most)
-        score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, most, k, bf16, next, j0, keys, hd);
+        score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, most, k, bf16, next, blocks, j0, keys, hd);
     for (; r + 2 <= rows; r += 2)
-        score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, 2, k, bf16, next, j0, keys, hd);
-    if (r < rows) score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, 1, k, bf16, next, j0, keys, hd);
+        score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, 2, k, bf16, next, blocks, j0, keys, hd);
+    if (r < rows)
+        score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, 1, k, bf16, next, blocks, j0, keys, hd);
 }
 
 static void x86_scores(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys, int hd) {
     for (int j = 0; j < keys; j += KEY_BLOCK) {
         int n = keys - j < KEY_BLOCK ? keys - j : KEY_BLOCK;
-        score_block(s + j, lds, q, ldq, rows, 4, k, false, NULL, j, n, hd);
+        score_block(s + j, lds, q, ldq, rows, 4, k, false, NULL, 0, j, n, hd);
     }
 }
 
 static void x86_scores_bf16(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys,
                             int hd, const uint16_t *next) {
+    unsigned blocks = blocks_of((size_t)keys * (size_t)hd * sizeof *k);
     int many = rows - rows % 8; /* with eight rows a key is widened once for all, with four twice */
-    score_block(s, lds, q, ldq, many, 8, k, true, next, 0, keys, hd);
-    score_block(s + (size_t)many * lds, lds, q + (size_t)many * ldq, ldq, rows - many, 4, k, true, next, 0, keys, hd);
+    score_block(s, lds, q, ldq, many, 8, k, true, next, blocks, 0, keys, hd);
+    score_block(s + (size_t)many * lds, lds, q + (size_t)many * ldq, ldq, rows - many, 4, k, true, next, blocks, 0,
+                keys, hd);
 }
 
 void sh_kernels_fill_avx512(sh_kernels *t) {

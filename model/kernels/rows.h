@@ -27,6 +27,20 @@ SH_INLINE void sh_prefetch(const void *p, size_t bytes) {
     for (size_t i = 0; p && i < bytes; i += 64) _mm_prefetch((const char *)p + i, _MM_HINT_T1);
 }
 
+/* How many blocks of 4 KiB lie in so many bytes: 2 to the power of the result, rounded down. */
+SH_INLINE unsigned blocks_of(size_t bytes) {
+    unsigned n = 0;
+    while (((size_t)8192 << n) <= bytes) n++;
+    return n;
+}
+
+/* Asks for a line of what comes next, for L2. Lines go round the blocks: hardware reads ahead in each of them, where
+ * one ascending stream is several times slower than memory. */
+SH_INLINE void ask_line(const void *next, size_t line, unsigned blocks) {
+    size_t block = line & (((size_t)1 << blocks) - 1);
+    _mm_prefetch((const char *)next + block * 4096 + (line >> blocks) * 64, _MM_HINT_T1);
+}
+
 /* xt[kk · stride + r] = x[r][kk] for kk < kb: one stream for the inner loop of gemm instead of one per row. stride is a
  * multiple of 4, at least `rows`. Up to three columns past `rows` hold copies of the last row and are not used. */
 SH_INLINE void pack_rows(float *xt, int stride, const float *x, size_t ldx, int rows, int kb) {
@@ -147,8 +161,12 @@ static void x86_axpy(float *y, float a, const float *x, int n) {
 }
 
 static void x86_mul(float *y, const float *a, const float *b, int n) {
-    int c;
-    for (int i = 0; i < n; i += SH_LANES) {
+    int i = 0, c;
+    for (; i + 4 * SH_LANES <= n; i += 4 * SH_LANES) {
+#pragma GCC unroll 4
+        for (int j = i; j < i + 4 * SH_LANES; j += SH_LANES) v_store(y + j, v_mul(v_load(a + j), v_load(b + j)));
+    }
+    for (; i < n; i += SH_LANES) {
         v16 x = take(a, i, n, &c);
         put(y + i, v_mul(x, take(b, i, n, &c)), c);
     }
@@ -277,6 +295,7 @@ typedef struct values {
     const void *v;
     bool bf16, on;
     const uint16_t *next; /* bf16: to be near in a while; NULL: nothing */
+    unsigned blocks;      /* of next: blocks_of */
 } values;
 
 /* `rows` rows times `vecs` vectors of one head, from element d0 on: the sums stay in registers over all keys. c: lanes
@@ -295,7 +314,10 @@ SH_INLINE void weighted_tile(float *o, size_t ldo, const float *p, size_t lds, i
     size_t at = (size_t)d0;
     for (int j = 0; j < keys; j++, at += (size_t)hd) {
         v16 x[SH_WS_VECS];
-        if (v.next) _mm_prefetch((const char *)(v.next + at), _MM_HINT_T1);
+#pragma GCC unroll 4
+        for (int i = 0; i < vecs / 2; i++) { /* 32 values to a line */
+            if (v.next) ask_line(v.next, (size_t)((d0 / SH_LANES / vecs * keys + j) * (vecs / 2) + i), v.blocks);
+        }
 #pragma GCC unroll 8
         for (int d = 0; d < vecs; d++) {
             x[d] = v_stored(v.v, at + (size_t)(d * SH_LANES), v.bf16, d + 1 < vecs ? SH_LANES : c);
@@ -353,7 +375,8 @@ static void x86_add_weighted(float *o, size_t ldo, const float *p, size_t lds, i
 static void x86_add_weighted_bf16(float *o, size_t ldo, const float *p, size_t lds, int rows, const uint16_t *v,
                                   int keys, int hd, const uint16_t *next) {
     int many = rows - rows % SH_WS_MANY; /* the more rows, the fewer times a value is widened */
-    values x = {.v = v, .bf16 = true, .on = true, .next = next};
+    values x = {
+        .v = v, .bf16 = true, .on = true, .next = next, .blocks = blocks_of((size_t)keys * (size_t)hd * sizeof *v)};
     weigh(o, ldo, p, lds, many, SH_WS_MANY, 2, x, keys, hd);
     weigh(o + (size_t)many * ldo, ldo, p + (size_t)many * lds, lds, rows - many, 2, SH_WS_VECS, x, keys, hd);
 }
