@@ -1,16 +1,17 @@
 /*
  * How fast attention over pages runs on a team: steps of made-up sequences, for the planner and for benchmarks.
- * Queries, keys and values are noise; every call reads pages that no cache keeps.
+ * Queries, keys and values are noise; pages come from memory.
  */
 #ifndef SH_MODEL_ATTENTION_RATES_H
 #define SH_MODEL_ATTENTION_RATES_H
 
 #include "common/status.h"
 #include "model/attention.h"
+#include "model/product_rates.h"
 
 /* A layer's attention and the rows that meet it: of each of `sequences` the last `rows` of `context` positions. */
 typedef struct sh_attn_work {
-    int heads, kv_heads, head_dim, window;
+    int heads, kv_heads, head_dim, window; /* window 0: all */
     bool k_eq_v;
     sh_kv_type kv;
     int sequences, context, rows;
@@ -21,9 +22,25 @@ typedef struct sh_attn_work {
 double sh_attn_work_bytes(const sh_attn_work *w);
 double sh_attn_work_flops(const sh_attn_work *w);
 
-/* Seconds of such a call: the quickest of `tries`, each over pages of its own, of a pool of about `bytes` (many times
- * the last cache) or of one call's pages where these are more; held only during this call. */
-sh_status sh_attn_work_measure(sh_team *t, const sh_kernels *kn, const sh_attn_work *w, size_t bytes, int tries,
-                               double *seconds);
+/* Pages for such work: a pool of about `bytes` (many times the last cache, so that none keeps them from call to call),
+ * or of one call's pages where these are more. Borrowed: team, kn. Destroyed by sh_attn_bench_destroy, which accepts
+ * NULL. */
+typedef struct sh_attn_bench sh_attn_bench;
+sh_status sh_attn_bench_create(sh_team *t, const sh_kernels *kn, const sh_attn_work *w, size_t bytes,
+                               sh_attn_bench **out);
+void sh_attn_bench_destroy(sh_attn_bench **b);
+/* Seconds of a call in which other numbers of heads and rows meet the same pages (a multiple of the KV heads; rows ≤
+ * context): the quickest of `tries`, of pages that none of the last few read. */
+sh_status sh_attn_bench_seconds(sh_attn_bench *b, int heads, int rows, int tries, double *seconds);
+
+/* What the planner asks: as sh_product_rates of one type, a row being a query that meets a key, `read` the bytes of
+ * keys and values in bf16. */
+typedef struct sh_attention_rates {
+    double read, flops, both, few[SH_PRODUCT_FEWS];
+    double formed; /* forming keys from values (K = V) takes as long as so many rows more at `flops` */
+} sh_attention_rates;
+
+/* Pages of `bytes` (256 MiB), held only during the call; takes about a second. */
+sh_status sh_attention_rates_measure(sh_team *t, const sh_kernels *kn, size_t bytes, sh_attention_rates *out);
 
 #endif

@@ -92,7 +92,11 @@ static sh_status one(const options *o, sh_team *t, const sh_kernels *kn, const s
     double seconds = 0, flops = sh_attn_work_flops(&w), bytes = sh_attn_work_bytes(&w);
     if (bytes > 3e9) return SH_OK;
     int tries = flops > 4e9 ? (o->tries + 2) / 3 : o->tries;
-    SH_TRY(sh_attn_work_measure(t, kn, &w, (size_t)o->pool << 20, tries, &seconds));
+    sh_attn_bench *b = NULL;
+    SH_TRY(sh_attn_bench_create(t, kn, &w, (size_t)o->pool << 20, &b));
+    sh_status st = sh_attn_bench_seconds(b, w.heads, w.rows, tries, &seconds);
+    sh_attn_bench_destroy(&b);
+    SH_TRY(st);
     printf("%-12s %5s %4d %6d %9.3f %7.1f %6.2f", s->name, sh_kv_type_name(w.kv), w.sequences, w.context, seconds * 1e3,
            flops / seconds * 1e-9, bytes / seconds * 1e-9);
     if (o->limits)
