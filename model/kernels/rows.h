@@ -374,11 +374,15 @@ static void x86_add_weighted(float *o, size_t ldo, const float *p, size_t lds, i
 
 static void x86_add_weighted_bf16(float *o, size_t ldo, const float *p, size_t lds, int rows, const uint16_t *v,
                                   int keys, int hd, const uint16_t *next) {
-    int many = rows - rows % SH_WS_MANY; /* the more rows, the fewer times a value is widened */
     values x = {
         .v = v, .bf16 = true, .on = true, .next = next, .blocks = blocks_of((size_t)keys * (size_t)hd * sizeof *v)};
-    weigh(o, ldo, p, lds, many, SH_WS_MANY, 2, x, keys, hd);
-    weigh(o + (size_t)many * ldo, ldo, p + (size_t)many * lds, lds, rows - many, 2, SH_WS_VECS, x, keys, hd);
+    static const int most[] = {SH_WS_MANY, SH_WS_ROWS, 2, 1}; /* the more rows, the fewer times a value is widened */
+    for (int i = 0, n; i < 4; i++, rows -= n, o += (size_t)n * ldo, p += (size_t)n * lds) {
+        n = rows - rows % most[i];
+        if (i == 0) weigh(o, ldo, p, lds, n, SH_WS_MANY, 2, x, keys, hd);
+        if (i == 1) weigh(o, ldo, p, lds, n, SH_WS_ROWS, SH_WS_VECS, x, keys, hd);
+        if (i > 1) weigh(o, ldo, p, lds, n, 2, SH_WS_VECS, x, keys, hd);
+    }
 }
 
 static void x86_merge(float *oa, float *ma, float *la, const float *ob, float mb, float lb, int hd) {
