@@ -194,6 +194,9 @@ static double best_of(sh_attn_bench *b, sh_attention *a, float *q, size_t n, int
 sh_status sh_attn_bench_seconds(sh_attn_bench *b, int heads, int rows, int tries, double *seconds) {
     sh_attention *a = NULL;
     float *q = NULL;
+    if (heads < 1 || heads % b->w.kv_heads || rows < 1 || rows > (b->w.window > 0 ? b->w.rows : b->w.context))
+        SH_FAIL(SH_EINPUT, "attention rates: %d heads, %d rows: a multiple of %d and 1 to %d are allowed", heads, rows,
+                b->w.kv_heads, b->w.window > 0 ? b->w.rows : b->w.context);
     size_t n = (size_t)b->w.sequences * (size_t)rows * (size_t)heads * (size_t)b->w.head_dim;
     b->w.heads = heads;
     b->w.rows = rows;

@@ -29,8 +29,9 @@ typedef struct sh_attn_bench sh_attn_bench;
 sh_status sh_attn_bench_create(sh_team *t, const sh_kernels *kn, const sh_attn_work *w, size_t bytes,
                                sh_attn_bench **out);
 void sh_attn_bench_destroy(sh_attn_bench **b);
-/* Seconds of a call in which other numbers of heads and rows meet the same pages (a multiple of the KV heads; rows ≤
- * context): the quickest of `tries`, of pages that none of the last few read. */
+/* Seconds of a call in which so many heads and rows meet these pages: the quickest of `tries`, of pages that none of
+ * the last few read. SH_EINPUT unless heads are a multiple of the KV heads and rows are at most the context, with a
+ * window at most those before. */
 sh_status sh_attn_bench_seconds(sh_attn_bench *b, int heads, int rows, int tries, double *seconds);
 
 /* What the planner asks: as sh_product_rates of one type, a row being a query that meets a key, `read` the bytes of
