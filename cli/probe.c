@@ -10,12 +10,14 @@
 #include "cli/facts.h"
 #include "common/clock.h"
 #include "common/file.h"
+#include "model/attention_rates.h"
 #include "model/ceiling.h"
 #include "model/product_rates.h"
 #include "partition/protojson.h"
 
 #define LARGE_BLOCK  ((size_t)512 << 20) /* many times the last cache */
 #define WEIGHTS      ((size_t)256 << 20)
+#define PAGES        ((size_t)256 << 20)
 #define MOST_TEXT    ((size_t)1 << 20)
 #define LAYER_STARTS 14 /* team runs of a layer */
 #define STARTS       20
@@ -151,6 +153,21 @@ static sh_status measure_products(sh_team *t, const sh_machine *m, const sh_ceil
     return set_few(p.few[SH_W_Q4], &k->q4_few, &k->n_q4_few);
 }
 
+/* The same for attention. */
+static sh_status measure_attention(sh_team *t, const sh_machine *m, const sh_ceiling *c, Shoal__MachineKernels *k) {
+    const sh_kernels *kn;
+    sh_attention_rates a;
+    SH_TRY(sh_kernels_select(&kn));
+    if (kn->modelled || m->memory / 4 < PAGES) return SH_OK;
+    SH_TRY(sh_attention_rates_measure(t, kn, PAGES, &a));
+    k->has_attention_read = k->has_attention_fma = k->has_attention_both = k->has_attention_formed = 1;
+    k->attention_read = within(a.read / (c->read_gbs * 1e9), 1);
+    k->attention_fma = within(a.flops / (c->fma_gflops * 1e9), 1);
+    k->attention_both = a.both;
+    k->attention_formed = a.formed;
+    return set_few(a.few, &k->attention_few, &k->n_attention_few);
+}
+
 static sh_status measure_with(sh_team *t, const sh_machine *m, Shoal__Machine *x) {
     size_t block = LARGE_BLOCK;
     sh_ceiling c;
@@ -172,7 +189,8 @@ static sh_status measure_with(sh_team *t, const sh_machine *m, Shoal__Machine *x
     shoal__machine_kernels__init(x->kernels);
     x->kernels->has_layer_us = 1;
     x->kernels->layer_us = LAYER_STARTS * start * 1e6;
-    return measure_products(t, m, &c, x->kernels);
+    SH_TRY(measure_products(t, m, &c, x->kernels));
+    return measure_attention(t, m, &c, x->kernels);
 }
 
 static sh_status measure(const sh_machine *m, Shoal__Machine *x) {

@@ -12,7 +12,7 @@
 #include "common/mem.h"
 
 #define BLOCK_ROWS 64  /* query rows (positions × heads of the group) that share a tile */
-#define FEW_ROWS   4   /* rows at most for which keys and values are not widened in memory */
+#define FEW_ROWS   16  /* rows at most for which a segment's keys and values are not made a tile */
 #define JOIN_ALONE 256 /* rows to join below which waking the team costs more */
 
 /* Query rows of one KV head of one span, and the run of segments they see. */
@@ -34,7 +34,7 @@ typedef struct joint {
 typedef struct scratch {
     sh_arena arena;
     float *q;            /* [R, D] */
-    float *k, *v;        /* [S, D] */
+    float *k, *v;        /* [S, D]; of k at least SH_KV_TILE */
     float *s;            /* [R, S] */
     float *o, *m, *l;    /* [R, D], [R], [R]: one segment's result */
     float *to, *tm, *tl; /* [depth, R, D], [depth, R] twice: pending subtrees of each row */
@@ -83,10 +83,11 @@ static int block_positions(int group) {
 
 static sh_status scratch_create(scratch *t, int block_rows, int max_dim, int depth) {
     size_t f = sizeof(float), R = (size_t)block_rows, D = (size_t)max_dim, S = SH_SEGMENT_TOKENS, n = (size_t)depth;
-    size_t floats = R * D * (n + 2) + 2 * S * D + R * S + R * (3 * n + 5);
+    size_t tile = S * D > SH_KV_TILE ? S * D : SH_KV_TILE;
+    size_t floats = R * D * (n + 2) + tile + S * D + R * S + R * (3 * n + 5);
     SH_TRY(sh_arena_create(floats * f + 14 * 64, "attention scratch", &t->arena));
     t->q = sh_arena_take(&t->arena, R * D * f);
-    t->k = sh_arena_take(&t->arena, S * D * f);
+    t->k = sh_arena_take(&t->arena, tile * f);
     t->v = sh_arena_take(&t->arena, S * D * f);
     t->s = sh_arena_take(&t->arena, R * S * f);
     t->o = sh_arena_take(&t->arena, R * D * f);
@@ -250,12 +251,29 @@ static void segment_ranges(const sh_attention *a, scratch *t, const piece *p, in
     }
 }
 
-/* One position over one segment, from the pages as they are: its few rows would not pay for widening them. */
-static void segment_few(const sh_attention *a, scratch *t, const piece *p, int i) {
+/* The keys of segment seg that the first position of the piece sees, when it is another one of the piece. */
+static int next_keys(const sh_attention *a, const piece *p, int seg, int *from) {
+    int lo, hi, base = seg * SH_SEGMENT_TOKENS;
+    visible(a->layer, p->rows->pos + p->first, &lo, &hi);
+    *from = max_int(lo, base);
+    return seg < p->seg1 ? max_int(0, min_int(hi, base + SH_SEGMENT_TOKENS) - *from) : 0;
+}
+
+/* One position over one segment, straight from the pages: its few rows would not pay for a tile. */
+static void segment_few(const sh_attention *a, scratch *t, const piece *p, int i, int seg) {
     int g = a->group, from = t->lo[i], n = t->hi[i] - from, layer = a->layer->kv_from;
     size_t row = (size_t)(i * g), dim = (size_t)a->layer->head_dim, S = SH_SEGMENT_TOKENS;
-    sh_kv_rows rows = {
-        .rows = g, .q = t->q + row * dim, .ldq = dim, .s = t->s + row * S, .lds = S, .o = t->o + row * dim, .ldo = dim};
+    sh_kv_rows rows = {.rows = g,
+                       .q = t->q + row * dim,
+                       .ldq = dim,
+                       .s = t->s + row * S,
+                       .lds = S,
+                       .o = t->o + row * dim,
+                       .ldo = dim,
+                       .tile = t->k,
+                       .k_norm = a->k_norm,
+                       .rope = a->rope};
+    rows.n_next = next_keys(a, p, seg + 1, &rows.next);
     sh_kv_scores(a->kv, a->kn, layer, p->rows->span, from, n, p->kv_head, &rows);
     for (size_t r = row; r < row + (size_t)g; r++) a->kn->softmax_part(t->s + r * S, n, &t->m[r], &t->l[r]);
     sh_kv_weigh(a->kv, a->kn, layer, p->rows->span, from, n, p->kv_head, &rows);
@@ -336,8 +354,8 @@ static void piece_run(const sh_attention *a, scratch *t, const piece *p) {
         int p0, p1;
         segment_ranges(a, t, p, seg, &p0, &p1);
         if (p0 >= p1) continue;
-        if (p1 - p0 == 1 && g <= FEW_ROWS && sh_kv_in_place(a->kv, a->kn, a->layer->kv_from))
-            segment_few(a, t, p, p0);
+        if (p1 - p0 == 1 && g <= FEW_ROWS && sh_kv_few(a->kn))
+            segment_few(a, t, p, p0, seg);
         else
             segment_run(a, t, p, p0, p1);
         for (int i = p0; i < p1; i++)

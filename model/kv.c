@@ -10,7 +10,6 @@
 #include "model/rope.h"
 
 #define STEP_BYTES  512  /* widened at a time, or one vector */
-#define PLACE_STEP  8    /* vectors at a time that are used where they lie */
 #define AHEAD_BYTES 8192 /* asked for in advance: measured, 28 GB/s from memory on one core instead of 7 */
 
 typedef struct layer_pages {
@@ -206,7 +205,7 @@ static void read_part(const sh_kv_pool *p, const sh_kernels *kn, const layer_pag
 static void form_keys(const sh_kernels *kn, const layer_pages *lp, const float *k_norm, const sh_rope *rope, int pos,
                       int n, const float *v, float *k) {
     for (int i = 0; i < n; i++, v += lp->head_dim, k += lp->head_dim) {
-        for (int d = 0; d < lp->head_dim; d++) k[d] = v[d] * k_norm[d];
+        kn->mul(k, v, k_norm, lp->head_dim);
         sh_rope_apply(rope, kn, k, pos + i);
     }
 }
@@ -222,43 +221,118 @@ void sh_kv_read(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_s
         read_part(p, kn, lp, s, pos, n, kv_head, false, k);
 }
 
-/* --- keys and values where they lie --------------------------------------------------------------------------------
+/* --- few rows ------------------------------------------------------------------------------------------------------
  */
 
-bool sh_kv_in_place(const sh_kv_pool *p, const sh_kernels *kn, int layer) {
-    return p->type == SH_KV_BF16 && kn->scores_bf16 && !p->layer[layer].k_eq_v;
-}
-
-/* Rows that look at keys, or take values. */
+/* Rows that look at the keys of some positions, or take their values. */
 typedef struct looking {
+    const sh_kv_pool *p;
     const sh_kernels *kn;
+    const layer_pages *lp;
+    const sh_span *s;
     const sh_kv_rows *r;
-    int head_dim;
+    int pos, n, head;
+    bool value, plain; /* plain: bf16 as it is stored */
 } looking;
 
-static void take_keys(void *arg, const uint8_t *from, int at, int rows) {
-    const looking *l = arg;
-    const sh_kv_rows *r = l->r;
-    l->kn->scores_bf16(r->s + at, r->lds, r->q, r->ldq, r->rows, (const uint16_t *)(const void *)from, rows,
-                       l->head_dim);
+bool sh_kv_few(const sh_kernels *kn) {
+    return kn->add_weighted != NULL;
 }
 
-static void take_values(void *arg, const uint8_t *from, int at, int rows) {
-    const looking *l = arg;
+/* Asks for one part of positions [pos, pos+n), to be near in a while. */
+static void ask_for(const layer_pages *lp, const sh_span *s, int pos, int n, int head, bool value) {
+    for (int run; n > 0; pos += run, n -= run) {
+        run = SH_PAGE_TOKENS - pos % SH_PAGE_TOKENS;
+        if (run > n) run = n;
+        const uint8_t *from = slot(lp, s, pos, head, value);
+        for (size_t i = 0; i < (size_t)run * lp->vec; i += 64) __builtin_prefetch(from + i, 0, 2);
+    }
+}
+
+/* What is used after vectors [at, at+rows) of n: their values after keys, the keys of the next positions after values;
+ * where keys are formed from values, these two use the same. */
+static void ask_ahead(const looking *l, int at, int rows) {
     const sh_kv_rows *r = l->r;
-    l->kn->add_weighted_bf16(r->o, r->ldo, r->s + at, r->lds, r->rows, (const uint16_t *)(const void *)from, rows,
-                             l->head_dim);
+    int from = (int)((long)r->n_next * at / l->n), to = (int)((long)r->n_next * (at + rows) / l->n);
+    if (l->value)
+        ask_for(l->lp, l->s, r->next + from, to - from, l->head, l->lp->k_eq_v);
+    else if (!l->lp->k_eq_v)
+        ask_for(l->lp, l->s, l->pos + at, rows, l->head, true);
+}
+
+/* `rows` vectors in f32: where they lie, or widened into the tile. */
+static const float *in_f32(const looking *l, const uint8_t *from, int at, int rows) {
+    int hd = l->lp->head_dim;
+    const sh_kv_rows *r = l->r;
+    bool formed = !l->value && l->lp->k_eq_v;
+    if (l->p->type == SH_KV_F32 && !formed) return (const float *)(const void *)from;
+    widen(l->p, l->kn, r->tile, from, hd, rows);
+    if (formed) form_keys(l->kn, l->lp, r->k_norm, r->rope, l->pos + at, rows, r->tile, r->tile);
+    return r->tile;
+}
+
+/* What ask_ahead asks for, where the kernel does that: in one piece, as segments begin at pages. */
+static const uint16_t *next_of(const looking *l, int at) {
+    const sh_kv_rows *r = l->r;
+    if (!l->value) return (const uint16_t *)(const void *)slot(l->lp, l->s, l->pos + at, l->head, true);
+    return at < r->n_next ? (const uint16_t *)(const void *)slot(l->lp, l->s, r->next + at, l->head, l->lp->k_eq_v)
+                          : NULL;
+}
+
+static void look(const looking *l, const uint8_t *from, int at, int rows) {
+    const sh_kernels *kn = l->kn;
+    const sh_kv_rows *r = l->r;
+    int hd = l->lp->head_dim;
+    const uint16_t *stored = (const uint16_t *)(const void *)from;
+    if (l->plain && l->value)
+        kn->add_weighted_bf16(r->o, r->ldo, r->s + at, r->lds, r->rows, stored, rows, hd, next_of(l, at));
+    else if (l->plain)
+        kn->scores_bf16(r->s + at, r->lds, r->q, r->ldq, r->rows, stored, rows, hd, next_of(l, at));
+    else if (l->value)
+        kn->add_weighted(r->o, r->ldo, r->s + at, r->lds, r->rows, in_f32(l, from, at, rows), rows, hd);
+    else
+        kn->scores(r->s + at, r->lds, r->q, r->ldq, r->rows, in_f32(l, from, at, rows), rows, hd);
+}
+
+/* Page by page, and in a page as many vectors at a time as stay in L1. */
+static void look_at_all(const looking *l) {
+    int most = l->plain ? SH_PAGE_TOKENS : SH_KV_TILE / l->lp->head_dim;
+    if (most < 1) most = 1;
+    for (int done = 0, run; done < l->n; done += run) {
+        run = SH_PAGE_TOKENS - (l->pos + done) % SH_PAGE_TOKENS;
+        if (run > l->n - done) run = l->n - done;
+        if (run > most) run = most;
+        if (!l->plain) ask_ahead(l, done, run);
+        look(l, slot(l->lp, l->s, l->pos + done, l->head, l->value), done, run);
+    }
+}
+
+static looking looking_at(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n,
+                          int kv_head, bool value, const sh_kv_rows *rows) {
+    const layer_pages *lp = &p->layer[layer];
+    bool plain = p->type == SH_KV_BF16 && rows->rows <= kn->plain_rows && (value || !lp->k_eq_v);
+    return (looking){.p = p,
+                     .kn = kn,
+                     .lp = lp,
+                     .s = s,
+                     .r = rows,
+                     .pos = pos,
+                     .n = n,
+                     .head = kv_head,
+                     .value = value,
+                     .plain = plain};
 }
 
 void sh_kv_scores(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,
                   const sh_kv_rows *rows) {
-    looking l = {kn, rows, p->layer[layer].head_dim};
-    each_run(&p->layer[layer], s, pos, n, kv_head, false, PLACE_STEP, take_keys, &l);
+    looking l = looking_at(p, kn, layer, s, pos, n, kv_head, false, rows);
+    look_at_all(&l);
 }
 
 void sh_kv_weigh(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,
                  const sh_kv_rows *rows) {
-    looking l = {kn, rows, p->layer[layer].head_dim};
-    for (int r = 0; r < rows->rows; r++) memset(rows->o + (size_t)r * rows->ldo, 0, (size_t)l.head_dim * sizeof(float));
-    each_run(&p->layer[layer], s, pos, n, kv_head, true, PLACE_STEP, take_values, &l);
+    looking l = looking_at(p, kn, layer, s, pos, n, kv_head, true, rows);
+    for (int r = 0; r < rows->rows; r++)
+        memset(rows->o + (size_t)r * rows->ldo, 0, (size_t)l.lp->head_dim * sizeof(float));
+    look_at_all(&l);
 }

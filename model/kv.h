@@ -37,8 +37,10 @@ struct sh_rope;
 void sh_kv_read(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,
                 const float *k_norm, const struct sh_rope *rope, float *k, float *v);
 
-/* The same for few rows without tiles, where bf16 is stored and the kernels can: scores of positions [pos, pos+n), and
- * after their softmax the weighted sum, straight from the pages. Bits as with tiles. */
+/* The same for few rows, without a tile of all positions: scores of positions [pos, pos+n), and after their softmax the
+ * weighted sum, straight from the pages, some vectors at a time. Bits as with tiles. Not with kernels that only take
+ * time. */
+#define SH_KV_TILE 4096 /* floats of a tile, or one vector if that has more: stays in L1 beside the rows */
 typedef struct sh_kv_rows {
     int rows;
     const float *q; /* [rows, head_dim], stride ldq */
@@ -47,8 +49,12 @@ typedef struct sh_kv_rows {
     size_t lds;
     float *o; /* [rows, head_dim], stride ldo */
     size_t ldo;
+    float *tile;         /* scratch [max(SH_KV_TILE, head_dim)] */
+    int next, n_next;    /* positions [next, next+n_next) will be asked for next; n_next 0: not known */
+    const float *k_norm; /* these two with k_eq_v */
+    const struct sh_rope *rope;
 } sh_kv_rows;
-bool sh_kv_in_place(const sh_kv_pool *p, const sh_kernels *kn, int layer);
+bool sh_kv_few(const sh_kernels *kn);
 void sh_kv_scores(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,
                   const sh_kv_rows *rows);
 void sh_kv_weigh(const sh_kv_pool *p, const sh_kernels *kn, int layer, const sh_span *s, int pos, int n, int kv_head,

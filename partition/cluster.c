@@ -96,6 +96,11 @@ static sh_status kernels_of(sh_cluster *c, const Shoal__MachineKernels *k) {
                   &c->kernels.weights_both));
     SH_TRY(number("kernels.q8_both", k && k->has_q8_both, k ? k->q8_both : 0, 0, 1, 0, &c->kernels.q8_both));
     SH_TRY(number("kernels.q4_both", k && k->has_q4_both, k ? k->q4_both : 0, 0, 1, 0, &c->kernels.q4_both));
+    SH_TRY(number("kernels.attention_both", k && k->has_attention_both, k ? k->attention_both : 0, 0, 1, 0,
+                  &c->kernels.attention_both));
+    SH_TRY(number("kernels.attention_formed", k && k->has_attention_formed, k ? k->attention_formed : 0, 0,
+                  SH_COST_MANY, 0, &c->kernels.attention_formed));
+    if (k) SH_TRY(few_of("attention_few", k->attention_few, k->n_attention_few, c->kernels.attention_few));
     if (k) SH_TRY(few_of("weights_few", k->weights_few, k->n_weights_few, c->kernels.weights_few));
     if (k) SH_TRY(few_of("q8_few", k->q8_few, k->n_q8_few, c->kernels.q8_few));
     if (k) SH_TRY(few_of("q4_few", k->q4_few, k->n_q4_few, c->kernels.q4_few));

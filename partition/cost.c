@@ -67,14 +67,17 @@ double sh_cost_both(const sh_cost_rates *r, sh_mode mode) {
     return mode == SH_MODE_Q8 ? r->q8_both : mode == SH_MODE_Q4 ? r->q4_both : r->weights_both;
 }
 
-double sh_cost_paid_rows(const sh_cost_rates *r, sh_mode mode, double rows) {
-    const double *few = mode == SH_MODE_Q8 ? r->q8_few : mode == SH_MODE_Q4 ? r->q4_few : r->weights_few;
+static double paid_rows(const double *few, double rows) {
     if (!(few[0] > 0) || rows >= SH_COST_MANY) return rows;
     if (rows < 1) return rows * few[0];
     int i = 0;
     while (i + 1 < SH_COST_FEW && rows >= 2 << i) i++;
     double lo = 1 << i, hi = i + 1 < SH_COST_FEW ? few[i + 1] : SH_COST_MANY;
     return few[i] + (hi - few[i]) * (rows - lo) / lo;
+}
+
+double sh_cost_paid_rows(const sh_cost_rates *r, sh_mode mode, double rows) {
+    return paid_rows(mode == SH_MODE_Q8 ? r->q8_few : mode == SH_MODE_Q4 ? r->q4_few : r->weights_few, rows);
 }
 
 /* Matrices of so many elements, each read once and multiplied with so many rows. */
@@ -109,14 +112,20 @@ static double context_share(const sh_cost_place *p, const sh_layer *l, const sh_
     return fmin(1, fmax(1.0 / p->shape.cp, SH_SEGMENT_TOKENS / longest));
 }
 
+/* Rows that meet a key pay as those that meet a weight do; keys that are formed are so once for each block of rows. */
 static sh_cost_part attention(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_load *d) {
     const sh_config *c = m->config;
     const sh_layer *l = &c->layer[layer];
     const sh_cost_rates *r = p->rates;
-    double share = context_share(p, l, d), row = (double)sh_layer_kv_bytes(&c->layer[l->kv_from], p->kv);
-    double bytes = d->keys * row * kv_heads_of(l, p) / l->kv_heads * share;
-    double flops = 4.0 * l->heads / p->shape.tp * l->head_dim * d->pairs * share;
-    return part(bytes, flops, r->read * r->attention_read, r->fma * r->attention_fma, 0);
+    double share = context_share(p, l, d), kv_heads = kv_heads_of(l, p), heads = (double)l->heads / p->shape.tp;
+    double bytes = d->keys * (double)sh_layer_kv_bytes(&c->layer[l->kv_from], p->kv) * kv_heads / l->kv_heads * share;
+    double flops = 4.0 * heads * l->head_dim * d->pairs * share;
+    double rows = d->keys > 0 ? d->pairs * heads / (d->keys * kv_heads) : 0, paid = paid_rows(r->attention_few, rows);
+    if (c->layer[l->kv_from].k_eq_v) paid += r->attention_formed * fmax(1, rows / SH_COST_MANY);
+    sh_cost_part x = part(bytes, rows > 0 ? flops * paid / rows : 0, r->read * r->attention_read,
+                          r->fma * r->attention_fma, r->attention_both);
+    x.flops = flops;
+    return x;
 }
 
 static double kv_elements(const sh_config *c, const sh_layer *l, const sh_cost_place *p) {

@@ -6,6 +6,7 @@
 
 #define SH_WS_ROWS 3
 #define SH_WS_VECS 2
+#define SH_WS_MANY 2
 #include "model/kernels/rows.h"
 
 #define FEW_ROWS    2    /* up to here weights are streamed once */
@@ -218,7 +219,8 @@ static void x86_scores(float *s, size_t lds, const float *q, size_t ldq, int row
 }
 
 static void x86_scores_bf16(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys,
-                            int hd) {
+                            int hd, const uint16_t *next) {
+    sh_prefetch(next, (size_t)keys * (size_t)hd * sizeof *next);
     score_keys(s, lds, q, ldq, rows, k, true, keys, hd);
 }
 
@@ -227,4 +229,5 @@ void sh_kernels_fill_avx2(sh_kernels *t) {
     t->gemm = x86_gemm;
     t->scores = x86_scores;
     t->scores_bf16 = x86_scores_bf16;
+    t->plain_rows = 4;
 }

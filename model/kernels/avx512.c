@@ -6,6 +6,7 @@
 
 #define SH_WS_ROWS 4
 #define SH_WS_VECS 4
+#define SH_WS_MANY 8 /* rows of values in bf16, two vectors at a time */
 #include "model/kernels/rows.h"
 
 #define FEW_ROWS    6    /* up to here weights are streamed once, whole panels at a time; measured on Zen 5 */
@@ -177,11 +178,16 @@ static void x86_gemm(const sh_wmat *w, int p0, int p1, const float *x, size_t ld
 
 /* ---- scores ------------------------------------------------------------------------------------------------------ */
 
+/* Which of the sixteen sums is that of row r and key j: where its lane in the joined vector is r · keys + j. */
+SH_INLINE int sum_of(int r, int keys, int j) {
+    int lane = r * keys + j;
+    return lane % 4 * 4 + lane / 4;
+}
+
 /* `rows` rows times `keys` keys from number j0, rows · keys ≤ 16; the first `some` keys exist, the rest read the last
- * one again. One row takes eight keys, in two quarters of the joined vector; more rows take four keys, a quarter each.
- */
-SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int rows, const void *k, bool bf16, int j0,
-                          int keys, int some, int hd) {
+ * one again. next: asked for meanwhile, unless it is NULL. */
+SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int rows, const void *k, bool bf16,
+                          const uint16_t *next, unsigned blocks, int j0, int keys, int some, int hd) {
     __m512 acc[SH_LANES];
     size_t at[8];
 #pragma GCC unroll 16
@@ -190,14 +196,18 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
     for (int j = 0; j < keys; j++) at[j] = (size_t)(j0 + (j < some ? j : some - 1)) * (size_t)hd;
     int d = 0;
     for (; d + SH_LANES <= hd; d += SH_LANES) {
-#pragma GCC unroll 16
-        for (int j = 0; j < keys; j++) {
-            __m512 b = v_stored(k, at[j] + (size_t)d, bf16, SH_LANES);
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                int i = j % 4 * 4 + r + j / 4;
-                acc[i] = _mm512_fmadd_ps(_mm512_loadu_ps(q + (size_t)r * ldq + d), b, acc[i]);
-            }
+        for (int i = 0; i < keys / 2; i++) { /* 32 values to a line */
+            if (next) ask_line(next, (size_t)((j0 * (hd / SH_LANES) + d / SH_LANES * keys) / 2 + i), blocks);
+        }
+        __m512 b[8];
+#pragma GCC unroll 16
+        for (int j = 0; j < keys; j++) b[j] = v_stored(k, at[j] + (size_t)d, bf16, SH_LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            __m512 a = _mm512_loadu_ps(q + (size_t)r * ldq + d);
+#pragma GCC unroll 16
+            for (int j = 0; j < keys; j++) acc[sum_of(r, keys, j)] = _mm512_fmadd_ps(a, b[j], acc[sum_of(r, keys, j)]);
         }
     }
     if (d < hd) {
@@ -205,47 +215,57 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
 #pragma GCC unroll 16
         for (int j = 0; j < keys; j++) {
             __m512 b = v_stored(k, at[j] + (size_t)d, bf16, hd - d);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
-                int i = j % 4 * 4 + r + j / 4;
+                int i = sum_of(r, keys, j);
                 acc[i] = _mm512_mask3_fmadd_ps(_mm512_maskz_loadu_ps(m, q + (size_t)r * ldq + d), b, acc[i], m);
             }
         }
     }
     __m512 sums = v_join16(acc);
-    if (rows == 1) {
-        _mm512_mask_storeu_ps(s, lanes(some), sums);
-        return;
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) v_store_quarter(s + (size_t)r * lds, sums, r, some);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) /* lanes r · keys and so many from there */
+        _mm512_mask_storeu_ps(s + (size_t)r * lds - r * keys, (__mmask16)(lanes(some) << (r * keys)), sums);
 }
 
-SH_INLINE void score_rows(float *s, size_t lds, const float *q, size_t ldq, int rows, const void *k, bool bf16, int j0,
-                          int keys, int hd, int step) {
+/* 16 / rows keys at a time. */
+SH_INLINE void score_rows(float *s, size_t lds, const float *q, size_t ldq, int rows, const void *k, bool bf16,
+                          const uint16_t *next, unsigned blocks, int j0, int keys, int hd) {
+    int step = rows > 1 ? SH_LANES / rows : 8;
     for (int j = 0; j < keys; j += step) {
-        score_tile(s + j, lds, q, ldq, rows, k, bf16, j0 + j, step, keys - j < step ? keys - j : step, hd);
+        score_tile(s + j, lds, q, ldq, rows, k, bf16, next, blocks, j0 + j, step, keys - j < step ? keys - j : step,
+                   hd);
     }
 }
 
 #define KEY_BLOCK 16 /* keys that stay in L1 while all rows pass: 32 KiB at 512 wide heads */
 
+/* `most` rows at a time, then two, then one. */
+SH_INLINE void score_block(float *s, size_t lds, const float *q, size_t ldq, int rows, int most, const void *k,
+                           bool bf16, const uint16_t *next, unsigned blocks, int j0, int keys, int hd) {
+    int r = 0;
+    for (; r + most <= rows; r += most)
+        score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, most, k, bf16, next, blocks, j0, keys, hd);
+    for (; r + 2 <= rows; r += 2)
+        score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, 2, k, bf16, next, blocks, j0, keys, hd);
+    if (r < rows)
+        score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, 1, k, bf16, next, blocks, j0, keys, hd);
+}
+
 static void x86_scores(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys, int hd) {
     for (int j = 0; j < keys; j += KEY_BLOCK) {
-        int n = keys - j < KEY_BLOCK ? keys - j : KEY_BLOCK, r = 0;
-        for (; r + 4 <= rows; r += 4)
-            score_rows(s + (size_t)r * lds + j, lds, q + (size_t)r * ldq, ldq, 4, k, false, j, n, hd, 4);
-        for (; r < rows; r++)
-            score_rows(s + (size_t)r * lds + j, lds, q + (size_t)r * ldq, ldq, 1, k, false, j, n, hd, 8);
+        int n = keys - j < KEY_BLOCK ? keys - j : KEY_BLOCK;
+        score_block(s + j, lds, q, ldq, rows, 4, k, false, NULL, 0, j, n, hd);
     }
 }
 
 static void x86_scores_bf16(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys,
-                            int hd) {
-    int r = 0;
-    for (; r + 2 <= rows; r += 2)
-        score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, 2, k, true, 0, keys, hd, 4);
-    if (r < rows) score_rows(s + (size_t)r * lds, lds, q + (size_t)r * ldq, ldq, 1, k, true, 0, keys, hd, 8);
+                            int hd, const uint16_t *next) {
+    unsigned blocks = blocks_of((size_t)keys * (size_t)hd * sizeof *k);
+    int many = rows - rows % 8; /* with eight rows a key is widened once for all, with four twice */
+    score_block(s, lds, q, ldq, many, 8, k, true, next, blocks, 0, keys, hd);
+    score_block(s + (size_t)many * lds, lds, q + (size_t)many * ldq, ldq, rows - many, 4, k, true, next, blocks, 0,
+                keys, hd);
 }
 
 void sh_kernels_fill_avx512(sh_kernels *t) {
@@ -253,4 +273,5 @@ void sh_kernels_fill_avx512(sh_kernels *t) {
     t->gemm = x86_gemm;
     t->scores = x86_scores;
     t->scores_bf16 = x86_scores_bf16;
+    t->plain_rows = 16;
 }

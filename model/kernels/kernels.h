@@ -108,10 +108,11 @@ typedef struct sh_kernels {
     void (*rope)(float *x, const float *cs, const float *sn, int half, int pairs);
     /* y[i] = gelu_tanh(gate[i]) · up[i]; y may be gate or up. */
     void (*gelu_mul)(float *y, const float *gate, const float *up, int n);
-    void (*add)(float *y, const float *x, int n);            /* y += x */
-    void (*scale)(float *y, const float *x, float s, int n); /* y = x · s; y may be x */
-    void (*axpy)(float *y, float a, const float *x, int n);  /* y = fma(a, x, y) */
-    void (*softcap)(float *x, float cap, int n);             /* x = tanh(x / cap) · cap */
+    void (*add)(float *y, const float *x, int n);                 /* y += x */
+    void (*scale)(float *y, const float *x, float s, int n);      /* y = x · s; y may be x */
+    void (*axpy)(float *y, float a, const float *x, int n);       /* y = fma(a, x, y) */
+    void (*mul)(float *y, const float *a, const float *b, int n); /* y = a · b; y may be either */
+    void (*softcap)(float *x, float cap, int n);                  /* x = tanh(x / cap) · cap */
     void (*from_bf16)(float *y, const uint16_t *x, int n);
     void (*to_bf16)(uint16_t *y, const float *x, int n); /* round to nearest even; NaN stays NaN */
     /* One vector of n values to sh_kv8_bytes(n): codes and scales as quantize makes them (nothing is padded), so a
@@ -128,13 +129,17 @@ typedef struct sh_kernels {
     void (*softmax_part)(float *s, int keys, float *m, float *l);
     /* o[r·ldo + d] = Σ_j fma(p[r·lds + j], v[j, d]) in ascending j, from 0. */
     void (*weighted_sum)(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys, int hd);
-    /* The same two of keys and values in bf16, [keys, hd] without gaps as pages hold them, for rows so few that
-     * widening them in memory first would cost more than it saves. add_weighted_bf16 goes on from what o is: 0, or what
-     * fewer keys gave. NULL: there is none, tiles serve. */
-    void (*scores_bf16)(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys,
-                        int hd);
+    /* The same, but o goes on from what it is: 0, or what fewer keys gave. NULL: there is none, tiles of a segment
+     * serve. */
+    void (*add_weighted)(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys, int hd);
+    /* scores and add_weighted of keys and values in bf16, [keys, hd] without gaps as pages hold them: quicker than
+     * widening them in memory first for up to plain_rows rows. next: as many that will be asked for soon; NULL: not
+     * known. */
+    void (*scores_bf16)(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys, int hd,
+                        const uint16_t *next);
     void (*add_weighted_bf16)(float *o, size_t ldo, const float *p, size_t lds, int rows, const uint16_t *v, int keys,
-                              int hd);
+                              int hd, const uint16_t *next);
+    int plain_rows;
     /* Joins two parts of one row, a before b: m = max(ma, mb); ea = exp(ma − m), eb = exp(mb − m);
      * oa = fma(eb, ob, ea · oa); la = fma(eb, lb, ea · la); ma = m. Neither is empty. */
     void (*merge)(float *oa, float *ma, float *la, const float *ob, float mb, float lb, int hd);

@@ -194,7 +194,8 @@ sh_status sh_kernels_fill_model(sh_kernels *t, const char *spec) {
     t->scores = scores;
     t->softmax_part = softmax_part;
     t->weighted_sum = weighted_sum;
-    t->scores_bf16 = NULL; /* time is taken where tiles are widened */
+    t->add_weighted = NULL; /* time is taken where tiles are widened */
+    t->scores_bf16 = NULL;
     t->add_weighted_bf16 = NULL;
     t->from_bf16 = from_bf16;
     t->from_kv8 = from_kv8;

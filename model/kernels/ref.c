@@ -252,6 +252,10 @@ static void ref_axpy(float *y, float a, const float *x, int n) {
     for (int i = 0; i < n; i++) y[i] = fmaf(a, x[i], y[i]);
 }
 
+static void ref_mul(float *y, const float *a, const float *b, int n) {
+    for (int i = 0; i < n; i++) y[i] = a[i] * b[i];
+}
+
 static void ref_softcap(float *x, float cap, int n) {
     for (int i = 0; i < n; i++) x[i] = tanh_poly(x[i] / cap) * cap;
 }
@@ -290,7 +294,8 @@ static void ref_scores(float *s, size_t lds, const float *q, size_t ldq, int row
 }
 
 static void ref_scores_bf16(float *s, size_t lds, const float *q, size_t ldq, int rows, const uint16_t *k, int keys,
-                            int hd) {
+                            int hd, const uint16_t *next) {
+    (void)next;
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < keys; j++) {
             float l[SH_LANES] = {0};
@@ -319,12 +324,23 @@ static void ref_softmax_part(float *s, int keys, float *m, float *l) {
 }
 
 static void ref_add_weighted_bf16(float *o, size_t ldo, const float *p, size_t lds, int rows, const uint16_t *v,
-                                  int keys, int hd) {
+                                  int keys, int hd, const uint16_t *next) {
+    (void)next;
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < keys; j++)
             for (int d = 0; d < hd; d++) {
                 float *out = &o[(size_t)r * ldo + (size_t)d];
                 *out = fmaf(p[(size_t)r * lds + (size_t)j], widen(v[(size_t)j * (size_t)hd + (size_t)d]), *out);
+            }
+}
+
+static void ref_add_weighted(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys,
+                             int hd) {
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < keys; j++)
+            for (int d = 0; d < hd; d++) {
+                float *out = &o[(size_t)r * ldo + (size_t)d];
+                *out = fmaf(p[(size_t)r * lds + (size_t)j], v[(size_t)j * (size_t)hd + (size_t)d], *out);
             }
 }
 
@@ -451,6 +467,7 @@ void sh_kernels_fill_ref(sh_kernels *t) {
         .add = ref_add,
         .scale = ref_scale,
         .axpy = ref_axpy,
+        .mul = ref_mul,
         .softcap = ref_softcap,
         .from_bf16 = ref_from_bf16,
         .to_bf16 = ref_to_bf16,
@@ -458,8 +475,10 @@ void sh_kernels_fill_ref(sh_kernels *t) {
         .from_kv8 = ref_from_kv8,
         .scores = ref_scores,
         .scores_bf16 = ref_scores_bf16,
+        .plain_rows = 4,
         .softmax_part = ref_softmax_part,
         .weighted_sum = ref_weighted_sum,
+        .add_weighted = ref_add_weighted,
         .add_weighted_bf16 = ref_add_weighted_bf16,
         .merge = ref_merge,
         .max_sum_exp = ref_max_sum_exp,

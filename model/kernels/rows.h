@@ -22,6 +22,25 @@ SH_INLINE void put(float *y, v16 a, int c) {
     }
 }
 
+/* Asks for bytes that are to be near in a while; NULL: for none. */
+SH_INLINE void sh_prefetch(const void *p, size_t bytes) {
+    for (size_t i = 0; p && i < bytes; i += 64) _mm_prefetch((const char *)p + i, _MM_HINT_T1);
+}
+
+/* How many blocks of 4 KiB lie in so many bytes: 2 to the power of the result, rounded down. */
+SH_INLINE unsigned blocks_of(size_t bytes) {
+    unsigned n = 0;
+    while (((size_t)8192 << n) <= bytes) n++;
+    return n;
+}
+
+/* Asks for a line of what comes next, for L2. Lines go round the blocks: hardware reads ahead in each of them, where
+ * one ascending stream is several times slower than memory. */
+SH_INLINE void ask_line(const void *next, size_t line, unsigned blocks) {
+    size_t block = line & (((size_t)1 << blocks) - 1);
+    _mm_prefetch((const char *)next + block * 4096 + (line >> blocks) * 64, _MM_HINT_T1);
+}
+
 /* xt[kk · stride + r] = x[r][kk] for kk < kb: one stream for the inner loop of gemm instead of one per row. stride is a
  * multiple of 4, at least `rows`. Up to three columns past `rows` hold copies of the last row and are not used. */
 SH_INLINE void pack_rows(float *xt, int stride, const float *x, size_t ldx, int rows, int kb) {
@@ -148,6 +167,18 @@ static void x86_axpy(float *y, float a, const float *x, int n) {
     }
 }
 
+static void x86_mul(float *y, const float *a, const float *b, int n) {
+    int i = 0, c;
+    for (; i + 4 * SH_LANES <= n; i += 4 * SH_LANES) {
+#pragma GCC unroll 4
+        for (int j = i; j < i + 4 * SH_LANES; j += SH_LANES) v_store(y + j, v_mul(v_load(a + j), v_load(b + j)));
+    }
+    for (; i < n; i += SH_LANES) {
+        v16 x = take(a, i, n, &c);
+        put(y + i, v_mul(x, take(b, i, n, &c)), c);
+    }
+}
+
 static void x86_softcap(float *x, float cap, int n) {
     int c;
     for (int i = 0; i < n; i += SH_LANES) {
@@ -165,7 +196,12 @@ static void x86_exp(float *y, const float *x, int n) {
 }
 
 static void x86_from_bf16(float *y, const uint16_t *x, int n) {
-    for (int i = 0; i < n; i += SH_LANES) {
+    int i = 0;
+    for (; i + 4 * SH_LANES <= n; i += 4 * SH_LANES) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4 * SH_LANES; j += SH_LANES) v_store(y + i + j, v_from_bf16_n(x + i + j, SH_LANES));
+    }
+    for (; i < n; i += SH_LANES) {
         int c = n - i < SH_LANES ? n - i : SH_LANES;
         put(y + i, v_from_bf16_n(x + i, c), c);
     }
@@ -261,25 +297,37 @@ SH_INLINE v16 v_stored(const void *v, size_t at, bool bf16, int n) {
     return n == SH_LANES ? v_load((const float *)v + at) : v_load_n((const float *)v + at, n);
 }
 
+/* Values as they are stored, and whether the sums go on from what is there. */
+typedef struct values {
+    const void *v;
+    bool bf16, on;
+    const uint16_t *next; /* bf16: to be near in a while; NULL: nothing */
+    unsigned blocks;      /* of next: blocks_of */
+} values;
+
 /* `rows` rows times `vecs` vectors of one head, from element d0 on: the sums stay in registers over all keys. c: lanes
  * of the last vector. */
-SH_INLINE void weighted_tile(float *o, size_t ldo, const float *p, size_t lds, int rows, const void *v, bool bf16,
-                             int keys, int hd, int d0, int vecs, int c) {
-    v16 acc[SH_WS_ROWS][SH_WS_VECS];
+SH_INLINE void weighted_tile(float *o, size_t ldo, const float *p, size_t lds, int rows, values v, int keys, int hd,
+                             int d0, int vecs, int c) {
+    v16 acc[SH_WS_MANY > SH_WS_ROWS ? SH_WS_MANY : SH_WS_ROWS][SH_WS_VECS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 8
         for (int d = 0; d < vecs; d++) {
             const float *from = o + (size_t)r * ldo + d0 + d * SH_LANES;
-            acc[r][d] = !bf16 ? v_zero() : d + 1 < vecs || c == SH_LANES ? v_load(from) : v_load_n(from, c);
+            acc[r][d] = !v.on ? v_zero() : d + 1 < vecs || c == SH_LANES ? v_load(from) : v_load_n(from, c);
         }
     }
     size_t at = (size_t)d0;
     for (int j = 0; j < keys; j++, at += (size_t)hd) {
         v16 x[SH_WS_VECS];
+#pragma GCC unroll 4
+        for (int i = 0; i < vecs / 2; i++) { /* 32 values to a line */
+            if (v.next) ask_line(v.next, (size_t)((d0 / SH_LANES / vecs * keys + j) * (vecs / 2) + i), v.blocks);
+        }
 #pragma GCC unroll 8
         for (int d = 0; d < vecs; d++) {
-            x[d] = v_stored(v, at + (size_t)(d * SH_LANES), bf16, d + 1 < vecs ? SH_LANES : c);
+            x[d] = v_stored(v.v, at + (size_t)(d * SH_LANES), v.bf16, d + 1 < vecs ? SH_LANES : c);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
@@ -297,33 +345,51 @@ SH_INLINE void weighted_tile(float *o, size_t ldo, const float *p, size_t lds, i
     }
 }
 
-SH_INLINE void weighted_rows(float *o, size_t ldo, const float *p, size_t lds, int rows, const void *v, bool bf16,
-                             int keys, int hd) {
+SH_INLINE void weighted_rows(float *o, size_t ldo, const float *p, size_t lds, int rows, int vecs, values v, int keys,
+                             int hd) {
     int d = 0;
-    for (; d + SH_WS_VECS * SH_LANES <= hd; d += SH_WS_VECS * SH_LANES) {
-        weighted_tile(o, ldo, p, lds, rows, v, bf16, keys, hd, d, SH_WS_VECS, SH_LANES);
+    for (; d + vecs * SH_LANES <= hd; d += vecs * SH_LANES) {
+        weighted_tile(o, ldo, p, lds, rows, v, keys, hd, d, vecs, SH_LANES);
     }
     for (; d < hd; d += SH_LANES) {
-        weighted_tile(o, ldo, p, lds, rows, v, bf16, keys, hd, d, 1, hd - d < SH_LANES ? hd - d : SH_LANES);
+        weighted_tile(o, ldo, p, lds, rows, v, keys, hd, d, 1, hd - d < SH_LANES ? hd - d : SH_LANES);
     }
+}
+
+/* `most` rows at a time, then one. */
+SH_INLINE void weigh(float *o, size_t ldo, const float *p, size_t lds, int rows, int most, int vecs, values v, int keys,
+                     int hd) {
+    int r = 0;
+    for (; r + most <= rows; r += most) {
+        weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, most, vecs, v, keys, hd);
+    }
+    for (; r < rows; r++) weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, 1, SH_WS_VECS, v, keys, hd);
 }
 
 static void x86_weighted_sum(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys,
                              int hd) {
-    int r = 0;
-    for (; r + SH_WS_ROWS <= rows; r += SH_WS_ROWS) {
-        weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, SH_WS_ROWS, v, false, keys, hd);
-    }
-    for (; r < rows; r++) weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, 1, v, false, keys, hd);
+    weigh(o, ldo, p, lds, rows, SH_WS_ROWS, SH_WS_VECS, (values){.v = v}, keys, hd);
+}
+
+static void x86_add_weighted(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys,
+                             int hd) {
+    int many = rows - rows % SH_WS_ROWS; /* two rows left over share what they load */
+    values x = {.v = v, .on = true};
+    weigh(o, ldo, p, lds, many, SH_WS_ROWS, SH_WS_VECS, x, keys, hd);
+    weigh(o + (size_t)many * ldo, ldo, p + (size_t)many * lds, lds, rows - many, 2, SH_WS_VECS, x, keys, hd);
 }
 
 static void x86_add_weighted_bf16(float *o, size_t ldo, const float *p, size_t lds, int rows, const uint16_t *v,
-                                  int keys, int hd) {
-    int r = 0;
-    for (; r + 2 <= rows; r += 2) {
-        weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, 2, v, true, keys, hd);
+                                  int keys, int hd, const uint16_t *next) {
+    values x = {
+        .v = v, .bf16 = true, .on = true, .next = next, .blocks = blocks_of((size_t)keys * (size_t)hd * sizeof *v)};
+    static const int most[] = {SH_WS_MANY, SH_WS_ROWS, 2, 1}; /* the more rows, the fewer times a value is widened */
+    for (int i = 0, n; i < 4; i++, rows -= n, o += (size_t)n * ldo, p += (size_t)n * lds) {
+        n = rows - rows % most[i];
+        if (i == 0) weigh(o, ldo, p, lds, n, SH_WS_MANY, 2, x, keys, hd);
+        if (i == 1) weigh(o, ldo, p, lds, n, SH_WS_ROWS, SH_WS_VECS, x, keys, hd);
+        if (i > 1) weigh(o, ldo, p, lds, n, 2, SH_WS_VECS, x, keys, hd);
     }
-    if (r < rows) weighted_rows(o + (size_t)r * ldo, ldo, p + (size_t)r * lds, lds, 1, v, true, keys, hd);
 }
 
 static void x86_merge(float *oa, float *ma, float *la, const float *ob, float mb, float lb, int hd) {
@@ -345,6 +411,7 @@ static void fill_rows(sh_kernels *t) {
     t->add = x86_add;
     t->scale = x86_scale;
     t->axpy = x86_axpy;
+    t->mul = x86_mul;
     t->softcap = x86_softcap;
     t->from_bf16 = x86_from_bf16;
     t->to_bf16 = x86_to_bf16;
@@ -352,6 +419,7 @@ static void fill_rows(sh_kernels *t) {
     t->from_kv8 = x86_from_kv8;
     t->softmax_part = x86_softmax_part;
     t->weighted_sum = x86_weighted_sum;
+    t->add_weighted = x86_add_weighted;
     t->add_weighted_bf16 = x86_add_weighted_bf16;
     t->merge = x86_merge;
     t->max_sum_exp = x86_max_sum_exp;

@@ -135,13 +135,17 @@ SH_INLINE v16 v_join16(const v16 a[16]) {
     }
     return _mm512_add_ps(_mm512_shuffle_ps(d[0], d[1], 0x88), _mm512_shuffle_ps(d[0], d[1], 0xdd));
 }
-/* Quarter i of a, four lanes, of which the first n are stored. */
-SH_INLINE void v_store_quarter(float *p, v16 a, int i, int n) {
-    _mm512_mask_storeu_ps(p - 4 * i, (__mmask16)(((1u << n) - 1) << (4 * i)), a);
-}
 
+/* A word goes to the high half of a lane in one step, where extending and shifting are two. */
+SH_INLINE v16 v_from_bf16(const uint16_t *p) {
+    const __m512i to = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3,
+                                        0, 2, 0, 1, 0, 0, 0);
+    __m512i x = _mm512_maskz_loadu_epi16(0xffff, p);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, to, x));
+}
 SH_INLINE v16 v_from_bf16_n(const uint16_t *p, int n) {
-    __m256i x = n == 16 ? _mm256_loadu_si256((const __m256i *)(const void *)p) : _mm256_maskz_loadu_epi16(lanes(n), p);
+    if (n == 16) return v_from_bf16(p);
+    __m256i x = _mm256_maskz_loadu_epi16(lanes(n), p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 SH_INLINE void v_to_bf16_n(uint16_t *p, v16 a, int n) {

@@ -324,19 +324,40 @@ static const uint16_t *bf16s(int n) {
 }
 
 static void case_scores_bf16(const sh_kernels *kn) {
-    int hd = rnd() % 4 ? upto(90) : 256, rows = upto(5), keys = upto(50);
+    int hd = rnd() % 4 ? upto(90) : 256, rows = upto(11), keys = upto(50);
     int ldq = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
     const float *q = floats((rows - 1) * ldq + hd, 2);
-    kn->scores_bf16(output((rows - 1) * lds + keys), (size_t)lds, q, (size_t)ldq, rows, bf16s(keys * hd), keys, hd);
+    kn->scores_bf16(output((rows - 1) * lds + keys), (size_t)lds, q, (size_t)ldq, rows, bf16s(keys * hd), keys, hd,
+                    rnd() % 2 ? bf16s(keys * hd) : NULL);
 }
 
-static void case_add_weighted_bf16(const sh_kernels *kn) {
-    int hd = upto(150), rows = upto(5), keys = upto(60), ldo = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
-    const float *p = floats((rows - 1) * lds + keys, 1);
+/* Random sums to go on from. */
+static float *begun(int rows, int ldo, int hd) {
     float *o = output((rows - 1) * ldo + hd);
     for (int r = 0; r < rows; r++)
         for (int d = 0; d < hd; d++) o[r * ldo + d] = value(3);
-    kn->add_weighted_bf16(o, (size_t)ldo, p, (size_t)lds, rows, bf16s(keys * hd), keys, hd);
+    return o;
+}
+
+static void case_add_weighted(const sh_kernels *kn) {
+    int hd = upto(150), rows = upto(11), keys = upto(60), ldo = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
+    const float *p = floats((rows - 1) * lds + keys, 1), *v = floats(keys * hd, 2);
+    float *o = begun(rows, ldo, hd);
+    kn->add_weighted(o, (size_t)ldo, p, (size_t)lds, rows, v, keys, hd);
+}
+
+static void case_mul(const sh_kernels *kn) {
+    int n = upto(200);
+    const float *a = odd_floats(n), *b = odd_floats(n);
+    kn->mul(output(n), a, b, n);
+}
+
+static void case_add_weighted_bf16(const sh_kernels *kn) {
+    int hd = upto(150), rows = upto(11), keys = upto(60), ldo = hd + (int)(rnd() % 7), lds = keys + (int)(rnd() % 7);
+    const float *p = floats((rows - 1) * lds + keys, 1);
+    float *o = begun(rows, ldo, hd);
+    kn->add_weighted_bf16(o, (size_t)ldo, p, (size_t)lds, rows, bf16s(keys * hd), keys, hd,
+                          rnd() % 2 ? bf16s(keys * hd) : NULL);
 }
 
 static void fill_scores(float *s, int n) {
@@ -408,6 +429,7 @@ static const struct {
     {"add", case_add},
     {"scale", case_scale},
     {"axpy", case_axpy},
+    {"mul", case_mul},
     {"softcap", case_softcap},
     {"from_bf16", case_from_bf16},
     {"to_bf16", case_to_bf16},
@@ -418,6 +440,7 @@ static const struct {
     {"max_sum_exp", case_max_sum_exp},
     {"weighted_sum", case_weighted_sum},
     {"scores_bf16", case_scores_bf16},
+    {"add_weighted", case_add_weighted},
     {"add_weighted_bf16", case_add_weighted_bf16},
     {"merge", case_merge},
     {"exp", case_exp},
@@ -715,13 +738,13 @@ static void test_attention_in_place(void) {
         if (!kn || !kn->scores_bf16 || strcmp(*isa, "blas") == 0) continue;
         kn->from_bf16(wide, k, KEYS * HD);
         kn->scores(s, KEYS, q, HD, ROWS, wide, KEYS, HD);
-        kn->scores_bf16(s2, KEYS, q, HD, ROWS, k, FIRST, HD);
-        kn->scores_bf16(s2 + FIRST, KEYS, q, HD, ROWS, k + FIRST * HD, KEYS - FIRST, HD);
+        kn->scores_bf16(s2, KEYS, q, HD, ROWS, k, FIRST, HD, NULL);
+        kn->scores_bf16(s2 + FIRST, KEYS, q, HD, ROWS, k + FIRST * HD, KEYS - FIRST, HD, k);
         CU_ASSERT(memcmp(s, s2, sizeof s) == 0);
         kn->weighted_sum(o, HD, s, KEYS, ROWS, wide, KEYS, HD);
         memset(o2, 0, sizeof o2);
-        kn->add_weighted_bf16(o2, HD, s, KEYS, ROWS, k, FIRST, HD);
-        kn->add_weighted_bf16(o2, HD, s + FIRST, KEYS, ROWS, k + FIRST * HD, KEYS - FIRST, HD);
+        kn->add_weighted_bf16(o2, HD, s, KEYS, ROWS, k, FIRST, HD, NULL);
+        kn->add_weighted_bf16(o2, HD, s + FIRST, KEYS, ROWS, k + FIRST * HD, KEYS - FIRST, HD, k);
         CU_ASSERT(memcmp(o, o2, sizeof o) == 0);
     }
     release_all();

@@ -29,6 +29,7 @@ typedef struct setup {
 } setup;
 
 static const sh_kernels *kn;
+static sh_kv_type kv_type = SH_KV_F32; /* of the pools that open_setup makes */
 
 static uint64_t state;
 static float noise(void) { /* about −1 to 1 */
@@ -58,7 +59,7 @@ static void open_setup(setup *s, const shape *sh) {
                                .has_kv = true,
                                .k_eq_v = sh->k_eq_v};
     int32_t n = CONTEXT / SH_PAGE_TOKENS + 1, counts[SH_KV_KINDS] = {n, n};
-    CU_ASSERT_FATAL(sh_kv_create(&s->c, SH_KV_F32, 0, 1, counts, &s->kv) == SH_OK);
+    CU_ASSERT_FATAL(sh_kv_create(&s->c, kv_type, 0, 1, counts, &s->kv) == SH_OK);
     CU_ASSERT_FATAL(sh_rope_create(&s->c.layer[0], CONTEXT, &s->rope) == SH_OK);
     sh_rope_reach(&s->rope, kn, CONTEXT);
     for (int i = 0; i < n; i++) s->pages[i] = n - 1 - i;
@@ -199,25 +200,52 @@ static void is_the_tree(void) {
     }
 }
 
-static void same_bytes(void) {
+static void same_bytes_of(const shape *sh) {
     static const struct {
         int pos, n, chunk, threads;
     } ways[] = {{0, CONTEXT, 7, 1}, {0, CONTEXT, 129, 2}, {1150, 50, 1, 3}, {1199, 1, 1, 2}, {640, 100, 100, 8}};
-    for (size_t i = 0; i < N_SHAPES; i++) {
-        setup s;
-        open_setup(&s, &shapes[i]);
-        size_t width = (size_t)(shapes[i].heads * shapes[i].dim);
-        float *base = malloc(CONTEXT * width * sizeof *base), *out = malloc(CONTEXT * width * sizeof *out);
-        if (!base || !out) exit(1);
-        attend(&s, 0, CONTEXT, CONTEXT, 1, base);
-        for (size_t w = 0; w < sizeof ways / sizeof ways[0]; w++) {
-            attend(&s, ways[w].pos, ways[w].n, ways[w].chunk, ways[w].threads, out);
-            CU_ASSERT(memcmp(out, base + (size_t)ways[w].pos * width, (size_t)ways[w].n * width * sizeof *out) == 0);
-        }
-        free(base);
-        free(out);
-        close_setup(&s);
+    setup s;
+    open_setup(&s, sh);
+    size_t width = (size_t)(sh->heads * sh->dim);
+    float *base = malloc(CONTEXT * width * sizeof *base), *out = malloc(CONTEXT * width * sizeof *out);
+    if (!base || !out) exit(1);
+    attend(&s, 0, CONTEXT, CONTEXT, 1, base);
+    for (size_t w = 0; w < sizeof ways / sizeof ways[0]; w++) {
+        attend(&s, ways[w].pos, ways[w].n, ways[w].chunk, ways[w].threads, out);
+        CU_ASSERT(memcmp(out, base + (size_t)ways[w].pos * width, (size_t)ways[w].n * width * sizeof *out) == 0);
     }
+    free(base);
+    free(out);
+    close_setup(&s);
+}
+
+static void same_bytes(void) {
+    for (size_t i = 0; i < N_SHAPES; i++) same_bytes_of(&shapes[i]);
+}
+
+/* The last row of all alone, straight from the pages, is what it is among many, whose keys and values are widened
+ * first: in each type, with as many heads to a key as there are ways to take them, and at real widths. */
+static void few_rows(void) {
+    static const shape few[] = {{1, 1, 24, 0, false},  {2, 1, 256, 1024, false}, {3, 1, 40, 130, true},
+                                {4, 1, 48, 0, false},  {7, 1, 33, 0, false},     {8, 1, 512, 0, false},
+                                {16, 2, 512, 0, true}, {11, 1, 64, 200, false},  {16, 1, 17, 0, false}};
+    for (kv_type = 0; kv_type < SH_KV_TYPES; kv_type++)
+        for (size_t i = 0; i < sizeof few / sizeof few[0]; i++) {
+            setup s;
+            open_setup(&s, &few[i]);
+            size_t width = (size_t)(few[i].heads * few[i].dim);
+            float *base = malloc(50 * width * sizeof *base), *out = malloc(50 * width * sizeof *out);
+            if (!base || !out) exit(1);
+            attend(&s, CONTEXT - 50, 50, 50, 1, base);
+            for (int threads = 1; threads < 4; threads++) {
+                attend(&s, CONTEXT - 50, 50, 1, threads, out);
+                CU_ASSERT(memcmp(out, base, 50 * width * sizeof *out) == 0);
+            }
+            free(base);
+            free(out);
+            close_setup(&s);
+        }
+    kv_type = SH_KV_F32;
 }
 
 /* Attention of positions [pos, CONTEXT) in two halves: partials of each member's blocks, all from one pool, then the
@@ -324,6 +352,7 @@ int main(void) {
     CU_add_test(s, "against plain arithmetic", against_plain);
     CU_add_test(s, "is the tree of segments", is_the_tree);
     CU_add_test(s, "same bytes", same_bytes);
+    CU_add_test(s, "few rows", few_rows);
     CU_add_test(s, "in two halves", halves_are_the_whole);
     CU_add_test(s, "in two halves, real widths", halves_at_real_width);
     CU_add_test(s, "large scores", large_scores);

@@ -367,6 +367,39 @@ static void test_few_rows(void) {
     sh_plan_free(&p);
 }
 
+/* Rows that meet a key pay as those that meet a weight; formed keys cost rows more; both are off where not measured. */
+static void test_attention_rows(void) {
+    sh_cost_rates r = {
+        .read = 1e15, .fma = 1e12, .weights_read = 1, .weights_fma = 1, .attention_read = 1, .attention_fma = 0.5};
+    Shoal__Plan *p = plan_of(&a4b, (sh_plan_request){.mode = SH_MODE_Q4, .kv = SH_KV_BF16});
+    sh_cost_model m = model_of(&a4b, p);
+    m.rates = &r;
+    sh_cost_span s = decode(10, 4096);
+    sh_cost_layer l;
+    const double sliding = 4.0 * 16 * 256 * 10 * 1024, global = 4.0 * 16 * 512 * 10 * 4096; /* 2 and 8 rows to a key */
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
+    near(l.attention.seconds, sliding / 0.5e12, 1e-9, "not measured");
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK);
+    near(l.attention.seconds, global / 0.5e12, 1e-9, "not measured, K = V");
+    memcpy(r.attention_few, (double[]){3, 5, 10, 16, 16, 40}, sizeof r.attention_few);
+    r.attention_formed = 4;
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
+    near(l.attention.seconds, sliding * 5 / 2 / 0.5e12, 1e-9, "two rows");
+    near(l.attention.flops, sliding, 1, "what is computed");
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK);
+    near(l.attention.seconds, global * (16 + 4) / 8 / 0.5e12, 1e-9, "eight rows and what forming costs");
+    near(l.attention.flops, global, 1, "what is computed");
+    sh_cost_span prompt = {.seqs = 1, .rows = 128, .lo = 0, .hi = 0, .kept = 1}; /* 516 rows to a key */
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &prompt, 1, &l), SH_OK);
+    double pairs = 128 * 129 / 2.0;
+    near(l.attention.seconds, 4.0 * 16 * 512 * pairs * (1 + 4.0 / 64) / 0.5e12, 1e-9, "formed for each block of rows");
+    r.attention_both = 0.5;
+    r.read = 1e9;
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
+    near(l.attention.seconds, 10 * 1024 * 8192 / 1e9 + 0.5 * sliding * 5 / 2 / 0.5e12, 1e-9, "both");
+    sh_plan_free(&p);
+}
+
 /* Seconds: the roofline, links with latency, nodes that share one. */
 static void test_seconds(void) {
     sh_cost_rates r = {.read = 100e9,
@@ -537,6 +570,7 @@ int main(void) {
     CU_add_test(s, "K/V rows in messages", test_filled_rows);
     CU_add_test(s, "rates of quantised products", test_quantised_rates);
     CU_add_test(s, "few rows", test_few_rows);
+    CU_add_test(s, "rows that meet a key", test_attention_rows);
     CU_add_test(s, "seconds", test_seconds);
     CU_add_test(s, "what does not hide", test_hiding);
     CU_add_test(s, "ring", test_ring);

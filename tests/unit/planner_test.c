@@ -544,6 +544,12 @@ static void test_json_errors(void) {
          "m: machine: kernels.q4_few: 2 numbers: allowed are 6, for 1, 2, 4, 8, 16 and 32 rows"},
         {MACHINE_WITH("\"q8_few\": [0.1, 0.1, 0.2, 0.3, 0.5, 0.4]"),
          "m: machine: kernels.q8_few[5]: 0.4 is out of range: allowed are 0.5 to 16: 32 rows take no longer than 64"},
+        {MACHINE_WITH("\"attention_few\": [0.5]"),
+         "m: machine: kernels.attention_few: 1 numbers: allowed are 6, for 1, 2, 4, 8, 16 and 32 rows"},
+        {MACHINE_WITH("\"attention_both\": 1.5"),
+         "m: machine: kernels.attention_both: 1.5 is out of range: allowed are 0 to 1"},
+        {MACHINE_WITH("\"attention_formed\": -1"),
+         "m: machine: kernels.attention_formed: -1 is out of range: allowed are 0 to 64"},
         {MACHINE_WITH("\"weights_few\": [0.1, 0.1, 0.2, 0.2, 0.8, 0.9]"),
          "m: machine: kernels.weights_few[3]: 0.2 is out of range: allowed are 0.4 to 16: 8 rows take no longer than "
          "16"},
@@ -570,6 +576,16 @@ static void test_json_errors(void) {
     static const double paid[] = {8, 16, 16, 16, 16, 32};
     for (int i = 0; i < SH_COST_FEW; i++) CU_ASSERT_EQUAL(c.kernels.q4_few[i], paid[i]);
     CU_ASSERT_EQUAL(c.kernels.weights_few[0], 0);
+    CU_ASSERT_EQUAL(c.kernels.attention_few[0], 0);
+    CU_ASSERT_EQUAL(c.kernels.attention_both, 0);
+    CU_ASSERT_EQUAL(c.kernels.attention_formed, 0);
+    CU_ASSERT_EQUAL(c.kernels.attention_fma, 0.5);
+    text = MACHINE_WITH("\"attention_few\": [0.125, 0.125, 0.25, 0.5, 1, 1], \"attention_both\": 0.25, "
+                        "\"attention_formed\": 5.5");
+    must(sh_cluster_read("m", text, strlen(text), 0, &c));
+    for (int i = 0; i < SH_COST_FEW; i++) CU_ASSERT_EQUAL(c.kernels.attention_few[i], paid[i]);
+    CU_ASSERT_EQUAL(c.kernels.attention_both, 0.25);
+    CU_ASSERT_EQUAL(c.kernels.attention_formed, 5.5);
 }
 
 static void read_plan(const char *text, const char *message) {
