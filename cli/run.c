@@ -443,7 +443,6 @@ static int answer(run *r, sh_session *s, bool *complete) {
     bool finished = st == SH_OK;
     if (finished) st = sh_session_collect(s, r->output, &outcomes);
     if (finished && st == SH_OK && r->routing) st = sh_session_save_routing(s, r->routing);
-    if (finished && st == SH_OK) sh_session_await_trace(s);
     char reason[1024];
     snprintf(reason, sizeof reason, "%s", sh_error_text());
     sh_session_stop(s, finished && st == SH_OK);
@@ -481,6 +480,7 @@ static int run_with_store(run *r) {
                              .shared = &r->shared,
                              .store = &r->folder,
                              .ordered = r->ordered,
+                             .reports = r->progress.style != SH_PROGRESS_NONE || r->routing || r->trace,
                              .trace_steps = r->trace ? r->trace_steps : NULL,
                              .replicas = r->replicas,
                              .ranks = r->ranks,
