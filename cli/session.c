@@ -563,8 +563,9 @@ static sh_status work_round(sh_session *s, bool *finished) {
     if (submit_now(s) != SUBMIT_DONE) SH_TRY(tend_submit(s));
     *finished = s->finished && submit_now(s) == SUBMIT_DONE;
     if (*finished && s->total != s->o.lines)
-        SH_FAIL(SH_EINPUT, "-i: %s: changed while it was read: it had %llu requests, the job has %llu", s->o.input,
-                (unsigned long long)s->o.lines, (unsigned long long)s->total);
+        SH_FAIL(SH_EINPUT,
+                "-i: %s: changed while it was read: it had %llu requests, the job has %llu: remove %s and begin again",
+                s->o.input, (unsigned long long)s->o.lines, (unsigned long long)s->total, s->o.store->path);
     if (*finished || !answered) return SH_OK;
     if (!s->finished) SH_TRY(tend_groups(s));
     show(s, false);
