@@ -39,8 +39,9 @@ static void print_overview(FILE *to) {
     for (int i = 0; i < N_COMMANDS; i++)
         fprintf(to, "%s  %-12s%s\n", commands[i].more ? "\n" : "", commands[i].name, commands[i].help);
     fputs("\n  shoal --version       build, instruction set and libraries\n"
-          "\nExit status: 0 all requests answered; 1 finished, some requests ended in an error row; 2 bad usage or\n"
-          "unreadable input; 3 could not run; 4 interrupted, the same command goes on.\n",
+          "\nExit status: 0 all requests answered; 1 finished, some requests ended in an error row; 2 bad usage,\n"
+          "unreadable input, an output that cannot be used, or a store that another run works on or has taken over;\n"
+          "3 could not run; 4 interrupted, the same command goes on.\n",
           to);
 }
 

@@ -135,8 +135,16 @@ static void state_text(const sh_progress_view *v, char *to, size_t size) {
              (double)v->load_total * 1e-9, rate * 1e-9, left);
 }
 
+/* Rates are not known before half a second of work. */
+static void rates_text(const sh_progress *p, char *to, size_t size) {
+    if (p->rate_in + p->rate_out > 0)
+        snprintf(to, size, "%.0f in %.0f out", p->rate_in, p->rate_out);
+    else
+        snprintf(to, size, "- in - out");
+}
+
 static void show_words(sh_progress *p, const sh_progress_view *v, double left) {
-    char text[512], bar[32] = "", clock[32], now[128];
+    char text[512], bar[32] = "", clock[32], now[128], rates[64];
     enum { CELLS = 20 };
     uint64_t done = is_loading(v) ? v->load_bytes : v->done, total = is_loading(v) ? v->load_total : v->total;
     int filled = total ? (int)((double)done * CELLS / (double)total) : 0;
@@ -147,9 +155,10 @@ static void show_words(sh_progress *p, const sh_progress_view *v, double left) {
     }
     clock_text(left, clock, sizeof clock);
     state_text(v, now, sizeof now);
-    int n = snprintf(text, sizeof text, "%s%s%llu/%llu requests, tokens/s %.0f in %.0f out, %s left, ranks %d/%d%s",
+    rates_text(p, rates, sizeof rates);
+    int n = snprintf(text, sizeof text, "%s%s%llu/%llu requests, tokens/s %s, %s left, ranks %d/%d%s",
                      p->style == SH_PROGRESS_BAR ? "\r" : "", bar, (unsigned long long)v->done,
-                     (unsigned long long)v->total, p->rate_in, p->rate_out, clock, v->ranks_up, v->ranks, now);
+                     (unsigned long long)v->total, rates, clock, v->ranks_up, v->ranks, now);
     if (p->style == SH_PROGRESS_BAR) {
         n += snprintf(text + n, sizeof text - (size_t)n, "\033[K");
         ssize_t w = write(STDERR_FILENO, text, (size_t)n);

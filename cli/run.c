@@ -451,7 +451,6 @@ static int answer(run *r, sh_session *s, bool *complete) {
     bool finished = st == SH_OK;
     if (finished) st = sh_session_collect(s, r->output, &outcomes);
     if (finished && st == SH_OK && r->routing) st = sh_session_save_routing(s, r->routing);
-    if (finished && st == SH_OK) sh_session_await_trace(s);
     char reason[1024];
     snprintf(reason, sizeof reason, "%s", sh_error_text());
     sh_session_stop(s, finished && st == SH_OK);
@@ -465,6 +464,7 @@ static int answer(run *r, sh_session *s, bool *complete) {
     if (st != SH_OK) {
         uint64_t total, done = sh_session_done(s, &total);
         fprintf(stderr, "shoal run: %s\n", reason);
+        if (st == SH_EINPUT) return SH_EXIT_USAGE; /* the same command would meet the same input */
         if (done)
             fprintf(stderr, "shoal run: %llu of %llu requests are answered and kept in %s; the same command goes on.\n",
                     (unsigned long long)done, (unsigned long long)total, r->store_path);
@@ -489,6 +489,7 @@ static int run_with_store(run *r) {
                              .shared = &r->shared,
                              .store = &r->folder,
                              .ordered = r->ordered,
+                             .reports = r->progress.style != SH_PROGRESS_NONE || r->routing || r->trace,
                              .trace_steps = r->trace ? r->trace_steps : NULL,
                              .replicas = r->replicas,
                              .ranks = r->ranks,

@@ -27,7 +27,7 @@
 #define STATUS_CALL_MS 1000
 #define SUBMIT_CALL_MS 10000
 #define LAUNCHER_WAIT  3.0 /* seconds: mpirun takes 1 to 2 from SIGTERM to its end */
-#define COUNTS_WAIT    1.3 /* seconds: a little more than a heartbeat */
+#define REPORT_WAIT    1.5 /* seconds: ranks that live answer within hundredths of one */
 
 typedef enum submit_state { SUBMIT_NONE, SUBMIT_RUNNING, SUBMIT_ENDED, SUBMIT_DONE } submit_state;
 
@@ -482,14 +482,16 @@ static void tell_groups(sh_session *s, supervision *to) {
     }
 }
 
-/* Asks the coordinator; *answered false when it did not answer in time. Fails when the job can never finish. */
-static sh_status ask_status(sh_session *s, bool *answered) {
+/* Asks the coordinator, which is to ask the ranks for a report where that is true; *answered false when it did not
+ * answer in time. Fails when the job can never finish. */
+static sh_status ask(sh_session *s, bool report, bool *answered) {
     *answered = false;
     if (!s->client && sh_client_open(s->endpoint, s->over_tcp ? s->keys : NULL, STATUS_CALL_MS, &s->client) != SH_OK)
         return SH_OK;
     Shoal__Request all = SHOAL__REQUEST__INIT;
     Shoal__JobRequest request = SHOAL__JOB_REQUEST__INIT;
     request.status = &all;
+    request.has_report = request.report = report;
     supervision said;
     tell_groups(s, &said);
     request.supervision = &said.message;
@@ -552,7 +554,7 @@ static sh_status work_round(sh_session *s, bool *finished) {
         describe_coordinator(s);
         return renew_coordinator(s);
     }
-    SH_TRY(ask_status(s, &answered));
+    SH_TRY(ask(s, false, &answered));
     if (!answered && sh_now() - s->heard > SH_SESSION_SILENCE) {
         snprintf(s->of_coordinator.reason, sizeof s->of_coordinator.reason, "did not answer for %.0f s",
                  SH_SESSION_SILENCE);
@@ -561,8 +563,9 @@ static sh_status work_round(sh_session *s, bool *finished) {
     if (submit_now(s) != SUBMIT_DONE) SH_TRY(tend_submit(s));
     *finished = s->finished && submit_now(s) == SUBMIT_DONE;
     if (*finished && s->total != s->o.lines)
-        SH_FAIL(SH_EINPUT, "-i: %s: changed while it was read: it had %llu requests, the job has %llu", s->o.input,
-                (unsigned long long)s->o.lines, (unsigned long long)s->total);
+        SH_FAIL(SH_EINPUT,
+                "-i: %s: changed while it was read: it had %llu requests, the job has %llu: remove %s and begin again",
+                s->o.input, (unsigned long long)s->o.lines, (unsigned long long)s->total, s->o.store->path);
     if (*finished || !answered) return SH_OK;
     if (!s->finished) SH_TRY(tend_groups(s));
     show(s, false);
@@ -570,36 +573,33 @@ static sh_status work_round(sh_session *s, bool *finished) {
     return SH_OK;
 }
 
-/* Stages whose times show work. */
-static int stages_reported(const Shoal__GroupState *g) {
-    int n = 0;
-    for (size_t i = 0; i < g->n_times; i++) {
-        Shoal__StageTimes *t = shoal__stage_times__unpack(NULL, g->times[i].len, g->times[i].data);
-        if (!t) continue;
-        n += t->steps > 0;
-        shoal__stage_times__free_unpacked(t, NULL);
+/* A job of a moment may be done before its group was seen at work. */
+static void note_late(sh_session *s) {
+    for (int i = 0; i < s->o.replicas; i++) {
+        sh_replica *r = &s->replica[i];
+        const Shoal__GroupState *g = state_of(s, r);
+        if (r->state != SH_REPLICA_STARTING || !g || strcmp(g->state, "ready") != 0) continue;
+        r->state = SH_REPLICA_READY;
+        if (!s->said_first) say_first_line(s, g);
     }
-    return n;
 }
 
 static bool all_reported(const sh_session *s) {
-    for (int i = 0; i < s->o.replicas; i++) {
-        const Shoal__GroupState *g = state_of(s, &s->replica[i]);
-        bool worked = s->replica[i].state == SH_REPLICA_READY && g && (!g->has_progress || g->progress);
-        if (worked && stages_reported(g) < s->o.ranks) return false;
+    for (size_t i = 0; s->last && i < s->last->n_group; i++) {
+        const Shoal__GroupState *g = s->last->group[i];
+        if (strcmp(g->state, "ready") == 0 && !g->reported) return false;
     }
     return true;
 }
 
-/* Ranks report their times once a second: a job that was over sooner waits for the first report, if anybody will read
- * it. */
-static void await_times(sh_session *s) {
-    double until = sh_now() + 1.5;
-    bool answered = true;
-    while (s->o.progress->style != SH_PROGRESS_NONE && sh_now() < until && answered) {
-        if (all_reported(s)) return;
-        sh_sleep(0.05);
-        if (ask_status(s, &answered) != SH_OK) return;
+/* The last times, counts and pieces of the timeline: ranks tell them once a second, and now because they are asked. */
+static void await_reports(sh_session *s) {
+    double until = sh_now() + REPORT_WAIT;
+    bool answered = false;
+    if (!s->o.reports || ask(s, true, &answered) != SH_OK) return;
+    while (answered && !all_reported(s) && sh_now() < until) {
+        sh_sleep(0.005);
+        if (ask(s, false, &answered) != SH_OK) return;
     }
 }
 
@@ -615,9 +615,7 @@ static sh_status write_routing(const sh_session *s, const Shoal__Routing *m, con
     return sh_file_write(path, text.data, text.len);
 }
 
-/* Ranks tell their counts with the heartbeat: the last ones are there after a little more than its time. */
 sh_status sh_session_save_routing(sh_session *s, const char *path) {
-    sh_sleep(COUNTS_WAIT);
     if (!s->client) SH_TRY(sh_client_open(s->endpoint, s->over_tcp ? s->keys : NULL, STATUS_CALL_MS, &s->client));
     Shoal__JobRequest request = SHOAL__JOB_REQUEST__INIT;
     request.has_routing = request.routing = true;
@@ -631,13 +629,6 @@ sh_status sh_session_save_routing(sh_session *s, const char *path) {
     return st == SH_OK ? SH_OK : sh_error_prefix(st, "--save-routing");
 }
 
-void sh_session_await_trace(sh_session *s) {
-    if (!s->o.trace_steps) return;
-    sh_sleep(COUNTS_WAIT);
-    bool answered = false;
-    SH_IGNORE(ask_status(s, &answered)); /* the closing table is of the same heartbeats as the timeline's last pieces */
-}
-
 sh_status sh_session_drive(sh_session *s) {
     double began = sh_now();
     bool finished = false;
@@ -647,9 +638,10 @@ sh_status sh_session_drive(sh_session *s) {
         /* Short jobs are not made to wait for the next look; long ones are not looked at too often. */
         if (!finished) sh_sleep(sh_now() - began < 10 ? 0.02 : 0.1);
     }
+    note_late(s);
     show(s, true);
     keep_work_time(s, false);
-    await_times(s);
+    await_reports(s);
     return SH_OK;
 }
 

@@ -29,6 +29,7 @@ typedef struct sh_session_options {
     const sh_shared_options *shared;
     sh_runstore *store;
     bool ordered;
+    bool reports;                 /* the ranks' times, counts or timeline are of interest at the end */
     const char *trace_steps;      /* "A:B": micro-batches whose timeline the store shall have; NULL: of none */
     int replicas, ranks;          /* groups; ranks of each */
     int cpus;                     /* of this machine */
@@ -43,15 +44,14 @@ typedef struct sh_session_options {
 typedef struct sh_session sh_session;
 
 sh_status sh_session_create(const sh_session_options *o, sh_session **out);
-/* Until every request has its row (SH_OK), the user interrupts (SH_ECANCELLED) or nothing more can be done (others,
+/* Until every request has its row and, where `reports` asks for it, the ranks have told the last of what they counted
+ * (SH_OK), the user interrupts (SH_ECANCELLED) or nothing more can be done (others,
  * text says why). */
 sh_status sh_session_drive(sh_session *s);
 /* Writes the rows of the finished job; restarts the coordinator for it if need be. */
 sh_status sh_session_collect(sh_session *s, const char *output, sh_outcomes *outcomes);
 /* Writes how often each expert was chosen (partition/routing.h); after the job is finished. */
 sh_status sh_session_save_routing(sh_session *s, const char *path);
-/* Waits until the ranks have told the last of their timelines; after the job is finished. */
-void sh_session_await_trace(sh_session *s);
 /* Ends ranks and coordinator: kindly when the job is finished, else by SIGTERM, both by SIGKILL after SH_RUN_GRACE. */
 void sh_session_stop(sh_session *s, bool finished);
 /* Numbers for the closing table, and requests answered so far. */

@@ -96,17 +96,29 @@ const char *sh_json_type_name(const json_t *j) {
     }
 }
 
+/* A number or a text as it stands there, as far as it fits into `to`; of anything else its kind. */
+static const char *found(const json_t *v, char to[48]) {
+    if (!json_is_real(v) && !json_is_integer(v) && !json_is_string(v)) return sh_json_type_name(v);
+    char *s = json_dumps(v, JSON_ENCODE_ANY | JSON_ENSURE_ASCII | JSON_REAL_PRECISION(15));
+    if (!s) return sh_json_type_name(v);
+    size_t n = strlen(s);
+    snprintf(to, 48, "%.40s%s", s, n > 40 ? "…" : "");
+    free(s);
+    return to;
+}
+
 sh_status sh_json_int(const json_t *object, const char *key, int64_t min, int64_t max, int64_t *out) {
     const json_t *v = json_object_get(object, key);
     if (!v || json_is_null(v)) return SH_OK;
     int64_t x;
+    char text[48];
     if (json_is_integer(v))
         x = json_integer_value(v);
     else if (json_is_real(v) && json_real_value(v) == floor(json_real_value(v)) && fabs(json_real_value(v)) < 9e15)
         x = (int64_t)json_real_value(v);
     else
-        SH_FAIL(SH_EINPUT, "%s: %s is not an integer: allowed are integers from %lld to %lld", key,
-                sh_json_type_name(v), (long long)min, (long long)max);
+        SH_FAIL(SH_EINPUT, "%s: %s is not an integer: allowed are integers from %lld to %lld", key, found(v, text),
+                (long long)min, (long long)max);
     if (x < min || x > max)
         SH_FAIL(SH_EINPUT, "%s: %lld is out of range: allowed are integers from %lld to %lld", key, (long long)x,
                 (long long)min, (long long)max);
@@ -117,9 +129,9 @@ sh_status sh_json_int(const json_t *object, const char *key, int64_t min, int64_
 sh_status sh_json_double(const json_t *object, const char *key, double min, double max, double *out) {
     const json_t *v = json_object_get(object, key);
     if (!v || json_is_null(v)) return SH_OK;
+    char text[48];
     if (!json_is_number(v))
-        SH_FAIL(SH_EINPUT, "%s: %s is not a number: allowed are numbers from %g to %g", key, sh_json_type_name(v), min,
-                max);
+        SH_FAIL(SH_EINPUT, "%s: %s is not a number: allowed are numbers from %g to %g", key, found(v, text), min, max);
     double x = json_number_value(v);
     if (!(x >= min && x <= max))
         SH_FAIL(SH_EINPUT, "%s: %g is out of range: allowed are numbers from %g to %g", key, x, min, max);
@@ -130,8 +142,9 @@ sh_status sh_json_double(const json_t *object, const char *key, double min, doub
 sh_status sh_json_bool(const json_t *object, const char *key, bool *out) {
     const json_t *v = json_object_get(object, key);
     if (!v || json_is_null(v)) return SH_OK;
+    char text[48];
     if (!json_is_boolean(v))
-        SH_FAIL(SH_EINPUT, "%s: %s is not a boolean: allowed are true and false", key, sh_json_type_name(v));
+        SH_FAIL(SH_EINPUT, "%s: %s is not a boolean: allowed are true and false", key, found(v, text));
     *out = json_is_true(v);
     return SH_OK;
 }

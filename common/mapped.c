@@ -1,7 +1,7 @@
 /*
  * The registry of mapped files and the handler of SIGBUS. See mapped.h. The handler only calls what POSIX allows in one
- * (stat, write, nanosleep, pause, sigaction, raise, _exit) and reads the registry without a lock: entries are never
- * freed, and that of a map which somebody reads does not change.
+ * (stat, write, clock_gettime, nanosleep, pause, alarm, pthread_sigmask, sigaction, raise, _exit) and reads the
+ * registry without a lock: entries are never freed, and that of a map which somebody reads does not change.
  */
 #include "common/mapped.h"
 
@@ -15,6 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "common/log.h"
 
 typedef struct entry {
@@ -33,8 +34,9 @@ static struct sigaction before; /* this handler */
 static int exit_with;
 static atomic_flag claimed = ATOMIC_FLAG_INIT;
 #define PATH_SHOWN 800 /* bytes; what is wrong with the file has room behind it */
-static char text[1024];
-static _Atomic(const char *) fault;
+static char known[1024], text[1024];
+static double since;                       /* when `first` was set */
+static _Atomic(const char *) first, fault; /* `known`: what needs no look at the file; `text`: all */
 static atomic_int listeners;
 static atomic_bool told;
 
@@ -108,41 +110,67 @@ static void add_number(line *l, uint64_t v) {
     add(l, digits + i);
 }
 
+static void describe_place(const entry *e, size_t at, line *l) {
+    l->room = PATH_SHOWN;
+    add(l, e->path);
+    l->room = sizeof text - 1;
+    add(l, ": byte ");
+    add_number(l, at);
+    add(l, " cannot be read any more");
+}
+
+/* Looks at the file, which may take as long as its server pleases. */
 static void describe(const entry *e, size_t at, int code) {
-    line l = {.to = text, .room = sizeof text - 1};
+    line l = {.to = text};
     struct stat sb;
-    bool same = stat(e->path, &sb) == 0 && sb.st_dev == e->device && sb.st_ino == e->number;
-    l.room = PATH_SHOWN;
-    add(&l, e->path);
-    l.room = sizeof text - 1;
-    add(&l, ": byte ");
-    add_number(&l, at);
+    describe_place(e, at, &l);
     if (code == BUS_MCEERR_AR || code == BUS_MCEERR_AO) {
-        add(&l, " cannot be read: the memory that it was in is faulty");
-    } else if (same && (uint64_t)sb.st_size < e->bytes) {
-        add(&l, " cannot be read any more: the file was cut while it was in use: it had ");
+        add(&l, ": the memory that it was in is faulty");
+    } else if (stat(e->path, &sb) != 0 || sb.st_dev != e->device || sb.st_ino != e->number) {
+        add(&l, ": the file is not there now, or another has its name");
+    } else if ((uint64_t)sb.st_size < e->bytes) {
+        add(&l, ": the file was cut while it was in use: it had ");
         add_number(&l, e->bytes);
         add(&l, " bytes, and ends at offset ");
         add_number(&l, (uint64_t)sb.st_size);
-    } else if (same) {
-        add(&l, " cannot be read any more: the storage that the file is on failed");
     } else {
-        add(&l, " cannot be read any more: the file is not there now, or another has its name");
+        add(&l, ": the storage that the file is on failed");
     }
     text[l.n] = 0;
 }
 
-static void write_line(void) {
+static void write_line(const char *what) {
     char whole[sizeof text + 128];
     line l = {.to = whole, .room = sizeof whole - 1};
     const char *who = sh_log_who();
     add(&l, *who ? "shoal " : "shoal");
     add(&l, who);
     add(&l, ": error: ");
-    add(&l, text);
+    add(&l, what);
     whole[l.n++] = '\n';
     ssize_t written = write(STDERR_FILENO, whole, l.n);
     (void)written;
+}
+
+/* What needs no look is said first, since the look may never end. */
+static void say_place(const entry *e, size_t at) {
+    line l = {.to = known};
+    describe_place(e, at, &l);
+    known[l.n] = 0;
+    write_line(known);
+    since = sh_now();
+    atomic_store(&first, known);
+}
+
+/* The process ends in this time, if only by SIGALRM: that ends waits for a dead server, too. */
+static void bound_wait(void) {
+    sigset_t one;
+    const struct sigaction ends = {.sa_handler = SIG_DFL};
+    sigemptyset(&one);
+    sigaddset(&one, SIGALRM);
+    sigaction(SIGALRM, &ends, NULL);
+    pthread_sigmask(SIG_UNBLOCK, &one, NULL);
+    alarm(2 * SH_MAPPED_WAIT);
 }
 
 static void wait_for_listeners(void) {
@@ -161,8 +189,11 @@ static void on_bus(int sig, siginfo_t *info, void *context) {
         return;
     }
     while (atomic_flag_test_and_set(&claimed)) pause(); /* another thread is at it, and will end this one too */
-    describe(e, at - atomic_load(&e->from), info->si_code);
-    write_line();
+    at -= atomic_load(&e->from);
+    bound_wait();
+    say_place(e, at);
+    describe(e, at, info->si_code);
+    write_line(text);
     atomic_store(&fault, text);
     wait_for_listeners();
     _exit(exit_with);
@@ -186,9 +217,12 @@ void sh_mapped_listen_end(void) {
 }
 
 const char *sh_mapped_fault(void) {
-    return atomic_load(&fault);
+    const char *whole = atomic_load(&fault), *part = atomic_load(&first);
+    if (whole || !part || sh_now() - since < SH_MAPPED_LOOK) return whole;
+    return part;
 }
 
 void sh_mapped_told(void) {
+    if (!atomic_load(&fault)) _exit(exit_with); /* the handler still waits for the file's server */
     atomic_store(&told, true);
 }

@@ -23,6 +23,7 @@ sh_status sh_dispatch_create(const sh_coordinator_options *o, const sh_config *c
     d->o = o, d->config = config, d->store = s, d->intake = in, d->jobs = jobs, d->wire = wire;
     d->silent = 1e-3 * o->heartbeat_ms * SH_SILENT_BEATS;
     d->expected = o->groups;
+    d->reports = sh_store_epoch(s) << 32; /* not one that a predecessor asked for */
     sh_buf_init(&d->out, 0);
     sh_status st = o->routing ? sh_routing_load(o->routing, config, &d->routing) : SH_OK;
     if (st != SH_OK) {
@@ -223,6 +224,18 @@ static void say_done(sh_dispatch *d, sh_group *g) {
 void sh_dispatch_leave(sh_dispatch *d, const char *reason) {
     for (int i = 0; i < d->n; i++)
         for (int k = 0; k < d->group[i]->size; k++) say_leave(d, &d->group[i]->seat[k].peer, reason);
+}
+
+void sh_dispatch_ask_report(sh_dispatch *d) {
+    Shoal__ToRank m = SHOAL__TO_RANK__INIT;
+    m.has_report = true;
+    m.report = ++d->reports;
+    for (int i = 0; i < d->n; i++) {
+        sh_group *g = d->group[i];
+        if (g->state != SH_GROUP_READY) continue;
+        g->report = m.report;
+        for (int k = 0; k < g->size; k++) say(d, &g->seat[k].peer, &m);
+    }
 }
 
 /* --- groups --------------------------------------------------------------------------------------------------------
@@ -474,6 +487,7 @@ static void hear_heartbeat(sh_dispatch *d, sh_group *g, int rank, const Shoal__H
     if (h->step != s->step || !h->busy) s->moved = sh_now();
     s->step = h->step;
     s->busy = h->busy;
+    if (h->has_report) s->report = h->report;
     if (h->times) {
         s->has_times = true;
         s->times = *h->times;

@@ -48,6 +48,9 @@ void sh_dispatch_drop_job(sh_dispatch *d, uint64_t job);
 /* All ranks are told to leave. */
 void sh_dispatch_leave(sh_dispatch *d, const char *reason);
 
+/* Ranks of groups that serve are asked for a heartbeat of now; a group's status says when all have answered. */
+void sh_dispatch_ask_report(sh_dispatch *d);
+
 /* What the supervisor of a run knows: groups that it keeps up, and groups whose processes are gone. */
 sh_status sh_dispatch_supervised(sh_dispatch *d, const Shoal__Supervision *s);
 

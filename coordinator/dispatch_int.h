@@ -31,6 +31,7 @@ struct sh_dispatch {
     bool exhausted;         /* there are none behind it */
     bool unsaved;           /* progress of requests that came back must be committed before they are given out again */
     sh_buf out;
+    uint64_t reports;    /* number of the last one asked for */
     sh_routing *routing; /* experts are placed by it; NULL: in even shares */
     sh_tracelog *trace;  /* NULL: nobody asked for it */
 };

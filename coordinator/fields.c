@@ -134,11 +134,13 @@ static sh_status take_tools(sh_reading *rd, const json_t *body, const char *name
 static sh_status take_tool_choice(sh_reading *rd, const json_t *body, const char *name, const json_t *v) {
     (void)body;
     const char *s = json_string_value(v);
+    char q[72];
     if (s && !strcmp(s, "none"))
         rd->no_tools = true;
     else if (!s || strcmp(s, "auto"))
         return sh_refuse(rd, 400, "unsupported_value",
-                         "%s: a forced choice is not provided yet: allowed are \"auto\" and \"none\"", name);
+                         "%s: %s forces a choice, which is not provided yet: allowed are \"auto\" and \"none\"", name,
+                         s ? sh_quote(s, q) : sh_json_type_name(v));
     return SH_OK;
 }
 

@@ -114,6 +114,12 @@ bool sh_group_is_dead(const sh_group *g, double now, double silent, char *text, 
     return false;
 }
 
+static bool has_reported(const sh_group *g) {
+    bool all = g->report > 0;
+    for (int i = 0; all && i < g->size; i++) all = g->seat[i].report == g->report;
+    return all;
+}
+
 static sh_status fill_times(const sh_group *g, Shoal__GroupState *out) {
     out->times = calloc((size_t)g->size, sizeof *out->times);
     if (!out->times) SH_FAIL(SH_EMEMORY, "no memory for a status");
@@ -147,6 +153,8 @@ sh_status sh_group_fill(const sh_group *g, Shoal__GroupState *out) {
     s.has_lasting = s.lasting = g->lasting;
     s.has_progress = true;
     s.progress = g->taken;
+    s.has_reported = true;
+    s.reported = has_reported(g);
     sh_status st = fill_times(g, &s);
     if (st != SH_OK) {
         sh_group_release_state(&s);

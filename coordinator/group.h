@@ -19,6 +19,7 @@ typedef struct sh_rank_seat {
     uint64_t step;
     bool busy, has_times;
     Shoal__StageTimes times;
+    uint64_t report;   /* the last one that it answered */
     sh_buf routing;    /* packed, as last heard */
     bool routing_news; /* not in the store yet */
 } sh_rank_seat;
@@ -42,6 +43,7 @@ typedef struct sh_group {
     int unproven;     /* … of which it has not made a token or score yet … */
     int testing;      /* … and which are under suspicion (allot.h): 0 or 1 */
     uint64_t taken;   /* tokens and scores that came from it and were new */
+    uint64_t report;  /* that its ranks were asked for last; 0: none */
     int said_running; /* as its leader's heartbeat says; −1: nothing yet */
     double born;
     double stall;   /* seconds that a step may last */

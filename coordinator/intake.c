@@ -122,10 +122,18 @@ static json_t *load_line(const char *text, size_t len, json_error_t *e) {
     return j;
 }
 
+/* A file of some editors begins with a byte order mark, which is no part of its first line. */
+static void pass_mark(const char **text, size_t *len, uint64_t number) {
+    if (number != 1 || *len < 3 || memcmp(*text, "\xef\xbb\xbf", 3) != 0) return;
+    *text += 3;
+    *len -= 3;
+}
+
 static sh_status parse_line(sh_reading *rd, const char *text, size_t len, uint64_t number, json_t **out) {
     unsigned long long no = number;
     if (len > SH_MAX_LINE_BYTES)
-        return sh_refuse(rd, 413, "line_too_long", "line %llu: %zu bytes: allowed are %zu", no, len, SH_MAX_LINE_BYTES);
+        return sh_refuse(rd, 413, "line_too_long", "line %llu: is longer than may be: allowed are %zu bytes", no,
+                         SH_MAX_LINE_BYTES);
     json_error_t e;
     json_t *j = load_line(text, len, &e);
     size_t whole = j ? len : sh_utf8_valid((const uint8_t *)text, len);
@@ -193,7 +201,8 @@ static sh_status read_envelope(sh_reading *rd, json_t *line, json_t **body) {
     }
     if (sh_json_is_set(line, "method")) method = json_string_value(json_object_get(line, "method"));
     if (!method || strcmp(method, "POST"))
-        return sh_refuse(rd, 400, "invalid_value", "method: is not \"POST\": allowed is \"POST\"");
+        return sh_refuse(rd, 400, "invalid_value", "method: %s: allowed is \"POST\"",
+                         method ? sh_quote(method, q) : "no string is given");
     url = json_string_value(json_object_get(line, "url"));
     if (!url || (strcmp(url, "/v1/chat/completions") && strcmp(url, "/v1/completions")))
         return sh_refuse(rd, 400, "invalid_value",
@@ -395,6 +404,7 @@ static void find_param(const char *message, char *param, size_t size) {
 
 static sh_status read_line(const sh_intake *in, sh_reading *rd, const char *text, size_t len, uint64_t number) {
     json_t *line = NULL, *body = NULL;
+    pass_mark(&text, &len, number);
     rd->r->hash = sh_hash64(number, text, len < SH_MAX_LINE_BYTES ? len : SH_MAX_LINE_BYTES);
     sh_status st = parse_line(rd, text, len, number, &line);
     if (st == SH_OK) st = open_line(rd, line, number, &body);

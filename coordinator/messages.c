@@ -109,13 +109,16 @@ static sh_status check_keys(sh_reading *rd, const char *path, json_t *message) {
 static sh_status check_message(sh_reading *rd, const char *path, json_t *m) {
     static const char *const roles[] = {"system", "developer", "user", "assistant", "tool"};
     static const char *const texts[] = {"name", "tool_call_id", "reasoning_content", "reasoning"};
-    char at[PATH];
+    char at[PATH], q[72];
     if (!json_is_object(m)) return bad(rd, path, "is not an object", "an object with role and content");
     const char *role = json_string_value(json_object_get(m, "role"));
     bool ok = false;
     for (size_t i = 0; i < sizeof roles / sizeof *roles; i++) ok |= role && !strcmp(role, roles[i]);
     path_to(at, "%s.role", path);
-    if (!ok) return bad(rd, at, "is not a known role", "system, developer, user, assistant or tool");
+    if (!ok)
+        return sh_refuse(rd, 400, "invalid_value",
+                         "%s: %s is not a known role: allowed is system, developer, user, assistant or tool", at,
+                         role ? sh_quote(role, q) : "no string");
     SH_TRY(check_keys(rd, path, m));
     json_t *calls = json_object_get(m, "tool_calls");
     bool has_calls = calls && !json_is_null(calls);

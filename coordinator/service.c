@@ -280,6 +280,7 @@ static sh_status hear_request(sh_service *v, const sh_wire_peer *from, const Sho
     if (q->cancel) return hear_cancel(v, from, q->cancel);
     if (q->supervision && v->run) SH_TRY(sh_dispatch_supervised(v->dispatch, q->supervision));
     SH_TRY(commit_first(v));
+    if (q->has_report && q->report && v->run) sh_dispatch_ask_report(v->dispatch);
     if (q->status) return reply_status(v, from, q->status);
     if (q->results) return hear_results(v, from, q->results);
     if (q->has_routing && q->routing) return reply_routing(v, from);

@@ -41,7 +41,7 @@ static _Noreturn void become(const sh_child_spec *s, const char **env, pid_t par
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
-    signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL), signal(SIGHUP, SIG_DFL), signal(SIGPIPE, SIG_DFL);
+    signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL), signal(SIGPIPE, SIG_DFL);
     setpgid(0, 0);
     if (s->death_signal) prctl(PR_SET_PDEATHSIG, s->death_signal);
     if (getppid() != parent) _exit(127); /* the parent died before the death signal was set */

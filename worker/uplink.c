@@ -66,6 +66,7 @@ struct sh_uplink {
     bool has_fault, lasting;
     atomic_int state, n_in;
     atomic_bool welcomed;
+    _Atomic uint64_t asked; /* number of the last report that is wanted */
 
     /* the uplink thread alone (welcome: written before `welcomed`, read-only afterwards) */
     sh_wire *wire;
@@ -75,7 +76,8 @@ struct sh_uplink {
     const Shoal__Welcome *welcome;
     uint64_t epoch;
     double heard, said_hello, said_beat, ended;
-    uint64_t said_shared; /* of the last heartbeat, as the next */
+    uint64_t said_shared; /* of the last heartbeat, as the next two */
+    uint64_t said_report;
     double said_load;
     int beat_ms, orphan_ms;
     bool said_ready;
@@ -176,12 +178,16 @@ static sh_status say_beat(sh_uplink *u) {
     h.has_running = h.has_waiting = h.has_kv_free = b.leader;
     h.running = b.running, h.waiting = b.waiting, h.kv_free = b.kv_free;
     sh_trace *trace = trace_of(u);
+    bool more = trace && sh_trace_is_full(trace);
     if (trace) h.trace = sh_trace_next(trace);
+    h.has_report = b.report && !more;
+    h.report = b.report;
     Shoal__FromRank m = SHOAL__FROM_RANK__INIT;
     m.heartbeat = &h;
     u->said_beat = sh_now();
     u->said_shared = b.shared_rows;
     u->said_load = load.seconds;
+    if (h.has_report) u->said_report = b.report;
     pthread_mutex_lock(&u->lock); /* the counts are read while the message is packed */
     if (u->routing_news) h.routing = &u->routing;
     u->routing_news = false;
@@ -215,6 +221,14 @@ static sh_status say_shared(sh_uplink *u) {
 static bool has_loaded(sh_uplink *u) {
     pthread_mutex_lock(&u->lock);
     bool news = u->load.total > 0 && u->load.bytes == u->load.total && u->load.seconds > u->said_load;
+    pthread_mutex_unlock(&u->lock);
+    return news;
+}
+
+/* The main thread has answered: the coordinator waits for it. */
+static bool has_report(sh_uplink *u) {
+    pthread_mutex_lock(&u->lock);
+    bool news = u->beat.report != u->said_report;
     pthread_mutex_unlock(&u->lock);
     return news;
 }
@@ -383,6 +397,7 @@ static sh_status take_message(sh_uplink *u, Shoal__ToRank **p) {
     bool ready = u->ready;
     pthread_mutex_unlock(&u->lock);
     for (size_t i = 0; ready && i < m->n_work; i++) SH_TRY(take_work(u, m->work[i]));
+    if (m->has_report) atomic_store(&u->asked, m->report);
     if (m->has_leave && m->leave) end_service(u, SH_UPLINK_LEAVE, m->reason);
     return m->welcome ? take_welcome(u, p) : SH_OK;
 }
@@ -423,7 +438,8 @@ static sh_status keep_time(sh_uplink *u) {
     bool welcomed = atomic_load(&u->welcomed);
     sh_trace *trace = trace_of(u);
     bool full = trace && sh_trace_is_full(trace); /* its room must not run out before the next beat is due */
-    if (welcomed && (full || has_loaded(u) || (now - u->said_beat) * 1e3 >= u->beat_ms)) SH_TRY(say_beat(u));
+    if (welcomed && (full || has_loaded(u) || has_report(u) || (now - u->said_beat) * 1e3 >= u->beat_ms))
+        SH_TRY(say_beat(u));
     bool strange = !welcomed || silent > 3 * u->beat_ms;
     if (strange && (now - u->said_hello) * 1e3 >= u->beat_ms) SH_TRY(say_hello(u));
     return SH_OK;
@@ -459,7 +475,8 @@ static void say_fault(sh_uplink *u, const char *text, bool lasting) {
 
 static void last_words(sh_uplink *u) {
     SH_IGNORE(send_tokens(u));
-    if (u->trace && atomic_load(&u->welcomed)) SH_IGNORE(say_beat(u));
+    bool heard = atomic_load(&u->welcomed) && atomic_load(&u->state) != SH_UPLINK_LEAVE; /* who says leave has left */
+    if (u->trace && heard) SH_IGNORE(say_beat(u));
     if (u->has_fault) say_fault(u, u->fault, u->lasting);
 }
 
@@ -711,4 +728,8 @@ void sh_uplink_beat(sh_uplink *u, const sh_beat *b) {
     pthread_mutex_lock(&u->lock);
     u->beat = *b;
     pthread_mutex_unlock(&u->lock);
+}
+
+uint64_t sh_uplink_asked(const sh_uplink *u) {
+    return atomic_load(&u->asked);
 }

@@ -52,6 +52,7 @@ typedef struct sh_beat {
     int running, waiting;
     int64_t kv_free;
     uint64_t shared_rows;
+    uint64_t report; /* answers sh_uplink_asked */
 } sh_beat;
 
 sh_status sh_uplink_start(const sh_uplink_options *o, sh_uplink **out);
@@ -73,6 +74,9 @@ void sh_uplink_token(sh_uplink *u, uint64_t key, const sh_token *t);
 /* Leader: the group can never run this one. */
 void sh_uplink_reject(sh_uplink *u, uint64_t key, const char *reason);
 void sh_uplink_beat(sh_uplink *u, const sh_beat *b);
+/* The number of the last report that the coordinator asked for, 0: none. A beat with it is told at once, with all of
+ * the trace that waits and the routing as it was given last. */
+uint64_t sh_uplink_asked(const sh_uplink *u);
 /* How loading gets on, until it is done. */
 void sh_uplink_load(sh_uplink *u, const sh_load_times *t);
 /* How often rows of this rank chose each expert: [layers, experts] of layers first, first + 1, …; those without experts

@@ -49,7 +49,8 @@ typedef struct rank {
     double beat_at, routing_at;
     bool routing_told;
     uint64_t routing_steps;
-    uint64_t answers; /* rank 0: micro-batches come back */
+    uint64_t reported; /* the last report that was asked for and given */
+    uint64_t answers;  /* rank 0: micro-batches come back */
     /* where the coordinator asked for a timeline */
     sh_timeline *timeline;
     sh_trace *trace;
@@ -341,13 +342,17 @@ static void rested(rank *r, double at) {
 /* Refreshes the heartbeat: around every step, and now and then while waiting. */
 static void beat(rank *r, bool busy, bool now_please) {
     double now = sh_now();
-    if (!now_please && now - r->beat_at < BEAT_SECONDS) return;
+    uint64_t asked = sh_uplink_asked(r->uplink);
+    bool wanted = asked != r->reported;
+    if (!now_please && !wanted && now - r->beat_at < BEAT_SECONDS) return;
     r->beat_at = now;
+    r->reported = asked;
     sh_model_times t = sh_model_time(sh_stage_model(r->stage));
     uint64_t steps = sh_stage_steps(r->stage);
     sh_experts_times x = sh_stage_experts_time(r->stage);
     double waited = x.exposed[SH_KV_GLOBAL] + x.exposed[SH_KV_SLIDING]; /* the model books it as its experts' */
-    sh_beat b = {.step = steps + r->answers,
+    sh_beat b = {.report = asked,
+                 .step = steps + r->answers,
                  .steps = steps,
                  .busy = busy,
                  .weights = t.weights,
@@ -371,8 +376,8 @@ static void beat(rank *r, bool busy, bool now_please) {
     memcpy(b.exposed, x.exposed, sizeof b.exposed);
     memcpy(b.travel, x.travel, sizeof b.travel);
     memcpy(b.sent_by_tag, r->link->sent_by_tag, sizeof b.sent_by_tag);
+    SH_IGNORE(tell_routing(r, busy && !wanted)); /* cannot fail any more: the first one made the room */
     sh_uplink_beat(r->uplink, &b);
-    SH_IGNORE(tell_routing(r, busy)); /* cannot fail any more: the first one made the room */
 }
 
 /* ---- rank 0

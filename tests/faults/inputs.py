@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
@@ -83,10 +84,30 @@ def main():
         both("surrogate", b'{"prompt": "\xed\xa0\x80", "custom_id": "y"}\n' + good("a"), 1, [1], "UTF-8")
         both("no-final-newline", b"\n" + good("a"), 0, [], "")
         both("crlf", b"\r\n" + good("a") + b"\r\n\r\n", 0, [], "")
+        both("byte-order-mark", b"\xef\xbb\xbf" + good("a") + b"\r\n", 0, [], "")
+        both("byte-order-mark-later", good("a") + b"\n\xef\xbb\xbf" + good("b") + b"\n", 1, [2], "JSON")
         both("nul", b"\0\0\n" + good("a") + b"\n", 1, [1], "")
         both("million-empty", b"\n" * 500_000 + good("a") + b"\n" * 500_001 + b"{\n", 1, [1_000_002], "")
         both("deep", b"[" * 100_000 + b"\n" + good("a") + b"\n", 1, [1], "")
         both("not-an-object", b'[1]\n"x"\n3\nnull\n' + good("a") + b"\n", 1, [1, 2, 3, 4], "object")
+
+        # An input that grows while it is read is no fixed job: said so, nothing written, and no promise that it goes on.
+        grows, stop = s.file("grows.jsonl"), threading.Event()
+        with open(grows, "wb") as f:
+            f.write(b"".join(good(f"g{k}") + b"\n" for k in range(2000)))
+
+        def grow():
+            with open(grows, "ab", 0) as f:
+                while not stop.wait(0.001):
+                    f.write(b'{"prompt": [2], "max_tokens": 1}\n')
+
+        writer = threading.Thread(target=grow)
+        writer.start()
+        p = subprocess.run(st.command(MODEL, grows, s.file("grows.out"), "-n", 1), env=s.env(), capture_output=True, text=True, timeout=120)
+        stop.set()
+        writer.join()
+        said = "changed while it was read" in p.stderr and "begin again" in p.stderr and "goes on" not in p.stderr
+        check(p.returncode == 2 and said and not os.path.exists(s.file("grows.out")), f"grows: exit {p.returncode}: {p.stderr[-300:]}")
 
         for name, data in (("empty", b""), ("only-newlines", b"\n" * 1_000_000)):
             code, rows, err = run(name, data)

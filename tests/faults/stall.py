@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A rank that stops answering without dying (SIGSTOP), the coordinator stopped, and Ctrl-C: the run goes on or ends within the
+"""A rank that stops answering without dying (SIGSTOP), the coordinator stopped, Ctrl-C, and a terminal that goes away: the run goes on or ends within the
 stated seconds, and the rows are those of an undisturbed run."""
 import os
 import signal
@@ -98,6 +98,30 @@ def interrupted(check, model, req, want, options):
         check(r.returncode == 0 and not d, f"after Ctrl-C: exit {r.returncode}: {d} {r.stderr[-200:]}")
 
 
+def hung_up(check, model, req, want, options):
+    """The terminal goes away: the run ends as by Ctrl-C, but under nohup it goes on."""
+    for ignored in (True, False):
+        with st.Scratch() as s:
+            inp, out = s.file("in.jsonl"), s.file("out.jsonl")
+            st.write_lines(inp, req)
+            p = subprocess.Popen(st.command(model, inp, out, *options), env=s.env(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                 text=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL))
+            wait_for(p, "worker", 2)
+            p.send_signal(signal.SIGHUP)  # the others are in process groups of their own
+            try:
+                _, err = p.communicate(timeout=100)
+            except subprocess.TimeoutExpired:
+                check(False, f"SIGHUP, ignored {ignored}: did not end")
+                st.kill_all(s)
+                continue
+            check(p.returncode == (0 if ignored else 4), f"SIGHUP, ignored {ignored}: exit {p.returncode}: {err[-300:]}")
+            if ignored:
+                d = st.difference(want, st.rows(out)) if os.path.exists(out) else "no output"
+                check(not d, f"SIGHUP under nohup: {d}")
+            left = st.left_behind(s)
+            check(not left, f"SIGHUP, ignored {ignored}: left behind: {left}")
+
+
 def main():
     check = st.Checks()
     g = st.golden("e2b-like")
@@ -112,6 +136,7 @@ def main():
     for j in jobs:
         j.result()
     interrupted(check, model, req, want, options)
+    hung_up(check, model, req, want, options)
     check.finish()
 
 

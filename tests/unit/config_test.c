@@ -202,9 +202,9 @@ static void test_refused(void) {
          "rope_parameters.sliding_attention: rope_theta: -1 is out of range: allowed are numbers from 1 to 1e+12"},
         {SH_EINPUT, "{\"hidden_size\": -5}", "hidden_size: -5 is out of range: allowed are integers from 1 to 1048576"},
         {SH_EINPUT, "{\"hidden_size\": 1.5}",
-         "hidden_size: a number is not an integer: allowed are integers from 1 to 1048576"},
+         "hidden_size: 1.5 is not an integer: allowed are integers from 1 to 1048576"},
         {SH_EINPUT, "{\"hidden_size\": \"32\"}",
-         "hidden_size: a string is not an integer: allowed are integers from 1 to 1048576"},
+         "hidden_size: \"32\" is not an integer: allowed are integers from 1 to 1048576"},
         {SH_EINPUT, "{\"num_hidden_layers\": 1000000}",
          "num_hidden_layers: 1000000 is out of range: allowed are integers from 1 to 512"},
         {SH_EINPUT, "{\"num_hidden_layers\": 0}",
@@ -252,7 +252,7 @@ static void test_refused(void) {
          "eos_token_id: a string is not an id: allowed are integers from 0 to 99, or a list of them"},
         {SH_EINPUT, "{\"vocab_size\": 2}", "bos_token_id: 2 is out of range: allowed are 0 to 1"},
         {SH_EINPUT, "{\"tie_word_embeddings\": 1}",
-         "tie_word_embeddings: an integer is not a boolean: allowed are true and false"},
+         "tie_word_embeddings: 1 is not a boolean: allowed are true and false"},
     };
     for (size_t i = 0; i < sizeof row / sizeof row[0]; i++) {
         sh_config c = {.hidden = 77};

@@ -202,7 +202,7 @@ static void test_bad_envelopes(void) {
         {ENVELOPE("\"url\":\"/v1/completions\",\"body\":{},\"colour\":1"), "unknown_field", "colour",
          "colour: is not a field of a request: allowed are custom_id, method, url, body"},
         {"{\"custom_id\":\"a\",\"method\":\"GET\",\"url\":\"/v1/completions\",\"body\":{}}", "invalid_value", "method",
-         "method: is not \"POST\": allowed is \"POST\""},
+         "method: GET: allowed is \"POST\""},
         {ENVELOPE("\"url\":\"/v1/completions\",\"body\":{}"), "invalid_value", "prompt",
          "prompt: is missing: allowed is a string or an array of token ids"},
         {ENVELOPE("\"url\":\"/v1/chat/completions\",\"body\":{}"), "invalid_value", "messages",
@@ -247,7 +247,7 @@ static void check_members(const member *t, size_t n) {
 static void test_bad_values(void) {
     static const member t[] = {
         {'c', 400, "\"temperature\":\"hot\"", "invalid_value", "temperature",
-         "temperature: a string is not a number: allowed are numbers from 0 to 2"},
+         "temperature: \"hot\" is not a number: allowed are numbers from 0 to 2"},
         {'c', 400, "\"temperature\":2.5", "invalid_value", "temperature",
          "temperature: 2.5 is out of range: allowed are numbers from 0 to 2"},
         {'c', 400, "\"temperature\":true", "invalid_value", "temperature",
@@ -255,9 +255,9 @@ static void test_bad_values(void) {
         {'c', 400, "\"max_tokens\":-3", "invalid_value", "max_tokens",
          "max_tokens: -3 is out of range: allowed are integers from 0 to 2147483647"},
         {'c', 400, "\"max_tokens\":1.5", "invalid_value", "max_tokens",
-         "max_tokens: a number is not an integer: allowed are integers from 0 to 2147483647"},
+         "max_tokens: 1.5 is not an integer: allowed are integers from 0 to 2147483647"},
         {'c', 400, "\"max_tokens\":99999999999999999999", "invalid_value", "max_tokens",
-         "max_tokens: a number is not an integer: allowed are integers from 0 to 2147483647"},
+         "max_tokens: 1e20 is not an integer: allowed are integers from 0 to 2147483647"},
         {'c', 400, "\"max_tokens\":0", "invalid_value", "max_tokens",
          "max_tokens: 0 generates nothing: allowed are 1 or more, or 0 together with echo"},
         {'c', 400, "\"max_tokens\":3,\"max_completion_tokens\":4", "invalid_value", "max_completion_tokens",
@@ -273,7 +273,7 @@ static void test_bad_values(void) {
         {'c', 400, "\"min_p\":[]", "invalid_value", "min_p",
          "min_p: an array is not a number: allowed are numbers from 0 to 1"},
         {'c', 400, "\"seed\":\"x\"", "invalid_value", "seed",
-         "seed: a string is not an integer: allowed are integers from -9223372036854775808 to 9223372036854775807"},
+         "seed: \"x\" is not an integer: allowed are integers from -9223372036854775808 to 9223372036854775807"},
         {'c', 400, "\"stop\":5", "invalid_value", "stop",
          "stop: an integer is given: allowed is a string or an array of strings"},
         {'c', 400, "\"stop\":\"\"", "invalid_value", "stop", "stop: a string of 0 bytes: allowed are 1 to 1024 bytes"},
@@ -288,11 +288,10 @@ static void test_bad_values(void) {
         {'c', 400, "\"logprobs\":true", "invalid_value", "logprobs",
          "logprobs: a boolean is not an integer: allowed are integers from 0 to 20"},
         {'h', 400, "\"logprobs\":1", "invalid_value", "logprobs",
-         "logprobs: an integer is not a boolean: allowed are true and false"},
+         "logprobs: 1 is not a boolean: allowed are true and false"},
         {'h', 400, "\"top_logprobs\":1", "invalid_value", "top_logprobs",
          "top_logprobs: is given without logprobs: allowed is with \"logprobs\": true"},
-        {'c', 400, "\"echo\":1", "invalid_value", "echo",
-         "echo: an integer is not a boolean: allowed are true and false"},
+        {'c', 400, "\"echo\":1", "invalid_value", "echo", "echo: 1 is not a boolean: allowed are true and false"},
         {'c', 400, "\"model\":5", "invalid_value", "model", "model: an integer is given: allowed is a string"},
         {'c', 400, "\"metadata\":5", "invalid_value", "metadata",
          "metadata: an integer is given: allowed is an object"},
@@ -323,7 +322,7 @@ static void test_not_provided(void) {
         {'h', 400, "\"response_format\":{\"type\":\"json_object\"}", "unsupported_field", "response_format",
          "response_format: is not provided yet: allowed is {\"type\": \"text\"}, or leave it out"},
         {'h', 400, "\"tool_choice\":\"required\"", "unsupported_value", "tool_choice",
-         "tool_choice: a forced choice is not provided yet: allowed are \"auto\" and \"none\""},
+         "tool_choice: required forces a choice, which is not provided yet: allowed are \"auto\" and \"none\""},
         {'h', 400, "\"tools\":[{\"type\":\"web\"}]", "invalid_value", "tools[0].type",
          "tools[0].type: is not \"function\": allowed is \"function\""},
         {'h', 400, "\"chat_template_kwargs\":{\"mood\":1}", "unknown_field", "chat_template_kwargs.mood",
@@ -346,7 +345,7 @@ static void test_bad_messages(void) {
         {"[{\"role\":\"user\"}]", "invalid_value", "messages[0].content",
          "messages[0].content: is missing: allowed is a string or an array of text parts"},
         {"[{\"role\":\"king\",\"content\":\"a\"}]", "invalid_value", "messages[0].role",
-         "messages[0].role: is not a known role: allowed is system, developer, user, assistant or tool"},
+         "messages[0].role: king is not a known role: allowed is system, developer, user, assistant or tool"},
         {"[{\"role\":\"user\",\"content\":5}]", "invalid_value", "messages[0].content",
          "messages[0].content: is neither a string nor an array: allowed is a string or an array of text parts"},
         {"[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":{\"url\":\"file:///a\"}}]}]",
@@ -423,7 +422,7 @@ static void test_limits(void) {
     CU_ASSERT_EQUAL_FATAL(sh_buf_reserve(&b, (size_t)50 << 20), SH_OK);
     memset(b.data, ' ', (size_t)50 << 20);
     r = read_line(in, (const char *)b.data, (size_t)50 << 20);
-    expect(&r, 413, "line_too_long", "", "line 7: 52428800 bytes: allowed are 33554432", "50 MB");
+    expect(&r, 413, "line_too_long", "", "line 7: is longer than may be: allowed are 33554432 bytes", "50 MB");
     sh_request_release(&r);
     sh_buf_release(&b);
 }

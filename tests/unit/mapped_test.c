@@ -1,4 +1,4 @@
-/* Mapped files that are cut while they are read: the line that is said, the exit status, any thread, and what is left
+/* Mapped files that are cut while they are read: the lines that are said, the exit status, any thread, and what is left
  * alone. Each case is a process of its own, since it ends. */
 #include <CUnit/Basic.h>
 #include <fcntl.h>
@@ -78,7 +78,7 @@ static int run(void (*what)(void), char *said, size_t size, double *seconds) {
 }
 
 static void ends_with(void (*what)(void), const char *format, double least, double most) {
-    char said[3000], want[300];
+    char said[3000], want[500];
     double seconds = 0;
     int status = run(what, said, sizeof said, &seconds);
     snprintf(want, sizeof want, format, path);
@@ -87,8 +87,11 @@ static void ends_with(void (*what)(void), const char *format, double least, doub
     CU_ASSERT_TRUE(seconds >= least && seconds < most);
 }
 
+#define PLACE "shoal rank 7: error: %1$s: byte 8200 cannot be read any more\n"
 #define CUT                                                                                                            \
-    "shoal rank 7: error: %s: byte 8200 cannot be read any more: the file was cut while it was in use: it had 12388 "  \
+    PLACE                                                                                                              \
+    "shoal rank 7: error: %1$s: byte 8200 cannot be read any more: the file was cut while it was in use: it had "      \
+    "12388 "                                                                                                           \
     "bytes, and ends at offset 4096\n"
 
 static void read_cut(void) {
@@ -154,10 +157,12 @@ static void read_replaced(void) {
 }
 
 static void replaced(void) {
-    ends_with(read_replaced,
-              "shoal rank 7: error: %s: byte 1 cannot be read any more: the file is not there now, or another has its "
-              "name\n",
-              0, 60);
+    ends_with(
+        read_replaced,
+        "shoal rank 7: error: %1$s: byte 1 cannot be read any more\n"
+        "shoal rank 7: error: %1$s: byte 1 cannot be read any more: the file is not there now, or another has its "
+        "name\n",
+        0, 60);
 }
 
 /* ---- who carries it on ----------------------------------------------------------------------------------------------
@@ -194,6 +199,50 @@ static void listeners(void) {
     ends_with(read_with_listener, CUT, 0.3, 60);
     ends_with(read_with_deaf, CUT, SH_MAPPED_WAIT, 60);
     ends_with(read_without_any, CUT, 0, SH_MAPPED_WAIT);
+}
+
+/* ---- a server that does not answer ----------------------------------------------------------------------------------
+ */
+
+static volatile bool server_is_dead;
+
+/* In place of the C library's: as on a file system whose server is gone. */
+int stat(const char *restrict name, struct stat *restrict sb) {
+    while (server_is_dead) pause();
+    return fstatat(AT_FDCWD, name, sb, 0);
+}
+
+static void read_from_dead(void) {
+    sh_map m = open_three();
+    if (truncate(path, 4096) != 0) _exit(92);
+    server_is_dead = true;
+    (void)read_at(&m, 8200);
+}
+
+static void *reporter_main(void *arg) {
+    (void)arg;
+    while (!sh_mapped_fault()) sh_sleep(1e-3);
+    const char *text = sh_mapped_fault(), *end = strstr(text, ": byte 8200 cannot be read any more");
+    if (end && strncmp(text, path, strlen(path)) == 0 && strlen(end) == 35) sh_mapped_told();
+    _exit(94);
+}
+
+static void read_from_dead_with_listener(void) {
+    pthread_t t;
+    sh_mapped_listen_begin();
+    if (pthread_create(&t, NULL, reporter_main, NULL) != 0) _exit(93);
+    read_from_dead();
+}
+
+static void dead_server(void) {
+    char said[3000], want[300];
+    double seconds = 0;
+    ends_with(read_from_dead_with_listener, PLACE, SH_MAPPED_LOOK, SH_MAPPED_WAIT);
+    int status = run(read_from_dead, said, sizeof said, &seconds);
+    snprintf(want, sizeof want, PLACE, path);
+    CU_ASSERT_STRING_EQUAL(said, want);
+    CU_ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM);
+    CU_ASSERT_TRUE(seconds > SH_MAPPED_WAIT && seconds < 3 * SH_MAPPED_WAIT);
 }
 
 /* ---- what is not ours -----------------------------------------------------------------------------------------------
@@ -256,6 +305,7 @@ int main(void) {
     CU_add_test(s, "in a thread of a team", team);
     CU_add_test(s, "a file that was replaced", replaced);
     CU_add_test(s, "those that carry it on", listeners);
+    CU_add_test(s, "a server that does not answer", dead_server);
     CU_add_test(s, "what is not ours", not_ours);
     CU_basic_run_tests();
     unsigned failed = CU_get_number_of_failures();
