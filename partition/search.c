@@ -177,7 +177,7 @@ static sh_status recut(const sh_search_options *o, sh_choice *x) {
     double cost[SH_MAX_LAYERS], prompts[SH_MAX_LAYERS];
     sh_plan_request q = request_of(o, x);
     bool given = x->shape.pp == 1 || (q.cuts && *q.cuts);
-    if (given && x->shape.prefill < 2) return SH_OK;
+    if (given && (x->shape.prefill < 2 || (q.prefill_cuts && *q.prefill_cuts))) return SH_OK;
     SH_TRY(layer_seconds(o, x, cost, prompts));
     if (!given) q.layer_cost = cost;
     q.prefill_cost = prompts;
@@ -241,10 +241,8 @@ static sh_status choose_chunk(const sh_search_options *o, sh_choice *x) {
 sh_status sh_search_unplaced(const sh_search_options *o, const sh_choice *x, sh_forecast *out) {
     sh_plan_request q = request_of(o, x);
     sh_choice y = *x;
-    char cuts[8 * SH_MAX_LAYERS] = "";
-    for (int s = 1, n = 0; s < x->shape.pp; s++)
-        n += snprintf(cuts + n, sizeof cuts - (size_t)n, "%s%d", s > 1 ? "," : "",
-                      x->plan->rank[s * x->shape.width]->first);
+    char cuts[SH_PLAN_CUTS];
+    sh_plan_cuts(x->plan, false, cuts);
     q.cuts = cuts;
     q.routing = NULL;
     q.replicate = 0;

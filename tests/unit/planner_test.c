@@ -387,6 +387,7 @@ static void test_small_nodes(void) {
 
 /* Nodes that hold E4B with KV for few sequences: stages are needed, and pieces of prompts would hold up all of them. */
 static void test_prompts_apart(void) {
+    static sh_plan_tuning t2;
     sh_cluster k;
     bool chosen = false;
     sh_option t[SH_OPTIONS_MAX];
@@ -409,7 +410,8 @@ static void test_prompts_apart(void) {
     CU_ASSERT_TRUE(s->n > 0 && s->best[0].shape.prefill == 0 && !s->has_way[SH_WAY_PREFILL]);
     sh_search_free(&s);
     sh_options_shared(&mine, t);
-    must(sh_plan_choose(&mine, &e4b, &k, &w, &chosen)); /* a run does so when told: it knows no common beginnings */
+    must(
+        sh_plan_choose(&mine, &e4b, &k, &w, &t2, &chosen)); /* a run does so when told: it knows no common beginnings */
     CU_ASSERT_TRUE(chosen && mine.ranks == 3 && mine.pp == 3 && mine.prefill == 0 && mine.max_seqs > 0);
 }
 
@@ -446,6 +448,7 @@ static void test_placement(void) {
 
 /* What a run takes when nothing is said. */
 static void test_choice(void) {
+    static sh_plan_tuning t2;
     sh_cluster k;
     bool chosen = false;
     sh_option t[SH_OPTIONS_MAX];
@@ -453,21 +456,21 @@ static void test_choice(void) {
     sh_workload w = sh_workload_default();
     sh_options_shared(&s, t);
     machine("xeon-1", &k);
-    must(sh_plan_choose(&s, &a4b, &k, &w, &chosen));
+    must(sh_plan_choose(&s, &a4b, &k, &w, &t2, &chosen));
     CU_ASSERT_TRUE(chosen && s.ranks == 1 && s.replicas == 2 && s.pp == 1 && s.ep == 1); /* a socket each */
     machine("box-24g", &k);
     k.nodes = 4;
     k.between = (sh_cost_link){20e-6, 25e9 / 8};
     sh_options_shared(&s, t);
-    must(sh_plan_choose(&s, &a4b, &k, &w, &chosen));
+    must(sh_plan_choose(&s, &a4b, &k, &w, &t2, &chosen));
     CU_ASSERT_TRUE(chosen && s.ranks == 4 && s.replicas == 1 && s.ep == 4 && s.max_seqs > 0);
     sh_options_shared(&s, t);
     s.pp = 4;
-    must(sh_plan_choose(&s, &a4b, &k, &w, &chosen));
+    must(sh_plan_choose(&s, &a4b, &k, &w, &t2, &chosen));
     CU_ASSERT_TRUE(!chosen && s.ep == 0 && s.ranks == 0); /* something is said */
     s.pp = 0;
     k.nodes = 1;
-    must(sh_plan_choose(&s, &b31, &k, &w, &chosen));
+    must(sh_plan_choose(&s, &b31, &k, &w, &t2, &chosen));
     CU_ASSERT_TRUE(!chosen && s.ranks == 0); /* nothing fits */
 }
 
@@ -488,32 +491,32 @@ static void test_batch(void) {
     sh_cluster k;
     sh_option t[SH_OPTIONS_MAX];
     sh_shared_options s;
-    sh_plan_batch b;
+    static sh_plan_tuning b;
     sh_workload w = sh_workload_default();
     machine("box-24g", &k);
     k.nodes = 4;
     sh_options_shared(&s, t);
     s.ranks = s.ep = 4;
-    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
+    must(sh_plan_tune(&s, &a4b, &k, &w, NULL, 4, 1, &b));
     CU_ASSERT_TRUE(b.max_seqs > 32 && b.chunk >= 64 && s.max_seqs == 0 && s.chunk == 0);
     CU_ASSERT_TRUE(fabs(b.seconds / seconds_with(&k, &w, b.max_seqs, b.chunk) - 1) < 1e-9);
     CU_ASSERT_TRUE(b.seconds < seconds_with(&k, &w, 16, 64) && b.seconds < seconds_with(&k, &w, 32, 512));
     s.max_seqs = 7;
-    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
+    must(sh_plan_tune(&s, &a4b, &k, &w, NULL, 4, 1, &b));
     CU_ASSERT_TRUE(b.max_seqs == 7 && b.chunk > 0); /* what is given stays */
     s.chunk = 64;
-    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
+    must(sh_plan_tune(&s, &a4b, &k, &w, NULL, 4, 1, &b));
     CU_ASSERT_EQUAL(b.max_seqs, 0); /* both are given */
     s.max_seqs = s.chunk = 0;
     s.prefill = 2;
-    must(sh_plan_tune(&s, &a4b, &k, &w, 6, 1, &b));
+    must(sh_plan_tune(&s, &a4b, &k, &w, NULL, 6, 1, &b));
     CU_ASSERT_EQUAL(b.max_seqs, 0); /* experts divided, and prompts apart: who makes the plan says so */
     s.ep = 0;
-    must(sh_plan_tune(&s, &e4b, &k, &w, 4, 1, &b));
+    must(sh_plan_tune(&s, &e4b, &k, &w, NULL, 4, 1, &b));
     CU_ASSERT_TRUE(b.max_seqs > 0 && b.chunk > 0 && b.seconds > 0);
     s.prefill = 0;
     k.nodes = 1;
-    must(sh_plan_tune(&s, &b31, &k, &w, 1, 1, &b));
+    must(sh_plan_tune(&s, &b31, &k, &w, NULL, 1, 1, &b));
     CU_ASSERT_EQUAL(b.max_seqs, 0); /* does not fit: who makes the plan says so */
 }
 
