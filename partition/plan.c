@@ -33,8 +33,8 @@ static best join(const best *before, const double *sum, int from, int to) {
     return b;
 }
 
-static bool better(const best *a, const best *b) {
-    return b->from < 0 || a->worst < b->worst || (a->worst == b->worst && a->squares < b->squares);
+static bool better(const best *a, const best *b) { /* of equals the later one: it was found by a lower cut */
+    return b->from < 0 || a->worst < b->worst || (a->worst == b->worst && a->squares <= b->squares);
 }
 
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut) {
@@ -54,10 +54,10 @@ sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cu
     for (int r = 1; r <= ranks; r++)
         for (int i = r; i <= n; i++) {
             best b = {.from = -1};
-            for (int from = r - 1; from < i; from++) {
-                if (r == 1 && from > 0) break;
+            for (int from = r == 1 ? 0 : i - 1; from >= r - 1; from--) { /* the last stage grows */
                 best x = join(&BEST(r - 1, from), sum, from, i);
                 if (better(&x, &b)) b = x;
+                if (sum[i] - sum[from] > b.worst) break;
             }
             BEST(r, i) = b;
         }
@@ -365,7 +365,7 @@ sh_plan_shape sh_plan_shape_of(const Shoal__Plan *p) {
 }
 
 void sh_plan_rank_config(const sh_config *c, const Shoal__Plan *p, int rank, sh_config *out) {
-    *out = *c;
+    sh_config_share(c, (sh_share){0}, out);
     if (rank >= sh_plan_shape_of(p).decode) sh_config_prefill(out);
 }
 
@@ -428,13 +428,13 @@ static sh_status spread_experts(const sh_config *c, const sh_plan_request *q, co
 static sh_status cut_prefill(const sh_config *c, const sh_plan_request *r, const sh_plan_shape *s, Shoal__Plan *p) {
     int cut[SH_MAX_LAYERS], count = 0;
     const char *given = r->prefill_cuts && *r->prefill_cuts ? r->prefill_cuts : NULL;
+    if (!given && s->prefill == 0) return SH_OK;
     sh_config made = *c;
     sh_config_prefill(&made);
     if (given) SH_TRY(read_cuts("--prefill-cuts", given, made.kv_end, "K/V of their own have", cut, &count));
     if (given && count + 1 != s->prefill)
         SH_FAIL(SH_EINPUT, "--prefill-cuts %s: %d ranks that read prompts, but there are %d: give --prefill %d", given,
                 count + 1, s->prefill, count + 1);
-    if (s->prefill == 0) return SH_OK;
     if (!given)
         SH_TRY(r->prefill_cost ? sh_plan_balance_by(r->prefill_cost, made.kv_end, s->prefill, cut)
                                : sh_plan_balance(&made, s->prefill, cut));

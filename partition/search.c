@@ -99,13 +99,27 @@ static sh_status prompts_that_fit(const sh_search_options *o, sh_choice *x, cons
     return SH_OK;
 }
 
+/* Whether rank i has what the one before it has: other members of a stage do, but for heads and columns, which are
+ * shared out unevenly. */
+static bool same_memory(const Shoal__Plan *p, size_t i) {
+    const Shoal__PlanRank *a = p->rank[i - 1], *b = p->rank[i];
+    if (p->tp > 1 || (p->has_prefill && p->prefill > 0)) return false;
+    if (a->first != b->first || a->last != b->last || a->n_experts != b->n_experts) return false;
+    for (size_t k = 0; k < a->n_experts; k++)
+        if (a->experts[k]->n_expert != b->experts[k]->n_expert) return false;
+    return true;
+}
+
 /* Memory, KV pages and speed of x->plan. A failure's text is the reason. */
 static sh_status judge(const sh_search_options *o, sh_choice *x, uint64_t *budget) {
     sh_kv_limits l;
     uint64_t least = UINT64_MAX;
     for (size_t i = 0; i < x->plan->n_rank; i++) {
-        SH_TRY(sh_plan_kv_budget(o->config, x->plan, (int)i, sh_cluster_memory(o->cluster, x->ranks_per_node),
-                                 &budget[i]));
+        if (i > 0 && same_memory(x->plan, i))
+            budget[i] = budget[i - 1];
+        else
+            SH_TRY(sh_plan_kv_budget(o->config, x->plan, (int)i, sh_cluster_memory(o->cluster, x->ranks_per_node),
+                                     &budget[i]));
         if (budget[i] < least) least = budget[i];
     }
     SH_TRY(sh_plan_kv_limits(x->plan, &l));
