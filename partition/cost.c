@@ -305,6 +305,19 @@ void sh_cost_member_layers(const sh_cost_model *m, const sh_cost_place *p, sh_co
     }
 }
 
+sh_status sh_cost_layers(const sh_cost_model *m, int from, int to, int step, const sh_cost_span *span, int n_spans,
+                         double *seconds) {
+    sh_cost_batch b = {.span = span, .n_spans = n_spans};
+    sh_cost_rank unused = {0};
+    for (int r = from; r < to; r += step) {
+        sh_cost_place p;
+        SH_TRY(sh_cost_place_of(m, r, &p));
+        p.once = sh_cost_once(m, r / p.shape.width);
+        sh_cost_member_layers(m, &p, &b, seconds + m->plan->rank[r]->first, &unused);
+    }
+    return SH_OK;
+}
+
 /* Head and sampler: every lane's own rows; with tp each member its part of the vocabulary; with cp member 0 alone. */
 static double add_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_rank *out) {
     const sh_config *c = m->config;
