@@ -84,6 +84,7 @@ static sh_status one_rank(const sh_cost_model *m, int rank, sh_cost_batch *b, co
         out->step.seconds += took[i - m->plan->rank[rank]->first];
         send_layer(m, &p, i, &kind[c->layer[i].kind], far, out, taken);
     }
+    out->far = far[1];
     cut(m, &p, sh_cost_batch_load(b, false, 0).all, &out->step.cut);
     return SH_OK;
 }
