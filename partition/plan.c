@@ -126,6 +126,13 @@ sh_status sh_plan_check_prefill(int prefill, int ep, int tp, int cp) {
     return SH_OK;
 }
 
+void sh_plan_hint_prefill(int more, int width, int prefill, char text[SH_PLAN_HINT]) {
+    text[0] = 0;
+    if (more > 0 && width == 1)
+        snprintf(text, SH_PLAN_HINT, ", or --prefill %d where %s read prompts", prefill + more,
+                 prefill + more == 1 ? "one is only to" : "so many are only to");
+}
+
 /* Stages and width from what was asked for; every number that contradicts another is named. */
 static sh_status choose_shape(const sh_plan_request *r, int n_cuts, sh_plan_shape *out) {
     sh_plan_shape s = {
@@ -144,10 +151,12 @@ static sh_status choose_shape(const sh_plan_request *r, int n_cuts, sh_plan_shap
     if (n_cuts > 0 && ranks > 0 && s.width == 1 && ranks != s.pp)
         SH_FAIL(SH_EINPUT, "--cuts %s: %d stages, but there are %d ranks%s: give %d cuts, or -n %d", r->cuts, s.pp,
                 ranks, r->prefill ? " that decode" : "", ranks - 1, s.pp + r->prefill);
+    char hint[SH_PLAN_HINT];
+    sh_plan_hint_prefill(s.pp > 0 ? ranks - s.pp : 0, s.width, r->prefill, hint);
     if (ranks > 0 && s.pp > 0 && ranks != s.pp * s.width)
-        SH_FAIL(SH_EINPUT, "%d ranks%s: %d stages of %d ranks (ep %d, tp %d, cp %d) need %d: give -n %d", ranks,
+        SH_FAIL(SH_EINPUT, "%d ranks%s: %d stages of %d ranks (ep %d, tp %d, cp %d) need %d: give -n %d%s", ranks,
                 r->prefill ? " that decode" : "", s.pp, s.width, s.ep, s.tp, s.cp, s.pp * s.width,
-                s.pp * s.width + r->prefill);
+                s.pp * s.width + r->prefill, hint);
     if (ranks > 0 && ranks % s.width != 0)
         SH_FAIL(SH_EINPUT, "%d ranks: not a multiple of the %d ranks of a stage (ep %d, tp %d, cp %d)", ranks, s.width,
                 s.ep, s.tp, s.cp);

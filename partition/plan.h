@@ -55,6 +55,10 @@ sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out);
 /* How a stage is divided: one way at a time, so that its width is one of these numbers. To be asked before they are
  * multiplied. */
 sh_status sh_plan_check_division(int ep, int tp, int cp);
+/* "--prefill 1": what a number of ranks that stages of one rank do not use up might mean, for messages; "" where they
+ * are not such stages. `more`: ranks beyond the stages. */
+#define SH_PLAN_HINT 96
+void sh_plan_hint_prefill(int more, int width, int prefill, char text[SH_PLAN_HINT]);
 /* Ranks that only read prompts go with stages of one rank. */
 sh_status sh_plan_check_prefill(int prefill, int ep, int tp, int cp);
 /* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */

@@ -530,10 +530,15 @@ static sh_status check_fixed(const sh_plan_request *r) {
     if (r->prefill > 0 && r->ranks > 0 && r->prefill >= r->ranks)
         SH_FAIL(SH_EINPUT, "--prefill: %d of %d ranks: allowed are 0 to %d: one at least must decode", r->prefill,
                 r->ranks, r->ranks - 1);
-    if (r->ranks > 0 && (r->ranks - r->prefill) % ((int64_t)pp * ep * tp * cp) != 0)
-        SH_FAIL(SH_EINPUT, "%d ranks%s: %d stages of %d ranks (ep %d, tp %d, cp %d) do not divide them",
-                r->ranks - r->prefill, r->prefill ? " that decode" : "", pp, ep * tp * cp, ep, tp, cp);
-    return SH_OK;
+    int64_t decode = r->ranks - r->prefill, whole = (int64_t)pp * ep * tp * cp, below = decode / whole * whole;
+    char hint[SH_PLAN_HINT], fewer[32] = "";
+    if (r->ranks <= 0 || decode % whole == 0) return SH_OK;
+    sh_plan_hint_prefill((int)(decode - below), ep * tp * cp, r->prefill, hint);
+    if (below == 0) hint[0] = 0; /* too few ranks for the stages alone */
+    if (below > 0) snprintf(fewer, sizeof fewer, "%lld or ", (long long)(below + r->prefill));
+    SH_FAIL(SH_EINPUT, "%lld ranks%s: %d stages of %d ranks (ep %d, tp %d, cp %d) do not divide them: give -n %s%lld%s",
+            (long long)decode, r->prefill ? " that decode" : "", pp, ep * tp * cp, ep, tp, cp, fewer,
+            (long long)(below + whole + r->prefill), hint);
 }
 
 sh_status sh_search_run(const sh_search_options *o, sh_search **out) {
