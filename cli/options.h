@@ -63,15 +63,15 @@ int sh_options_complain(const char *command, int status);
 
 /* What run, serve, plan and bench share. */
 typedef struct sh_shared_options {
-    const char *model;  /* as given; NULL: the demo model */
-    int ranks;          /* of a group; 0: not given */
-    int replicas;       /* groups; 0: not given */
-    int pp, ep, tp, cp; /* 0: not given */
-    int prefill;        /* ranks besides; 0: not given */
-    int tp_reduce_at;   /* place in the choices: 0 gather, 1 sum */
-    const char *cuts;   /* NULL: not given */
-    const char *plan;   /* file, see planuse.h; NULL: not given */
-    int mode_at, kv_at; /* place in the choices; −1: not given */
+    const char *model;               /* as given; NULL: the demo model */
+    int ranks;                       /* of a group; 0: not given */
+    int replicas;                    /* groups; 0: not given */
+    int pp, ep, tp, cp;              /* 0: not given */
+    int prefill;                     /* ranks besides; 0: not given */
+    int tp_reduce_at;                /* place in the choices: 0 gather, 1 sum */
+    const char *cuts, *prefill_cuts; /* NULL: not given */
+    const char *plan;                /* file, see planuse.h; NULL: not given */
+    int mode_at, kv_at;              /* place in the choices; −1: not given */
     uint64_t kv_memory;
     bool no_prefix_sharing;
     bool share_weights;

@@ -27,6 +27,7 @@ static sh_status check_options(const sh_shared_options *s, const Shoal__Plan *p)
     SH_TRY(left_to_plan("--tp-reduce", s->tp_reduce_at));
     SH_TRY(left_to_plan("--prefill", s->prefill));
     SH_TRY(left_to_plan("--cuts", s->cuts));
+    SH_TRY(left_to_plan("--prefill-cuts", s->prefill_cuts));
     SH_TRY(left_to_plan("--routing", s->routing));
     SH_TRY(same_number("-n", s->ranks, (int)p->n_rank));
     if (s->mode_at >= 0 && strcmp(sh_mode_name(sh_options_mode(s)), p->mode) != 0)
@@ -82,7 +83,23 @@ sh_status sh_plan_use(sh_shared_options *s, const sh_config *c, Shoal__Plan **ou
 
 static bool is_free(const sh_shared_options *s) {
     return !s->ranks && !s->replicas && !s->pp && !s->ep && !s->tp && !s->cp && !s->prefill && !s->tp_reduce_at &&
-           !s->cuts && !s->plan && !s->routing;
+           !s->cuts && !s->prefill_cuts && !s->plan && !s->routing;
+}
+
+static void tell(const sh_choice *x, sh_plan_tuning *out) {
+    out->max_seqs = x->plan->max_seqs;
+    out->chunk = x->plan->chunk;
+    out->seconds = x->forecast.seconds;
+    sh_plan_cuts(x->plan, false, out->cuts);
+    sh_plan_cuts(x->plan, true, out->prefill_cuts);
+}
+
+void sh_plan_take(sh_shared_options *s, const sh_plan_tuning *t) {
+    if (!t->max_seqs) return;
+    if (!s->max_seqs) s->max_seqs = t->max_seqs;
+    if (!s->chunk) s->chunk = t->chunk;
+    if (!s->cuts && *t->cuts) s->cuts = t->cuts;
+    if (!s->prefill_cuts && *t->prefill_cuts) s->prefill_cuts = t->prefill_cuts;
 }
 
 static void take_choice(sh_shared_options *s, const sh_choice *x) {
@@ -93,14 +110,13 @@ static void take_choice(sh_shared_options *s, const sh_choice *x) {
     s->tp = x->shape.tp;
     s->cp = x->shape.cp;
     s->prefill = x->shape.prefill;
-    if (!s->max_seqs) s->max_seqs = x->plan->max_seqs;
-    if (!s->chunk) s->chunk = x->plan->chunk;
 }
 
 sh_status sh_plan_choose(sh_shared_options *s, const sh_config *c, const sh_cluster *k, const sh_workload *w,
-                         bool *chosen) {
+                         sh_plan_tuning *out, bool *chosen) {
     sh_search *found = NULL;
     *chosen = false;
+    *out = (sh_plan_tuning){0};
     if (!is_free(s) || !(w->requests >= 1)) return SH_OK;
     /* Ranks that only read prompts share no beginnings of prompts, which lengths say nothing of: by the user's word
      * alone. */
@@ -108,24 +124,44 @@ sh_status sh_plan_choose(sh_shared_options *s, const sh_config *c, const sh_clus
     sh_options_plan(s, 0, &o.fixed);
     SH_TRY(sh_search_run(&o, &found));
     *chosen = found->n > 0 && found->best[0].replicas <= SH_MAX_REPLICAS;
-    if (*chosen) take_choice(s, &found->best[0]);
+    if (*chosen) {
+        take_choice(s, &found->best[0]);
+        tell(&found->best[0], out);
+        sh_plan_take(s, out);
+    }
     sh_search_free(&found);
     return SH_OK;
 }
 
+static int or_one(int v) {
+    return v > 0 ? v : 1;
+}
+
+/* Whether batch and cuts are given as far as the layout has them. */
+static bool all_given(const sh_shared_options *s, const sh_plan_request *q) {
+    return s->max_seqs && s->chunk && (q->pp == 1 || s->cuts) && (q->prefill < 2 || s->prefill_cuts);
+}
+
 sh_status sh_plan_tune(const sh_shared_options *s, const sh_config *c, const sh_cluster *k, const sh_workload *w,
-                       int ranks, int replicas, sh_plan_batch *out) {
-    *out = (sh_plan_batch){0};
-    if ((s->max_seqs && s->chunk) || s->plan || !(w->requests >= 1)) return SH_OK;
+                       const sh_routing *routing, int ranks, int replicas, sh_plan_tuning *out) {
+    *out = (sh_plan_tuning){0};
+    sh_search_options o = {.config = c,
+                           .cluster = k,
+                           .workload = w,
+                           .replicas = replicas,
+                           .no_prefill = s->prefill == 0,
+                           .routing = routing};
     sh_search *found = NULL;
-    sh_search_options o = {
-        .config = c, .cluster = k, .workload = w, .replicas = replicas, .no_prefill = s->prefill == 0};
     sh_options_plan(s, ranks, &o.fixed);
+    sh_plan_request *q = &o.fixed; /* the one layout that will run, where a search would see others too */
+    q->routing = routing;
+    q->ep = or_one(q->ep);
+    q->tp = or_one(q->tp);
+    q->cp = or_one(q->cp);
+    if (!q->pp) q->pp = or_one((int)((ranks - q->prefill) / ((int64_t)q->ep * q->tp * q->cp)));
+    if (s->plan || !(w->requests >= 1) || all_given(s, q)) return SH_OK;
     if (sh_search_run(&o, &found) != SH_OK) return SH_OK; /* what is wrong with the layout is said by who checks it */
-    if (found->n > 0)
-        *out = (sh_plan_batch){.max_seqs = found->best[0].plan->max_seqs,
-                               .chunk = found->best[0].plan->chunk,
-                               .seconds = found->best[0].forecast.seconds};
+    if (found->n > 0) tell(&found->best[0], out);
     sh_search_free(&found);
     return SH_OK;
 }

@@ -53,10 +53,12 @@ typedef struct run {
     int replicas, ranks, cpus;
     uint64_t memory;
     const sh_config *config;
+    sh_routing *placed;   /* counts by which experts are placed; NULL: in even shares */
     Shoal__Plan *planned; /* of each group; the coordinator makes the same */
     sh_buf slurm_hosts;   /* of the allocation, where `hosts` names them */
     sh_input scanned;
     sh_workguess *lengths; /* of its lines; NULL: nobody asks */
+    sh_plan_tuning tuning; /* what the planner chose for it */
     sh_cluster cluster;    /* these nodes, once they were looked at … */
     bool looked, measured; /* … and whether their speed is known */
     sh_runstore folder;
@@ -203,10 +205,7 @@ static sh_status check_plan(run *r, const sh_config *config) {
     if (r->routing && config->experts == 0) SH_FAIL(SH_EINPUT, "--save-routing: the model has no experts to count");
     if (r->planned) return SH_OK; /* read and checked already */
     sh_options_plan(&r->shared, r->ranks, &q);
-    SH_CLEANUP(sh_routing_destroy) sh_routing *routing = NULL;
-    sh_status st = r->shared.routing ? sh_routing_load(r->shared.routing, config, &routing) : SH_OK;
-    if (st != SH_OK) return sh_error_prefix(st, "--routing");
-    q.routing = routing;
+    q.routing = r->placed;
     return sh_plan_make(config, &q, &r->planned);
 }
 
@@ -268,26 +267,35 @@ static sh_status choose_plan(run *r, const sh_machine *machine, const sh_workloa
     if (r->hosts && !r->slurm_hosts.len) return SH_OK; /* somebody else's choice */
     if (nodes_of(r) * machine->n_numa < 2) return SH_OK;
     SH_TRY(look_at_machine(r, SH_PROBE_CACHED));
-    return sh_plan_choose(&r->shared, r->config, &r->cluster, w, &chosen);
+    return sh_plan_choose(&r->shared, r->config, &r->cluster, w, &r->tuning, &chosen);
 }
 
-/* Sequences at once and rows of a chunk, where they are not given: by the cost model, which is worth some seconds of
- * measuring for a job that takes minutes. Without measured speeds they stay the usual ones. */
-static sh_status choose_batch(run *r, const sh_workload *w) {
-    sh_shared_options *s = &r->shared;
-    sh_plan_batch b;
-    if (nodes_of(r) < 1) return SH_OK;
+static sh_status tune(const run *r, const sh_workload *w, sh_plan_tuning *out) {
+    return sh_plan_tune(&r->shared, r->config, &r->cluster, w, r->placed, r->ranks, r->replicas, out);
+}
+
+/* Sequences at once, rows of a chunk and cuts, where they are not given and the planner did not choose them with the
+ * ranks: by the cost model, which is worth some seconds of measuring for a job that takes minutes. Without measured
+ * speeds they stay the usual ones. */
+static sh_status choose_details(run *r, const sh_workload *w) {
+    sh_plan_tuning t;
+    if (nodes_of(r) < 1 || r->tuning.max_seqs) return SH_OK;
     SH_TRY(look_at_machine(r, SH_PROBE_CACHED));
-    SH_TRY(sh_plan_tune(s, r->config, &r->cluster, w, r->ranks, r->replicas, &b));
-    if (!r->measured && b.seconds > LONG_JOB) {
+    SH_TRY(tune(r, w, &t));
+    if (!r->measured && t.seconds > LONG_JOB) {
         sh_progress_say(&r->progress, "note", "measuring the speed of this machine, once");
         SH_TRY(look_at_machine(r, SH_PROBE_MEASURE));
-        SH_TRY(sh_plan_tune(s, r->config, &r->cluster, w, r->ranks, r->replicas, &b));
+        SH_TRY(tune(r, w, &t));
     }
-    if (!r->measured || !b.max_seqs) return SH_OK;
-    if (!s->max_seqs) s->max_seqs = b.max_seqs;
-    if (!s->chunk) s->chunk = b.chunk;
+    if (!r->measured) return SH_OK;
+    r->tuning = t;
+    sh_plan_take(&r->shared, &r->tuning);
     return SH_OK;
+}
+
+static sh_status load_routing(run *r) {
+    sh_status st = r->shared.routing ? sh_routing_load(r->shared.routing, r->config, &r->placed) : SH_OK;
+    return st == SH_OK ? st : sh_error_prefix(st, "--routing");
 }
 
 static sh_status check_ranks(run *r) {
@@ -307,7 +315,8 @@ static sh_status check_ranks(run *r) {
     r->ranks = sh_options_ranks(&r->shared);
     r->replicas = r->shared.replicas ? r->shared.replicas : 1;
     if (!r->ranks) SH_TRY(choose_ranks(r, machine.n_numa, config.n_layers));
-    SH_TRY(choose_batch(r, &w));
+    SH_TRY(load_routing(r));
+    SH_TRY(choose_details(r, &w));
     SH_TRY(check_plan(r, &config));
     char copy[PATH_MAX];
     snprintf(copy, sizeof copy, "%s", r->model);
@@ -560,6 +569,7 @@ int sh_cmd_run(int argc, char **argv) {
     sh_buf_release(&r.slurm_hosts);
     sh_workguess_destroy(&r.lengths);
     sh_plan_free(&r.planned);
+    sh_routing_destroy(&r.placed);
     free(typed);
     return rc;
 }

@@ -111,6 +111,7 @@ int sh_cmd_serve(int argc, char **argv) {
         .run = s.run,
         .plan = plan,
         .cuts = o->cuts,
+        .prefill_cuts = o->prefill_cuts,
         .pp = o->pp,
         .ep = o->ep,
         .tp = o->tp,

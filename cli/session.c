@@ -310,6 +310,7 @@ static void coordinator_arguments(const sh_session *s, const char *listen, int r
     add(a, "--kv", sh_kv_type_name(sh_options_kv(o)));
     if (o->plan) add(a, "--plan", o->plan);
     if (o->cuts) add(a, "--cuts", o->cuts);
+    if (o->prefill_cuts) add(a, "--prefill-cuts", o->prefill_cuts);
     add_number(a, "--pp", (uint64_t)o->pp, false);
     add_number(a, "--ep", (uint64_t)o->ep, false);
     add_number(a, "--tp", (uint64_t)o->tp, false);

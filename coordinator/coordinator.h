@@ -16,8 +16,9 @@ typedef struct sh_coordinator_options {
     const char *store;    /* store directory; this incarnation claims STORE/<epoch>/ */
     bool run; /* under `shoal run`: ranks of an older epoch are told to leave; a shutdown request is honoured */
     /* what a group's plan is made of; 0 or NULL: chosen here */
-    const Shoal__Plan *plan; /* checked, borrowed: used as it is; the rest of these is then its own */
-    const char *cuts;        /* "5,9": first layers of stages 1, 2, … */
+    const Shoal__Plan *plan;  /* checked, borrowed: used as it is; the rest of these is then its own */
+    const char *cuts;         /* "5,9": first layers of stages 1, 2, … */
+    const char *prefill_cuts; /* the same of the ranks that make the K/V of prompts */
     int pp, ep, tp, cp;
     bool tp_sum;
     bool no_prefix_sharing;

@@ -332,6 +332,7 @@ static sh_status make_plan(const sh_dispatch *d, sh_group *g) {
                          .share_weights = o->share_weights,
                          .prefill = o->prefill,
                          .cuts = o->cuts,
+                         .prefill_cuts = o->prefill_cuts,
                          .mode = o->mode,
                          .kv = o->kv,
                          .threads = o->threads,

@@ -63,6 +63,13 @@ static void layout_experts(const sh_weights *own, int layer, sh_layer_weights *w
         (sh_wmat){.n = c->experts, .k = c->hidden, .data = take(at, sh_wmat_bytes(SH_W_BF16, c->experts, c->hidden))};
     w->expert_gate_up = expert;
     w->expert_down = expert ? expert + c->experts : NULL;
+    if (!expert && !held->holds) { /* nothing to place: all are as long as the first */
+        size_t before = at->used;
+        take_matrix(at, 2 * c->expert_ff, c->hidden);
+        take_matrix(at, c->hidden, c->expert_ff);
+        at->used += (size_t)(c->experts - 1) * (at->used - before);
+        return;
+    }
     for (int e = 0; e < c->experts; e++) {
         bool here = !held->holds || held->holds(held->ctx, layer, e);
         sh_wmat gate_up = here ? take_matrix(at, 2 * c->expert_ff, c->hidden) : (sh_wmat){0};

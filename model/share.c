@@ -1,6 +1,8 @@
 /* Parts of a layer. See share.h. */
 #include "model/share.h"
 
+#include <stddef.h>
+#include <string.h>
 #include "model/config.h"
 
 static int common_divisor(int a, int b) {
@@ -29,6 +31,6 @@ int sh_share_kv_head(sh_share s, const sh_layer *l, int j) {
 }
 
 void sh_config_share(const sh_config *c, sh_share s, sh_config *out) {
-    *out = *c;
+    memcpy(out, c, offsetof(sh_config, layer)); /* and of the table only the model's layers */
     for (int i = 0; i < c->n_layers; i++) out->layer[i] = sh_share_layer(s, &c->layer[i]);
 }

@@ -123,10 +123,9 @@ static sh_status pages_of_ranks(const sh_config *c, const sh_kv_limits *l, const
     stage *s = calloc((size_t)(to - from), sizeof *s);
     if (!s) SH_FAIL(SH_EMEMORY, "plan: no memory for %d ranks", to - from);
     sh_config mine; /* the heads of a member: every member's are alike */
-    for (int i = from; i < to; i++) {
-        sh_config_share(c, sh_plan_share(p, i), &mine);
+    sh_config_share(c, sh_plan_share(p, from), &mine);
+    for (int i = from; i < to; i++)
         s[i - from] = stage_of(&mine, l->type, p->rank[i]->first, p->rank[i]->last, budget[i]);
-    }
     sh_status st = divide(c, l, s, to - from, from, out);
     free(s);
     return st;

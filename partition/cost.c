@@ -33,8 +33,20 @@ sh_cost_load sh_cost_load_of(const sh_cost_span *span, int n_spans, bool kept_on
         for (int k = 0; k < SH_COST_POSITIONS; k++) {
             double first = s->lo + (s->hi - s->lo) * (k + 0.5) / SH_COST_POSITIONS, end = first + s->rows;
             l.pairs += s->seqs * (keys_below(end, w) - keys_below(end - rows, w)) / SH_COST_POSITIONS;
-            l.keys += s->seqs * fmin(end, w - 1 + rows) / SH_COST_POSITIONS;
+            l.keys += s->seqs * (end < w - 1 + rows ? end : w - 1 + rows) / SH_COST_POSITIONS;
         }
+    }
+    return l;
+}
+
+sh_cost_load sh_cost_batch_load(sh_cost_batch *b, bool kept_only, int window) {
+    for (int i = 0; i < b->n; i++)
+        if (b->known[i].kept_only == kept_only && b->known[i].window == window) return b->known[i].load;
+    sh_cost_load l = sh_cost_load_of(b->span, b->n_spans, kept_only, window);
+    if (b->n < SH_COST_LOADS) {
+        b->known[b->n].kept_only = kept_only;
+        b->known[b->n].window = window;
+        b->known[b->n++].load = l;
     }
     return l;
 }
@@ -199,11 +211,10 @@ static void overlap(double parts, sh_cost_layer *out) {
     out->exposed = rows + results + out->gather.seconds + out->context.seconds - hidden;
 }
 
-static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_span *span, int n_spans,
-                     sh_cost_layer *out) {
+static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, sh_cost_batch *b, sh_cost_layer *out) {
     const sh_config *c = m->config;
     const sh_layer *l = &c->layer[layer];
-    sh_cost_load d = sh_cost_load_of(span, n_spans, layer >= c->first_shared, l->window);
+    sh_cost_load d = sh_cost_batch_load(b, layer >= c->first_shared, l->window);
     double rows = own_rows(p, d.rows), parts = sh_cost_parts(m, p, rows);
     *out = (sh_cost_layer){0};
     if (!(d.rows > 0)) return;
@@ -218,7 +229,7 @@ static void layer_of(const sh_cost_model *m, const sh_cost_place *p, int layer, 
     if (c->ple) out->ple = product(p, 3.0 * c->ple * c->hidden, rows, parts);
     out->rest = rest(c, l, p, rows);
     if (p->shape.tp > 1) sh_cost_wire_tensor(m, p, layer, d.rows, out);
-    if (p->shape.cp > 1) sh_cost_wire_context(m, p, layer, span, n_spans, out);
+    if (p->shape.cp > 1) sh_cost_wire_context(m, p, layer, b, out);
     overlap(parts, out);
     out->seconds = out->project.seconds + out->attention.seconds + out->router.seconds + out->dense.seconds +
                    out->experts.seconds + out->ple.seconds + out->rest.seconds + out->exposed;
@@ -234,7 +245,7 @@ sh_status sh_cost_layer_of(const sh_cost_model *m, int rank, int layer, const sh
     sh_cost_place p;
     SH_TRY(sh_cost_place_of(m, rank, &p));
     p.once = sh_cost_once(m, rank / p.shape.width);
-    layer_of(m, &p, layer, span, n_spans, out);
+    layer_of(m, &p, layer, &(sh_cost_batch){.span = span, .n_spans = n_spans}, out);
     return SH_OK;
 }
 
@@ -283,8 +294,8 @@ static bool same_layer(const sh_cost_model *m, const sh_cost_place *p, int a, in
            only_kv(c, p, a) == only_kv(c, p, b) && (!moe || sh_cost_experts_alike(m->plan, p, a, b));
 }
 
-void sh_cost_member_layers(const sh_cost_model *m, const sh_cost_place *p, const sh_cost_span *span, int n_spans,
-                           double *took, sh_cost_rank *out) {
+void sh_cost_member_layers(const sh_cost_model *m, const sh_cost_place *p, sh_cost_batch *b, double *took,
+                           sh_cost_rank *out) {
     int first = m->plan->rank[p->rank]->first, last = m->plan->rank[p->rank]->last, n = 0;
     struct {
         int layer;
@@ -296,11 +307,24 @@ void sh_cost_member_layers(const sh_cost_model *m, const sh_cost_place *p, const
         if (k == n) {
             k = n < SAME_AS_LAYER ? n++ : n - 1;
             known[k].layer = i;
-            layer_of(m, p, i, span, n_spans, &known[k].cost);
+            layer_of(m, p, i, b, &known[k].cost);
         }
         add_layer(p, &known[k].cost, out);
         took[i - first] = known[k].cost.seconds;
     }
+}
+
+sh_status sh_cost_layers(const sh_cost_model *m, int from, int to, int step, const sh_cost_span *span, int n_spans,
+                         double *seconds) {
+    sh_cost_batch b = {.span = span, .n_spans = n_spans};
+    sh_cost_rank unused = {0};
+    for (int r = from; r < to; r += step) {
+        sh_cost_place p;
+        SH_TRY(sh_cost_place_of(m, r, &p));
+        p.once = sh_cost_once(m, r / p.shape.width);
+        sh_cost_member_layers(m, &p, &b, seconds + m->plan->rank[r]->first, &unused);
+    }
+    return SH_OK;
 }
 
 /* Head and sampler: every lane's own rows; with tp each member its part of the vocabulary; with cp member 0 alone. */
@@ -320,12 +344,11 @@ static double add_head(const sh_cost_model *m, const sh_cost_place *p, double ke
 }
 
 /* Members of a stage meet in every layer: each takes as long as the slowest. */
-static sh_status stage_step(const sh_cost_model *m, int stage, int width, const sh_cost_span *span, int n_spans,
-                            sh_cost_rank *out) {
+static sh_status stage_step(const sh_cost_model *m, int stage, int width, sh_cost_batch *b, sh_cost_rank *out) {
     int first = m->plan->rank[stage * width]->first, layers = m->plan->rank[stage * width]->last - first;
     double slowest[SH_MAX_LAYERS + 1] = {0}, took[SH_MAX_LAYERS + 1], whole = 0;
     bool last = first + layers == m->config->n_layers, once = sh_cost_once(m, stage);
-    sh_cost_load d = sh_cost_load_of(span, n_spans, false, 0);
+    sh_cost_load d = sh_cost_batch_load(b, false, 0);
     for (int i = 0; i < width; i++) {
         sh_cost_rank *r = &out[i];
         sh_cost_place p;
@@ -338,7 +361,7 @@ static sh_status stage_step(const sh_cost_model *m, int stage, int width, const 
             if (!last) sh_cost_wire_cut(m, &p, d.rows, d.kept, &r->cut);
             continue;
         }
-        sh_cost_member_layers(m, &p, span, n_spans, took, r);
+        sh_cost_member_layers(m, &p, b, took, r);
         took[layers] = last ? add_head(m, &p, d.kept, r) : 0;
         if (!last) sh_cost_wire_cut(m, &p, d.rows, d.kept, &r->cut);
         for (int k = 0; k <= layers; k++) {
@@ -356,7 +379,8 @@ static sh_status stage_step(const sh_cost_model *m, int stage, int width, const 
 
 sh_status sh_cost_step(const sh_cost_model *m, const sh_cost_span *span, int n_spans, sh_cost_rank *out) {
     sh_plan_shape s = sh_plan_shape_of(m->plan);
-    for (int i = 0; i < s.pp; i++) SH_TRY(stage_step(m, i, s.width, span, n_spans, out + (size_t)i * (size_t)s.width));
+    sh_cost_batch b = {.span = span, .n_spans = n_spans};
+    for (int i = 0; i < s.pp; i++) SH_TRY(stage_step(m, i, s.width, &b, out + (size_t)i * (size_t)s.width));
     return SH_OK;
 }
 

@@ -112,6 +112,11 @@ typedef struct sh_cost_layer {
 sh_status sh_cost_layer_of(const sh_cost_model *m, int rank, int layer, const sh_cost_span *span, int n_spans,
                            sh_cost_layer *out);
 
+/* Seconds of each layer of ranks from, from + step, … below `to`, as sh_cost_layer_of has them, into seconds [layers of
+ * the model]: those of the first members of all stages with step = the width of a stage. */
+sh_status sh_cost_layers(const sh_cost_model *m, int from, int to, int step, const sh_cost_span *span, int n_spans,
+                         double *seconds);
+
 /* --- one step ------------------------------------------------------------------------------------------------------
  */
 

@@ -41,6 +41,24 @@ typedef struct sh_cost_load {
 } sh_cost_load;
 sh_cost_load sh_cost_load_of(const sh_cost_span *span, int n_spans, bool kept_only, int window);
 
+/* A micro-batch on its way through all ranks: what layers of a kind see of it is the same in each of them. */
+#define SH_COST_LOADS 4
+typedef struct sh_cost_batch {
+    const sh_cost_span *span;
+    int n_spans, n;
+    struct {
+        bool kept_only;
+        int window;
+        sh_cost_load load;
+    } known[SH_COST_LOADS];
+    struct {
+        bool known;
+        double blocks, owners;
+    } seen[2]; /* of all rows, of kept ones: blocks_seen of traffic.c */
+} sh_cost_batch;
+/* sh_cost_load_of its spans, worked out when it is first asked for. */
+sh_cost_load sh_cost_batch_load(sh_cost_batch *b, bool kept_only, int window);
+
 /* What the router does to a rank, for `rows` rows of all members together. */
 typedef struct sh_cost_routes {
     double rows;    /* rows × choices that this rank's experts compute */
@@ -62,8 +80,8 @@ static inline int sh_cost_node_of(const sh_cost_model *m, int rank) {
 int sh_cost_twin(const sh_cost_model *m, const sh_cost_place *p);
 
 /* The layers of a stage, as one of its members sees them; took [layers of the stage] gets the seconds of each. */
-void sh_cost_member_layers(const sh_cost_model *m, const sh_cost_place *p, const sh_cost_span *span, int n_spans,
-                           double *took, sh_cost_rank *out);
+void sh_cost_member_layers(const sh_cost_model *m, const sh_cost_place *p, sh_cost_batch *b, double *took,
+                           sh_cost_rank *out);
 
 /* Parts that the rows of a layer are cut into: blocks that bound the scratch; with experts elsewhere an even number of
  * them once there are enough rows, so that one computes while the other's rows travel (model/gemma4.c). */
@@ -72,8 +90,8 @@ double sh_cost_parts(const sh_cost_model *m, const sh_cost_place *p, double rows
 void sh_cost_wire_experts(const sh_cost_model *m, const sh_cost_place *p, double rows, const sh_cost_routes *e,
                           sh_cost_layer *out);
 void sh_cost_wire_tensor(const sh_cost_model *m, const sh_cost_place *p, int layer, double rows, sh_cost_layer *out);
-void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_span *span,
-                          int n_spans, sh_cost_layer *out);
+void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, sh_cost_batch *b,
+                          sh_cost_layer *out);
 void sh_cost_wire_head(const sh_cost_model *m, const sh_cost_place *p, double kept, sh_cost_wire *out);
 void sh_cost_wire_cut(const sh_cost_model *m, const sh_cost_place *p, double rows, double kept, sh_cost_wire *out);
 

@@ -46,12 +46,11 @@ static void add_prompts(sh_forecast_mix *x, const sh_workload *w, double chunk) 
     }
 }
 
-/* A usual piece: what a prompt's row travels with. */
-static double usual_piece(const sh_workload *w, double chunk) {
+double sh_forecast_usual_piece(const sh_workload *w, double less, double chunk) {
     double rows = 0, sum = 0;
     for (int i = 0; i < w->n; i++) {
-        double n = w->bin[i].requests * w->bin[i].prompt;
-        rows += n * fmin(w->bin[i].prompt, chunk);
+        double all = w->bin[i].prompt - less, n = w->bin[i].requests * all;
+        rows += n * fmin(all, chunk);
         sum += n;
     }
     return rows / sum;
@@ -69,7 +68,7 @@ sh_forecast_mix sh_forecast_mix_of(const Shoal__Plan *p, const sh_workload *w, d
         x.decode = fmin(x.decode, x.requests * per_request);
     }
     double rows = x.requests * prompt;
-    x.piece = fmin(chunk, fmax(rows, usual_piece(w, chunk)));
+    x.piece = fmin(chunk, fmax(rows, sh_forecast_usual_piece(w, 0, chunk)));
     x.mixed = fmin(1, rows / x.piece);
     sh_forecast_add_decode(&x, w, 1);
     add_prompts(&x, w, chunk);

@@ -7,6 +7,9 @@
 
 /* Decode rows of each length in proportion to the tokens that requests of it put out, but the first `first` of them. */
 void sh_forecast_add_decode(sh_forecast_mix *x, const sh_workload *w, double first);
+/* Rows of a micro-batch that a usual row of a prompt travels with: those of its prompt but the last `less`, at most a
+ * chunk. */
+double sh_forecast_usual_piece(const sh_workload *w, double less, double chunk);
 /* Adds a share of what a micro-batch costs. */
 void sh_forecast_add_rank(const sh_cost_rank *c, double share, sh_forecast_rank *r);
 /* Tokens by which the last sequences outlast full ranks. In a long job they are anywhere in their lives when the queue

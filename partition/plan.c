@@ -33,8 +33,8 @@ static best join(const best *before, const double *sum, int from, int to) {
     return b;
 }
 
-static bool better(const best *a, const best *b) {
-    return b->from < 0 || a->worst < b->worst || (a->worst == b->worst && a->squares < b->squares);
+static bool better(const best *a, const best *b) { /* of equals the later one: it was found by a lower cut */
+    return b->from < 0 || a->worst < b->worst || (a->worst == b->worst && a->squares <= b->squares);
 }
 
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut) {
@@ -54,10 +54,10 @@ sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cu
     for (int r = 1; r <= ranks; r++)
         for (int i = r; i <= n; i++) {
             best b = {.from = -1};
-            for (int from = r - 1; from < i; from++) {
-                if (r == 1 && from > 0) break;
+            for (int from = r == 1 ? 0 : i - 1; from >= r - 1; from--) { /* the last stage grows */
                 best x = join(&BEST(r - 1, from), sum, from, i);
                 if (better(&x, &b)) b = x;
+                if (sum[i] - sum[from] > b.worst) break;
             }
             BEST(r, i) = b;
         }
@@ -73,23 +73,24 @@ sh_status sh_plan_balance_by(const double *layer_cost, int n, int ranks, int *cu
 /* --- cuts as text --------------------------------------------------------------------------------------------------
  */
 
-static sh_status read_cuts(const sh_config *c, const char *text, int *cut, int *count) {
-    int n = 0, last = c->n_layers - 1;
-    if (last == 0) SH_FAIL(SH_EINPUT, "--cuts %s: the model has one layer: it cannot be cut", text);
+/* Of the first `layers` of a model, `whose` in words. */
+static sh_status read_cuts(const char *option, const char *text, int layers, const char *whose, int *cut, int *count) {
+    int n = 0, last = layers - 1;
+    if (last == 0) SH_FAIL(SH_EINPUT, "%s %s: %s one layer: it cannot be cut", option, text, whose);
     for (const char *s = text;;) {
         char *end;
         errno = 0;
         long v = strtol(s, &end, 10);
         if (end == s || *s < '0' || *s > '9' || (*end && *end != ','))
             SH_FAIL(SH_EINPUT,
-                    "--cuts %s: not a list of layers: allowed are numbers from 1 to %d, ascending, with commas between",
-                    text, last);
+                    "%s %s: not a list of layers: allowed are numbers from 1 to %d, ascending, with commas between",
+                    option, text, last);
         if (errno || v < 1 || v > last)
-            SH_FAIL(SH_EINPUT, "--cuts %s: %.*s is not a cut: the model has %d layers: allowed are 1 to %d", text,
-                    (int)(end - s), s, c->n_layers, last);
+            SH_FAIL(SH_EINPUT, "%s %s: %.*s is not a cut: %s %d layers: allowed are 1 to %d", option, text,
+                    (int)(end - s), s, whose, layers, last);
         if (n && v <= cut[n - 1])
-            SH_FAIL(SH_EINPUT, "--cuts %s: not ascending: %ld follows %d: each is the first layer of the next stage",
-                    text, v, cut[n - 1]);
+            SH_FAIL(SH_EINPUT, "%s %s: not ascending: %ld follows %d: each is the first layer of the next stage",
+                    option, text, v, cut[n - 1]);
         cut[n++] = (int)v; /* ascending below n_layers: never more than fit */
         if (!*end) break;
         s = end + 1;
@@ -125,6 +126,13 @@ sh_status sh_plan_check_prefill(int prefill, int ep, int tp, int cp) {
     return SH_OK;
 }
 
+void sh_plan_hint_prefill(int more, int width, int prefill, char text[SH_PLAN_HINT]) {
+    text[0] = 0;
+    if (more > 0 && width == 1)
+        snprintf(text, SH_PLAN_HINT, ", or --prefill %d where %s read prompts", prefill + more,
+                 prefill + more == 1 ? "one is only to" : "so many are only to");
+}
+
 /* Stages and width from what was asked for; every number that contradicts another is named. */
 static sh_status choose_shape(const sh_plan_request *r, int n_cuts, sh_plan_shape *out) {
     sh_plan_shape s = {
@@ -143,10 +151,12 @@ static sh_status choose_shape(const sh_plan_request *r, int n_cuts, sh_plan_shap
     if (n_cuts > 0 && ranks > 0 && s.width == 1 && ranks != s.pp)
         SH_FAIL(SH_EINPUT, "--cuts %s: %d stages, but there are %d ranks%s: give %d cuts, or -n %d", r->cuts, s.pp,
                 ranks, r->prefill ? " that decode" : "", ranks - 1, s.pp + r->prefill);
+    char hint[SH_PLAN_HINT];
+    sh_plan_hint_prefill(s.pp > 0 ? ranks - s.pp : 0, s.width, r->prefill, hint);
     if (ranks > 0 && s.pp > 0 && ranks != s.pp * s.width)
-        SH_FAIL(SH_EINPUT, "%d ranks%s: %d stages of %d ranks (ep %d, tp %d, cp %d) need %d: give -n %d", ranks,
+        SH_FAIL(SH_EINPUT, "%d ranks%s: %d stages of %d ranks (ep %d, tp %d, cp %d) need %d: give -n %d%s", ranks,
                 r->prefill ? " that decode" : "", s.pp, s.width, s.ep, s.tp, s.cp, s.pp * s.width,
-                s.pp * s.width + r->prefill);
+                s.pp * s.width + r->prefill, hint);
     if (ranks > 0 && ranks % s.width != 0)
         SH_FAIL(SH_EINPUT, "%d ranks: not a multiple of the %d ranks of a stage (ep %d, tp %d, cp %d)", ranks, s.width,
                 s.ep, s.tp, s.cp);
@@ -160,7 +170,7 @@ static sh_status choose_cuts(const sh_config *c, const sh_plan_request *r, int c
                              sh_plan_shape *shape) {
     int count = 0;
     if (r->ranks < 0) SH_FAIL(SH_EINPUT, "%d ranks: at least 1", r->ranks);
-    if (r->cuts && *r->cuts) SH_TRY(read_cuts(c, r->cuts, cut, &count));
+    if (r->cuts && *r->cuts) SH_TRY(read_cuts("--cuts", r->cuts, c->n_layers, "the model has", cut, &count));
     SH_TRY(choose_shape(r, count, shape));
     if (count) return SH_OK;
     return r->layer_cost ? sh_plan_balance_by(r->layer_cost, c->n_layers, shape->pp, cut)
@@ -364,7 +374,7 @@ sh_plan_shape sh_plan_shape_of(const Shoal__Plan *p) {
 }
 
 void sh_plan_rank_config(const sh_config *c, const Shoal__Plan *p, int rank, sh_config *out) {
-    *out = *c;
+    sh_config_share(c, (sh_share){0}, out);
     if (rank >= sh_plan_shape_of(p).decode) sh_config_prefill(out);
 }
 
@@ -423,13 +433,20 @@ static sh_status spread_experts(const sh_config *c, const sh_plan_request *q, co
     return SH_OK;
 }
 
-/* Balanced cuts for the ranks that make K/V. */
-static sh_status cut_prefill(const sh_config *c, const double *cost, const sh_plan_shape *s, Shoal__Plan *p) {
-    int cut[SH_MAX_LAYERS];
-    if (s->prefill == 0) return SH_OK;
+/* The ranks that make K/V: cut as given, else balanced. */
+static sh_status cut_prefill(const sh_config *c, const sh_plan_request *r, const sh_plan_shape *s, Shoal__Plan *p) {
+    int cut[SH_MAX_LAYERS], count = 0;
+    const char *given = r->prefill_cuts && *r->prefill_cuts ? r->prefill_cuts : NULL;
+    if (!given && s->prefill == 0) return SH_OK;
     sh_config made = *c;
     sh_config_prefill(&made);
-    SH_TRY(cost ? sh_plan_balance_by(cost, made.kv_end, s->prefill, cut) : sh_plan_balance(&made, s->prefill, cut));
+    if (given) SH_TRY(read_cuts("--prefill-cuts", given, made.kv_end, "K/V of their own have", cut, &count));
+    if (given && count + 1 != s->prefill)
+        SH_FAIL(SH_EINPUT, "--prefill-cuts %s: %d ranks that read prompts, but there are %d: give --prefill %d", given,
+                count + 1, s->prefill, count + 1);
+    if (!given)
+        SH_TRY(r->prefill_cost ? sh_plan_balance_by(r->prefill_cost, made.kv_end, s->prefill, cut)
+                               : sh_plan_balance(&made, s->prefill, cut));
     for (int i = 0; i < s->prefill; i++) {
         p->rank[s->decode + i]->first = i ? cut[i - 1] : 0;
         p->rank[s->decode + i]->last = i + 1 < s->prefill ? cut[i] : made.kv_end;
@@ -469,7 +486,7 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     p->kv_memory = r->kv_memory;
     p->has_prefill = shape.prefill > 0;
     p->prefill = shape.prefill;
-    sh_status st = cut_prefill(c, r->prefill_cost, &shape, p);
+    sh_status st = cut_prefill(c, r, &shape, p);
     if (st == SH_OK) st = spread_experts(c, r, &shape, p);
     if (st == SH_OK) st = sh_plan_check(c, p);
     if (st != SH_OK) {
@@ -478,6 +495,15 @@ sh_status sh_plan_make(const sh_config *c, const sh_plan_request *r, Shoal__Plan
     }
     *out = p;
     return SH_OK;
+}
+
+void sh_plan_cuts(const Shoal__Plan *p, bool prompts, char text[SH_PLAN_CUTS]) {
+    sh_plan_shape s = sh_plan_shape_of(p);
+    int from = prompts ? s.decode : 0, step = prompts ? 1 : s.width, to = prompts ? s.decode + s.prefill : s.decode;
+    size_t n = 0;
+    text[0] = 0;
+    for (int i = from + step; i < to && n < SH_PLAN_CUTS; i += step)
+        n += (size_t)snprintf(text + n, SH_PLAN_CUTS - n, "%s%d", n ? "," : "", p->rank[i]->first);
 }
 
 static sh_status print_layers(const Shoal__PlanRank *r, bool first, sh_buf *out) {

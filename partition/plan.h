@@ -19,6 +19,7 @@ typedef struct sh_plan_request {
     bool share_weights;         /* what several ranks need one of them reads, and sends to the others */
     int prefill;                /* ranks besides the stages that make the K/V of prompts; `ranks` counts them */
     const char *cuts;           /* "5,9": first layers of stages 1, 2, …; NULL or "": balanced */
+    const char *prefill_cuts;   /* the same of the second, third … rank that makes the K/V of prompts */
     const double *layer_cost;   /* [layers] what balanced means, head in the last; NULL: elements of weights */
     const double *prefill_cost; /* [layers with K/V] the same for the ranks that make the K/V of prompts */
     sh_mode mode;
@@ -54,6 +55,10 @@ sh_status sh_plan_copy(const Shoal__Plan *p, Shoal__Plan **out);
 /* How a stage is divided: one way at a time, so that its width is one of these numbers. To be asked before they are
  * multiplied. */
 sh_status sh_plan_check_division(int ep, int tp, int cp);
+/* "--prefill 1": what a number of ranks that stages of one rank do not use up might mean, for messages; "" where they
+ * are not such stages. `more`: ranks beyond the stages. */
+#define SH_PLAN_HINT 96
+void sh_plan_hint_prefill(int more, int width, int prefill, char text[SH_PLAN_HINT]);
 /* Ranks that only read prompts go with stages of one rank. */
 sh_status sh_plan_check_prefill(int prefill, int ep, int tp, int cp);
 /* Whether a plan (from anywhere) can run this model: every layer once and in order, every number within its limits. */
@@ -62,6 +67,10 @@ sh_status sh_plan_check(const sh_config *c, const Shoal__Plan *p);
 bool sh_plan_holds(const Shoal__Plan *p, int rank, int layer, int expert);
 /* "pipeline of 4 stages: layers 0-1 | 2-3 | 4 | 5 + head" */
 sh_status sh_plan_print(const sh_config *c, const Shoal__Plan *p, sh_buf *out);
+/* Where a plan cuts its layers, or those of the ranks that make the K/V of prompts, as sh_plan_request has it; ""
+ * where there is no cut. */
+#define SH_PLAN_CUTS (4 * SH_MAX_LAYERS + 1)
+void sh_plan_cuts(const Shoal__Plan *p, bool prompts, char text[SH_PLAN_CUTS]);
 /* First layers of stages 1 … ranks−1, in cut[] (below kv_end where that is set), such that the dearest stage is as
  * cheap as possible. Cost is weight bytes read per step, the head's on the last stage included. 1 ≤ ranks ≤ layers. */
 sh_status sh_plan_balance(const sh_config *c, int ranks, int *cut);

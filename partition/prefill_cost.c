@@ -71,22 +71,21 @@ static void cut(const sh_cost_model *m, const sh_cost_place *p, double rows, sh_
     out->seconds = way->latency + out->bytes / way->bandwidth;
 }
 
-static sh_status one_rank(const sh_cost_model *m, int rank, const sh_cost_span *span, int n_spans, double far[2],
-                          sh_cost_prompt_rank *out, sh_cost_taken *taken) {
+static sh_status one_rank(const sh_cost_model *m, int rank, sh_cost_batch *b, const leaving kind[SH_KV_KINDS],
+                          double far[2], sh_cost_prompt_rank *out, sh_cost_taken *taken) {
     const sh_config *c = m->config;
     double took[SH_MAX_LAYERS];
     sh_cost_place p;
     SH_TRY(sh_cost_place_of(m, rank, &p));
     p.once = true;
     *out = (sh_cost_prompt_rank){0};
-    sh_cost_member_layers(m, &p, span, n_spans, took, &out->step);
-    const leaving kind[SH_KV_KINDS] = {[SH_KV_GLOBAL] = leaving_of(span, n_spans, 0),
-                                       [SH_KV_SLIDING] = leaving_of(span, n_spans, sh_config_widest_window(c))};
+    sh_cost_member_layers(m, &p, b, took, &out->step);
     for (int i = m->plan->rank[rank]->first; i < m->plan->rank[rank]->last; i++) {
         out->step.seconds += took[i - m->plan->rank[rank]->first];
         send_layer(m, &p, i, &kind[c->layer[i].kind], far, out, taken);
     }
-    cut(m, &p, sh_cost_load_of(span, n_spans, false, 0).all, &out->step.cut);
+    out->far = far[1];
+    cut(m, &p, sh_cost_batch_load(b, false, 0).all, &out->step.cut);
     return SH_OK;
 }
 
@@ -126,7 +125,10 @@ sh_status sh_cost_prompts(const sh_cost_model *m, const sh_cost_span *span, int 
         SH_FAIL(SH_EINPUT, "cost: plan: prefill %d: ranks that read prompts are needed: 1 to %d", s.prefill,
                 SH_MAX_LAYERS);
     for (int d = 0; d < s.decode; d++) taken[d] = (sh_cost_taken){0};
-    for (int i = 0; i < s.prefill; i++) SH_TRY(one_rank(m, s.decode + i, span, n_spans, far[i], &rank[i], taken));
+    sh_cost_batch b = {.span = span, .n_spans = n_spans};
+    const leaving kind[SH_KV_KINDS] = {[SH_KV_GLOBAL] = leaving_of(span, n_spans, 0),
+                                       [SH_KV_SLIDING] = leaving_of(span, n_spans, sh_config_widest_window(m->config))};
+    for (int i = 0; i < s.prefill; i++) SH_TRY(one_rank(m, s.decode + i, &b, kind, far[i], &rank[i], taken));
     on_links(m, s.decode, far, rank);
     return SH_OK;
 }

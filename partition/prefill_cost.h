@@ -19,6 +19,7 @@ typedef struct sh_cost_prompt_rank {
     sh_cost_rank step; /* its layers; cut: to the next of these ranks; seconds: computing alone */
     sh_cost_wire rows; /* K/V rows to the ranks that store them; bytes with envelopes and the heads of shards */
     double payload;    /* of these bytes: rows */
+    double far;        /* of these bytes: to other nodes */
     double copying;    /* seconds of rows.seconds' other end: copying and checksums, while nothing is computed */
     double exposed;    /* seconds in which it computes nothing because its links are still at it */
 } sh_cost_prompt_rank;

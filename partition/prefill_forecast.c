@@ -32,6 +32,7 @@ typedef struct scene {
     sh_cost_rank *decode;             /* [decode] */
     double *seconds, *link;           /* [pp] of each stage, and of the way to the next */
     double *taking;                   /* [decode] seconds per prompt row */
+    double *out, *in;                 /* [n_rank] bytes to and from other nodes per prompt row */
     sh_cost_prompt_rank *prompt;      /* [prefill], and taken [decode]: as of the last call of look_at_prompts */
     sh_cost_taken *taken;
     pipe few, full;
@@ -60,13 +61,15 @@ static void release(scene *x) {
 static sh_status make_scene(scene *x) {
     size_t decode = (size_t)x->shape.decode, stages = (size_t)x->shape.pp;
     x->decode = calloc(decode, sizeof *x->decode);
-    x->seconds = calloc(2 * stages + decode, sizeof *x->seconds);
+    x->seconds = calloc(2 * stages + decode + 2 * x->m->plan->n_rank, sizeof *x->seconds);
     x->prompt = calloc((size_t)x->shape.prefill, sizeof *x->prompt);
     x->taken = calloc(decode, sizeof *x->taken);
     if (!x->decode || !x->seconds || !x->prompt || !x->taken)
         SH_FAIL(SH_EMEMORY, "forecast: no memory for %zu ranks", x->m->plan->n_rank);
     x->link = x->seconds + stages;
     x->taking = x->link + stages;
+    x->out = x->taking + decode;
+    x->in = x->out + x->m->plan->n_rank;
     return SH_OK;
 }
 
@@ -121,11 +124,24 @@ static double pipe_period(const scene *x, const pipe *p, double lead, double lan
     return fmax(fmax(p->busiest, p->into), fmax(p->through + landing, lead) / (x->shape.prefill + 1));
 }
 
+/* Bytes between nodes for each row of a prompt. */
+static void set_lines(scene *x) {
+    int decode = x->shape.decode, all = (int)x->m->plan->n_rank;
+    for (int d = 0; d < decode; d++) x->in[d] = x->taken[d].far / x->chunk;
+    for (int r = decode; r < all; r++) {
+        const sh_cost_prompt_rank *p = &x->prompt[r - decode];
+        bool leaves = r + 1 < all && sh_cost_node_of(x->m, r + 1) != sh_cost_node_of(x->m, r);
+        x->out[r] = (p->far + (leaves ? p->step.cut.bytes : 0)) / x->chunk;
+        if (leaves) x->in[r + 1] = p->step.cut.bytes / x->chunk;
+    }
+}
+
 static sh_status set_prompts(scene *x) {
     if (!(x->rows > 0)) return SH_OK;
-    SH_TRY(look_at_prompts(x, fmin(x->rows, x->chunk), &x->few));
+    SH_TRY(look_at_prompts(x, sh_forecast_usual_piece(x->w, 1, x->chunk), &x->few));
     SH_TRY(look_at_prompts(x, x->chunk, &x->full));
     for (int d = 0; d < x->shape.decode; d++) x->taking[d] = x->taken[d].seconds / x->chunk;
+    set_lines(x);
     return SH_OK;
 }
 
@@ -138,11 +154,27 @@ static double way(const scene *x, int stage) {
     return stage + 1 < x->shape.pp ? x->decode[stage].cut.seconds : way_from(x, x->shape.decode - 1)->latency;
 }
 
+/* Seconds for which the busiest link of a node is at one micro-batch of decode rows and at the `rows` rows of prompts
+ * for each of them: what crosses cuts and K/V go over the same one. */
+static double lines(const scene *x, double rows) {
+    int all = (int)x->m->plan->n_rank, decode = x->shape.decode;
+    double most = 0, in = 0, out = 0;
+    for (int r = 0; r < all; r++) {
+        bool first = r == 0 || sh_cost_node_of(x->m, r - 1) != sh_cost_node_of(x->m, r);
+        bool leaves = r + 1 < decode && sh_cost_node_of(x->m, r + 1) != sh_cost_node_of(x->m, r);
+        if (first) in = out = 0;
+        in += rows * x->in[r] + (first && r > 0 && r < decode ? x->decode[r - 1].cut.bytes : 0);
+        out += rows * x->out[r] + (leaves ? x->decode[r].cut.bytes : 0);
+        most = fmax(most, fmax(in, out));
+    }
+    return most / x->m->net.between.bandwidth;
+}
+
 /* sh_cost_ring for micro-batches that are all alike: nobody waits for a longer one, so the busiest stage or link sets
- * the pace, or there are too few of them to fill the ring. */
-static sh_cost_cycle even_ring(const scene *x, double in_flight) {
+ * the pace, or there are too few of them to fill the ring. least: the period is no less. */
+static sh_cost_cycle even_ring(const scene *x, double in_flight, double least) {
     double around = 0;
-    sh_cost_cycle c = {0};
+    sh_cost_cycle c = {.period = least};
     for (int s = 0; s < x->shape.pp; s++) {
         around += x->seconds[s] + x->link[s];
         c.period = fmax(c.period, fmax(x->seconds[s], x->link[s]));
@@ -167,7 +199,7 @@ static sh_status look_at_decode(scene *x, double seqs, pace *out) {
         x->seconds[s] = x->decode[s].seconds + SH_STEP_SECONDS + p.mix.requests * x->rows * x->taking[s];
         x->link[s] = way(x, s);
     }
-    p.cycle = even_ring(x, p.mix.in_flight);
+    p.cycle = even_ring(x, p.mix.in_flight, lines(x, p.mix.requests * x->rows));
     if (seqs < 1) p.cycle.period /= seqs; /* now and then nothing decodes */
     p.rate = p.mix.requests / p.cycle.period;
     *out = p;
@@ -188,6 +220,14 @@ static pipe usual_pipe(const scene *x, double rate, double lead, double landing)
     return p;
 }
 
+/* Requests per second that can be read: full chunks one after the other, and no more prompts on their way than have
+ * pages, each for as long as it takes alone. */
+static double most_of(const scene *x, double lead, double landing) {
+    double period = pipe_period(x, &x->full, lead, landing), most = x->chunk / (x->rows * period);
+    double alone = x->full.through + landing + (fmax(1, x->rows / x->chunk) - 1) * period;
+    return x->m->prompts > 0 ? fmin(most, fmax(1, x->m->prompts) / alone) : most;
+}
+
 static sh_status look_at_both(scene *x, double seqs, pace *out) {
     SH_TRY(look_at_decode(x, seqs, out));
     if (!(x->rows > 0)) return SH_OK;
@@ -196,7 +236,7 @@ static sh_status look_at_both(scene *x, double seqs, pace *out) {
     if (x->shape.decode > 1) landing += way_from(x, x->shape.decode - 1)->latency; /* the others' words to rank 0 */
     pipe p = usual_pipe(x, out->rate, lead, landing);
     out->mix.piece = p.piece;
-    out->most = x->chunk / (x->rows * pipe_period(x, &x->full, lead, landing));
+    out->most = most_of(x, lead, landing);
     out->period = pipe_period(x, &p, lead, landing);
     out->first = p.through + landing + (fmax(1, x->rows / x->chunk) - 1) * out->period;
     double waits = out->rate / out->most - 1, places = (seqs + out->rate * out->first) / x->seqs - 1;

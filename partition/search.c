@@ -11,6 +11,8 @@
 #define ALIKE       1.005 /* a simpler plan wins against one that is faster by less */
 #define LEAST_CHUNK 64
 #define MOST_CHUNK  2048
+#define ROUNDS      4   /* of refining */
+#define IN_REACH    1.5 /* of the best so far: what refining may win */
 
 const char *const sh_way_names[SH_WAYS] = {"replicas of one rank",
                                            "stages (pp)",
@@ -99,13 +101,27 @@ static sh_status prompts_that_fit(const sh_search_options *o, sh_choice *x, cons
     return SH_OK;
 }
 
+/* Whether rank i has what the one before it has: other members of a stage do, but for heads and columns, which are
+ * shared out unevenly. */
+static bool same_memory(const Shoal__Plan *p, size_t i) {
+    const Shoal__PlanRank *a = p->rank[i - 1], *b = p->rank[i];
+    if (p->tp > 1 || (p->has_prefill && p->prefill > 0)) return false;
+    if (a->first != b->first || a->last != b->last || a->n_experts != b->n_experts) return false;
+    for (size_t k = 0; k < a->n_experts; k++)
+        if (a->experts[k]->n_expert != b->experts[k]->n_expert) return false;
+    return true;
+}
+
 /* Memory, KV pages and speed of x->plan. A failure's text is the reason. */
 static sh_status judge(const sh_search_options *o, sh_choice *x, uint64_t *budget) {
     sh_kv_limits l;
     uint64_t least = UINT64_MAX;
     for (size_t i = 0; i < x->plan->n_rank; i++) {
-        SH_TRY(sh_plan_kv_budget(o->config, x->plan, (int)i, sh_cluster_memory(o->cluster, x->ranks_per_node),
-                                 &budget[i]));
+        if (i > 0 && same_memory(x->plan, i))
+            budget[i] = budget[i - 1];
+        else
+            SH_TRY(sh_plan_kv_budget(o->config, x->plan, (int)i, sh_cluster_memory(o->cluster, x->ranks_per_node),
+                                     &budget[i]));
         if (budget[i] < least) least = budget[i];
     }
     SH_TRY(sh_plan_kv_limits(x->plan, &l));
@@ -132,29 +148,21 @@ sh_status sh_search_judge(const sh_search_options *o, sh_choice *x) {
     return st == SH_EMEMORY || st == SH_OK ? SH_OK : st;
 }
 
-/* Seconds of every layer in the mixture of x's forecast, head with the last: what balanced cuts weigh. prompts: the
- * same of those that make K/V, on the ranks that only read prompts. */
-static sh_status layer_seconds(const sh_search_options *o, const sh_choice *x, double *cost, double *prompts) {
+/* Seconds of every layer, head with the last, in a micro-batch of each kind: without and with a piece of prompt. The
+ * second kind's are those of ranks that only read prompts, where there are some. */
+static sh_status layer_seconds(const sh_search_options *o, const sh_choice *x, double cost[2][SH_MAX_LAYERS]) {
     const sh_forecast_mix *mix = &x->forecast.mix;
-    double mixed = x->shape.prefill > 0 ? 0 : mix->mixed; /* the prompts are on other ranks */
+    int decode = x->shape.decode, width = x->shape.width, last = o->config->n_layers - 1;
     sh_cost_rates rates;
     sh_cost_model m;
     model_of(o, x, &rates, &m);
-    for (int r = x->shape.decode; r < x->shape.decode + x->shape.prefill; r++)
-        for (int i = x->plan->rank[r]->first; i < x->plan->rank[r]->last; i++) {
-            sh_cost_layer l;
-            SH_TRY(sh_cost_layer_of(&m, r, i, mix->span + mix->n_decode, mix->n_spans - mix->n_decode, &l));
-            prompts[i] = l.seconds;
-        }
-    for (int r = 0; r < x->shape.decode; r += x->shape.width)
-        for (int i = x->plan->rank[r]->first; i < x->plan->rank[r]->last; i++) {
-            sh_cost_layer l[2];
-            SH_TRY(sh_cost_layer_of(&m, r, i, mix->span, mix->n_decode, &l[0]));
-            SH_TRY(sh_cost_layer_of(&m, r, i, mix->span, mix->n_spans, &l[1]));
-            cost[i] = (1 - mixed) * l[0].seconds + mixed * l[1].seconds;
-        }
-    return sh_cost_head(&m, x->shape.decode - x->shape.width, mix->span, mix->n_decode, mix->n_spans, mixed,
-                        &cost[o->config->n_layers - 1]);
+    SH_TRY(sh_cost_layers(&m, 0, decode, width, mix->span, mix->n_decode, cost[0]));
+    SH_TRY(sh_cost_head(&m, decode - width, mix->span, mix->n_decode, mix->n_spans, 0, &cost[0][last]));
+    if (x->shape.prefill > 0)
+        return sh_cost_layers(&m, decode, decode + x->shape.prefill, 1, mix->span + mix->n_decode,
+                              mix->n_spans - mix->n_decode, cost[1]);
+    SH_TRY(sh_cost_layers(&m, 0, decode, width, mix->span, mix->n_spans, cost[1]));
+    return sh_cost_head(&m, decode - width, mix->span, mix->n_decode, mix->n_spans, 1, &cost[1][last]);
 }
 
 static sh_plan_request request_of(const sh_search_options *o, const sh_choice *x) {
@@ -172,25 +180,45 @@ static sh_plan_request request_of(const sh_search_options *o, const sh_choice *x
     return q;
 }
 
-/* Cuts by seconds in place of weights, where that is faster and fits as well. */
-static sh_status recut(const sh_search_options *o, sh_choice *x) {
-    double cost[SH_MAX_LAYERS], prompts[SH_MAX_LAYERS];
-    sh_plan_request q = request_of(o, x);
-    bool given = x->shape.pp == 1 || (q.cuts && *q.cuts);
-    if (given && x->shape.prefill < 2) return SH_OK;
-    SH_TRY(layer_seconds(o, x, cost, prompts));
-    if (!given) q.layer_cost = cost;
-    q.prefill_cost = prompts;
-    q.max_seqs = x->plan->max_seqs;
-    q.chunk = x->plan->chunk;
+static bool same_cuts(const Shoal__Plan *a, const Shoal__Plan *b) {
+    for (size_t i = 0; i < a->n_rank; i++)
+        if (a->rank[i]->first != b->rank[i]->first) return false;
+    return true;
+}
+
+/* x's plan cut as q says, in its place where that is faster and fits as well. */
+static sh_status try_cuts(const sh_search_options *o, const sh_plan_request *q, sh_choice *x) {
     sh_choice y = *x;
     y.plan = NULL;
-    SH_TRY(sh_plan_make(o->config, &q, &y.plan));
-    sh_status st = sh_search_judge(o, &y);
-    bool better = st == SH_OK && y.fits && y.forecast.seconds < x->forecast.seconds;
+    SH_TRY(sh_plan_make(o->config, q, &y.plan));
+    bool same = same_cuts(x->plan, y.plan);
+    sh_status st = same ? SH_OK : sh_search_judge(o, &y);
+    bool better = !same && st == SH_OK && y.fits && y.forecast.seconds < x->forecast.seconds;
     sh_choice_release(better ? x : &y);
     if (better) *x = y;
     return st;
+}
+
+/* Cuts by seconds. A stage's mean over both kinds of micro-batches is not what the others wait for: while most are of
+ * one kind that kind sets the pace, so its seconds are balanced too. */
+static sh_status recut(const sh_search_options *o, sh_choice *x) {
+    double cost[2][SH_MAX_LAYERS], by[SH_MAX_LAYERS], mixed = x->forecast.mix.mixed;
+    bool apart = x->shape.prefill > 0;
+    sh_plan_request q = request_of(o, x);
+    bool given = x->shape.pp == 1 || (q.cuts && *q.cuts);
+    if (given && (x->shape.prefill < 2 || (q.prefill_cuts && *q.prefill_cuts))) return SH_OK;
+    SH_TRY(layer_seconds(o, x, cost));
+    q.max_seqs = x->plan->max_seqs;
+    q.chunk = x->plan->chunk;
+    q.prefill_cost = apart ? cost[1] : NULL;
+    const double shares[] = {apart ? 0 : mixed, mixed < 0.5 ? 0 : 1};
+    for (int k = 0; k < (apart ? 1 : 2); k++) {
+        for (int i = 0; i < o->config->n_layers; i++)
+            by[i] = apart ? cost[0][i] : (1 - shares[k]) * cost[0][i] + shares[k] * cost[1][i];
+        q.layer_cost = given ? NULL : by;
+        SH_TRY(try_cuts(o, &q, x));
+    }
+    return SH_OK;
 }
 
 /* As many sequences at once as are worth it: each doubling must bring something. */
@@ -238,13 +266,52 @@ static sh_status choose_chunk(const sh_search_options *o, sh_choice *x) {
     return SH_OK;
 }
 
+/* The same with other numbers and the cuts that go with them, in its place where that is worth it. */
+static sh_status try_numbers(const sh_search_options *o, const sh_choice *from, int seqs, int chunk, sh_choice *best) {
+    sh_choice y = *from;
+    y.plan = NULL;
+    SH_TRY(sh_plan_copy(from->plan, &y.plan));
+    y.plan->max_seqs = seqs;
+    y.plan->chunk = chunk;
+    sh_status st = sh_search_judge(o, &y);
+    if (st == SH_OK && y.fits) st = recut(o, &y);
+    bool better = st == SH_OK && y.fits && y.forecast.seconds * WORTH < best->forecast.seconds;
+    sh_choice_release(better ? best : &y);
+    if (better) *best = y;
+    return st;
+}
+
+/* Sequences, chunk and cuts depend on each other: one after the other, all values of one with the others as they are,
+ * until nothing is worth it. */
+static sh_status refine(const sh_search_options *o, sh_choice *x) {
+    int most = (int)fmin(SH_MAX_SEQS, ceil(o->workload->requests / x->replicas));
+    for (int round = 0; round < ROUNDS; round++) {
+        double before = x->forecast.seconds;
+        sh_choice from = *x;
+        SH_TRY(sh_plan_copy(x->plan, &from.plan));
+        sh_status st = SH_OK;
+        for (int n = LEAST_CHUNK; st == SH_OK && !o->fixed.chunk && n <= MOST_CHUNK; n *= 2)
+            if (n != from.plan->chunk) st = try_numbers(o, &from, from.plan->max_seqs, n, x);
+        sh_choice_release(&from);
+        SH_TRY(st);
+        from = *x;
+        SH_TRY(sh_plan_copy(x->plan, &from.plan));
+        for (int n = from.plan->max_seqs; st == SH_OK && !o->fixed.max_seqs && n < most;) {
+            n = 2 * n < most ? 2 * n : most;
+            st = try_numbers(o, &from, n, from.plan->chunk, x);
+        }
+        sh_choice_release(&from);
+        SH_TRY(st);
+        if (!(x->forecast.seconds < before)) break;
+    }
+    return SH_OK;
+}
+
 sh_status sh_search_unplaced(const sh_search_options *o, const sh_choice *x, sh_forecast *out) {
     sh_plan_request q = request_of(o, x);
     sh_choice y = *x;
-    char cuts[8 * SH_MAX_LAYERS] = "";
-    for (int s = 1, n = 0; s < x->shape.pp; s++)
-        n += snprintf(cuts + n, sizeof cuts - (size_t)n, "%s%d", s > 1 ? "," : "",
-                      x->plan->rank[s * x->shape.width]->first);
+    char cuts[SH_PLAN_CUTS];
+    sh_plan_cuts(x->plan, false, cuts);
     q.cuts = cuts;
     q.routing = NULL;
     q.replicate = 0;
@@ -393,6 +460,8 @@ static sh_status try_shape(const sh_search_options *o, sh_search *s, sh_way way,
         return SH_OK;
     }
     sh_status st = sh_search_try(o, &x);
+    bool near = x.fits && (s->n == 0 || x.forecast.seconds < IN_REACH * s->best[0].forecast.seconds);
+    if (st == SH_OK && near) st = refine(o, &x);
     if (st != SH_OK) {
         sh_choice_release(&x);
         return st;
@@ -461,10 +530,15 @@ static sh_status check_fixed(const sh_plan_request *r) {
     if (r->prefill > 0 && r->ranks > 0 && r->prefill >= r->ranks)
         SH_FAIL(SH_EINPUT, "--prefill: %d of %d ranks: allowed are 0 to %d: one at least must decode", r->prefill,
                 r->ranks, r->ranks - 1);
-    if (r->ranks > 0 && (r->ranks - r->prefill) % ((int64_t)pp * ep * tp * cp) != 0)
-        SH_FAIL(SH_EINPUT, "%d ranks%s: %d stages of %d ranks (ep %d, tp %d, cp %d) do not divide them",
-                r->ranks - r->prefill, r->prefill ? " that decode" : "", pp, ep * tp * cp, ep, tp, cp);
-    return SH_OK;
+    int64_t decode = r->ranks - r->prefill, whole = (int64_t)pp * ep * tp * cp, below = decode / whole * whole;
+    char hint[SH_PLAN_HINT], fewer[32] = "";
+    if (r->ranks <= 0 || decode % whole == 0) return SH_OK;
+    sh_plan_hint_prefill((int)(decode - below), ep * tp * cp, r->prefill, hint);
+    if (below == 0) hint[0] = 0; /* too few ranks for the stages alone */
+    if (below > 0) snprintf(fewer, sizeof fewer, "%lld or ", (long long)(below + r->prefill));
+    SH_FAIL(SH_EINPUT, "%lld ranks%s: %d stages of %d ranks (ep %d, tp %d, cp %d) do not divide them: give -n %s%lld%s",
+            (long long)decode, r->prefill ? " that decode" : "", pp, ep * tp * cp, ep, tp, cp, fewer,
+            (long long)(below + whole + r->prefill), hint);
 }
 
 sh_status sh_search_run(const sh_search_options *o, sh_search **out) {

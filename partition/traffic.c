@@ -243,18 +243,22 @@ static double filled(double rows, double bytes) {
 
 /* Every member computes its share of the rows. Sliding layers: each K/V row to all. Global layers: each K/V row to its
  * owner, each query to the owners of what it sees, and from these a partial result (o, m, l) of each head and block. */
-void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, const sh_cost_span *span,
-                          int n_spans, sh_cost_layer *out) {
+void sh_cost_wire_context(const sh_cost_model *m, const sh_cost_place *p, int layer, sh_cost_batch *b,
+                          sh_cost_layer *out) {
     const sh_layer *l = &m->config->layer[layer];
     bool kept_only = layer >= m->config->first_shared;
-    sh_cost_load d = sh_cost_load_of(span, n_spans, kept_only, 0);
+    sh_cost_load d = sh_cost_batch_load(b, kept_only, 0);
     double own = d.rows / p->shape.cp, others = p->shape.cp - 1, elsewhere = others / p->shape.cp / p->shape.cp;
-    double kv = l->has_kv ? (double)sh_layer_kv_bytes(l, p->kv) : 0, blocks, owners;
+    double kv = l->has_kv ? (double)sh_layer_kv_bytes(l, p->kv) : 0;
     if (l->kind == SH_KV_SLIDING) {
         add(&out->context, to_members(m, p, others * filled(own, kv), 1));
         return;
     }
-    blocks_seen(span, n_spans, kept_only, p->shape.cp, &blocks, &owners);
+    if (!b->seen[kept_only].known)
+        blocks_seen(b->span, b->n_spans, kept_only, p->shape.cp, &b->seen[kept_only].blocks,
+                    &b->seen[kept_only].owners);
+    b->seen[kept_only].known = true;
+    double blocks = b->seen[kept_only].blocks, owners = b->seen[kept_only].owners;
     double q = (double)l->heads * l->head_dim * sizeof(float);
     double partial = (double)l->heads * (l->head_dim + 2) * sizeof(float);
     add(&out->context, to_members(m, p, others * filled(own / p->shape.cp, kv) + elsewhere * owners * q, 1));

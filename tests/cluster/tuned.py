@@ -40,7 +40,8 @@ class Runs:
         for path in (self.out, self.out + ".store", self.s.file("trace.json")):
             shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
         st.write_lines(self.inp, req)
-        return [st.shoal(), "run", "-i", self.inp, "-o", self.out, "-n", "1", "--progress", "json", *map(str, options)]
+        ranks = () if "-n" in options else ("-n", "1")
+        return [st.shoal(), "run", "-i", self.inp, "-o", self.out, *ranks, "--progress", "json", *map(str, options)]
 
     def whole(self, req, *options):
         """A job from start to end: what it said."""
@@ -69,6 +70,14 @@ class Runs:
         m = re.search(r"--max-seqs (\d+) --chunk (\d+)", p.stdout)
         self.check(m, f"shoal plan: {p.stdout[:300]} {p.stderr[:300]}")
         return m and (int(m[1]), int(m[2]))
+
+    def cut(self, *options):
+        """First layers of all ranks, as the planner has them for the last job."""
+        p = subprocess.run([st.shoal(), "plan", "--brief", "--workload", self.inp, "-o", self.s.file("plan.json"), *map(str, options)],
+                           capture_output=True, text=True, env=self.env)
+        self.check(p.returncode == 0, f"shoal plan: {p.stdout[:300]} {p.stderr[:300]}")
+        with open(self.s.file("plan.json")) as f:
+            return [r["first"] for r in json.load(f)["rank"]]
 
     def machine(self):
         found = glob.glob(os.path.join(self.s.file("cache"), "shoal", "machine-*.json"))
@@ -113,6 +122,22 @@ def check_choice(check, r):
     check(most == batch_of(said)[0], f"ranks ran {most} sequences at once, not {batch_of(said)}")
 
 
+def check_cuts(check, r):
+    """Stages, and ranks that only read prompts, are cut where the planner would: the ranks say so, who have the plan from the coordinator."""
+    got = set()
+    for req in (requests(150, 600, 2), requests(150, 3, 40)):
+        for options, division in ((("-n", 2), ("--pp", 2, "--ep", 1, "--tp", 1, "--cp", 1)), (("-n", 3, "--prefill", 2), ("--pp", 1))):
+            said = r.whole(req, *options)
+            m = re.search(r"layers ([0-9| +head-]+)(?:; prompts on 2 more: layers ([0-9| -]+))?", said)
+            first = m and [int(x.split("-")[0]) for part in m.groups() if part for x in part.replace("+ head", "").split("|")]
+            want = r.cut(*options, *division, "--replicas", 1)
+            check(first == want, f"{options}: cut at {first}, planned {want}: {said[:400]}")
+            got.add((options, tuple(want)))
+    said = r.whole(requests(20, 60, 2), "-n", 2, "--cuts", 5)
+    check("layers 0-4 | 5 + head" in said, f"cuts that are given: {said[:400]}")
+    check(len({cuts for options, cuts in got if options == ("-n", 2)}) == 2, f"lengths make no difference to cuts: {got}")
+
+
 def main():
     check = st.Checks()
     with st.Scratch() as s:
@@ -120,6 +145,7 @@ def main():
         check_measuring(check, r)
         if r.machine():
             check_choice(check, r)
+            check_cuts(check, r)
         left = st.left_behind(s)
         check(not left, f"left behind: {left}")
     check.finish()

@@ -146,7 +146,18 @@ static void test_shape(void) {
         {{.ranks = 2, .prefill = 2}, "--prefill: 2 of 2 ranks: allowed are 0 to 1: one at least must decode"},
         {{.prefill = 31}, "--prefill: 31 is out of range: allowed are 0 to 30"},
         {{.ranks = 5, .pp = 2, .prefill = 2},
-         "3 ranks that decode: 2 stages of 1 ranks (ep 1, tp 1, cp 1) need 2: give -n 4"},
+         "3 ranks that decode: 2 stages of 1 ranks (ep 1, tp 1, cp 1) need 2: give -n 4, or --prefill 3 where so many "
+         "are only to read prompts"},
+        {{.ranks = 3, .pp = 2},
+         "3 ranks: 2 stages of 1 ranks (ep 1, tp 1, cp 1) need 2: give -n 2, or --prefill 1 where one is only to read "
+         "prompts"},
+        {{.ranks = 1, .pp = 2}, "1 ranks: 2 stages of 1 ranks (ep 1, tp 1, cp 1) need 2: give -n 2"},
+        {{.ranks = 4, .prefill = 3, .prefill_cuts = "9"},
+         "--prefill-cuts 9: 2 ranks that read prompts, but there are 3: give --prefill 2"},
+        {{.ranks = 4, .prefill_cuts = "9"},
+         "--prefill-cuts 9: 2 ranks that read prompts, but there are 0: give --prefill 2"},
+        {{.ranks = 4, .prefill = 2, .prefill_cuts = "30"},
+         "--prefill-cuts 30: 30 is not a cut: K/V of their own have 30 layers: allowed are 1 to 29"},
         {{.tp = 2, .prefill = 1},
          "--prefill 1, --ep 1, --tp 2, --cp 1: prompts are handed over between stages of one rank: allowed with "
          "--prefill is 1 for each of the others"},
@@ -427,6 +438,14 @@ static void test_prefill(void) {
     CU_ASSERT_EQUAL(sh_plan_print(&e2b, p, &text), SH_OK);
     CU_ASSERT_PTR_NOT_NULL(strstr((const char *)text.data, " + head; prompts on 2 more: layers 0-"));
     sh_buf_release(&text);
+    char cuts[SH_PLAN_CUTS], again[SH_PLAN_CUTS];
+    Shoal__Plan *q = plan_of(&e2b, (sh_plan_request){.ranks = 6, .prefill = 3, .cuts = "20,28", .prefill_cuts = "2,7"});
+    CU_ASSERT(q->rank[3]->last == 2 && q->rank[4]->first == 2 && q->rank[5]->first == 7 && q->rank[5]->last == 15);
+    sh_plan_cuts(q, false, cuts);
+    sh_plan_cuts(q, true, again);
+    CU_ASSERT_STRING_EQUAL(cuts, "20,28");
+    CU_ASSERT_STRING_EQUAL(again, "2,7");
+    sh_plan_free(&q);
     uint64_t made = sh_plan_rank_memory(&e2b, p, 3).weights + sh_plan_rank_memory(&e2b, p, 4).weights;
     uint64_t as_stage = sh_weights_estimate(&e2b, SH_MODE_BF16, 0, 15);
     CU_ASSERT_TRUE(made < as_stage && made > as_stage - as_stage / 10); /* less the last one's feed-forward */

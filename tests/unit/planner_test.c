@@ -385,31 +385,37 @@ static void test_small_nodes(void) {
     sh_search_free(&s);
 }
 
-/* Nodes that hold E4B with KV for few sequences: stages are needed, and pieces of prompts would hold up all of them. */
+/* E2B on four nodes of two sockets: a stage whose ranks read prompts too waits for pieces of them. A run asks for such
+ * ranks only when told. */
 static void test_prompts_apart(void) {
+    static sh_plan_tuning t2;
     sh_cluster k;
     bool chosen = false;
     sh_option t[SH_OPTIONS_MAX];
     sh_shared_options mine;
     sh_search *s = NULL;
     sh_workload w = {.bin = {{.prompt = 1000, .output = 1000, .requests = 1e6}}, .n = 1, .requests = 1e6};
-    machine("box-24g", &k);
-    k.nodes = 3;
-    k.memory = 10 * 0x1p30;
-    k.between = (sh_cost_link){50e-6, 10e9 / 8};
+    sh_workload usual = sh_workload_default();
+    machine("xeon-4-25g", &k);
     sh_search_options o = {
-        .config = &e4b, .cluster = &k, .workload = &w, .fixed = {.mode = SH_MODE_BF16, .kv = SH_KV_BF16}};
+        .config = &e2b, .cluster = &k, .workload = &usual, .fixed = {.mode = SH_MODE_BF16, .kv = SH_KV_BF16}};
     must(sh_search_run(&o, &s));
     CU_ASSERT_TRUE_FATAL(s->n > 0);
-    CU_ASSERT_TRUE(s->best[0].way == SH_WAY_PREFILL && s->best[0].shape.pp == 2 && s->best[0].shape.prefill == 1);
-    CU_ASSERT_TRUE(s->best[0].forecast.seconds < 0.9 * s->of_way[SH_WAY_STAGES].forecast.seconds);
+    CU_ASSERT_TRUE(s->best[0].way == SH_WAY_PREFILL && s->best[0].shape.pp == 3 && s->best[0].shape.prefill == 1);
+    CU_ASSERT_TRUE(s->best[0].forecast.seconds < 0.97 * s->of_way[SH_WAY_STAGES].forecast.seconds);
+    CU_ASSERT_TRUE(s->best[0].forecast.seconds < 0.97 * s->of_way[SH_WAY_ALONE].forecast.seconds);
     sh_search_free(&s);
     o.no_prefill = true;
     must(sh_search_run(&o, &s));
     CU_ASSERT_TRUE(s->n > 0 && s->best[0].shape.prefill == 0 && !s->has_way[SH_WAY_PREFILL]);
     sh_search_free(&s);
     sh_options_shared(&mine, t);
-    must(sh_plan_choose(&mine, &e4b, &k, &w, &chosen)); /* a run does so when told: it knows no common beginnings */
+    machine("box-24g", &k);
+    k.nodes = 3;
+    k.memory = 10 * 0x1p30;
+    k.between = (sh_cost_link){50e-6, 10e9 / 8};
+    must(
+        sh_plan_choose(&mine, &e4b, &k, &w, &t2, &chosen)); /* a run does so when told: it knows no common beginnings */
     CU_ASSERT_TRUE(chosen && mine.ranks == 3 && mine.pp == 3 && mine.prefill == 0 && mine.max_seqs > 0);
 }
 
@@ -446,6 +452,7 @@ static void test_placement(void) {
 
 /* What a run takes when nothing is said. */
 static void test_choice(void) {
+    static sh_plan_tuning t2;
     sh_cluster k;
     bool chosen = false;
     sh_option t[SH_OPTIONS_MAX];
@@ -453,21 +460,21 @@ static void test_choice(void) {
     sh_workload w = sh_workload_default();
     sh_options_shared(&s, t);
     machine("xeon-1", &k);
-    must(sh_plan_choose(&s, &a4b, &k, &w, &chosen));
+    must(sh_plan_choose(&s, &a4b, &k, &w, &t2, &chosen));
     CU_ASSERT_TRUE(chosen && s.ranks == 1 && s.replicas == 2 && s.pp == 1 && s.ep == 1); /* a socket each */
     machine("box-24g", &k);
     k.nodes = 4;
     k.between = (sh_cost_link){20e-6, 25e9 / 8};
     sh_options_shared(&s, t);
-    must(sh_plan_choose(&s, &a4b, &k, &w, &chosen));
+    must(sh_plan_choose(&s, &a4b, &k, &w, &t2, &chosen));
     CU_ASSERT_TRUE(chosen && s.ranks == 4 && s.replicas == 1 && s.ep == 4 && s.max_seqs > 0);
     sh_options_shared(&s, t);
     s.pp = 4;
-    must(sh_plan_choose(&s, &a4b, &k, &w, &chosen));
+    must(sh_plan_choose(&s, &a4b, &k, &w, &t2, &chosen));
     CU_ASSERT_TRUE(!chosen && s.ep == 0 && s.ranks == 0); /* something is said */
     s.pp = 0;
     k.nodes = 1;
-    must(sh_plan_choose(&s, &b31, &k, &w, &chosen));
+    must(sh_plan_choose(&s, &b31, &k, &w, &t2, &chosen));
     CU_ASSERT_TRUE(!chosen && s.ranks == 0); /* nothing fits */
 }
 
@@ -483,37 +490,135 @@ static double seconds_with(const sh_cluster *k, const sh_workload *w, int seqs, 
     return seconds;
 }
 
+static sh_status made(const sh_shared_options *s, const sh_config *c, Shoal__Plan **out) {
+    sh_plan_request q;
+    sh_options_plan(s, sh_options_ranks(s), &q);
+    return sh_plan_make(c, &q, out);
+}
+
+/* The plan that a run makes of its options is the one that was chosen, cuts included: with ranks chosen, and with ranks
+ * that are given. */
+static void test_what_runs(void) {
+    static sh_plan_tuning t2;
+    static const struct { int ranks, prefill; } row[] = {{0, 0}, {3, 0}, {2, 0}, {5, 3}};
+    sh_cluster k;
+    sh_option t[SH_OPTIONS_MAX];
+    sh_shared_options s;
+    sh_workload w = {.bin = {{.prompt = 2000, .output = 50, .requests = 1000}}, .n = 1, .requests = 1000};
+    int differing = 0;
+    machine("box-24g", &k);
+    k.memory = 9 * 0x1p30;
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        Shoal__Plan *p = NULL, *by_weights = NULL;
+        sh_search *found = NULL;
+        bool chosen = false;
+        int ranks = row[i].ranks ? row[i].ranks : 3;
+        k.nodes = ranks;
+        sh_options_shared(&s, t);
+        s.ranks = row[i].ranks;
+        s.prefill = row[i].prefill;
+        sh_search_options o = {
+            .config = &e4b, .cluster = &k, .workload = &w, .replicas = row[i].ranks != 0, .no_prefill = !s.prefill};
+        sh_options_plan(&s, s.ranks, &o.fixed);
+        if (row[i].ranks) o.fixed.ep = o.fixed.tp = o.fixed.cp = 1;
+        must(sh_search_run(&o, &found));
+        CU_ASSERT_FATAL(found->n > 0 && found->best[0].shape.pp > 1);
+        if (row[i].ranks)
+            must(sh_plan_tune(&s, &e4b, &k, &w, NULL, ranks, 1, &t2));
+        else
+            must(sh_plan_choose(&s, &e4b, &k, &w, &t2, &chosen));
+        CU_ASSERT_EQUAL(chosen, row[i].ranks == 0);
+        sh_plan_take(&s, &t2);
+        must(made(&s, &e4b, &p));
+        const Shoal__Plan *want = found->best[0].plan;
+        CU_ASSERT(p->n_rank == want->n_rank && p->max_seqs == want->max_seqs && p->chunk == want->chunk);
+        for (size_t r = 0; r < p->n_rank && r < want->n_rank; r++)
+            CU_ASSERT(p->rank[r]->first == want->rank[r]->first && p->rank[r]->last == want->rank[r]->last);
+        s.cuts = s.prefill_cuts = NULL;
+        must(made(&s, &e4b, &by_weights)); /* and it is seldom what weights alone would have */
+        bool differs = false;
+        for (size_t r = 0; r < p->n_rank; r++) differs |= p->rank[r]->first != by_weights->rank[r]->first;
+        differing += differs;
+        sh_plan_free(&p);
+        sh_plan_free(&by_weights);
+        sh_search_free(&found);
+    }
+    CU_ASSERT_TRUE(differing >= 3);
+}
+
+/* Two stages, cut in every way: none is much faster than what is chosen, whatever the kind of micro-batch that sets the
+ * pace. */
+static void test_cuts(void) {
+    static const struct {
+        double prompt, output;
+        int seqs;
+    } row[] = {{512, 256, 64}, {64, 128, 64}, {8, 256, 32}, {4000, 1000, 64}};
+    sh_cluster k;
+    machine("box-24g", &k);
+    k.nodes = 2;
+    k.memory = 64 * 0x1p30;
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        sh_workload w = {.bin = {{row[i].prompt, row[i].output, 1e5}}, .n = 1, .requests = 1e5};
+        sh_search_options o = {.config = &e2b, .cluster = &k, .workload = &w, .replicas = 1, .no_prefill = true};
+        o.fixed = (sh_plan_request){.ranks = 2, .pp = 2, .mode = SH_MODE_Q4, .kv = SH_KV_BF16};
+        o.fixed.max_seqs = row[i].seqs;
+        sh_search *s = NULL;
+        double best = INFINITY;
+        must(sh_search_run(&o, &s));
+        CU_ASSERT_EQUAL_FATAL(s->n, 1);
+        for (int cut = 1; cut < e2b.n_layers; cut++) {
+            char text[8];
+            snprintf(text, sizeof text, "%d", cut);
+            sh_search_options given = o;
+            given.fixed.cuts = text;
+            given.fixed.chunk = s->best[0].plan->chunk;
+            sh_choice x = {.way = SH_WAY_STAGES,
+                           .shape = {.pp = 2, .ep = 1, .tp = 1, .cp = 1, .width = 1, .decode = 2},
+                           .ranks = 2,
+                           .replicas = 1,
+                           .ranks_per_node = 1};
+            must(sh_search_try(&given, &x));
+            if (x.fits && x.forecast.seconds < best) best = x.forecast.seconds;
+            sh_choice_release(&x);
+        }
+        double off = s->best[0].forecast.seconds / best;
+        if (off > 1.02) printf("\n%zu: %.3f of the best\n", i, off);
+        CU_ASSERT_TRUE(off <= 1.02);
+        sh_search_free(&s);
+    }
+}
+
 /* What a run takes when the layout is said, and the batch is not. */
 static void test_batch(void) {
     sh_cluster k;
     sh_option t[SH_OPTIONS_MAX];
     sh_shared_options s;
-    sh_plan_batch b;
+    static sh_plan_tuning b;
     sh_workload w = sh_workload_default();
     machine("box-24g", &k);
     k.nodes = 4;
     sh_options_shared(&s, t);
     s.ranks = s.ep = 4;
-    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
+    must(sh_plan_tune(&s, &a4b, &k, &w, NULL, 4, 1, &b));
     CU_ASSERT_TRUE(b.max_seqs > 32 && b.chunk >= 64 && s.max_seqs == 0 && s.chunk == 0);
     CU_ASSERT_TRUE(fabs(b.seconds / seconds_with(&k, &w, b.max_seqs, b.chunk) - 1) < 1e-9);
     CU_ASSERT_TRUE(b.seconds < seconds_with(&k, &w, 16, 64) && b.seconds < seconds_with(&k, &w, 32, 512));
     s.max_seqs = 7;
-    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
+    must(sh_plan_tune(&s, &a4b, &k, &w, NULL, 4, 1, &b));
     CU_ASSERT_TRUE(b.max_seqs == 7 && b.chunk > 0); /* what is given stays */
     s.chunk = 64;
-    must(sh_plan_tune(&s, &a4b, &k, &w, 4, 1, &b));
+    must(sh_plan_tune(&s, &a4b, &k, &w, NULL, 4, 1, &b));
     CU_ASSERT_EQUAL(b.max_seqs, 0); /* both are given */
     s.max_seqs = s.chunk = 0;
     s.prefill = 2;
-    must(sh_plan_tune(&s, &a4b, &k, &w, 6, 1, &b));
+    must(sh_plan_tune(&s, &a4b, &k, &w, NULL, 6, 1, &b));
     CU_ASSERT_EQUAL(b.max_seqs, 0); /* experts divided, and prompts apart: who makes the plan says so */
     s.ep = 0;
-    must(sh_plan_tune(&s, &e4b, &k, &w, 4, 1, &b));
+    must(sh_plan_tune(&s, &e4b, &k, &w, NULL, 4, 1, &b));
     CU_ASSERT_TRUE(b.max_seqs > 0 && b.chunk > 0 && b.seconds > 0);
     s.prefill = 0;
     k.nodes = 1;
-    must(sh_plan_tune(&s, &b31, &k, &w, 1, 1, &b));
+    must(sh_plan_tune(&s, &b31, &k, &w, NULL, 1, 1, &b));
     CU_ASSERT_EQUAL(b.max_seqs, 0); /* does not fit: who makes the plan says so */
 }
 
@@ -643,7 +748,18 @@ static void test_contradictions(void) {
     CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "one way at a time"));
     o.fixed = (sh_plan_request){.ranks = 4, .pp = 3};
     CU_ASSERT_EQUAL(sh_search_run(&o, &s), SH_EINPUT);
-    CU_ASSERT_STRING_EQUAL(sh_error_text(), "4 ranks: 3 stages of 1 ranks (ep 1, tp 1, cp 1) do not divide them");
+    CU_ASSERT_STRING_EQUAL(sh_error_text(),
+                           "4 ranks: 3 stages of 1 ranks (ep 1, tp 1, cp 1) do not divide them: give -n 3 or "
+                           "6, or --prefill 1 where one is only to read prompts");
+    o.fixed = (sh_plan_request){.ranks = 2, .pp = 3};
+    CU_ASSERT_EQUAL(sh_search_run(&o, &s), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(),
+                           "2 ranks: 3 stages of 1 ranks (ep 1, tp 1, cp 1) do not divide them: give -n 3");
+    o.fixed = (sh_plan_request){.ranks = 6, .pp = 3, .prefill = 1};
+    CU_ASSERT_EQUAL(sh_search_run(&o, &s), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(),
+                           "5 ranks that decode: 3 stages of 1 ranks (ep 1, tp 1, cp 1) do not divide "
+                           "them: give -n 4 or 7, or --prefill 3 where so many are only to read prompts");
     CU_ASSERT_PTR_NULL(s);
 }
 
@@ -659,6 +775,8 @@ int main(void) {
     CU_add_test(s, "prompts apart", test_prompts_apart);
     CU_add_test(s, "placing by counts", test_placement);
     CU_add_test(s, "the choice of a run", test_choice);
+    CU_add_test(s, "what runs is what was chosen", test_what_runs);
+    CU_add_test(s, "all cuts", test_cuts);
     CU_add_test(s, "errors of machine files", test_json_errors);
     CU_add_test(s, "edited plans", test_edited);
     CU_add_test(s, "contradictions", test_contradictions);

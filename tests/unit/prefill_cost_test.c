@@ -239,12 +239,90 @@ static void test_prompts_set_the_pace(void) {
     CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 10, 1, &two, rank), SH_OK);
     CU_ASSERT_TRUE(two.requests < 0.5 * f.requests && two.prompts.exposed > 0 && rank[1].exchange > rank[1].idle);
     m.net.between.bandwidth = 1e30;
-    m.prompts = 1; /* no more than one has pages: the same here, for one fills a chunk */
+    m.prompts = 1; /* no more than one has pages */
     CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 10, 1, &two, NULL), SH_OK);
-    near(two.requests / f.requests, 1, 1e-9, "one fills a chunk");
+    double landing = fmin(1, two.requests * 2 * t.decode) * t.decode / 2; /* until rank 0 has heard of its last row */
+    near(two.requests * (8 * t.prompts + landing), 1, 2e-3, "one fills a chunk, and the next one waits for its pages");
     w.bin[0].prompt = 65; /* but not this one */
     CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 10, 1, &two, NULL), SH_OK);
     near(two.mix.piece, 64, 1e-6, "rows at a time");
+    sh_plan_free(&p);
+}
+
+/* Three ranks that read, and pages for one prompt: it must be through all of them before the next one begins. With
+ * pages for more they follow each other, as closely as the busiest rank allows. */
+static void test_pages_set_the_pace(void) {
+    Shoal__Plan *p = plan_of(&e4b, 1, 3, SH_KV_BF16);
+    sh_cost_model m = model_of(&e4b, p);
+    sh_workload w = {.bin = {{.prompt = 65, .output = 2, .requests = 1000}}, .n = 1, .requests = 1000};
+    sh_cost_span one = {.seqs = 1, .rows = 1, .kept = 1, .lo = 9, .hi = 9}, piece = {.seqs = 1, .rows = 64};
+    sh_cost_rank d;
+    sh_cost_prompt_rank r[3];
+    sh_cost_taken t;
+    sh_forecast f;
+    CU_ASSERT_EQUAL(sh_cost_step(&m, &one, 1, &d), SH_OK);
+    CU_ASSERT_EQUAL(sh_cost_prompts(&m, &piece, 1, r, &t), SH_OK);
+    double step = d.seconds + SH_STEP_SECONDS, through = 0, busiest = 0;
+    for (int i = 0; i < 3; i++) {
+        through += r[i].step.seconds + SH_STEP_SECONDS;
+        busiest = fmax(busiest, r[i].step.seconds + SH_STEP_SECONDS);
+    }
+    m.prompts = 1;
+    CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 10, 1, &f, NULL), SH_OK);
+    double decoding = f.requests * 2 * step;       /* less than one */
+    double landing = fmin(1, decoding) * step / 2; /* until rank 0 looks, where it has a step under way */
+    near(f.requests * (through + landing), 1, 2e-3, "one at a time");
+    near(f.prompts.rows / (f.requests * 64), 1, 2e-3, "rows per second");
+    CU_ASSERT_TRUE(f.prompts.slower);
+    m.prompts = 8; /* a chunk is full: as with pages for all */
+    CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 10, 1, &f, NULL), SH_OK);
+    CU_ASSERT_TRUE(f.prompts.rows * fmax(busiest, through / 4) < 512 * 1.002);
+    double all = f.prompts.rows;
+    m.prompts = 1000;
+    CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 10, 1, &f, NULL), SH_OK);
+    CU_ASSERT_TRUE(f.prompts.rows >= all);
+    sh_plan_free(&p);
+}
+
+/* Short prompts and long ones: a row travels with those of its own prompt, and most rows are of long ones. */
+static void test_usual_piece(void) {
+    Shoal__Plan *p = plan_of(&e4b, 1, 1, SH_KV_BF16);
+    sh_cost_model m = model_of(&e4b, p);
+    sh_workload w = {
+        .bin = {{.prompt = 11, .output = 1000, .requests = 900}, {.prompt = 401, .output = 1000, .requests = 100}},
+        .n = 2,
+        .requests = 1000};
+    sh_forecast f;
+    CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 4, 1, &f, NULL), SH_OK);
+    CU_ASSERT_FALSE(f.prompts.slower);
+    near(f.mix.piece, (900 * 10 * 10 + 100 * 400 * 400) / (900.0 * 10 + 100 * 400), 1e-6,
+         "rows of a usual row's piece");
+    sh_plan_free(&p);
+}
+
+/* What crosses the cut into the second stage and the K/V that it stores come over the same link. */
+static void test_shared_link(void) {
+    const sh_plan_request q = {.pp = 2, .prefill = 1, .cuts = "1", .mode = SH_MODE_BF16, .kv = SH_KV_BF16};
+    Shoal__Plan *p = NULL;
+    CU_ASSERT_EQUAL_FATAL(sh_plan_make(&e4b, &q, &p), SH_OK);
+    sh_cost_model m = model_of(&e4b, p);
+    sh_workload w = {.bin = {{.prompt = 65, .output = 400, .requests = 1000}}, .n = 1, .requests = 1000};
+    sh_cost_rank d[2];
+    sh_cost_prompt_rank r;
+    sh_cost_taken t[2];
+    sh_forecast f;
+    sh_cost_span piece = {.seqs = 8, .rows = 64};
+    CU_ASSERT_EQUAL(sh_cost_prompts(&m, &piece, 1, &r, t), SH_OK);
+    CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 200, 1, &f, NULL), SH_OK);
+    CU_ASSERT_EQUAL(sh_cost_step(&m, f.mix.span, f.mix.n_decode, d), SH_OK);
+    double alone = f.cycle.period, cut = d[0].cut.bytes, kv = f.mix.requests * t[1].far / 8;
+    CU_ASSERT_TRUE_FATAL(kv > cut / 10 && f.mix.requests * r.rows.bytes / 8 < 0.9 * cut);
+    m.net.between.bandwidth = cut / (0.97 * alone); /* each of them hides behind computing */
+    CU_ASSERT_EQUAL(sh_cost_forecast(&m, &w, 200, 1, &f, NULL), SH_OK);
+    CU_ASSERT_EQUAL(sh_cost_step(&m, f.mix.span, f.mix.n_decode, d), SH_OK);
+    double both = (f.mix.requests * t[1].far / 8 + d[0].cut.bytes) / m.net.between.bandwidth;
+    CU_ASSERT_TRUE(both > 1.2 * alone && !f.prompts.slower);
+    near(f.cycle.period / both, 1, 1e-9, "both on one link");
     sh_plan_free(&p);
 }
 
@@ -342,6 +420,9 @@ int main(void) {
     CU_add_test(s, "links", test_links);
     CU_add_test(s, "decode sets the pace", test_decode_sets_the_pace);
     CU_add_test(s, "prompts set the pace", test_prompts_set_the_pace);
+    CU_add_test(s, "pages set the pace", test_pages_set_the_pace);
+    CU_add_test(s, "a usual piece", test_usual_piece);
+    CU_add_test(s, "a link for cuts and K/V", test_shared_link);
     CU_add_test(s, "no prompts", test_no_prompts);
     CU_add_test(s, "the ring of those that decode", test_ring);
     CU_add_test(s, "search and words", test_file);
