@@ -119,10 +119,17 @@ sh_status sh_hosts_expand(const char *nodelist, sh_buf *out) {
     return SH_OK;
 }
 
-/* Names of one machine: "node1" and "node1.cluster" are. */
+/* Names of one machine: "node1" and "node1.cluster" are, "node1.a" and "node1.b" are not. */
 static bool same_machine(const char *a, const char *b) {
-    size_t n = strcspn(a, ".:,");
-    return n == strcspn(b, ".:,") && strncmp(a, b, n) == 0;
+    size_t n = strcspn(a, ":,"), m = strcspn(b, ":,"), short_a = strcspn(a, ".:,"), short_b = strcspn(b, ".:,");
+    if (short_a < n && short_b < m) return n == m && strncmp(a, b, n) == 0;
+    return short_a == short_b && strncmp(a, b, short_a) == 0;
+}
+
+/* An address, or a relative name of Open MPI's (+n1, +e): no name to compare. */
+static bool not_a_name(const char *s) {
+    size_t n = strcspn(s, ","), digits = strspn(s, "0123456789.:");
+    return *s == '+' || (n > 0 && digits >= n && memchr(s, '.', n));
 }
 
 sh_status sh_hosts_within(const char *list, const char *nodelist) {
@@ -130,7 +137,7 @@ sh_status sh_hosts_within(const char *list, const char *nodelist) {
     sh_buf_init(&all, 0);
     SH_TRY(sh_hosts_expand(nodelist, &all));
     for (const char *s = list; s; s = next_entry(s)) {
-        bool there = same_machine(s, "localhost");
+        bool there = not_a_name(s) || same_machine(s, "localhost");
         for (const char *h = (const char *)all.data; h && !there; h = next_entry(h)) there = same_machine(s, h);
         if (!there)
             SH_FAIL(SH_EINPUT, "--hosts: '%.*s' is not in this Slurm job: its nodes are %s (SLURM_JOB_NODELIST)",

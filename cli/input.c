@@ -11,6 +11,7 @@
 #include "common/hash.h"
 #include "common/limits.h"
 #include "common/buf.h"
+#include "common/utf8.h"
 
 enum { BLOCK = 1 << 20 };
 
@@ -74,7 +75,8 @@ static sh_status scan(int fd, const char *path, char *block, sh_file_writer *cop
         if (n < 0 && errno == EINTR) SH_FAIL(SH_ECANCELLED, "-i: %s: interrupted while it was read", path);
         if (n < 0) SH_FAIL(SH_EINPUT, "-i: %s: cannot be read: %s", path, strerror(errno));
         if (n == 0) return end_line(l, "", 0);
-        SH_TRY(pass_block(l, block, (size_t)n));
+        size_t mark = in->bytes == 0 ? sh_utf8_mark(block, (size_t)n) : 0;
+        SH_TRY(pass_block(l, block + mark, (size_t)n - mark));
         in->bytes += (uint64_t)n;
         in->hash = sh_hash64(in->hash, block, (size_t)n);
         if (copy) SH_TRY(sh_file_writer_add(copy, block, (size_t)n));

@@ -473,7 +473,7 @@ static int answer(run *r, sh_session *s, bool *complete) {
     if (st != SH_OK) {
         uint64_t total, done = sh_session_done(s, &total);
         fprintf(stderr, "shoal run: %s\n", reason);
-        if (st == SH_EINPUT) return SH_EXIT_USAGE; /* the same command would meet the same input */
+        if (sh_session_input_is_wrong(s)) return SH_EXIT_USAGE;
         if (done)
             fprintf(stderr, "shoal run: %llu of %llu requests are answered and kept in %s; the same command goes on.\n",
                     (unsigned long long)done, (unsigned long long)total, r->store_path);

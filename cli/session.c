@@ -27,7 +27,8 @@
 #define STATUS_CALL_MS 1000
 #define SUBMIT_CALL_MS 10000
 #define LAUNCHER_WAIT  3.0 /* seconds: mpirun takes 1 to 2 from SIGTERM to its end */
-#define REPORT_WAIT    1.5 /* seconds: ranks that live answer within hundredths of one */
+#define REPORT_WAIT    3.0 /* seconds: ranks that live answer within hundredths of one, a coordinator that commits later \
+                            */
 
 typedef enum submit_state { SUBMIT_NONE, SUBMIT_RUNNING, SUBMIT_ENDED, SUBMIT_DONE } submit_state;
 
@@ -52,6 +53,8 @@ struct sh_session {
     uint64_t first_in, first_out; /* when this run began */
     bool have_counts, finished, superseded;
     double work_began, worked;
+    double idle_until; /* when no group was seen at work last */
+    bool input_wrong;  /* the same command would meet the same input */
     sh_logtail tail;
     /* the submitting thread; state is guarded by lock */
     pthread_mutex_t lock;
@@ -96,7 +99,10 @@ static sh_status submit_all(sh_session *s, uint64_t *job) {
     FILE *f = fopen(s->o.input, "re");
     if (!f) SH_FAIL(SH_EINPUT, "-i: %s: cannot be opened: %s", s->o.input, strerror(errno));
     sh_status st = sh_client_open(s->submit_endpoint, s->over_tcp ? s->keys : NULL, SUBMIT_CALL_MS, &c);
-    if (st == SH_OK) st = sh_client_submit(c, JOB_NAME, &options, f, job);
+    if (st == SH_OK) {
+        st = sh_client_submit(c, JOB_NAME, &options, f, job);
+        s->input_wrong = st == SH_EINPUT;
+    }
     sh_client_close(&c);
     fclose(f);
     return st;
@@ -547,6 +553,12 @@ static void show_warnings(sh_session *s) {
             sh_progress_warn(s->o.progress, "group %d: %s", i + 1, warning);
 }
 
+static bool any_ready(const sh_session *s) {
+    for (size_t i = 0; s->last && i < s->last->n_group; i++)
+        if (strcmp(s->last->group[i]->state, "ready") == 0) return true;
+    return false;
+}
+
 /* One round; *finished when every request has its row and all of the input was taken. */
 static sh_status work_round(sh_session *s, bool *finished) {
     bool answered = false;
@@ -563,10 +575,12 @@ static sh_status work_round(sh_session *s, bool *finished) {
     }
     if (submit_now(s) != SUBMIT_DONE) SH_TRY(tend_submit(s));
     *finished = s->finished && submit_now(s) == SUBMIT_DONE;
-    if (*finished && s->total != s->o.lines)
+    s->input_wrong = *finished && s->total != s->o.lines;
+    if (s->input_wrong)
         SH_FAIL(SH_EINPUT,
                 "-i: %s: changed while it was read: it had %llu requests, the job has %llu: remove %s and begin again",
                 s->o.input, (unsigned long long)s->o.lines, (unsigned long long)s->total, s->o.store->path);
+    if (answered && count_state(s, SH_REPLICA_READY) == 0 && !any_ready(s)) s->idle_until = sh_now();
     if (*finished || !answered) return SH_OK;
     if (!s->finished) SH_TRY(tend_groups(s));
     show(s, false);
@@ -574,7 +588,7 @@ static sh_status work_round(sh_session *s, bool *finished) {
     return SH_OK;
 }
 
-/* A job of a moment may be done before its group was seen at work. */
+/* A job of a moment may be done before its group was seen at work: it was so since it was seen idle, at most. */
 static void note_late(sh_session *s) {
     for (int i = 0; i < s->o.replicas; i++) {
         sh_replica *r = &s->replica[i];
@@ -582,6 +596,7 @@ static void note_late(sh_session *s) {
         if (r->state != SH_REPLICA_STARTING || !g || strcmp(g->state, "ready") != 0) continue;
         r->state = SH_REPLICA_READY;
         if (!s->said_first) say_first_line(s, g);
+        if (s->work_began <= 0 && s->worked <= 0) s->work_began = s->idle_until;
     }
 }
 
@@ -596,12 +611,17 @@ static bool all_reported(const sh_session *s) {
 /* The last times, counts and pieces of the timeline: ranks tell them once a second, and now because they are asked. */
 static void await_reports(sh_session *s) {
     double until = sh_now() + REPORT_WAIT;
-    bool answered = false;
-    if (!s->o.reports || ask(s, true, &answered) != SH_OK) return;
-    while (answered && !all_reported(s) && sh_now() < until) {
+    bool asked = false, answered = false;
+    while (s->o.reports && sh_now() < until) {
+        if (ask(s, !asked, &answered) != SH_OK) break;
+        asked |= answered;
+        if (asked && all_reported(s)) return;
         sh_sleep(0.005);
-        if (ask(s, false, &answered) != SH_OK) return;
     }
+    if (s->o.reports)
+        sh_progress_warn(s->o.progress,
+                         "not all ranks told their last times: times, counts and timeline may lack the last "
+                         "second");
 }
 
 static sh_status write_routing(const sh_session *s, const Shoal__Routing *m, const char *path) {
@@ -714,6 +734,10 @@ void sh_session_closing(const sh_session *s, sh_closing *c) {
 uint64_t sh_session_done(const sh_session *s, uint64_t *total) {
     *total = s->total;
     return s->done;
+}
+
+bool sh_session_input_is_wrong(const sh_session *s) {
+    return s->input_wrong;
 }
 
 sh_status sh_session_create(const sh_session_options *o, sh_session **out) {

@@ -57,6 +57,8 @@ void sh_session_stop(sh_session *s, bool finished);
 /* Numbers for the closing table, and requests answered so far. */
 void sh_session_closing(const sh_session *s, sh_closing *c);
 uint64_t sh_session_done(const sh_session *s, uint64_t *total);
+/* Whether the session ended for the input's sake: the same command would meet the same input. */
+bool sh_session_input_is_wrong(const sh_session *s);
 void sh_session_destroy(sh_session **s);
 
 #endif

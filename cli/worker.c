@@ -161,7 +161,7 @@ static int run_worker(const arguments *a) {
     if (a->cpus && parse_cpus(a->cpus, cpus, &o.n_cpus) != SH_OK) return sh_options_complain("worker", SH_EXIT_USAGE);
     o.cpus = o.n_cpus ? cpus : NULL;
     if (a->part && parse_part(a->part, &o.part, &o.parts) != SH_OK) return sh_options_complain("worker", SH_EXIT_USAGE);
-    if (a->link == LINK_AUTO && refuse_strangers() != SH_OK) {
+    if (a->link == LINK_AUTO && !a->ranks && refuse_strangers() != SH_OK) {
         sh_error("%s", sh_error_text()); /* for the log of a run that started it */
         return SH_EXIT_USAGE;
     }

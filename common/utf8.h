@@ -4,6 +4,12 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
+
+/* Bytes of the byte order mark with which files of some editors begin: 3, or 0 without one. */
+static inline size_t sh_utf8_mark(const void *p, size_t n) {
+    return n >= 3 && memcmp(p, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+}
 
 /* Bytes a code point needs that starts with this byte; 0: no code point starts so. */
 static inline int sh_utf8_need(uint8_t lead) {

@@ -122,11 +122,11 @@ static json_t *load_line(const char *text, size_t len, json_error_t *e) {
     return j;
 }
 
-/* A file of some editors begins with a byte order mark, which is no part of its first line. */
+/* A byte order mark is no part of the first line. */
 static void pass_mark(const char **text, size_t *len, uint64_t number) {
-    if (number != 1 || *len < 3 || memcmp(*text, "\xef\xbb\xbf", 3) != 0) return;
-    *text += 3;
-    *len -= 3;
+    size_t n = number == 1 ? sh_utf8_mark(*text, *len) : 0;
+    *text += n;
+    *len -= n;
 }
 
 static sh_status parse_line(sh_reading *rd, const char *text, size_t len, uint64_t number, json_t **out) {

@@ -271,5 +271,5 @@ sh_status sh_attention_rates_measure(sh_team *t, const sh_kernels *kn, size_t by
     out->flops = p.flops[SH_W_BF16];
     out->both = p.both[SH_W_BF16];
     for (int i = 0; i < SH_PRODUCT_FEWS; i++) out->few[i] = p.few[SH_W_BF16][i];
-    return measure_formed(t, kn, w, bytes / 2, out);
+    return measure_formed(t, kn, w, bytes, out);
 }

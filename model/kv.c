@@ -271,12 +271,13 @@ static const float *in_f32(const looking *l, const uint8_t *from, int at, int ro
     return r->tile;
 }
 
-/* What ask_ahead asks for, where the kernel does that: in one piece, as segments begin at pages. */
-static const uint16_t *next_of(const looking *l, int at) {
+/* What ask_ahead asks for, where the kernel does that: as many vectors as it has now, if they follow each other. */
+static const uint16_t *next_of(const looking *l, int at, int rows) {
     const sh_kv_rows *r = l->r;
     if (!l->value) return (const uint16_t *)(const void *)slot(l->lp, l->s, l->pos + at, l->head, true);
-    return at < r->n_next ? (const uint16_t *)(const void *)slot(l->lp, l->s, r->next + at, l->head, l->lp->k_eq_v)
-                          : NULL;
+    int next = r->next + at, left = SH_PAGE_TOKENS - next % SH_PAGE_TOKENS;
+    if (rows > r->n_next - at || rows > left) return NULL;
+    return (const uint16_t *)(const void *)slot(l->lp, l->s, next, l->head, l->lp->k_eq_v);
 }
 
 static void look(const looking *l, const uint8_t *from, int at, int rows) {
@@ -285,9 +286,9 @@ static void look(const looking *l, const uint8_t *from, int at, int rows) {
     int hd = l->lp->head_dim;
     const uint16_t *stored = (const uint16_t *)(const void *)from;
     if (l->plain && l->value)
-        kn->add_weighted_bf16(r->o, r->ldo, r->s + at, r->lds, r->rows, stored, rows, hd, next_of(l, at));
+        kn->add_weighted_bf16(r->o, r->ldo, r->s + at, r->lds, r->rows, stored, rows, hd, next_of(l, at, rows));
     else if (l->plain)
-        kn->scores_bf16(r->s + at, r->lds, r->q, r->ldq, r->rows, stored, rows, hd, next_of(l, at));
+        kn->scores_bf16(r->s + at, r->lds, r->q, r->ldq, r->rows, stored, rows, hd, next_of(l, at, rows));
     else if (l->value)
         kn->add_weighted(r->o, r->ldo, r->s + at, r->lds, r->rows, in_f32(l, from, at, rows), rows, hd);
     else

@@ -25,8 +25,8 @@ typedef struct sh_row_maker {
     size_t width; /* values of work in a row */
 } sh_row_maker;
 
-/* sh_linear_multi on rows that are made first (make NULL: they are there). A row that is quantised is so by the thread
- * that has just made it, while it is in its cache. */
+/* sh_linear_multi on rows that are made first (make NULL: they are there), unless there is nothing to multiply. A row
+ * that is quantised is so by the thread that has just made it, while it is in its cache. */
 void sh_linear_made(sh_team *t, const sh_kernels *kn, int count, const sh_wmat *const *w, const sh_row_maker *make,
                     const float *x, size_t ldx, int m, float *const *y, const size_t *ldy);
 

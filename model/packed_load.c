@@ -30,11 +30,12 @@ typedef struct placing {
 /* --- pages ---------------------------------------------------------------------------------------------------------
  */
 
-/* What is read from now on comes in huge pages, where kernel and file system have them for files. */
-static void want_huge(const uint8_t *from, size_t bytes) {
-    const uintptr_t page = 4096;
-    uintptr_t a = (uintptr_t)from & ~(page - 1);
-    (void)madvise((void *)a, (uintptr_t)from + bytes - a, MADV_HUGEPAGE);
+/* What is read from now on comes in huge pages, where kernel and file system have them for files. Only what lies wholly
+ * in the bytes wanted, and only long runs: a miss reads some megabytes, also of what is beside. */
+static void want_huge(const uint8_t *from, size_t bytes, const uint8_t *start) {
+    const size_t huge = (size_t)2 << 20, least = (size_t)16 << 20;
+    size_t at = (size_t)(from - start), lo = (at + huge - 1) / huge * huge, hi = (at + bytes) / huge * huge;
+    if (bytes >= least) (void)madvise((void *)(uintptr_t)(start + lo), hi - lo, MADV_HUGEPAGE);
 }
 
 sh_status sh_packed_bring(const char *path, const uint8_t *from, size_t bytes, const uint8_t *start) {
@@ -93,7 +94,7 @@ static sh_status open_map(const sh_packed *p, sh_packed_file *f) {
 static sh_status use(placing *x, sh_packed_file *f, const uint8_t *from, size_t bytes) {
     char path[PATH_MAX];
     SH_TRY(sh_packed_path(x->p, f->name, path));
-    want_huge(from, bytes);
+    want_huge(from, bytes, f->map.data);
     bringing b = {.path = path, .from = from, .start = f->map.data, .bytes = bytes, .loading = x->loading};
     if (x->team && bytes > PIECE)
         sh_team_run(x->team, bring_pieces, &b);

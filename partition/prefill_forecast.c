@@ -13,7 +13,7 @@
 #include "partition/forecast_int.h"
 #include "partition/prefill_cost.h"
 
-#define TRIES 16   /* of the number that decode */
+#define TRIES 24   /* of the number that decode */
 #define CLOSE 1e-3 /* near enough */
 
 /* The prompts' pipeline with pieces of some size. */
@@ -248,16 +248,19 @@ static sh_status look_at_both(scene *x, double seqs, pace *out) {
 /* The number that decode: where `over` passes from below 0 to above. asked: requests per second if all did. */
 static sh_status settle(scene *x, pace *out, double *asked) {
     double lo = 0, hi = x->seqs, below = -1;
+    bool before = false; /* there were too many: where the rate is flat a straight line from 0 hardly moves, twice */
     SH_TRY(look_at_both(x, hi, out));
     *asked = out->rate;
     for (int i = 0; i < TRIES && x->rows > 0 && fabs(out->over) > CLOSE; i++) {
-        if (out->over > 0)
+        bool over = out->over > 0;
+        if (over)
             hi = out->seqs;
         else
             lo = out->seqs, below = out->over;
-        double straight = out->over > 0 ? lo + (hi - lo) * below / (below - out->over) : (lo + hi) / 2;
+        double next = over && !before ? lo + (hi - lo) * below / (below - out->over) : (lo + hi) / 2;
         double least = lo + 0.05 * (hi - lo), most = hi - 0.05 * (hi - lo);
-        SH_TRY(look_at_both(x, fmin(most, fmax(least, straight)), out));
+        before = over;
+        SH_TRY(look_at_both(x, fmin(most, fmax(least, next)), out));
     }
     return out->over > CLOSE && lo > 0 ? look_at_both(x, lo, out) : SH_OK; /* never more than can be */
 }

@@ -6,6 +6,7 @@
 #include <string.h>
 #include "common/clock.h"
 #include "common/hash.h"
+#include "common/utf8.h"
 #include "common/limits.h"
 
 #define BATCH_LINES 512
@@ -131,8 +132,9 @@ static sh_status next_line(reader *r, bool *got) {
     return SH_OK;
 }
 
-static bool is_blank(const sh_buf *b) {
-    for (size_t i = 0; i < b->len; i++)
+static bool is_blank(const reader *r) {
+    const sh_buf *b = &r->line;
+    for (size_t i = r->number == 1 ? sh_utf8_mark(b->data, b->len) : 0; i < b->len; i++)
         if (b->data[i] != ' ' && b->data[i] != '\t' && b->data[i] != '\r') return false;
     return true;
 }
@@ -166,7 +168,7 @@ static sh_status fill_batch(reader *r, batch *b, bool *more) {
     while (b->n < BATCH_LINES && b->text.len < BATCH_BYTES) {
         SH_TRY(next_line(r, more));
         if (!*more) break;
-        if (is_blank(&r->line)) continue;
+        if (is_blank(r)) continue;
         add_to_chain(r);
         SH_TRY(batch_add(b, r->number, &r->line));
     }
@@ -198,7 +200,7 @@ static sh_status skip_accepted(reader *r, const char *name, uint64_t accepted, u
     bool got = true;
     for (uint64_t n = 0; n < accepted && got;) {
         SH_TRY(next_line(r, &got));
-        if (!got || is_blank(&r->line)) continue;
+        if (!got || is_blank(r)) continue;
         add_to_chain(r);
         n++;
     }

@@ -187,11 +187,13 @@ static sh_status say_beat(sh_uplink *u) {
     u->said_beat = sh_now();
     u->said_shared = b.shared_rows;
     u->said_load = load.seconds;
-    if (h.has_report) u->said_report = b.report;
     pthread_mutex_lock(&u->lock); /* the counts are read while the message is packed */
     if (u->routing_news) h.routing = &u->routing;
-    u->routing_news = false;
     sh_status st = send_packed(u, &m);
+    if (st == SH_OK) {
+        u->routing_news = false;
+        if (h.has_report) u->said_report = b.report;
+    }
     pthread_mutex_unlock(&u->lock);
     if (st != SH_OK && h.trace) sh_trace_lost(trace);
     return st;

@@ -198,7 +198,8 @@ SH_INLINE void score_tile(float *s, size_t lds, const float *q, size_t ldq, int 
     for (; d + SH_LANES <= hd; d += SH_LANES) {
 #pragma GCC unroll 4
         for (int i = 0; i < keys / 2; i++) { /* 32 values to a line */
-            if (next) ask_line(next, (size_t)((j0 * (hd / SH_LANES) + d / SH_LANES * keys) / 2 + i), blocks);
+            if (next && 2 * i < some)
+                ask_line(next, (size_t)((j0 * (hd / SH_LANES) + d / SH_LANES * keys) / 2 + i), blocks);
         }
         __m512 b[8];
 #pragma GCC unroll 16

@@ -125,7 +125,7 @@ typedef struct sh_kernels {
      * stride hd. hd is any positive number.
      * s[r·lds + j] = q_r · k_j, by 16 virtual lanes along hd (fma) and the fixed tree. */
     void (*scores)(float *s, size_t lds, const float *q, size_t ldq, int rows, const float *k, int keys, int hd);
-    /* For one row of scores: m = max, p[j] = exp(s[j] − m) in place, l = Σ p by 16 virtual lanes. keys ≥ 1. */
+    /* For one row of scores: m = max, p[j] = sh_weightf(s[j] − m) in place, l = Σ p by 16 virtual lanes. keys ≥ 1. */
     void (*softmax_part)(float *s, int keys, float *m, float *l);
     /* o[r·ldo + d] = Σ_j fma(p[r·lds + j], v[j, d]) in ascending j, from 0. */
     void (*weighted_sum)(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys, int hd);
@@ -140,11 +140,11 @@ typedef struct sh_kernels {
     void (*add_weighted_bf16)(float *o, size_t ldo, const float *p, size_t lds, int rows, const uint16_t *v, int keys,
                               int hd, const uint16_t *next);
     int plain_rows;
-    /* Joins two parts of one row, a before b: m = max(ma, mb); ea = exp(ma − m), eb = exp(mb − m);
+    /* Joins two parts of one row, a before b: m = max(ma, mb); ea, eb = sh_weightf of ma − m, mb − m;
      * oa = fma(eb, ob, ea · oa); la = fma(eb, lb, ea · la); ma = m. Neither is empty. */
     void (*merge)(float *oa, float *ma, float *la, const float *ob, float mb, float lb, int hd);
 
-    /* m = max x, s = Σ exp(x − m) by 16 virtual lanes: one segment (≤ 1,024 entries) of a log-sum-exp. n ≥ 1. */
+    /* m = max x, s = Σ sh_weightf(x − m) by 16 virtual lanes: one segment (≤ 1,024 entries) of a log-sum-exp. n ≥ 1. */
     void (*max_sum_exp)(const float *x, int n, float *m, float *s);
     void (*exp)(float *y, const float *x, int n);
     /* Sines and cosines of n angles (any size: full range reduction). */

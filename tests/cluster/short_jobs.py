@@ -41,10 +41,10 @@ def main():
             events = [json.loads(line) for line in err.splitlines()]
             end = events[-1]
             told = any(e["event"] == "start" for e in events)
-            complete += code == 0 and told and "load" in end and [x["steps"] for x in end["stages"]] == [1]
-        check(complete == RUNS, f"{complete} of {RUNS} jobs of one token had first line, load and stage times: {err}")
+            complete += code == 0 and told and "load" in end and [x["steps"] for x in end["stages"]] == [1] and end["seconds_at_work"] > 0
+        check(complete == RUNS, f"{complete} of {RUNS} jobs of one token had first line, load, time at work and stage times: {err}")
         waited = statistics.median(shown) - statistics.median(silent)
-        check(waited < 0.4, f"a job with progress took {waited:.2f} s longer than one without: {shown}, {silent}")
+        check(waited < 0.7, f"a job with progress took {waited:.2f} s longer than one without: {shown}, {silent}")
 
         # Every step and every choice is told, and the run does not wait for heartbeats to be due.
         n = 12
@@ -70,7 +70,7 @@ def main():
             check(chosen.get("0") == rows * top_k, f"experts of layer 0 were chosen {chosen.get('0')} times, not {rows * top_k}")
             check(len(chosen) == layers, f"counts of {len(chosen)} of {layers} layers")
         waited = statistics.median(took) - statistics.median(plain)
-        check(waited < 0.8, f"a job with --trace and --save-routing took {waited:.2f} s longer than one without: {took}, {plain}")
+        check(waited < 2, f"a job with --trace and --save-routing took {waited:.2f} s longer than one without: {took}, {plain}")
         print(f"progress costs a short job {statistics.median(shown) - statistics.median(silent):.2f} s, trace and counts {waited:.2f} s")
     check.finish()
 

@@ -85,6 +85,7 @@ def main():
         both("no-final-newline", b"\n" + good("a"), 0, [], "")
         both("crlf", b"\r\n" + good("a") + b"\r\n\r\n", 0, [], "")
         both("byte-order-mark", b"\xef\xbb\xbf" + good("a") + b"\r\n", 0, [], "")
+        both("byte-order-mark-blank", b"\xef\xbb\xbf \r\n" + good("a") + b"\n", 0, [], "")
         both("byte-order-mark-later", good("a") + b"\n\xef\xbb\xbf" + good("b") + b"\n", 1, [2], "JSON")
         both("nul", b"\0\0\n" + good("a") + b"\n", 1, [1], "")
         both("million-empty", b"\n" * 500_000 + good("a") + b"\n" * 500_001 + b"{\n", 1, [1_000_002], "")
@@ -109,7 +110,7 @@ def main():
         said = "changed while it was read" in p.stderr and "begin again" in p.stderr and "goes on" not in p.stderr
         check(p.returncode == 2 and said and not os.path.exists(s.file("grows.out")), f"grows: exit {p.returncode}: {p.stderr[-300:]}")
 
-        for name, data in (("empty", b""), ("only-newlines", b"\n" * 1_000_000)):
+        for name, data in (("empty", b""), ("only-a-mark", b"\xef\xbb\xbf"), ("only-newlines", b"\n" * 1_000_000)):
             code, rows, err = run(name, data)
             check(code == 0 and rows == [], f"{name}: exit {code}, {len(rows)} rows")
             check("is empty: nothing to answer" in err, f"{name}: said {err[-200:]}")

@@ -215,6 +215,9 @@ static void test_hosts(void) {
     CU_ASSERT_STRING_EQUAL(sh_error_text(),
                            "--hosts: 'n30' is not in this Slurm job: its nodes are n[1-3] (SLURM_JOB_NODELIST)");
     CU_ASSERT_EQUAL(sh_hosts_within("n", "n1"), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_hosts_within("127.0.0.1:2,10.1.2.3,+n1,+e:2", "n[1-3]"), SH_OK); /* not by name */
+    CU_ASSERT_EQUAL(sh_hosts_within("n1.a", "n1.b"), SH_EINPUT);
+    CU_ASSERT_EQUAL(sh_hosts_within("n1.a:3", "n1.a"), SH_OK);
 }
 
 static void test_nodelist(void) {
