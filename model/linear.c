@@ -6,13 +6,12 @@
 
 /*
  * Work is cut into pieces that members take as they come, so that one that is held up by other work on its CPU does not
- * hold up the rest. Few rows are bound by memory: a piece is a run of panels, a part of what is left, so that runs are
- * long enough to stream and nobody waits long at the end. Many rows are bound by arithmetic: a piece is some panels ×
- * some rows.
+ * hold up the rest. Few rows are bound by memory: a piece is a run of panels, long enough to stream. Many rows are
+ * bound by arithmetic: a piece is some panels × some rows. Matrices too small for that are shared out evenly.
  */
 #define STREAM_ROWS  24 /* up to here runs of panels */
-#define RUN_PART     4  /* a run: one part of so many of a member's share of what is left */
-#define LEAST_RUN    4  /* panels of bf16: what the kernels read side by side; of quantised weights one */
+#define RUNS_EACH    8  /* runs per member */
+#define LEAST_RUN    4  /* panels: what the kernels read side by side */
 #define PIECE_PANELS 24 /* most panels of a piece; fewer when that leaves members idle, but not less than … */
 #define LEAST_PANELS 8
 #define LEAST_ROWS   48
@@ -30,7 +29,7 @@ typedef struct product {
     float *y[SH_LINEAR_MOST];
     const size_t *ldy;
     int panels, rows, across, pieces; /* of a piece; pieces side by side along panels; all */
-    atomic_int next;                  /* piece, or the panel where the next run begins */
+    atomic_int next;
 } product;
 
 /* Panels [lo, hi) of the matrices laid end to end, rows [r0, r1). */
@@ -48,36 +47,11 @@ static void run_part(const product *p, int lo, int hi, int r0, int r1) {
     }
 }
 
-static void whole_run(void *arg, int member, int size) {
+static void share_run(void *arg, int member, int size) {
     const product *p = arg;
-    (void)member;
-    (void)size;
-    run_part(p, 0, p->total, 0, p->m);
-}
-
-static int clamp(int v, int lo, int hi) {
-    return v < lo ? lo : v > hi ? hi : v;
-}
-
-/* The next run [*lo, *hi); false when nothing is left. */
-static bool take_run(product *p, int size, int *lo, int *hi) {
-    int from = atomic_load_explicit(&p->next, memory_order_relaxed);
-    int least = clamp(p->total / size, 1, p->w[0]->type == SH_W_BF16 ? LEAST_RUN : 1); /* something for everybody */
-    do {
-        int left = p->total - from, n = left / (size * RUN_PART) / least * least;
-        if (left <= 0) return false;
-        *lo = from;
-        *hi = from + (n > least ? n : least < left ? least : left);
-    } while (!atomic_compare_exchange_weak_explicit(&p->next, &from, *hi, memory_order_relaxed, memory_order_relaxed));
-    return true;
-}
-
-static void runs_run(void *arg, int member, int size) {
-    product *p = arg;
-    for (int lo, hi; take_run(p, size, &lo, &hi);) {
-        run_part(p, lo, hi, 0, p->m);
-        sh_team_poll(p->team, member);
-    }
+    int lo, hi;
+    sh_team_share(p->total, member, size, &lo, &hi);
+    run_part(p, lo, hi, 0, p->m);
 }
 
 static void pieces_run(void *arg, int member, int size) {
@@ -93,6 +67,10 @@ static void pieces_run(void *arg, int member, int size) {
     }
 }
 
+static int clamp(int v, int lo, int hi) {
+    return v < lo ? lo : v > hi ? hi : v;
+}
+
 static int parts(int n, int of) {
     return (n + of - 1) / of;
 }
@@ -105,12 +83,21 @@ static void cut_pieces(product *p, int members) {
     p->pieces = p->across * parts(p->m, p->rows);
 }
 
+static void cut_runs(product *p, int members) {
+    p->panels = p->total / (members * RUNS_EACH) / LEAST_RUN * LEAST_RUN;
+    p->rows = p->m;
+    if (p->panels > 0) p->across = p->pieces = parts(p->total, p->panels);
+}
+
 static void multiply(sh_team *t, product *p) {
     int members = sh_team_size(t);
-    bool few = p->m <= STREAM_ROWS;
+    p->pieces = 0;
     atomic_store_explicit(&p->next, 0, memory_order_relaxed);
-    if (!few) cut_pieces(p, members);
-    sh_team_run(t, members == 1 && !sh_team_polls(t) ? whole_run : few ? runs_run : pieces_run, p);
+    if (p->m <= STREAM_ROWS)
+        cut_runs(p, members);
+    else
+        cut_pieces(p, members);
+    sh_team_run(t, p->pieces > 0 && (members > 1 || sh_team_polls(t)) ? pieces_run : share_run, p);
 }
 
 /* ---- quantised matrices ------------------------------------------------------------------------------------------ */
