@@ -27,8 +27,7 @@
 #define STATUS_CALL_MS 1000
 #define SUBMIT_CALL_MS 10000
 #define LAUNCHER_WAIT  3.0 /* seconds: mpirun takes 1 to 2 from SIGTERM to its end */
-#define REPORT_WAIT    3.0 /* seconds: ranks that live answer within hundredths of one, a coordinator that commits later \
-                            */
+#define REPORT_WAIT    3.0 /* seconds: ranks answer within hundredths of one, a coordinator after its commit */
 
 typedef enum submit_state { SUBMIT_NONE, SUBMIT_RUNNING, SUBMIT_ENDED, SUBMIT_DONE } submit_state;
 
@@ -61,6 +60,7 @@ struct sh_session {
     pthread_t submitter;
     submit_state submit;
     sh_status submit_status;
+    bool submit_sent; /* its failure is of the input, or of what the coordinator makes of it */
     char submit_text[1024], submit_endpoint[160];
     uint64_t submit_job, submit_mark; /* lines taken at the last failure */
     int submit_failures;
@@ -96,13 +96,12 @@ static sh_status submit_all(sh_session *s, uint64_t *job) {
     options.lenient = s->o.shared->lenient;
     options.ordered = s->o.ordered;
     sh_client *c = NULL;
+    s->submit_sent = false;
     FILE *f = fopen(s->o.input, "re");
     if (!f) SH_FAIL(SH_EINPUT, "-i: %s: cannot be opened: %s", s->o.input, strerror(errno));
     sh_status st = sh_client_open(s->submit_endpoint, s->over_tcp ? s->keys : NULL, SUBMIT_CALL_MS, &c);
-    if (st == SH_OK) {
-        st = sh_client_submit(c, JOB_NAME, &options, f, job);
-        s->input_wrong = st == SH_EINPUT;
-    }
+    s->submit_sent = st == SH_OK;
+    if (st == SH_OK) st = sh_client_submit(c, JOB_NAME, &options, f, job);
     sh_client_close(&c);
     fclose(f);
     return st;
@@ -143,6 +142,7 @@ static sh_status tend_submit(sh_session *s) {
         pthread_join(s->submitter, NULL);
         s->submit = s->submit_status == SH_OK ? SUBMIT_DONE : SUBMIT_NONE;
         if (s->submit_status == SH_OK) s->job = s->submit_job;
+        s->input_wrong = s->submit_status == SH_EINPUT && s->submit_sent;
         if (s->submit_status != SH_OK && s->submit_status != SH_EPEER) SH_FAIL(s->submit_status, "%s", s->submit_text);
         if (s->total > s->submit_mark) s->submit_failures = 0; /* slow, but it gets on */
         s->submit_mark = s->total;
@@ -575,11 +575,12 @@ static sh_status work_round(sh_session *s, bool *finished) {
     }
     if (submit_now(s) != SUBMIT_DONE) SH_TRY(tend_submit(s));
     *finished = s->finished && submit_now(s) == SUBMIT_DONE;
-    s->input_wrong = *finished && s->total != s->o.lines;
-    if (s->input_wrong)
+    if (*finished && s->total != s->o.lines) {
+        s->input_wrong = true;
         SH_FAIL(SH_EINPUT,
                 "-i: %s: changed while it was read: it had %llu requests, the job has %llu: remove %s and begin again",
                 s->o.input, (unsigned long long)s->o.lines, (unsigned long long)s->total, s->o.store->path);
+    }
     if (answered && count_state(s, SH_REPLICA_READY) == 0 && !any_ready(s)) s->idle_until = sh_now();
     if (*finished || !answered) return SH_OK;
     if (!s->finished) SH_TRY(tend_groups(s));
