@@ -45,8 +45,7 @@ typedef struct sh_session sh_session;
 
 sh_status sh_session_create(const sh_session_options *o, sh_session **out);
 /* Until every request has its row and, where `reports` asks for it, the ranks have told the last of what they counted
- * (SH_OK), the user interrupts (SH_ECANCELLED) or nothing more can be done (others,
- * text says why). */
+ * (SH_OK), the user interrupts (SH_ECANCELLED) or nothing more can be done (others, text says why). */
 sh_status sh_session_drive(sh_session *s);
 /* Writes the rows of the finished job; restarts the coordinator for it if need be. */
 sh_status sh_session_collect(sh_session *s, const char *output, sh_outcomes *outcomes);

@@ -36,12 +36,12 @@ typedef struct sh_cost_rates {
         q4_both; /* of reading and computing, the part of the shorter that adds to the longer */
     /* Rows of many that take as long to compute as 1, 2, 4, … 32; 0: that many */
     double weights_few[SH_COST_FEW], q8_few[SH_COST_FEW], q4_few[SH_COST_FEW];
-    double attention_read, attention_fma; /* scores and weighted sums; the same, a row being a query that meets a key */
-    double attention_both, attention_few[SH_COST_FEW];
-    double attention_formed; /* rows more that forming keys from values (K = V) costs */
-    double layer;            /* seconds of each layer whatever its rows: starting and joining threads */
-    double sample;           /* seconds per sampled row and entry of the vocabulary, of one thread */
-    double threads;          /* of the rank; 0: one */
+    double attention_read, attention_fma;              /* scores and weighted sums */
+    double attention_both, attention_few[SH_COST_FEW]; /* as of weights, a row being a query that meets a key */
+    double attention_formed;                           /* rows more that forming keys from values (K = V) costs */
+    double layer;   /* seconds of each layer whatever its rows: starting and joining threads */
+    double sample;  /* seconds per sampled row and entry of the vocabulary, of one thread */
+    double threads; /* of the rank; 0: one */
 } sh_cost_rates;
 
 typedef struct sh_cost_link {

@@ -438,7 +438,7 @@ static sh_status cut_prefill(const sh_config *c, const sh_plan_request *r, const
     int cut[SH_MAX_LAYERS], count = 0;
     const char *given = r->prefill_cuts && *r->prefill_cuts ? r->prefill_cuts : NULL;
     if (!given && s->prefill == 0) return SH_OK;
-    sh_config made = *c;
+    sh_config made = *c; /* of the layers that there are */
     sh_config_prefill(&made);
     if (given) SH_TRY(read_cuts("--prefill-cuts", given, made.kv_end, "K/V of their own have", cut, &count));
     if (given && count + 1 != s->prefill)

@@ -129,8 +129,8 @@ typedef struct sh_kernels {
     void (*softmax_part)(float *s, int keys, float *m, float *l);
     /* o[r·ldo + d] = Σ_j fma(p[r·lds + j], v[j, d]) in ascending j, from 0. */
     void (*weighted_sum)(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys, int hd);
-    /* The same, but o goes on from what it is: 0, or what fewer keys gave. NULL: there is none, tiles of a segment
-     * serve. */
+    /* The same, but o goes on from what it is: 0, or what fewer keys gave. NULL, with the two below: there are none,
+     * tiles of a segment serve. */
     void (*add_weighted)(float *o, size_t ldo, const float *p, size_t lds, int rows, const float *v, int keys, int hd);
     /* scores and add_weighted of keys and values in bf16, [keys, hd] without gaps as pages hold them: quicker than
      * widening them in memory first for up to plain_rows rows. next: as many that will be asked for soon; NULL: not

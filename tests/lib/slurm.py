@@ -52,7 +52,6 @@ UnkillableStepTimeout=30
 NodeName={nodes} CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-{more}
 PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 GraceTime={grace}
 PartitionName=urgent Nodes={nodes} MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=9
 """
@@ -90,14 +89,14 @@ class Slurm:
             self.down()
             raise AssertionError(f"Slurm does not come up: {e}\n{said}")
 
-    def _configure(self, cpus=2, silence=6, kill_wait=8, grace=0, more=""):
+    def _configure(self, cpus=2, silence=6, kill_wait=8, grace=0):
         """cpus: of each node, whatever the machine has. silence: seconds until a node that does not answer is down (SlurmdTimeout).
-        kill_wait: seconds from SIGTERM to SIGKILL. grace: seconds from being preempted to SIGTERM (GraceTime). more: lines of slurm.conf."""
+        kill_wait: seconds from SIGTERM to SIGKILL. grace: seconds from being preempted to SIGTERM (GraceTime)."""
         etc = os.path.join(self.folder, "etc")
         os.makedirs(etc, exist_ok=True)
         os.makedirs(os.path.join(self.folder, "ctl"), exist_ok=True)
         files = {"slurm.conf": CONF.format(folder=self.folder, nodes=",".join(self.names), cpus=cpus, silence=silence, kill_wait=kill_wait,
-                                           grace=grace, more=more),
+                                           grace=grace),
                  "cgroup.conf": "CgroupPlugin=cgroup/v1\n", "mpi.conf": "PMIxCliTmpDirBase=/run/pmix\n"}
         for name, text in files.items():
             with open(os.path.join(etc, name), "w") as f:
