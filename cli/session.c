@@ -652,7 +652,7 @@ sh_status sh_session_save_routing(sh_session *s, const char *path) {
 }
 
 sh_status sh_session_drive(sh_session *s) {
-    double began = sh_now();
+    double began = s->idle_until = sh_now();
     bool finished = false;
     while (!finished) {
         if (*s->o.interrupted) SH_FAIL(SH_ECANCELLED, "interrupted");

@@ -160,13 +160,11 @@ void sh_kv_import(sh_kv_pool *p, int layer, const sh_span *s, int row, int n, co
         copy_row(lp, s, s->pos + row + i, (uint8_t *)from + (size_t)i * packed_bytes(lp), false);
 }
 
-/* Takes some vectors that lie one behind the other, `at` positions after the first that was asked for. */
-typedef void (*take_fn)(void *arg, const uint8_t *from, int at, int rows);
-
-/* Gives one part of positions [pos, pos+n), `most` vectors at a time at most, page by page. One stream of loads from
- * memory is several times slower than memory: asks ahead, in the run and then in the next one. */
-static void each_run(const layer_pages *lp, const sh_span *s, int pos, int n, int head, bool value, int most,
-                     take_fn take, void *arg) {
+/* One part of positions [pos, pos+n), widened, some vectors at a time, page by page. One stream of loads from memory is
+ * several times slower than memory: asks ahead, in the run and then in the next one. */
+static void read_part(const sh_kv_pool *p, const sh_kernels *kn, const layer_pages *lp, const sh_span *s, int pos,
+                      int n, int head, bool value, float *to) {
+    int most = lp->vec < STEP_BYTES ? (int)(STEP_BYTES / lp->vec) : 1, dim = lp->head_dim;
     for (int done = 0, run; done < n; done += run) {
         run = SH_PAGE_TOKENS - (pos + done) % SH_PAGE_TOKENS;
         if (run > n - done) run = n - done;
@@ -178,27 +176,9 @@ static void each_run(const layer_pages *lp, const sh_span *s, int pos, int n, in
             int rows = run - r < most ? run - r : most;
             const uint8_t *want = ahead < bytes || !next ? from + ahead : next + (ahead - bytes);
             for (size_t i = 0; i < (size_t)rows * lp->vec; i += 64) __builtin_prefetch(want + i);
-            take(arg, from + at, done + r, rows);
+            widen(p, kn, to + (size_t)(done + r) * (size_t)dim, from + at, dim, rows);
         }
     }
-}
-
-typedef struct widening {
-    const sh_kv_pool *p;
-    const sh_kernels *kn;
-    int head_dim;
-    float *to;
-} widening;
-
-static void take_widened(void *arg, const uint8_t *from, int at, int rows) {
-    const widening *w = arg;
-    widen(w->p, w->kn, w->to + (size_t)at * (size_t)w->head_dim, from, w->head_dim, rows);
-}
-
-static void read_part(const sh_kv_pool *p, const sh_kernels *kn, const layer_pages *lp, const sh_span *s, int pos,
-                      int n, int head, bool value, float *to) {
-    widening w = {p, kn, lp->head_dim, to};
-    each_run(lp, s, pos, n, head, value, lp->vec < STEP_BYTES ? (int)(STEP_BYTES / lp->vec) : 1, take_widened, &w);
 }
 
 /* K = V layers: both norms act on the same vector and share its root mean square, so k = rope(k_norm ⊙ v). */

@@ -221,9 +221,14 @@ static sh_status recut(const sh_search_options *o, sh_choice *x) {
     return SH_OK;
 }
 
+/* Sequences at once that a group may have. */
+static int most_seqs(const sh_search_options *o, const sh_choice *x) {
+    return (int)fmin(SH_MAX_SEQS, ceil(o->workload->requests / x->replicas));
+}
+
 /* As many sequences at once as are worth it: each doubling must bring something. */
 static sh_status choose_seqs(const sh_search_options *o, sh_choice *x) {
-    double most = fmin(SH_MAX_SEQS, ceil(o->workload->requests / x->replicas));
+    double most = most_seqs(o, x);
     sh_choice best = *x;
     best.fits = false;
     int n = o->fixed.max_seqs ? o->fixed.max_seqs : (int)fmin(most, 8.0 * x->ranks), kept = n;
@@ -281,27 +286,30 @@ static sh_status try_numbers(const sh_search_options *o, const sh_choice *from, 
     return st;
 }
 
+/* Other chunks, and more sequences, with all else as it is in x. */
+static sh_status refine_one(const sh_search_options *o, sh_choice *x, bool chunk) {
+    int most = chunk ? MOST_CHUNK : most_seqs(o, x);
+    sh_choice from = *x;
+    sh_status st = SH_OK;
+    SH_TRY(sh_plan_copy(x->plan, &from.plan));
+    int seqs = from.plan->max_seqs, rows = from.plan->chunk;
+    for (int n = LEAST_CHUNK; st == SH_OK && chunk && n <= most; n *= 2)
+        if (n != rows) st = try_numbers(o, &from, seqs, n, x);
+    for (int n = seqs; st == SH_OK && !chunk && n < most;) {
+        n = 2 * n < most ? 2 * n : most;
+        st = try_numbers(o, &from, n, rows, x);
+    }
+    sh_choice_release(&from);
+    return st;
+}
+
 /* Sequences, chunk and cuts depend on each other: one after the other, all values of one with the others as they are,
  * until nothing is worth it. */
 static sh_status refine(const sh_search_options *o, sh_choice *x) {
-    int most = (int)fmin(SH_MAX_SEQS, ceil(o->workload->requests / x->replicas));
     for (int round = 0; round < ROUNDS; round++) {
         double before = x->forecast.seconds;
-        sh_choice from = *x;
-        SH_TRY(sh_plan_copy(x->plan, &from.plan));
-        sh_status st = SH_OK;
-        for (int n = LEAST_CHUNK; st == SH_OK && !o->fixed.chunk && n <= MOST_CHUNK; n *= 2)
-            if (n != from.plan->chunk) st = try_numbers(o, &from, from.plan->max_seqs, n, x);
-        sh_choice_release(&from);
-        SH_TRY(st);
-        from = *x;
-        SH_TRY(sh_plan_copy(x->plan, &from.plan));
-        for (int n = from.plan->max_seqs; st == SH_OK && !o->fixed.max_seqs && n < most;) {
-            n = 2 * n < most ? 2 * n : most;
-            st = try_numbers(o, &from, n, from.plan->chunk, x);
-        }
-        sh_choice_release(&from);
-        SH_TRY(st);
+        if (!o->fixed.chunk) SH_TRY(refine_one(o, x, true));
+        if (!o->fixed.max_seqs) SH_TRY(refine_one(o, x, false));
         if (!(x->forecast.seconds < before)) break;
     }
     return SH_OK;
