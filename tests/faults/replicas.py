@@ -103,6 +103,7 @@ class Case:
         self.env = scratch.env(**env)
 
     def start(self):
+        self.began = time.time()
         self.p = subprocess.Popen(self.cmd, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         return self.p
 
@@ -112,7 +113,14 @@ class Case:
         except subprocess.TimeoutExpired:
             self.p.kill()
             self.err = "did not end"
+        self.took = time.time() - self.began
         return self.p.returncode
+
+    def working(self, group, after):
+        """Waits until ranks of `group` are there and `after` s have passed since the start: short enough, they are at work."""
+        wait_for(lambda: ranks(groups(self.p.pid).get(group, [])))
+        time.sleep(max(0.0, self.began + after - time.time()))
+        self.check(self.p.poll() is None, f"{self.name}: ended within {after:.2f} s, before anything was killed")
 
     def rows(self):
         return st.rows(self.out) if os.path.exists(self.out) else {}
@@ -147,15 +155,15 @@ def main():
         c.expect(0, want, "two groups of two ranks")
         check("2 groups, each a pipeline of 2 stages" in c.err, f"two: the first line: {c.err[:300]}")
         check("ranks 4/4" in c.err, f"two: the progress line: {c.err[:600]}")
+        early = 0.4 * c.took
 
         # one group is killed: the other goes on
         c = Case(check, s, "one-killed", req, [*TWO, "--max-seqs", 4], style="json")
         p = c.start()
-        wait_for(lambda: ranks(groups(p.pid).get(2, [])))
-        time.sleep(0.6)
+        c.working(2, early)
         first = set(ranks(groups(p.pid).get(1, [])))
         st.kill(groups(p.pid).get(2, []))
-        time.sleep(0.3)
+        time.sleep(0.25 * early)
         check(first and first <= set(ranks(groups(p.pid).get(1, []))) or p.poll() is not None, "one-killed: the first group ended, too")
         c.expect(0, want, "one group killed")
         check("group 2: was killed by signal 9 (Killed); starting again" in c.err, f"one-killed: what was said: {c.err[-800:]}")
@@ -163,8 +171,7 @@ def main():
         # everything is killed; the same command goes on, with other replicas, and takes what was left beside OUTPUT away
         c = Case(check, s, "all-killed", req, [*TWO, "--max-seqs", 4])
         p = c.start()
-        wait_for(lambda: ranks(groups(p.pid).get(1, [])))
-        time.sleep(1.0)
+        c.working(1, early)
         st.kill(st.children(p.pid) + [p.pid])
         c.end()
         with open(c.out + f".tmp.{p.pid}", "w") as f:
