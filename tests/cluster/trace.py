@@ -150,7 +150,7 @@ def window(s):
 
 
 def refused(s, name, options, *said):
-    inp, out = s.file("in.jsonl"), s.file(name + ".out")
+    inp, out = s.file(name + ".in"), s.file(name + ".out")
     st.write_lines(inp, requests(2))
     p = subprocess.run([st.shoal(), "run", "-m", os.path.join(st.MODELS, "e2b-like"), "-i", inp, "-o", out, *options],
                        capture_output=True, text=True, timeout=60, env=s.env())
@@ -172,7 +172,7 @@ def refusals(s):
 
 def later(s):
     """The folder of the trace goes away while the job runs: a warning, and every row."""
-    folder, out, inp = s.file("gone"), s.file("later.out"), s.file("in.jsonl")
+    folder, out, inp = s.file("gone"), s.file("later.out"), s.file("later.in")
     os.mkdir(folder)
     st.write_lines(inp, requests(12, 40))
     p = subprocess.Popen([st.shoal(), "run", "-m", os.path.join(st.MODELS, "e2b-like"), "-i", inp, "-o", out, "--launcher", "local", "--trace",

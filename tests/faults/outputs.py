@@ -43,7 +43,7 @@ def main():
     with st.Scratch() as s:
         g = st.golden("e2b-like")
         req = [st.completion(f"r{k}", g["greedy"][k % 6]["ids"], max_tokens=150, temperature=0.9, seed=k, ignore_eos=True,
-                             return_token_ids=True) for k in range(24)]
+                             return_token_ids=True) for k in range(72)]
         inp, inp2, out = s.file("in.jsonl"), s.file("in2.jsonl"), s.file("out.jsonl")
         st.write_lines(inp, req)
         st.write_lines(inp2, req[:-1])

@@ -88,7 +88,7 @@ def main():
 def job(s, nodes, check, forever):
     g = st.golden("e2b-like")
     req = [st.completion(f"r{k}", g["greedy"][k % 6]["ids"], max_tokens=400, temperature=0.9, seed=k, ignore_eos=True,
-                         return_token_ids=True) for k in range(80)]
+                         return_token_ids=True) for k in range(160)]
     code, want, err = st.run(s, MODEL, req, "-n", 2, "--mode", "exact", name="want")
     check(code == 0, f"undisturbed: exit {code}: {err[-300:]}")
     inp = s.file("in.jsonl")
