@@ -122,14 +122,17 @@ static json_t *load_line(const char *text, size_t len, json_error_t *e) {
     return j;
 }
 
-/* A byte order mark is no part of the first line. */
-static void pass_mark(const char **text, size_t *len, uint64_t number) {
+/* A byte order mark is no part of the first line: its bytes. */
+static size_t pass_mark(const char **text, size_t *len, uint64_t number) {
     size_t n = number == 1 ? sh_utf8_mark(*text, *len) : 0;
     *text += n;
     *len -= n;
+    return n;
 }
 
-static sh_status parse_line(sh_reading *rd, const char *text, size_t len, uint64_t number, json_t **out) {
+/* skipped: bytes of the line before text. */
+static sh_status parse_line(sh_reading *rd, const char *text, size_t len, size_t skipped, uint64_t number,
+                            json_t **out) {
     unsigned long long no = number;
     if (len > SH_MAX_LINE_BYTES)
         return sh_refuse(rd, 413, "line_too_long", "line %llu: is longer than may be: allowed are %zu bytes", no,
@@ -140,7 +143,7 @@ static sh_status parse_line(sh_reading *rd, const char *text, size_t len, uint64
     if (whole < len)
         return sh_refuse(rd, 400, "invalid_json",
                          "line %llu: not valid UTF-8 at byte %zu (0x%02x): allowed is one JSON object a line", no,
-                         whole + 1, (unsigned char)text[whole]);
+                         skipped + whole + 1, (unsigned char)text[whole]);
     if (!j)
         return sh_refuse(rd, 400, "invalid_json",
                          "line %llu: not valid JSON at column %d: %s: allowed is one JSON object a line", no, e.column,
@@ -404,9 +407,9 @@ static void find_param(const char *message, char *param, size_t size) {
 
 static sh_status read_line(const sh_intake *in, sh_reading *rd, const char *text, size_t len, uint64_t number) {
     json_t *line = NULL, *body = NULL;
-    pass_mark(&text, &len, number);
+    size_t skipped = pass_mark(&text, &len, number);
     rd->r->hash = sh_hash64(number, text, len < SH_MAX_LINE_BYTES ? len : SH_MAX_LINE_BYTES);
-    sh_status st = parse_line(rd, text, len, number, &line);
+    sh_status st = parse_line(rd, text, len, skipped, number, &line);
     if (st == SH_OK) st = open_line(rd, line, number, &body);
     if (st == SH_OK) st = read_body(in, rd, body);
     json_decref(line);

@@ -68,6 +68,18 @@ void sh_blocks_floats(const sh_tensor *t, int64_t from, int n, float *to) {
     }
 }
 
+int sh_blocks_finite(const sh_tensor *t, int64_t from, int n) {
+    int size = t->dtype == SH_Q6_K ? SH_GGUF_SUPER : SH_GGUF_BLOCK;
+    for (int i = 0; i < n;) {
+        int64_t item = from + i;
+        uint16_t d;
+        memcpy(&d, t->data + sh_dtype_bytes(t->dtype, (uint64_t)item) + (t->dtype == SH_Q6_K ? 208 : 0), sizeof d);
+        if ((d & 0x7c00) == 0x7c00) return i;
+        i += size - (int)(item % size);
+    }
+    return n;
+}
+
 void sh_blocks_pack_row(const sh_kernels *kn, const sh_tensor *t, int64_t from, const sh_wmat *m, uint8_t *panel,
                         int row) {
     int size = sh_wtype_group(m->type), groups = sh_wtype_groups(m->type, m->k);

@@ -63,10 +63,12 @@ sh_status sh_loader_resolve(sh_loader *l);
 int sh_loader_index(const sh_tensors *t, const sh_tensor *x);
 
 /* ---- weights_pack.c */
-/* Panels [first, last) of a job's matrix → to. */
+/* Panels [first, last) of a job's matrix → to. SH_EFORMAT, naming tensor and item: a weight is no finite number. */
 sh_status sh_load_pack(const sh_loader *l, const sh_load_job *j, sh_team *team, int first, int last, uint8_t *to);
 /* All of a job, to where it belongs. */
 sh_status sh_load_run(const sh_loader *l, const sh_load_job *j, sh_team *team);
+/* The first n items of a tensor as numbers, all of them finite. */
+sh_status sh_load_vector(const char *dir, const sh_tensor *t, int n, float *to);
 /* Packed: the source's pages need not stay in this process. */
 void sh_load_let_go(const sh_load_job *j);
 /* Advice on the pages that lie wholly inside a range: only a hint. */

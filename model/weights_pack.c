@@ -28,7 +28,8 @@ typedef struct packing {
     _Atomic sh_status stopped; /* what the peers say: the calling thread's last error */
     _Atomic bool unread;
     char why[512];
-    _Atomic int64_t inexact; /* lowest item of the matrix that bf16 cannot hold; INT64_MAX: none */
+    /* lowest item of the matrix that bf16 cannot hold, and that is no finite number; INT64_MAX: none */
+    _Atomic int64_t inexact, unfinite;
     _Atomic bool no_memory;
 } packing;
 
@@ -52,9 +53,31 @@ static bool packs_in_place(const sh_load_job *j) {
     return !j->t[1] && !j->heads.layer && j->t[0]->dtype == SH_BF16 && (uintptr_t)j->t[0]->data % 2 == 0;
 }
 
-static void note_inexact(packing *p, int64_t item) {
-    int64_t seen = atomic_load(&p->inexact);
-    while (item < seen && !atomic_compare_exchange_weak(&p->inexact, &seen, item)) {
+static void note_lowest(_Atomic int64_t *lowest, int64_t item) {
+    int64_t seen = atomic_load(lowest);
+    while (item < seen && !atomic_compare_exchange_weak(lowest, &seen, item)) {
+    }
+}
+
+/* How many of n bf16 items come before the first that is infinite or not a number: its exponent is all ones, so that
+ * one more in its place carries into the sign's. */
+static int count_finite(const uint16_t *x, int n) {
+    const uint64_t exponents = 0x7f807f807f807f80, ones = 0x0080008000800080, signs = 0x8000800080008000;
+    int i = 0;
+    for (uint64_t w; n - i >= 4; i += 4) {
+        memcpy(&w, x + i, sizeof w);
+        if (((w & exponents) + ones) & signs) break;
+    }
+    while (i < n && (x[i] & 0x7f80) != 0x7f80) i++;
+    return i;
+}
+
+/* Rows [row, row + n) of the matrix, ld items apart at x. */
+static void check_finite(packing *p, const uint16_t *x, size_t ld, int row, int n) {
+    int k = p->j->mat->k;
+    for (int r = 0; r < n; r++) {
+        int good = count_finite(x + (size_t)r * ld, k);
+        if (good < k) note_lowest(&p->unfinite, (int64_t)(row + r) * k + good);
     }
 }
 
@@ -91,6 +114,8 @@ static void pack_panel(packing *p, int panel, uint16_t *rows) {
     for (int r = 0; packs_blocks(j) && r < SH_PANEL; r++) {
         int64_t item = 0;
         const sh_tensor *t = r < n ? job_row(j, r0 + r, &item) : NULL;
+        int good = t ? sh_blocks_finite(t, item, m->k) : m->k;
+        if (good < m->k) note_lowest(&p->unfinite, (int64_t)(r0 + r) * m->k + good);
         sh_blocks_pack_row(p->kn, t, item, m, to, r);
     }
     if (packs_blocks(j)) return;
@@ -103,10 +128,11 @@ static void pack_panel(packing *p, int panel, uint16_t *rows) {
         }
         int ok = sh_values_bf16(t, item, m->k, rows + (size_t)r * (size_t)m->k);
         if (ok < m->k) {
-            note_inexact(p, (int64_t)(r0 + r) * m->k + ok);
+            note_lowest(&p->inexact, (int64_t)(r0 + r) * m->k + ok);
             return;
         }
     }
+    check_finite(p, rows, (size_t)m->k, r0, n);
     pack_panels(p->kn, m, to, rows, (size_t)m->k, n, 0, 1);
 }
 
@@ -162,7 +188,11 @@ static void pack_piece(packing *p, int lo, int hi, uint16_t *rows) {
         int skip = p->first * SH_PANEL;
         const uint16_t *src = (const uint16_t *)(const void *)p->j->t[0]->data;
         src += ((size_t)p->j->row[0] + (size_t)skip) * ld + (size_t)p->j->col;
-        pack_panels(p->kn, m, p->to, src, ld, m->n - skip, lo, hi);
+        for (int i = lo; i < hi; i++) {
+            int r = i * SH_PANEL, n = m->n - skip - r < SH_PANEL ? m->n - skip - r : SH_PANEL;
+            check_finite(p, src + (size_t)r * ld, ld, skip + r, n);
+            pack_panels(p->kn, m, p->to, src, ld, m->n - skip, i, i + 1);
+        }
         return;
     }
     for (int i = lo; i < hi; i++) pack_panel(p, p->first + i, rows);
@@ -190,6 +220,49 @@ static void pack_member(void *arg, int member, int size) {
     free(rows);
 }
 
+/* The tensor and its item that lie at item `at` of the matrix, and the value. */
+static const sh_tensor *value_at(const packing *p, int64_t at, int64_t *item, float *value) {
+    const sh_tensor *t = job_row(p->j, (int)(at / p->j->mat->k), item);
+    *item += at % p->j->mat->k;
+    sh_values_floats(t, *item, 1, value);
+    return t;
+}
+
+static sh_status refuse_inexact(const packing *p, const char *dir) {
+    int64_t item;
+    float f;
+    const sh_tensor *t = value_at(p, p->inexact, &item, &f);
+    if (sh_dtype_is_blocks(t->dtype))
+        SH_FAIL(
+            SH_EUNSUPPORTED,
+            "%s/%s: %s: the %s value %.9g of item %lld is not exact in BF16, and mode exact rounds nothing: allowed "
+            "are bf16 (which rounds it), q8 and q4",
+            dir, t->file, t->name, t->dtype_name, (double)f, (long long)item);
+    SH_FAIL(SH_EUNSUPPORTED,
+            "%s/%s: %s: the %s value %.9g of item %lld is not exact in BF16: convert the checkpoint to BF16 first", dir,
+            t->file, t->name, t->dtype_name, (double)f, (long long)item);
+}
+
+/* Of a block whose scale is infinite an item may be 0 times that: not a number. */
+static sh_status refuse_value(const char *dir, const sh_tensor *t, float f, int64_t item) {
+    SH_FAIL(SH_EFORMAT, "%s/%s: %s: the %s value of item %lld is %s: allowed are finite numbers", dir, t->file, t->name,
+            t->dtype_name, (long long)item, isnan(f) ? "not a number" : "infinite");
+}
+
+static sh_status refuse_unfinite(const packing *p, const char *dir) {
+    int64_t item;
+    float f;
+    const sh_tensor *t = value_at(p, p->unfinite, &item, &f);
+    return refuse_value(dir, t, f, item);
+}
+
+sh_status sh_load_vector(const char *dir, const sh_tensor *t, int n, float *to) {
+    sh_values_floats(t, 0, n, to);
+    for (int i = 0; i < n; i++)
+        if (!isfinite(to[i])) return refuse_value(dir, t, to[i], i);
+    return SH_OK;
+}
+
 sh_status sh_load_pack(const sh_loader *l, const sh_load_job *j, sh_team *team, int first, int last, uint8_t *to) {
     packing p = {.kn = l->kn,
                  .j = j,
@@ -198,6 +271,7 @@ sh_status sh_load_pack(const sh_loader *l, const sh_load_job *j, sh_team *team, 
                  .last = last,
                  .rounds = l->rounds,
                  .inexact = INT64_MAX,
+                 .unfinite = INT64_MAX,
                  .loading = l->loading,
                  .peers = l->peers};
     if (team)
@@ -207,21 +281,8 @@ sh_status sh_load_pack(const sh_loader *l, const sh_load_job *j, sh_team *team, 
     if (p.stopped) return sh_error_pass(p.stopped, __FILE__, __LINE__);
     if (p.unread) SH_FAIL(SH_EIO, "%s/%s", l->dir, p.why);
     if (p.no_memory) SH_FAIL(SH_EMEMORY, "%s: no memory for packing", j->t[0]->name);
-    if (p.inexact == INT64_MAX) return SH_OK;
-    int64_t item;
-    float f;
-    const sh_tensor *t = job_row(j, (int)(p.inexact / j->k), &item);
-    item += p.inexact % j->k;
-    sh_values_floats(t, item, 1, &f);
-    if (sh_dtype_is_blocks(t->dtype))
-        SH_FAIL(
-            SH_EUNSUPPORTED,
-            "%s/%s: %s: the %s value %.9g of item %lld is not exact in BF16, and mode exact rounds nothing: allowed "
-            "are bf16 (which rounds it), q8 and q4",
-            l->dir, t->file, t->name, t->dtype_name, (double)f, (long long)item);
-    SH_FAIL(SH_EUNSUPPORTED,
-            "%s/%s: %s: the %s value %.9g of item %lld is not exact in BF16: convert the checkpoint to BF16 first",
-            l->dir, t->file, t->name, t->dtype_name, (double)f, (long long)item);
+    if (p.inexact != INT64_MAX) return refuse_inexact(&p, l->dir);
+    return p.unfinite == INT64_MAX ? SH_OK : refuse_unfinite(&p, l->dir);
 }
 
 void sh_load_advise(const uint8_t *data, size_t bytes, int advice) {
@@ -246,7 +307,7 @@ static sh_status run_vector(const sh_loader *l, const sh_load_job *j) {
         snprintf(why, sizeof why, "%s", sh_error_text());
         SH_FAIL(SH_EIO, "%s/%s", l->dir, why);
     }
-    sh_values_floats(t, 0, j->k, j->to);
+    SH_TRY(sh_load_vector(l->dir, t, j->k, j->to));
     if (l->loading) l->loading->bytes += sh_load_bytes(j, 0, 1);
     return SH_OK;
 }

@@ -46,7 +46,7 @@ static sh_status open_supply(sh_supply *s) {
     for (int i = 0; i < l->n_jobs; i++) /* layer_scalar: lies in the tables of layers, not in the room */
         if (l->jobs[i].to &&
             ((char *)l->jobs[i].to < (char *)s->room || (char *)l->jobs[i].to >= (char *)s->room + s->room_bytes))
-            sh_values_floats(l->jobs[i].t[0], 0, 1, l->jobs[i].to);
+            SH_TRY(sh_load_vector(l->dir, l->jobs[i].t[0], 1, l->jobs[i].to));
     return sh_mem_alloc(SUPPLY_PIECE, "a piece of a matrix", (void **)&s->piece);
 }
 
@@ -88,7 +88,7 @@ sh_weights *sh_supply_weights(sh_supply *s) {
 static sh_status give_vector(sh_supply *s, const sh_load_job *j, sh_supply_fn *put, void *ctx) {
     size_t bytes = (size_t)j->k * sizeof(float);
     if (bytes > SUPPLY_PIECE) SH_FAIL(SH_ELIMIT, "%s: %d values: at most %zu", j->t[0]->name, j->k, SUPPLY_PIECE / 4);
-    sh_values_floats(j->t[0], 0, j->k, (float *)(void *)s->piece);
+    SH_TRY(sh_load_vector(s->l.dir, j->t[0], j->k, (float *)(void *)s->piece));
     return put(ctx, s->piece, bytes);
 }
 

@@ -40,6 +40,14 @@ def rewrite(path, change):
         f.write(struct.pack("<Q", len(text)) + text + data)
 
 
+def spoil(path, tensor, bits):
+    """The first item of a BF16 tensor becomes bits."""
+    with open(path, "r+b") as f:
+        n = struct.unpack("<Q", f.read(8))[0]
+        f.seek(8 + n + json.loads(f.read(n))[tensor]["data_offsets"][0])
+        f.write(struct.pack("<H", bits))
+
+
 def damaged(s):
     """(name, checkpoint, what the message must hold)"""
     cases = []
@@ -68,6 +76,11 @@ def damaged(s):
     rewrite(f, lambda h: h[EMBED].update(shape=h[EMBED]["shape"][::-1]))
     _, f = case("beyond-the-end", EMBED, "data_offsets")
     rewrite(f, lambda h: h[EMBED].update(data_offsets=[0, 1 << 50]))
+    last, norm = (f"model.language_model.layers.14.{x}.weight" for x in ("mlp.down_proj", "input_layernorm"))
+    case("not-a-number", last, "not a number", "finite")
+    spoil(cases[-1][2][0], last, 0x7fc1)
+    case("infinite", norm, "infinite", "finite")
+    spoil(cases[-1][2][0], norm, 0xff80)
     m, f = case("no-weights")
     os.remove(f)
     cases[-1] = ("no-weights", m, ["model.safetensors"])

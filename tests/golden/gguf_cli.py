@@ -37,6 +37,26 @@ def refused(s, model, words, *options):
         sys.exit(f"{model}: exit status {code}, without {words!r}: {err}")
 
 
+def spoiled(s, source, to, kind):
+    """The third block of a matrix has an infinite scale: refused by item in every mode that reads blocks, and when it is packed."""
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    make_gguf.make(source, to, kind)
+    shape, b = make_gguf.read_checkpoint(source)[name]
+    blocks, path = make_gguf.convert(name, shape, b, kind)[1], os.path.join(to, "model.gguf")
+    with open(path, "rb") as f:
+        whole = f.read()
+    at = whole.index(blocks) + 2 * len(blocks) * 32 // (shape[0] * shape[1])
+    with open(path, "r+b") as f:
+        f.seek(at)
+        f.write(b"\0\x7c")
+    said = f"{name}: the {kind} value of item 64 is infinite: allowed are finite numbers"
+    for options in (["bf16"], ["q8"], ["q4", "--ranks", "2"]):
+        refused(s, to, said, "--mode", *options)
+    p = subprocess.run([st.shoal(), "pack", "-q", "-m", to, "-o", to + ".packed", "--mode", "q4"], capture_output=True, text=True, timeout=60)
+    if p.returncode != 3 or said not in p.stderr or os.path.exists(to + ".packed"):
+        sys.exit(f"pack of {to}: exit status {p.returncode}: {p.stderr}")
+
+
 def packs(s, want):
     """What a packed folder answers is what the file would; blocks are packed in the modes that make codes of them."""
     pack = lambda source, to, *o: subprocess.run([st.shoal(), "pack", "-q", "-m", s.file(source), "-o", s.file(to), *o], capture_output=True,
@@ -207,6 +227,8 @@ def main():
                     same(f"{kind} {mode} {layout}", answers(s, all_blocks, "--mode", mode, "--ranks", "2", *layout), one)
             answers(s, all_blocks, "--mode", "q4", "--tp", "2", "--tp-reduce", "sum")
             refused(s, all_blocks, "is not exact in BF16, and mode exact rounds nothing: allowed are bf16", "--mode", "exact")
+        for kind in ("Q8_0", "Q4_0"):
+            spoiled(s, moe, s.file("spoiled" + kind), kind)
         report = subprocess.run([st.shoal(), "inspect", s.file("Q4_0")], capture_output=True, text=True, timeout=60).stdout
         same("inspect", report.splitlines()[-1].split(" ")[:6], ["types:", "Q4_0", "in", "42", "tensors", "(300.4"])
         of_file = subprocess.run([st.shoal(), "inspect", s.file("Q4_0/model.gguf")], capture_output=True, text=True, timeout=60)

@@ -185,6 +185,10 @@ static void test_bad_lines(void) { /* custom_id is unusable in all of these */
     r = read_line(in, utf8, sizeof utf8 - 1);
     CU_ASSERT(r.status == 400 && !r.custom_id && strstr(r.message, "not valid UTF-8 at byte 43 (0xff)"));
     sh_request_release(&r);
+    static const char marked[] = "\xef\xbb\xbf{\"custom_id\": \"\xff\"}"; /* bytes are counted from the line's first */
+    CU_ASSERT_EQUAL_FATAL(sh_intake_line(in, marked, sizeof marked - 1, 1, &r), SH_OK);
+    CU_ASSERT(r.status == 400 && strstr(r.message, "not valid UTF-8 at byte 19 (0xff)"));
+    sh_request_release(&r);
     r = read_line(in, "", 0);
     CU_ASSERT(r.status == 400 && !r.custom_id);
     sh_request_release(&r);

@@ -269,6 +269,7 @@ typedef struct edit {
     const char *reshape;            /* one tensor: one dimension more, [1, …] */
     const char *head;               /* embed_tokens a second time under this name */
     const char *spoil;              /* one tensor: its first item changed to a number that bf16 cannot hold */
+    int bits;                       /* with spoil: those of the 16 bits of that item, in place of that number */
     const char *extra;              /* one more tensor, [1] */
 } edit;
 
@@ -298,7 +299,7 @@ static void add_part(ck_file *f, const edit *e, const char *name, const sh_tenso
     }
     if (e->spoil && strcmp(e->spoil, name) == 0) {
         const float v = 1 + 0x1p-20f;
-        const uint16_t half = e->type ? 0x3c01 : 0x7777; /* 1 + 2⁻¹⁰ */
+        const uint16_t half = (uint16_t)(e->bits ? e->bits : e->type ? 0x3c01 : 0x7777); /* 1 + 2⁻¹⁰ */
         memcpy(p, f32 ? (const void *)&v : &half, f32 ? 4 : 2);
     }
     int64_t more[9] = {1};
@@ -486,6 +487,14 @@ static void test_refused(void) {
         FILE_ OLD
         "layers.1.mlp.up_proj.weight: the F16 value 1.00097656 of item 0 is not exact in BF16: convert the checkpoint "
         "to BF16 first");
+    refused(1, &(edit){.spoil = OLD "layers.3.mlp.down_proj.weight", .bits = 0x7fc0}, true, SH_EFORMAT,
+            FILE_ OLD
+            "layers.3.mlp.down_proj.weight: the BF16 value of item 0 is not a number: allowed are finite numbers");
+    refused(1, &(edit){.spoil = OLD "layers.1.input_layernorm.weight", .bits = 0xff80}, true, SH_EFORMAT,
+            FILE_ OLD
+            "layers.1.input_layernorm.weight: the BF16 value of item 0 is infinite: allowed are finite numbers");
+    refused(2, &(edit){.type = "F16", .spoil = OLD "layers.1.mlp.up_proj.weight", .bits = 0x7c00}, true, SH_EFORMAT,
+            FILE_ OLD "layers.1.mlp.up_proj.weight: the F16 value of item 0 is infinite: allowed are finite numbers");
 }
 
 static bool odd_ones(const void *ctx, int layer, int expert) {
