@@ -4,7 +4,7 @@
 #include <string.h>
 #include "model/kernels/quant.h"
 
-enum { HALF = SH_GGUF_BLOCK / 2 };
+enum { HALF = SH_GGUF_BLOCK / 2, SUPER_SCALE = 208 /* where the d of a block of Q6_K is */ };
 
 _Static_assert(SH_GGUF_BLOCK == SH_Q4_GROUP && SH_Q4_ZERO == 8, "Q4_0's blocks are those of q4");
 
@@ -32,7 +32,7 @@ static void read_super(const sh_tensor *t, int64_t item, float *to) {
     const uint8_t *low = p + 64 * half + 32 * (r % 2), *high = p + 128 + 32 * half;
     const int8_t *scale = (const int8_t *)p + 192 + at / 16;
     uint16_t d;
-    memcpy(&d, p + 208, sizeof d);
+    memcpy(&d, p + SUPER_SCALE, sizeof d);
     float f = sh_half_to_float(d);
     for (int i = 0; i < SH_GGUF_BLOCK; i++) {
         int code = (r < 2 ? low[i] & 15 : low[i] >> 4) | (high[i] >> 2 * r & 3) << 4;
@@ -69,11 +69,11 @@ void sh_blocks_floats(const sh_tensor *t, int64_t from, int n, float *to) {
 }
 
 int sh_blocks_finite(const sh_tensor *t, int64_t from, int n) {
-    int size = t->dtype == SH_Q6_K ? SH_GGUF_SUPER : SH_GGUF_BLOCK;
+    int size = sh_dtype_block(t->dtype), at = t->dtype == SH_Q6_K ? SUPER_SCALE : 0;
     for (int i = 0; i < n;) {
         int64_t item = from + i;
         uint16_t d;
-        memcpy(&d, t->data + sh_dtype_bytes(t->dtype, (uint64_t)item) + (t->dtype == SH_Q6_K ? 208 : 0), sizeof d);
+        memcpy(&d, t->data + sh_dtype_bytes(t->dtype, (uint64_t)item) + at, sizeof d);
         if ((d & 0x7c00) == 0x7c00) return i;
         i += size - (int)(item % size);
     }

@@ -59,6 +59,12 @@ static void note_lowest(_Atomic int64_t *lowest, int64_t item) {
     }
 }
 
+/* Of row `row` of the matrix the first `finite` items are finite numbers, and the next, if there is one, is not. */
+static void note_finite(packing *p, int row, int finite) {
+    int k = p->j->mat->k;
+    if (finite < k) note_lowest(&p->unfinite, (int64_t)row * k + finite);
+}
+
 /* How many of n bf16 items come before the first that is infinite or not a number: its exponent is all ones, so that
  * one more in its place carries into the sign's. */
 static int count_finite(const uint16_t *x, int n) {
@@ -74,11 +80,7 @@ static int count_finite(const uint16_t *x, int n) {
 
 /* Rows [row, row + n) of the matrix, ld items apart at x. */
 static void check_finite(packing *p, const uint16_t *x, size_t ld, int row, int n) {
-    int k = p->j->mat->k;
-    for (int r = 0; r < n; r++) {
-        int good = count_finite(x + (size_t)r * ld, k);
-        if (good < k) note_lowest(&p->unfinite, (int64_t)(row + r) * k + good);
-    }
+    for (int r = 0; r < n; r++) note_finite(p, row + r, count_finite(x + (size_t)r * ld, p->j->mat->k));
 }
 
 /* Panels [p0, p1) of n rows of src, whose first panel is at `to`. */
@@ -114,8 +116,7 @@ static void pack_panel(packing *p, int panel, uint16_t *rows) {
     for (int r = 0; packs_blocks(j) && r < SH_PANEL; r++) {
         int64_t item = 0;
         const sh_tensor *t = r < n ? job_row(j, r0 + r, &item) : NULL;
-        int good = t ? sh_blocks_finite(t, item, m->k) : m->k;
-        if (good < m->k) note_lowest(&p->unfinite, (int64_t)(r0 + r) * m->k + good);
+        if (t) note_finite(p, r0 + r, sh_blocks_finite(t, item, m->k));
         sh_blocks_pack_row(p->kn, t, item, m, to, r);
     }
     if (packs_blocks(j)) return;

@@ -406,6 +406,12 @@ static void test_super_values(void) {
         sh_blocks_floats(&t, from, n, out);
         for (int k = 0; k < n; k++) bad += out[k] != super_value(data, from + k);
         CU_ASSERT_EQUAL(bad, 0);
+        CU_ASSERT_EQUAL(sh_blocks_finite(&t, from, n), n);
+        int block = rand() % 3; /* an infinite scale: all items of its block are none */
+        data[210 * block + 209] |= 0x7c;
+        int before = 256 * block - from;
+        if (before < 0) before = from < 256 * (block + 1) ? 0 : n;
+        CU_ASSERT_EQUAL(sh_blocks_finite(&t, from, n), before < n ? before : n);
     }
 }
 
