@@ -10,7 +10,7 @@ bool sh_allot_fits(const sh_group *g, const sh_running *r) {
 }
 
 bool sh_allot_has_room(const sh_allot *s, const sh_group *g) {
-    return g->state == SH_GROUP_READY && g != s->tester && g->testing == 0 && g->given < SH_ALLOT_WINDOW * g->max_seqs;
+    return sh_group_serves(g) && g != s->tester && g->testing == 0 && g->given < SH_ALLOT_WINDOW * g->max_seqs;
 }
 
 int sh_allot_room(const sh_allot *s, int most) {
@@ -23,7 +23,7 @@ int sh_allot_room(const sh_allot *s, int most) {
 int sh_allot_places(const sh_allot *s) {
     int n = 0;
     for (int i = 0; i < s->n; i++)
-        if (s->group[i]->state == SH_GROUP_READY) n += s->group[i]->max_seqs;
+        if (sh_group_serves(s->group[i])) n += s->group[i]->max_seqs;
     return n;
 }
 
@@ -41,8 +41,8 @@ bool sh_allot_is_hopeless(const sh_allot *s, const sh_running *r, int expected, 
     int ready = 0, largest = 0;
     for (int i = 0; i < s->n; i++) {
         const sh_group *g = s->group[i];
-        if (g->state == SH_GROUP_STARTING || g->state == SH_GROUP_LOADING) return false;
-        if (g->state != SH_GROUP_READY) continue;
+        if (g->state == SH_GROUP_LOST) continue;
+        if (!sh_group_serves(g)) return false;
         if (sh_allot_fits(g, r)) return false;
         if (g->kv_tokens > largest) largest = g->kv_tokens;
         ready++;
@@ -55,7 +55,7 @@ sh_group *sh_allot_tester(const sh_allot *s, const sh_running *first) {
     sh_group *best = NULL;
     for (int i = 0; i < s->n; i++) {
         sh_group *g = s->group[i];
-        if (g->state != SH_GROUP_READY) continue;
+        if (!sh_group_serves(g)) continue;
         if (g->testing) return g;
         if (first && sh_allot_fits(g, first) && (!best || g->unproven < best->unproven)) best = g;
     }
@@ -66,7 +66,7 @@ bool sh_allot_uneven(const sh_allot *s, sh_group **from, sh_group **to) {
     sh_group *most = NULL, *least = NULL;
     for (int i = 0; i < s->n; i++) {
         sh_group *g = s->group[i];
-        if (g->state != SH_GROUP_READY || g == s->tester || g->testing) continue;
+        if (!sh_group_serves(g) || g == s->tester || g->testing) continue;
         if (g->unproven > 0 && (!most || g->given > most->given)) most = g;
         if (g->given < g->max_seqs && (!least || g->given < least->given)) least = g;
     }
@@ -78,7 +78,7 @@ bool sh_allot_uneven(const sh_allot *s, sh_group **from, sh_group **to) {
 sh_group *sh_allot_idle(const sh_allot *s) {
     for (int i = 0; i < s->n; i++) {
         sh_group *g = s->group[i];
-        if (g->state == SH_GROUP_READY && g != s->tester && g->given == 0) return g;
+        if (sh_group_serves(g) && g != s->tester && g->given == 0) return g;
     }
     return NULL;
 }

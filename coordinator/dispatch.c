@@ -454,6 +454,7 @@ static sh_status hear_hello(sh_dispatch *d, const sh_wire_peer *from, const Shoa
     seat->pid = h->pid;
     seat->heard = seat->moved = sh_now();
     snprintf(seat->host, sizeof seat->host, "%s", h->host);
+    if (h->rank == 0) g->gone = 0;
     if (g->here == g->size && g->state == SH_GROUP_STARTING) {
         g->state = g->max_seqs > 0 ? SH_GROUP_READY : SH_GROUP_LOADING; /* ready already: it served our predecessor */
         g->loading = sh_now();
@@ -643,6 +644,10 @@ sh_status sh_dispatch_watch(sh_dispatch *d) {
         }
         if (!dead && g->state == SH_GROUP_LOADING && now - g->loading > g->load) {
             snprintf(text, sizeof text, "its weights were not loaded within %.0f s", g->load);
+            dead = true;
+        }
+        if (!dead && g->gone > 0 && now - g->gone > SH_GONE_MOST) {
+            snprintf(text, sizeof text, "rank 0 (%s): %s", g->seat[0].host, g->gone_why);
             dead = true;
         }
         sh_allot_measure(g, now);

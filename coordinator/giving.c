@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/clock.h"
 #include "common/log.h"
 #include "coordinator/dispatch_int.h"
 
@@ -40,13 +41,14 @@ static sh_status fetch_line(void *ctx, const sh_stored_request *r) {
     return SH_OK;
 }
 
+/* A leader that cannot be reached gets nothing more. Its group is not lost yet: the leader may have said why it went,
+ * which waits to be heard, or come back over a new connection. sh_dispatch_watch waits a little for either. */
 static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
     sh_status st = sh_dispatch_send_work(d, r, g);
     if (st == SH_EPEER) {
-        char why[300];
-        snprintf(why, sizeof why, "rank 0 (%s): %s", g->seat[0].host, sh_error_text());
-        SH_TRY(sh_dispatch_wait(d, r));
-        return sh_dispatch_lose(d, g, why, false);
+        snprintf(g->gone_why, sizeof g->gone_why, "%s", sh_error_text());
+        g->gone = sh_now();
+        return sh_dispatch_wait(d, r);
     }
     SH_TRY(st);
     sh_dispatch_set_owner(d, r, g);

@@ -95,6 +95,10 @@ const char *sh_group_state_name(sh_group_state s) {
     return names[s];
 }
 
+bool sh_group_serves(const sh_group *g) {
+    return g->state == SH_GROUP_READY && g->gone == 0;
+}
+
 bool sh_group_is_dead(const sh_group *g, double now, double silent, char *text, size_t size) {
     for (int i = 0; i < g->size; i++) {
         const sh_rank_seat *r = &g->seat[i];

@@ -45,6 +45,8 @@ typedef struct sh_group {
     uint64_t taken;   /* tokens and scores that came from it and were new */
     uint64_t report;  /* that its ranks were asked for last; 0: none */
     int said_running; /* as its leader's heartbeat says; −1: nothing yet */
+    double gone;      /* since when its leader cannot be reached; 0: it can, as far as is known */
+    char gone_why[200];
     double born;
     double stall;   /* seconds that a step may last */
     double loading; /* since when it loads … */
@@ -68,6 +70,8 @@ void sh_group_set_fault(sh_group *g, const char *text, bool lasting);
 void sh_group_add_note(sh_group *g, const char *text);
 /* Seat of a peer; −1: not of this group. */
 int sh_group_seat(const sh_group *g, const sh_wire_peer *p);
+/* It works, and its leader can be given requests. */
+bool sh_group_serves(const sh_group *g);
 const char *sh_group_state_name(sh_group_state s);
 /* A silent or stuck rank, described in text; false: all is well. */
 bool sh_group_is_dead(const sh_group *g, double now, double silent, char *text, size_t size);

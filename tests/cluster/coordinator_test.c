@@ -3,6 +3,7 @@
  * one rank that makes up tokens as a function of prompt and place. Whatever is killed, every line gets one row, and the
  * rows are those of an undisturbed run.
  */
+#include "coordinator/dispatch.h"
 #include "serving.h"
 
 static void check_rows(const server *s, uint64_t job) {
@@ -192,6 +193,56 @@ static void test_lost_work(void) {
     sh_buf_release(&lines);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
     sh_wire_close(&f.wire);
+}
+
+/* A leader's connection is gone when it is to be given more. It may come back, say what happened, or be heard no more;
+ * its group is lost in the last two, and by the first reason that is one. */
+static void test_unreachable(void) {
+    enum { BACK, SPEAKS, SILENT };
+    for (int how = BACK; how <= SILENT; how++) {
+        server s;
+        CU_ASSERT_FATAL(
+            server_start(&s, &(server_options){.store = in_dir((char[]){'u', (char)('0' + how), 0})}, NULL));
+        sh_buf few, more;
+        make_lines(&few, 3, 40);
+        make_lines(&more, 60, 40);
+        uint64_t first = 0, job = 0;
+        CU_ASSERT_EQUAL_FATAL(submit(&s, "few", &few, NULL, &first), SH_OK);
+        fake f;
+        fake_open(&f, s.endpoint, "g");
+        f.budget = 30;
+        for (int i = 0; i < 2000 && (f.budget > 0 || f.n < 3); i++) fake_turn(&f);
+        CU_ASSERT_EQUAL_FATAL(f.n, 3);
+        sh_wire_close(&f.wire);
+        sh_sleep(0.1);
+        double t = sh_now();
+        CU_ASSERT_EQUAL_FATAL(submit(&s, "more", &more, NULL, &job), SH_OK); /* given out at once: to nobody */
+        sh_sleep(how == SILENT ? 0 : 0.1);
+        CU_ASSERT_EQUAL_FATAL(sh_wire_connect(s.endpoint, NULL, &f.wire), SH_OK);
+        if (how != SILENT) fake_hello(&f);
+        if (how == SPEAKS) fake_fault(&f, "file y ends at byte 5");
+        counts k = {0};
+        do k = status(&s, job);
+        while (how != BACK && strcmp(k.group, "lost") != 0 && sh_now() - t < 10);
+        CU_ASSERT_STRING_EQUAL(k.group, how == BACK ? "ready" : "lost");
+        if (how == SPEAKS) CU_ASSERT_STRING_EQUAL(k.fault, "rank 0 (here): file y ends at byte 5");
+        if (how == SILENT) CU_ASSERT_PTR_NOT_NULL(strstr(k.fault, "rank 0 (here): "));
+        if (how == SILENT) CU_ASSERT_PTR_NOT_NULL(strstr(k.fault, "the peer is gone"));
+        CU_ASSERT(how != SILENT || (sh_now() - t >= SH_GONE_MOST && sh_now() - t < 2.5)); /* before silence says so */
+        if (how != BACK) {
+            sh_wire_close(&f.wire);
+            fake_open(&f, s.endpoint, "h");
+        }
+        f.budget = -1;
+        CU_ASSERT_FATAL(wait_done(&s, &f, job, "done", 20));
+        check_rows(&s, job);
+        k = status(&s, job);
+        CU_ASSERT_EQUAL(k.groups, how == BACK ? 1 : 2);
+        sh_buf_release(&few);
+        sh_buf_release(&more);
+        CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
+        sh_wire_close(&f.wire);
+    }
 }
 
 /* The coordinator is killed again and again while a group works; the group goes on and reconnects, or is gone as well.
@@ -668,6 +719,7 @@ int main(int argc, char **argv) {
                            {"bad lines", test_bad_lines},
                            {"lost groups, repeated tokens", test_lost_groups},
                            {"work lost with a connection", test_lost_work},
+                           {"a leader that cannot be reached", test_unreachable},
                            {"coordinator killed at work", test_killed_at_work},
                            {"coordinator killed while lines arrive", test_killed_while_submitting},
                            {"cancel", test_cancel},
