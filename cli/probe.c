@@ -15,7 +15,7 @@
 #include "model/product_rates.h"
 #include "partition/protojson.h"
 
-#define LARGE_BLOCK  ((size_t)512 << 20) /* many times the last cache */
+#define LIMIT_BLOCK  ((size_t)512 << 20)
 #define WEIGHTS      ((size_t)256 << 20)
 #define PAGES        ((size_t)256 << 20)
 #define MOST_TEXT    ((size_t)1 << 20)
@@ -102,6 +102,8 @@ static sh_status make(const sh_machine *m, Shoal__Machine **out) {
     n->numa = m->n_numa > 0 ? m->n_numa : 1;
     n->cores = m->n_cpus;
     n->memory_gib = (double)m->memory / 0x1p30;
+    n->has_cache_mib = m->cache > 0;
+    n->cache_mib = (double)m->cache / 0x1p20;
     cpu_name(cpu, sizeof cpu);
     SH_TRY(set_text(cpu, &n->cpu));
     return set_text("this machine", &x->name);
@@ -134,7 +136,7 @@ static sh_status measure_products(sh_team *t, const sh_machine *m, const sh_ceil
     sh_product_rates p;
     SH_TRY(sh_kernels_select(&kn));
     if (kn->modelled || m->memory / 4 < WEIGHTS) return SH_OK;
-    SH_TRY(sh_product_rates_measure(t, kn, WEIGHTS, &p));
+    SH_TRY(sh_product_rates_measure(t, kn, sh_machine_block(m, WEIGHTS), &p));
     double read = c->read_gbs * 1e9, fma = c->fma_gflops * 1e9;
     k->has_weights_read = k->has_q8_read = k->has_q4_read = 1;
     k->weights_read = within(p.read[SH_W_BF16] / read, 1);
@@ -153,26 +155,32 @@ static sh_status measure_products(sh_team *t, const sh_machine *m, const sh_ceil
     return set_few(p.few[SH_W_Q4], &k->q4_few, &k->n_q4_few);
 }
 
-/* The same for attention. */
+/* The same for attention over pages of both types that serve. */
 static sh_status measure_attention(sh_team *t, const sh_machine *m, const sh_ceiling *c, Shoal__MachineKernels *k) {
     const sh_kernels *kn;
-    sh_attention_rates a;
+    sh_attention_rates a, q;
+    double read = c->read_gbs * 1e9, fma = c->fma_gflops * 1e9;
     SH_TRY(sh_kernels_select(&kn));
     if (kn->modelled || m->memory / 4 < PAGES) return SH_OK;
-    SH_TRY(sh_attention_rates_measure(t, kn, PAGES, &a));
+    SH_TRY(sh_attention_rates_measure(t, kn, SH_KV_BF16, sh_machine_block(m, PAGES), &a));
+    SH_TRY(sh_attention_rates_measure(t, kn, SH_KV_Q8, sh_machine_block(m, PAGES), &q));
     k->has_attention_read = k->has_attention_fma = k->has_attention_both = k->has_attention_formed = 1;
-    k->attention_read = within(a.read / (c->read_gbs * 1e9), 1);
-    k->attention_fma = within(a.flops / (c->fma_gflops * 1e9), 1);
+    k->attention_read = within(a.read / read, 1);
+    k->attention_fma = within(a.flops / fma, 1);
     k->attention_both = a.both;
     k->attention_formed = a.formed;
-    return set_few(a.few, &k->attention_few, &k->n_attention_few);
+    k->has_attention_q8_read = k->has_attention_q8_fma = k->has_attention_q8_both = k->has_attention_q8_formed = 1;
+    k->attention_q8_read = within(q.read / read, 1);
+    k->attention_q8_fma = within(q.flops / fma, 1);
+    k->attention_q8_both = q.both;
+    k->attention_q8_formed = q.formed;
+    SH_TRY(set_few(a.few, &k->attention_few, &k->n_attention_few));
+    return set_few(q.few, &k->attention_q8_few, &k->n_attention_q8_few);
 }
 
 static sh_status measure_with(sh_team *t, const sh_machine *m, Shoal__Machine *x) {
-    size_t block = LARGE_BLOCK;
     sh_ceiling c;
-    while (block > (size_t)64 << 20 && block > m->memory / 4) block /= 2;
-    SH_TRY(sh_ceiling_measure(t, block, &c));
+    SH_TRY(sh_ceiling_measure(t, sh_machine_block(m, LIMIT_BLOCK), &c));
     double start = 1e9; /* the best run: other work on the CPUs can only add */
     for (int k = 0; k < TRIES; k++) {
         double t0 = sh_now();

@@ -251,7 +251,8 @@ static void guess_workload(const run *r, sh_workload *w) {
 
 /* Nodes that the job is on, taken to be like this one; 0: somebody else decides. */
 static int nodes_of(const run *r) {
-    return r->launcher ? 0 : sh_hosts_count(r->hosts);
+    if (r->launcher) return sh_launch_is_mpi(r->launcher, r->hosts, r->ranks) ? 0 : 1;
+    return sh_hosts_count(r->hosts);
 }
 
 static sh_status look_at_machine(run *r, sh_probe_how how) {
@@ -264,7 +265,7 @@ static sh_status look_at_machine(run *r, sh_probe_how how) {
 /* Where nothing is said and there is a choice: what the planner takes, with what is known of this machine's speed. */
 static sh_status choose_plan(run *r, const sh_machine *machine, const sh_workload *w) {
     bool chosen = false;
-    if (r->hosts && !r->slurm_hosts.len) return SH_OK; /* somebody else's choice */
+    if (r->launcher || (r->hosts && !r->slurm_hosts.len)) return SH_OK; /* somebody else's choice */
     if (nodes_of(r) * machine->n_numa < 2) return SH_OK;
     SH_TRY(look_at_machine(r, SH_PROBE_CACHED));
     return sh_plan_choose(&r->shared, r->config, &r->cluster, w, &r->tuning, &chosen);

@@ -607,8 +607,10 @@ static sh_status hear_rejected(sh_dispatch *d, sh_group *g, const Shoal__Rejecte
 }
 
 static sh_status hear_fault(sh_dispatch *d, sh_group *g, int rank, const Shoal__Fault *f) {
-    char text[1500];
-    snprintf(text, sizeof text, "rank %d (%s): %s", rank, g->seat[rank].host, f->text);
+    char text[1500], own[24];
+    size_t n = (size_t)snprintf(own, sizeof own, "rank %d: ", rank); /* it may have said who it is */
+    const char *what = strncmp(f->text, own, n) == 0 ? f->text + n : f->text;
+    snprintf(text, sizeof text, "rank %d (%s): %s", rank, g->seat[rank].host, what);
     return sh_dispatch_lose(d, g, text, f->has_lasting && f->lasting);
 }
 

@@ -251,11 +251,12 @@ static sh_status measure_formed(sh_team *t, const sh_kernels *kn, sh_attn_work w
     return SH_OK;
 }
 
-sh_status sh_attention_rates_measure(sh_team *t, const sh_kernels *kn, size_t bytes, sh_attention_rates *out) {
+sh_status sh_attention_rates_measure(sh_team *t, const sh_kernels *kn, sh_kv_type kv, size_t bytes,
+                                     sh_attention_rates *out) {
     sh_attn_work w = {.heads = HEADS,
                       .kv_heads = 1,
                       .head_dim = HEAD_DIM,
-                      .kv = SH_KV_BF16,
+                      .kv = kv,
                       .sequences = SEQS,
                       .context = CONTEXT,
                       .rows = 1};

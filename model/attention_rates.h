@@ -34,14 +34,15 @@ void sh_attn_bench_destroy(sh_attn_bench **b);
  * window at most those before. */
 sh_status sh_attn_bench_seconds(sh_attn_bench *b, int heads, int rows, int tries, double *seconds);
 
-/* What the planner asks: as sh_product_rates of one type, a row being a query that meets a key, `read` the bytes of
- * keys and values in bf16. */
+/* What the planner asks, of pages of one KV type: as sh_product_rates of one type, a row being a query that meets a
+ * key, `read` the bytes of keys and values as pages hold them. */
 typedef struct sh_attention_rates {
     double read, flops, both, few[SH_PRODUCT_FEWS];
     double formed; /* forming keys from values (K = V) takes as long as so many rows more at `flops` */
 } sh_attention_rates;
 
 /* Pages of `bytes` (256 MiB), held only during the call; takes about a second. */
-sh_status sh_attention_rates_measure(sh_team *t, const sh_kernels *kn, size_t bytes, sh_attention_rates *out);
+sh_status sh_attention_rates_measure(sh_team *t, const sh_kernels *kn, sh_kv_type kv, size_t bytes,
+                                     sh_attention_rates *out);
 
 #endif

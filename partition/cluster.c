@@ -17,12 +17,8 @@
 #define SPANNING        0.7
 #define GIB             0x1p30
 
-static const sh_cost_rates usual_kernels = {.weights_read = 0.88,
-                                            .weights_fma = 0.75,
-                                            .attention_read = 0.6,
-                                            .attention_fma = 0.5,
-                                            .layer = 20e-6,
-                                            .sample = 1e-9};
+static const sh_cost_rates usual_kernels = {
+    .weights_read = 0.88, .weights_fma = 0.75, .attention = {.read = 0.6, .fma = 0.5}, .layer = 20e-6, .sample = 1e-9};
 
 __attribute__((format(printf, 2, 3))) static void assume(sh_cluster *c, const char *fmt, ...) {
     size_t n = strlen(c->assumed);
@@ -77,39 +73,48 @@ static sh_status few_of(const char *name, const double *share, size_t n, double 
     return SH_OK;
 }
 
+#define RANGE(name, least, most, usual, to)                                                                            \
+    SH_TRY(number("kernels." #name, k && k->has_##name, k ? k->name : 0, least, most, usual, to))
+
+static sh_status attention_of(sh_cluster *c, const Shoal__MachineKernels *k) {
+    const sh_cost_attention *u = &usual_kernels.attention;
+    sh_cost_attention *a = &c->kernels.attention, *q8 = &c->kernels.attention_q8;
+    RANGE(attention_read, 0.001, 1, u->read, &a->read);
+    RANGE(attention_fma, 0.001, 1, u->fma, &a->fma);
+    RANGE(attention_both, 0, 1, 0, &a->both);
+    RANGE(attention_formed, 0, SH_COST_MANY, 0, &a->formed);
+    RANGE(attention_q8_read, 0.001, 1, 0, &q8->read);
+    RANGE(attention_q8_fma, 0.001, 1, a->fma, &q8->fma);
+    RANGE(attention_q8_both, 0, 1, 0, &q8->both);
+    RANGE(attention_q8_formed, 0, SH_COST_MANY, 0, &q8->formed);
+    if (k) SH_TRY(few_of("attention_few", k->attention_few, k->n_attention_few, a->few));
+    return k ? few_of("attention_q8_few", k->attention_q8_few, k->n_attention_q8_few, q8->few) : SH_OK;
+}
+
 static sh_status kernels_of(sh_cluster *c, const Shoal__MachineKernels *k) {
     sh_cost_rates u = usual_kernels;
     double layer = 0, sample = 0;
-#define SHARE(name, usual, to)                                                                                         \
-    SH_TRY(number("kernels." #name, k && k->has_##name, k ? k->name : 0, 0.001, 1, usual, to))
-    SHARE(weights_read, u.weights_read, &c->kernels.weights_read);
-    SHARE(weights_fma, u.weights_fma, &c->kernels.weights_fma);
-    SHARE(q8_read, 0, &c->kernels.q8_read);
-    SHARE(q4_read, 0, &c->kernels.q4_read);
-    SHARE(attention_read, u.attention_read, &c->kernels.attention_read);
-    SHARE(attention_fma, u.attention_fma, &c->kernels.attention_fma);
-    SHARE(spanning, SPANNING, &c->spanning);
-#undef SHARE
-    SH_TRY(number("kernels.q8_fma", k && k->has_q8_fma, k ? k->q8_fma : 0, 0.001, 64, 0, &c->kernels.q8_fma));
-    SH_TRY(number("kernels.q4_fma", k && k->has_q4_fma, k ? k->q4_fma : 0, 0.001, 64, 0, &c->kernels.q4_fma));
-    SH_TRY(number("kernels.weights_both", k && k->has_weights_both, k ? k->weights_both : 0, 0, 1, 0,
-                  &c->kernels.weights_both));
-    SH_TRY(number("kernels.q8_both", k && k->has_q8_both, k ? k->q8_both : 0, 0, 1, 0, &c->kernels.q8_both));
-    SH_TRY(number("kernels.q4_both", k && k->has_q4_both, k ? k->q4_both : 0, 0, 1, 0, &c->kernels.q4_both));
-    SH_TRY(number("kernels.attention_both", k && k->has_attention_both, k ? k->attention_both : 0, 0, 1, 0,
-                  &c->kernels.attention_both));
-    SH_TRY(number("kernels.attention_formed", k && k->has_attention_formed, k ? k->attention_formed : 0, 0,
-                  SH_COST_MANY, 0, &c->kernels.attention_formed));
-    if (k) SH_TRY(few_of("attention_few", k->attention_few, k->n_attention_few, c->kernels.attention_few));
+    RANGE(weights_read, 0.001, 1, u.weights_read, &c->kernels.weights_read);
+    RANGE(weights_fma, 0.001, 1, u.weights_fma, &c->kernels.weights_fma);
+    RANGE(q8_read, 0.001, 1, 0, &c->kernels.q8_read);
+    RANGE(q4_read, 0.001, 1, 0, &c->kernels.q4_read);
+    RANGE(q8_fma, 0.001, 64, 0, &c->kernels.q8_fma);
+    RANGE(q4_fma, 0.001, 64, 0, &c->kernels.q4_fma);
+    RANGE(weights_both, 0, 1, 0, &c->kernels.weights_both);
+    RANGE(q8_both, 0, 1, 0, &c->kernels.q8_both);
+    RANGE(q4_both, 0, 1, 0, &c->kernels.q4_both);
     if (k) SH_TRY(few_of("weights_few", k->weights_few, k->n_weights_few, c->kernels.weights_few));
     if (k) SH_TRY(few_of("q8_few", k->q8_few, k->n_q8_few, c->kernels.q8_few));
     if (k) SH_TRY(few_of("q4_few", k->q4_few, k->n_q4_few, c->kernels.q4_few));
-    SH_TRY(number("kernels.layer_us", k && k->has_layer_us, k ? k->layer_us : 0, 0, 1e6, u.layer * 1e6, &layer));
-    SH_TRY(number("kernels.sample_ns", k && k->has_sample_ns, k ? k->sample_ns : 0, 0, 1e6, u.sample * 1e9, &sample));
+    SH_TRY(attention_of(c, k));
+    RANGE(spanning, 0.001, 1, SPANNING, &c->spanning);
+    RANGE(layer_us, 0, 1e6, u.layer * 1e6, &layer);
+    RANGE(sample_ns, 0, 1e6, u.sample * 1e9, &sample);
     c->kernels.layer = layer * 1e-6;
     c->kernels.sample = sample * 1e-9;
     return SH_OK;
 }
+#undef RANGE
 
 static sh_status count(const char *name, int v, int min, int max) {
     if (v < min || v > max)

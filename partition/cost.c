@@ -129,13 +129,13 @@ static sh_cost_part attention(const sh_cost_model *m, const sh_cost_place *p, in
     const sh_config *c = m->config;
     const sh_layer *l = &c->layer[layer];
     const sh_cost_rates *r = p->rates;
+    const sh_cost_attention *a = p->kv == SH_KV_Q8 && r->attention_q8.read > 0 ? &r->attention_q8 : &r->attention;
     double share = context_share(p, l, d), kv_heads = kv_heads_of(l, p), heads = (double)l->heads / p->shape.tp;
     double bytes = d->keys * (double)sh_layer_kv_bytes(&c->layer[l->kv_from], p->kv) * kv_heads / l->kv_heads * share;
     double flops = 4.0 * heads * l->head_dim * d->pairs * share;
-    double rows = d->keys > 0 ? d->pairs * heads / (d->keys * kv_heads) : 0, paid = paid_rows(r->attention_few, rows);
-    if (c->layer[l->kv_from].k_eq_v) paid += r->attention_formed * fmax(1, rows / SH_COST_MANY);
-    sh_cost_part x = part(bytes, rows > 0 ? flops * paid / rows : 0, r->read * r->attention_read,
-                          r->fma * r->attention_fma, r->attention_both);
+    double rows = d->keys > 0 ? d->pairs * heads / (d->keys * kv_heads) : 0, paid = paid_rows(a->few, rows);
+    if (c->layer[l->kv_from].k_eq_v) paid += a->formed * fmax(1, rows / SH_COST_MANY);
+    sh_cost_part x = part(bytes, rows > 0 ? flops * paid / rows : 0, r->read * a->read, r->fma * a->fma, a->both);
     x.flops = flops;
     return x;
 }

@@ -25,6 +25,13 @@
 #define SH_COST_MANY     64 /* … that of the …_fma below */
 #define SH_COST_FEW_MOST 16 /* of that rate: where reading hides all there is no telling */
 
+/* Of attention over pages of one KV type; shares as of weights, a row being a query that meets a key. */
+typedef struct sh_cost_attention {
+    double read, fma; /* scores and weighted sums */
+    double both, few[SH_COST_FEW];
+    double formed; /* rows more that forming keys from values (K = V) costs */
+} sh_cost_attention;
+
 typedef struct sh_cost_rates {
     double read; /* bytes/s that the rank's cores read from memory together */
     double fma;  /* f32 operations/s of the same cores, a multiply-add counting as two */
@@ -36,9 +43,7 @@ typedef struct sh_cost_rates {
         q4_both; /* of reading and computing, the part of the shorter that adds to the longer */
     /* Rows of many that take as long to compute as 1, 2, 4, … 32; 0: that many */
     double weights_few[SH_COST_FEW], q8_few[SH_COST_FEW], q4_few[SH_COST_FEW];
-    double attention_read, attention_fma;              /* scores and weighted sums */
-    double attention_both, attention_few[SH_COST_FEW]; /* as of weights, a row being a query that meets a key */
-    double attention_formed;                           /* rows more that forming keys from values (K = V) costs */
+    sh_cost_attention attention, attention_q8; /* pages of bf16, and of f32 too; of q8: read 0: as attention */
     double layer;   /* seconds of each layer whatever its rows: starting and joining threads */
     double sample;  /* seconds per sampled row and entry of the vocabulary, of one thread */
     double threads; /* of the rank; 0: one */

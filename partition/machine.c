@@ -12,6 +12,9 @@
 #define NO_LIMIT ((uint64_t)1 << 60) /* cgroup v1 writes a number near 2^63 for none */
 #define GIB      0x1p30
 
+#define LEAST_CACHES 2
+#define LEAST_BLOCK  ((size_t)64 << 20)
+
 /* --- small files ----------------------------------------------------------------------------------------------------
  */
 
@@ -248,10 +251,21 @@ static int count_inside(hwloc_topology_t t, hwloc_obj_type_t type, hwloc_const_c
     return n;
 }
 
+static uint64_t last_cache(hwloc_topology_t t, hwloc_const_cpuset_t set) {
+    static const hwloc_obj_type_t level[] = {HWLOC_OBJ_L5CACHE, HWLOC_OBJ_L4CACHE, HWLOC_OBJ_L3CACHE,
+                                             HWLOC_OBJ_L2CACHE};
+    uint64_t bytes = 0;
+    for (size_t i = 0; bytes == 0 && i < sizeof level / sizeof *level; i++)
+        for (hwloc_obj_t o = NULL; (o = hwloc_get_next_obj_by_type(t, level[i], o));)
+            if (hwloc_bitmap_intersects(o->cpuset, set)) bytes += o->attr->cache.size;
+    return bytes;
+}
+
 static void list_cpus(hwloc_topology_t t, hwloc_const_cpuset_t set, hwloc_bitmap_t taken, sh_machine *m) {
     m->n_allowed = hwloc_bitmap_weight(set);
     m->n_numa = count_inside(t, HWLOC_OBJ_NUMANODE, set);
     m->n_packages = count_inside(t, HWLOC_OBJ_PACKAGE, set);
+    m->cache = last_cache(t, set);
     m->machine_cpus = hwloc_bitmap_weight(hwloc_topology_get_complete_cpuset(t));
     int numa = 0;
     for (hwloc_obj_t node = NULL; (node = hwloc_get_next_obj_by_type(t, HWLOC_OBJ_NUMANODE, node));) {
@@ -332,6 +346,13 @@ sh_status sh_machine_print(const sh_machine *m, sh_buf *out) {
 static void numa_run(const sh_machine *m, int first, int last, int *lo, int *hi) {
     for (*lo = 0; *lo < m->n_cpus && m->numa[*lo] < first;) ++*lo;
     for (*hi = *lo; *hi < m->n_cpus && m->numa[*hi] < last;) ++*hi;
+}
+
+size_t sh_machine_block(const sh_machine *m, size_t usual) {
+    size_t bytes = usual;
+    while (bytes < LEAST_CACHES * m->cache) bytes *= 2;
+    while (bytes > LEAST_BLOCK && bytes > m->memory / 4) bytes /= 2;
+    return bytes;
 }
 
 void sh_machine_keep_cpus(sh_machine *m, int k, int n) {

@@ -4,7 +4,7 @@ same steps (build/release/tests/step_cost) with the speeds measured here: decode
 tokens of context, and the experts that a step touches.
 
     build/release/tests/make_shape 26b-a4b /tmp/26b && build/release/shoal pack -m /tmp/26b -o /tmp/26b.q4 --mode q4
-    chrt -r 1 tests/bench/cost.py measure /tmp/26b /tmp/26b.q4 steps.json [--only machine|batch|context] [--modes q4] [--rounds 2]
+    chrt -r 1 tests/bench/cost.py measure /tmp/26b /tmp/26b.q4 steps.json [--only machine|batch|context] [--modes q4] [--kv q8] [--rounds 2]
     tests/bench/cost.py table steps.json;  tests/bench/cost.py plot steps.json > docs/cost/steps.svg
 
 measure keeps what steps.json has of other parts. Minutes: batch 2, context 3."""
@@ -27,8 +27,8 @@ EXPERT = {"bf16": 2.0, "q4": 0.5625}  # bytes of a weight: 4 bits and a scale of
 STEP_COST = os.path.join(os.path.dirname(st.shoal()), "tests", "step_cost")
 
 
-def bench(model, batches, prompt, generate, rounds):
-    p = subprocess.run([st.shoal(), "bench", "-m", model, "--prompt", str(prompt), "--batch", ",".join(map(str, batches)), "--generate",
+def bench(model, kv, batches, prompt, generate, rounds):
+    p = subprocess.run([st.shoal(), "bench", "-m", model, "--kv", kv, "--prompt", str(prompt), "--batch", ",".join(map(str, batches)), "--generate",
                         str(generate), "--chunk", str(CHUNK), "--rounds", str(rounds), "--json"], capture_output=True, text=True, check=True)
     return json.loads(p.stdout)
 
@@ -54,6 +54,8 @@ def measure(o):
         with open(o.file) as f:
             have = json.load(f)
     have["models"] = {"bf16": os.path.abspath(o.bf16), "q4": os.path.abspath(o.q4)}
+    if have.setdefault("kv", o.kv) != o.kv:
+        sys.exit(f"{o.file} has --kv {have['kv']}: a file has one")
     if o.only in (None, "machine"):
         path = o.file + ".machine"
         subprocess.run([st.shoal(), "plan", "-m", o.q4, "--probe", "--save-machine", path, "--brief"], stdout=subprocess.DEVNULL, check=True)
@@ -63,7 +65,7 @@ def measure(o):
         save(o, have)
     if o.only in (None, "batch"):
         for mode in o.modes.split(","):
-            b = bench({"q4": o.q4, "bf16": o.bf16}[mode], BATCHES, BEHIND, 24, o.rounds)
+            b = bench({"q4": o.q4, "bf16": o.bf16}[mode], o.kv, BATCHES, BEHIND, 24, o.rounds)
             have["batch"] = [e for e in have.get("batch", []) if e["mode"] != b["mode"]] + [entry(b, d, BEHIND) for d in b["decode"]]
             have.setdefault("limits", {})[b["mode"]] = b["limits"]
             save(o, have)
@@ -72,7 +74,7 @@ def measure(o):
         for part in ("decode", "prompt"):
             have[part] = [e for e in have.get(part, []) if e["context"] not in new]
         for n in new:
-            b = bench(o.q4, BESIDE, n, 16, 1)
+            b = bench(o.q4, o.kv, BESIDE, n, 16, 1)
             have["decode"] += [entry(b, d, n) for d in b["decode"]]
             have["prompt"].append(entry(b, b["prefill"], n))
             for part in ("decode", "prompt"):
@@ -91,7 +93,7 @@ def modelled(o, have):
             these = [e for e in have.get(part, []) if e["mode"] == mode]
             if not these:
                 continue
-            p = subprocess.run([STEP_COST, have["models"][mode], machine, mode, "bf16", *map(what, these), "decode:1:1"], capture_output=True,
+            p = subprocess.run([STEP_COST, have["models"][mode], machine, mode, have.get("kv", "bf16"), *map(what, these), "decode:1:1"], capture_output=True,
                                text=True, check=True)
             said = [json.loads(x) for x in p.stdout.splitlines()]
             with open(os.path.join(have["models"][mode], "config.json")) as f:
@@ -186,6 +188,7 @@ def main():
     m.add_argument("file")
     m.add_argument("--only", choices=["machine", "batch", "context"])
     m.add_argument("--modes", default="q4,bf16", help="of batch")
+    m.add_argument("--kv", default="bf16", help="type of the KV cache")
     m.add_argument("--rounds", type=int, default=3, help="of batch")
     m.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
     for name in ("table", "plot"):

@@ -10,6 +10,7 @@
  * Small ones with the demo model's vocabulary, whose tokenizer files may be put beside them, to compare layouts:
  *   small-moe    12 layers with 32 experts (0.3 GB)
  *   small-dense  12 layers (0.2 GB)
+ *   demo         the demo model's own shapes (4 MB)
  */
 #include <math.h>
 #include <stdio.h>
@@ -26,6 +27,7 @@ static const shape shapes[] = {
     {"26b-a4b", 2, 2, 2816, 16, 8, 2, 256, 512, 2112, 1024, 0, 0, 128, 8, 704, 1, 32768},
     {"26b-a4b-3", 3, 6, 2816, 16, 8, 2, 256, 512, 2112, 1024, 0, 0, 128, 8, 704, 1, 32768},
     {"26b-a4b-6", 6, 6, 2816, 16, 8, 2, 256, 512, 2112, 1024, 0, 0, 128, 8, 704, 1, 32768},
+    {"demo", 6, 6, 128, 4, 2, 1, 32, 64, 256, 64, 0, 0, 16, 4, 64, 1, 3072},
     {"small-moe", 12, 6, 512, 8, 4, 2, 64, 128, 1024, 1024, 0, 0, 32, 4, 256, 1, 3072},
     {"small-dense", 12, 6, 768, 8, 4, 2, 96, 192, 3072, 1024, 0, 0, 0, 0, 0, 1, 3072},
 };

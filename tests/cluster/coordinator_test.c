@@ -127,7 +127,7 @@ static void test_lost_groups(void) {
     f.budget = 700;
     f.loud = true;
     while (f.budget > 0) fake_turn(&f);
-    fake_fault(&f, "tensor x: file y is damaged");
+    fake_fault(&f, "rank 0: tensor x: file y is damaged"); /* who it is stands before it already */
     counts k = {0};
     for (int i = 0; i < 300 && strcmp(k.group, "lost") != 0; i++) {
         f.mute = true;

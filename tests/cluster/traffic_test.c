@@ -198,7 +198,7 @@ static void same(const scene *s, int rank, const char *what, uint64_t got, uint6
 
 static void cost_of_spans(const scene *s, const sh_cost_span *span, int n, sh_cost_rank *cost) {
     static const sh_cost_rates rates = {
-        .read = 1e9, .fma = 1e9, .weights_read = 1, .weights_fma = 1, .attention_read = 1, .attention_fma = 1};
+        .read = 1e9, .fma = 1e9, .weights_read = 1, .weights_fma = 1, .attention = {.read = 1, .fma = 1}};
     static const sh_cost_link link = {0, 1e9};
     sh_cost_model m = {.config = &s->c, .plan = &s->f.plan, .rates = &rates, .alike = true, .net = {link, link, 1}};
     MUST(sh_cost_step(&m, span, n, cost));

@@ -11,9 +11,9 @@
 static const sh_kernels *kn;
 static sh_team *team;
 
-static void test_rates(void) {
+static void check_rates(sh_kv_type kv) {
     sh_attention_rates r = {.formed = -1};
-    CU_ASSERT_EQUAL_FATAL(sh_attention_rates_measure(team, kn, PAGES, &r), SH_OK);
+    CU_ASSERT_EQUAL_FATAL(sh_attention_rates_measure(team, kn, kv, PAGES, &r), SH_OK);
     CU_ASSERT(isfinite(r.read) && r.read > 1e6);
     CU_ASSERT(isfinite(r.flops) && r.flops > 1e6);
     CU_ASSERT(r.both >= 0 && r.both <= 1);
@@ -22,6 +22,10 @@ static void test_rates(void) {
         double rows = 1 << i, more = i + 1 < SH_PRODUCT_FEWS ? r.few[i + 1] : 1;
         CU_ASSERT(r.few[i] > 0 && rows / r.few[i] <= 2 * rows / more * (1 + 1e-12));
     }
+}
+
+static void test_rates(void) {
+    for (int kv = 0; kv < SH_KV_TYPES; kv++) check_rates((sh_kv_type)kv);
 }
 
 static void test_counts(void) {

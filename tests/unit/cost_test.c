@@ -11,7 +11,7 @@
 static sh_config e2b, e4b, b31, a4b;
 /* Reading and arithmetic at 1 per second and everything else for nothing: seconds are bytes or operations. */
 static const sh_cost_rates reading = {
-    .read = 1, .fma = 1e30, .weights_read = 1, .weights_fma = 1, .attention_read = 1, .attention_fma = 1};
+    .read = 1, .fma = 1e30, .weights_read = 1, .weights_fma = 1, .attention = {.read = 1, .fma = 1}};
 static const sh_cost_link free_link = {.latency = 0, .bandwidth = 1e30};
 
 static int load(void) {
@@ -370,7 +370,7 @@ static void test_few_rows(void) {
 /* Rows that meet a key pay as those that meet a weight; formed keys cost rows more; both are off where not measured. */
 static void test_attention_rows(void) {
     sh_cost_rates r = {
-        .read = 1e15, .fma = 1e12, .weights_read = 1, .weights_fma = 1, .attention_read = 1, .attention_fma = 0.5};
+        .read = 1e15, .fma = 1e12, .weights_read = 1, .weights_fma = 1, .attention = {.read = 1, .fma = 0.5}};
     Shoal__Plan *p = plan_of(&a4b, (sh_plan_request){.mode = SH_MODE_Q4, .kv = SH_KV_BF16});
     sh_cost_model m = model_of(&a4b, p);
     m.rates = &r;
@@ -381,8 +381,8 @@ static void test_attention_rows(void) {
     near(l.attention.seconds, sliding / 0.5e12, 1e-9, "not measured");
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &s, 1, &l), SH_OK);
     near(l.attention.seconds, global / 0.5e12, 1e-9, "not measured, K = V");
-    memcpy(r.attention_few, (double[]){3, 5, 10, 16, 16, 40}, sizeof r.attention_few);
-    r.attention_formed = 4;
+    memcpy(r.attention.few, (double[]){3, 5, 10, 16, 16, 40}, sizeof r.attention.few);
+    r.attention.formed = 4;
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
     near(l.attention.seconds, sliding * 5 / 2 / 0.5e12, 1e-9, "two rows");
     near(l.attention.flops, sliding, 1, "what is computed");
@@ -393,21 +393,27 @@ static void test_attention_rows(void) {
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 5, &prompt, 1, &l), SH_OK);
     double pairs = 128 * 129 / 2.0;
     near(l.attention.seconds, 4.0 * 16 * 512 * pairs * (1 + 4.0 / 64) / 0.5e12, 1e-9, "formed for each block of rows");
-    r.attention_both = 0.5;
+    r.attention.both = 0.5;
     r.read = 1e9;
     CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
     near(l.attention.seconds, 10 * 1024 * 8192 / 1e9 + 0.5 * sliding * 5 / 2 / 0.5e12, 1e-9, "both");
+    sh_plan_free(&p);
+    p = plan_of(&a4b, (sh_plan_request){.mode = SH_MODE_Q4, .kv = SH_KV_Q8});
+    m = model_of(&a4b, p);
+    m.rates = &r;
+    double pages = 10 * 1024 * (double)sh_layer_kv_bytes(&a4b.layer[0], SH_KV_Q8);
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
+    near(l.attention.seconds, pages / 1e9 + 0.5 * sliding * 5 / 2 / 0.5e12, 1e-9, "pages of q8, not measured");
+    r.attention_q8 = (sh_cost_attention){.read = 0.5, .fma = 0.25, .few = {3, 7, 10, 16, 16, 40}};
+    CU_ASSERT_EQUAL(sh_cost_layer_of(&m, 0, 0, &s, 1, &l), SH_OK);
+    near(l.attention.seconds, fmax(pages / 0.5e9, sliding * 7 / 2 / 0.25e12), 1e-9, "pages of q8");
     sh_plan_free(&p);
 }
 
 /* Seconds: the roofline, links with latency, nodes that share one. */
 static void test_seconds(void) {
-    sh_cost_rates r = {.read = 100e9,
-                       .fma = 1e12,
-                       .weights_read = 0.9,
-                       .weights_fma = 0.8,
-                       .attention_read = 0.5,
-                       .attention_fma = 0.5};
+    sh_cost_rates r = {
+        .read = 100e9, .fma = 1e12, .weights_read = 0.9, .weights_fma = 0.8, .attention = {.read = 0.5, .fma = 0.5}};
     sh_plan_request q = bf16;
     q.ep = 4;
     Shoal__Plan *p = plan_of(&a4b, q);
@@ -530,12 +536,8 @@ static void test_workload(void) {
 static void test_forecast(void) {
     Shoal__Plan *p = plan_of(&e4b, bf16);
     sh_cost_model m = model_of(&e4b, p);
-    sh_cost_rates r = {.read = 50e9,
-                       .fma = 500e9,
-                       .weights_read = 0.9,
-                       .weights_fma = 0.8,
-                       .attention_read = 0.6,
-                       .attention_fma = 0.6};
+    sh_cost_rates r = {
+        .read = 50e9, .fma = 500e9, .weights_read = 0.9, .weights_fma = 0.8, .attention = {.read = 0.6, .fma = 0.6}};
     m.rates = &r;
     sh_workload w = {.bin = {{.prompt = 1, .output = 1e6, .requests = 1e3}}, .n = 1, .requests = 1e3};
     sh_forecast f, two;

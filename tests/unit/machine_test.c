@@ -10,6 +10,7 @@
 #include "partition/machine.h"
 
 #define GIB ((uint64_t)1 << 30)
+#define MIB ((uint64_t)1 << 20)
 static char root[64];
 
 static int begin(void) {
@@ -70,6 +71,25 @@ static void test_cores(void) {
     CU_ASSERT_EQUAL(p.cpus[0], 0);
     CU_ASSERT_EQUAL(p.cpus[1], 2);
     CU_ASSERT_EQUAL(p.memory, 16 * GIB);
+}
+
+/* The last level there is, of all caches that the CPUs reach; what is measured over is twice that, or the usual. */
+static void test_caches(void) {
+    empty_root();
+    sh_machine m = read_at("pack:2 l3:2(size=33554432) l2:2(size=1048576) pu:1");
+    CU_ASSERT_EQUAL(m.cache, 4 * 32 * MIB);
+    CU_ASSERT_EQUAL(sh_machine_block(&m, 256 * MIB), 256 * MIB);
+    CU_ASSERT_EQUAL(sh_machine_block(&m, 64 * MIB), 256 * MIB);
+    m.cache = 300 * MIB;
+    CU_ASSERT_EQUAL(sh_machine_block(&m, 512 * MIB), 1024 * MIB);
+    m.memory = 1024 * MIB; /* a quarter at most */
+    CU_ASSERT_EQUAL(sh_machine_block(&m, 512 * MIB), 256 * MIB);
+    m.memory = 16 * MIB;
+    CU_ASSERT_EQUAL(sh_machine_block(&m, 512 * MIB), 64 * MIB);
+    m = read_at("pack:1 l2:4(size=2097152) pu:1");
+    CU_ASSERT_EQUAL(m.cache, 4 * 2 * MIB);
+    m = read_at("core:4 pu:1");
+    CU_ASSERT_EQUAL(sh_machine_block(&m, 512 * MIB), 512 * MIB);
 }
 
 static void test_shares(void) {
@@ -232,6 +252,7 @@ int main(void) {
     CU_initialize_registry();
     CU_pSuite s = CU_add_suite("machine", begin, end);
     CU_add_test(s, "cores", test_cores);
+    CU_add_test(s, "caches", test_caches);
     CU_add_test(s, "shares", test_shares);
     CU_add_test(s, "groups that share a node", test_groups);
     CU_add_test(s, "cgroup v1", test_cgroup_v1);

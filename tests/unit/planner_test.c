@@ -141,12 +141,8 @@ static sh_cluster random_cluster(void) {
     k.fma = k.cores * (10 + upto(100)) * 1e9;
     k.within = (sh_cost_link){1e-6 * (1 + upto(5)), 1e9 * (1 + upto(20))};
     k.between = (sh_cost_link){1e-6 * (2 + upto(100)), 1e8 * (1 + upto(250))};
-    k.kernels = (sh_cost_rates){.weights_read = 0.9,
-                                .weights_fma = 0.8,
-                                .attention_read = 0.6,
-                                .attention_fma = 0.5,
-                                .layer = 2e-5,
-                                .sample = 1e-9};
+    k.kernels = (sh_cost_rates){
+        .weights_read = 0.9, .weights_fma = 0.8, .attention = {.read = 0.6, .fma = 0.5}, .layer = 2e-5, .sample = 1e-9};
     return k;
 }
 
@@ -681,6 +677,10 @@ static void test_json_errors(void) {
          "m: machine: kernels.attention_few: 1 numbers: allowed are 6, for 1, 2, 4, 8, 16 and 32 rows"},
         {MACHINE_WITH("\"attention_both\": 1.5"),
          "m: machine: kernels.attention_both: 1.5 is out of range: allowed are 0 to 1"},
+        {MACHINE_WITH("\"attention_q8_few\": [0.5]"),
+         "m: machine: kernels.attention_q8_few: 1 numbers: allowed are 6, for 1, 2, 4, 8, 16 and 32 rows"},
+        {MACHINE_WITH("\"attention_q8_read\": 2"),
+         "m: machine: kernels.attention_q8_read: 2 is out of range: allowed are 0.001 to 1"},
         {MACHINE_WITH("\"attention_formed\": -1"),
          "m: machine: kernels.attention_formed: -1 is out of range: allowed are 0 to 64"},
         {MACHINE_WITH("\"weights_few\": [0.1, 0.1, 0.2, 0.2, 0.8, 0.9]"),
@@ -709,16 +709,26 @@ static void test_json_errors(void) {
     static const double paid[] = {8, 16, 16, 16, 16, 32};
     for (int i = 0; i < SH_COST_FEW; i++) CU_ASSERT_EQUAL(c.kernels.q4_few[i], paid[i]);
     CU_ASSERT_EQUAL(c.kernels.weights_few[0], 0);
-    CU_ASSERT_EQUAL(c.kernels.attention_few[0], 0);
-    CU_ASSERT_EQUAL(c.kernels.attention_both, 0);
-    CU_ASSERT_EQUAL(c.kernels.attention_formed, 0);
-    CU_ASSERT_EQUAL(c.kernels.attention_fma, 0.5);
+    CU_ASSERT_EQUAL(c.kernels.attention.few[0], 0);
+    CU_ASSERT_EQUAL(c.kernels.attention.both, 0);
+    CU_ASSERT_EQUAL(c.kernels.attention.formed, 0);
+    CU_ASSERT_EQUAL(c.kernels.attention.fma, 0.5);
     text = MACHINE_WITH("\"attention_few\": [0.125, 0.125, 0.25, 0.5, 1, 1], \"attention_both\": 0.25, "
                         "\"attention_formed\": 5.5");
     must(sh_cluster_read("m", text, strlen(text), 0, &c));
-    for (int i = 0; i < SH_COST_FEW; i++) CU_ASSERT_EQUAL(c.kernels.attention_few[i], paid[i]);
-    CU_ASSERT_EQUAL(c.kernels.attention_both, 0.25);
-    CU_ASSERT_EQUAL(c.kernels.attention_formed, 5.5);
+    for (int i = 0; i < SH_COST_FEW; i++) CU_ASSERT_EQUAL(c.kernels.attention.few[i], paid[i]);
+    CU_ASSERT_EQUAL(c.kernels.attention.both, 0.25);
+    CU_ASSERT_EQUAL(c.kernels.attention.formed, 5.5);
+    CU_ASSERT_EQUAL(c.kernels.attention_q8.read, 0); /* not said: as the others */
+    text = MACHINE_WITH("\"attention_fma\": 0.25, \"attention_q8_read\": 0.75, \"attention_q8_both\": 0.5, "
+                        "\"attention_q8_formed\": 7, \"attention_q8_few\": [0.125, 0.125, 0.25, 0.5, 1, 1]");
+    must(sh_cluster_read("m", text, strlen(text), 0, &c));
+    CU_ASSERT_EQUAL(c.kernels.attention_q8.read, 0.75);
+    CU_ASSERT_EQUAL(c.kernels.attention_q8.fma, 0.25);
+    CU_ASSERT_EQUAL(c.kernels.attention_q8.both, 0.5);
+    CU_ASSERT_EQUAL(c.kernels.attention_q8.formed, 7);
+    for (int i = 0; i < SH_COST_FEW; i++) CU_ASSERT_EQUAL(c.kernels.attention_q8.few[i], paid[i]);
+    CU_ASSERT_EQUAL(c.kernels.attention.few[0], 0);
 }
 
 static void read_plan(const char *text, const char *message) {

@@ -31,7 +31,7 @@ static Shoal__Plan *plan_of(const sh_config *c, int pp, int prefill, sh_kv_type 
 
 /* Weights at a byte per second; arithmetic, attention and links for nothing. */
 static const sh_cost_rates reading = {
-    .read = 1, .fma = 1e30, .weights_read = 1, .weights_fma = 1, .attention_read = 1e30, .attention_fma = 1};
+    .read = 1, .fma = 1e30, .weights_read = 1, .weights_fma = 1, .attention = {.read = 1e30, .fma = 1}};
 static const sh_cost_link free_link = {.latency = 0, .bandwidth = 1e30};
 
 static sh_cost_model model_of(const sh_config *c, const Shoal__Plan *p) {
@@ -137,7 +137,7 @@ static void test_work(void) {
 /* Rows leave while later layers compute: what is waited for is what does not fit beside that. */
 static void test_links(void) {
     sh_cost_rates r = {
-        .read = 1e12, .fma = 1e12, .weights_read = 1, .weights_fma = 1, .attention_read = 1e9, .attention_fma = 1e9};
+        .read = 1e12, .fma = 1e12, .weights_read = 1, .weights_fma = 1, .attention = {.read = 1e9, .fma = 1e9}};
     Shoal__Plan *p = plan_of(&b31, 2, 2, SH_KV_BF16);
     sh_cost_model m = model_of(&b31, p);
     m.rates = &r;
@@ -378,8 +378,8 @@ static void test_file(void) {
                     .fma = 1e12,
                     .spanning = 0.7};
     k.within = k.between = (sh_cost_link){20e-6, 3e9};
-    k.kernels = (sh_cost_rates){
-        .weights_read = 0.9, .weights_fma = 0.8, .attention_read = 0.6, .attention_fma = 0.5, .layer = 2e-5};
+    k.kernels =
+        (sh_cost_rates){.weights_read = 0.9, .weights_fma = 0.8, .attention = {.read = 0.6, .fma = 0.5}, .layer = 2e-5};
     sh_workload w = sh_workload_default();
     sh_search_options o = {.config = &e2b,
                            .cluster = &k,

@@ -13,8 +13,7 @@ static const sh_cost_rates rates = {.read = 380e9,
                                     .fma = 5.6e12,
                                     .weights_read = 0.9,
                                     .weights_fma = 0.8,
-                                    .attention_read = 0.6,
-                                    .attention_fma = 0.5,
+                                    .attention = {.read = 0.6, .fma = 0.5},
                                     .layer = 20e-6,
                                     .sample = 1e-9};
 static const sh_cost_link far = {.latency = 10e-6, .bandwidth = 12.5e9};
