@@ -23,10 +23,15 @@ typedef struct collect {
     sh_outcomes outcomes;
 } collect;
 
+/* A signal that ends the command ends a write that a full pipe holds up, too. */
+static sh_status stdout_failed(void) {
+    sh_status st = errno == EINTR ? SH_ECANCELLED : SH_EIO;
+    SH_FAIL(st, "-o -: standard output cannot be written: %s", strerror(errno));
+}
+
 static sh_status put(collect *k, const void *p, size_t n) {
     if (k->file) return sh_file_writer_add(k->file, p, n);
-    if (fwrite(p, 1, n, stdout) != n) SH_FAIL(SH_EIO, "-o -: standard output cannot be written: %s", strerror(errno));
-    return SH_OK;
+    return fwrite(p, 1, n, stdout) == n ? SH_OK : stdout_failed();
 }
 
 /* The row's response.status_code. Within JSON strings quotes are escaped, so this text is always the member itself. */
@@ -125,8 +130,7 @@ static sh_status run(collect *k, sh_client *c, uint64_t job, const char *output,
     SH_TRY(fetch_all(k, c, job));
     if (k->spool) SH_TRY(write_spooled(k, ordered));
     if (k->file) return sh_file_writer_commit(&k->file);
-    if (fflush(stdout) != 0) SH_FAIL(SH_EIO, "-o -: standard output cannot be written: %s", strerror(errno));
-    return SH_OK;
+    return fflush(stdout) == 0 ? SH_OK : stdout_failed();
 }
 
 sh_status sh_collect(sh_client *c, uint64_t job, const char *output, bool ordered, const char *spool,

@@ -305,7 +305,8 @@ static void print_jobs(const Shoal__JobReply *r) {
 
 static void print_groups(const Shoal__JobReply *r) {
     if (r->n_group == 0)
-        printf("\nNo group is connected: start one with 'mpirun -n RANKS shoal worker --connect ENDPOINT'\n");
+        printf("\nNo group is connected: start one with 'mpirun -n RANKS --bind-to none shoal worker --connect "
+               "ENDPOINT'\n");
     for (size_t i = 0; i < r->n_group; i++) {
         const Shoal__GroupState *g = r->group[i];
         printf("\ngroup %s: %s, %d of %d ranks up", g->group, g->state, g->ranks_up, g->ranks);

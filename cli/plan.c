@@ -103,8 +103,10 @@ static sh_search_options options_of(const command *k, const subject *s) {
     /* A layout that needs more ranks than there are NUMA nodes is asked for all the same: they share nodes. Beside
      * ranks that only read prompts a stage is one rank: with both numbers the group is given. */
     int asked = sh_options_ranks(&k->shared), there = k->cluster.nodes * k->cluster.numa;
+    int least = asked > 0 ? asked : 1;
+    bool share = (int64_t)least * (o.replicas > 0 ? o.replicas : 1) > there;
     bool given = k->shared.ranks || (k->shared.prefill && (k->shared.pp || k->shared.cuts));
-    sh_options_plan(&k->shared, given || asked > there ? asked : 0, &o.fixed);
+    sh_options_plan(&k->shared, given ? asked : share ? least : 0, &o.fixed);
     o.routing = o.fixed.routing = k->routing;
     return o;
 }

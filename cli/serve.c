@@ -13,7 +13,7 @@ static const char usage[] =
     "A coordinator that stays: takes jobs (shoal submit), keeps them on disk, gives the work to groups of\n"
     "'shoal worker' ranks that connect to it, and hands out results. Ends on SIGTERM or Ctrl-C; started again\n"
     "with the same store it goes on where it was. One group is started by, for example:\n\n"
-    "  mpirun -n 4 shoal worker --connect ENDPOINT\n\n"
+    "  mpirun -n 4 --bind-to none shoal worker --connect ENDPOINT\n\n"
     "--replicas R says that R groups are expected: what is too long for those that are up waits until there are R.\n\n"
     "ENDPOINT is ipc:///PATH (this node; the socket's folder must be yours and closed to others: mode 700) or\n"
     "tcp://ADDRESS:PORT (needs --keys; tcp://*:5555 listens on all interfaces).\n\n";

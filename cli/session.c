@@ -563,8 +563,9 @@ static bool any_ready(const sh_session *s) {
 static sh_status work_round(sh_session *s, bool *finished) {
     bool answered = false;
     if (s->coordinators == 0) return renew_coordinator(s);
+    bool ran = s->coordinator.running; /* not: it was ended, and it is known why */
     if (!sh_child_poll(&s->coordinator)) {
-        describe_coordinator(s);
+        if (ran) describe_coordinator(s);
         return renew_coordinator(s);
     }
     SH_TRY(ask(s, false, &answered));

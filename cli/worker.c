@@ -13,14 +13,14 @@
 #include "worker/worker.h"
 
 static const char usage[] =
-    "Usage: mpirun -n RANKS shoal worker --connect ENDPOINT [OPTION]...\n"
+    "Usage: mpirun -n RANKS --bind-to none shoal worker --connect ENDPOINT [OPTION]...\n"
     "       shoal worker --connect ENDPOINT --link local [-n RANKS] [OPTION]...\n"
     "Serves as one group: RANKS ranks that hold one replica of the model, each some of its layers. The coordinator\n"
     "at ENDPOINT ('shoal serve' or 'shoal run') tells each rank its layers, sends requests and takes the tokens.\n"
     "A group leaves when the coordinator ends it or is silent for too long. 'shoal run' starts its own groups; use "
     "this\n"
     "command to add groups to a 'shoal serve'.\n\n"
-    "  mpirun -n 4 shoal worker --connect tcp://head:5555 --keys ~/.shoal/keys     four ranks over MPI\n"
+    "  mpirun -n 4 --bind-to none shoal worker --connect tcp://head:5555 --keys ~/.shoal/keys\n"
     "  srun --mpi=pmix -n 4 shoal worker --connect tcp://head:5555 --keys ~/keys   the same under Slurm\n"
     "  shoal worker --connect ipc:///run/user/1000/shoal/s --link local -n 2       two ranks in one process\n\n";
 
@@ -92,7 +92,11 @@ static int leave(sh_link **link, sh_status st) {
         sh_link_destroy(link);
         return SH_EXIT_OK;
     }
-    if (st == SH_ECANCELLED) _exit(SH_EXIT_OK);
+    if (st == SH_ECANCELLED) {
+        const char *run = getenv("SHOAL_GROUP"); /* a run tells its user itself */
+        if (!run && (*link)->rank == 0) fprintf(stderr, "shoal worker: %s\n", sh_error_text());
+        _exit(SH_EXIT_OK);
+    }
     sh_error("%s", sh_error_text());
     _exit(SH_EXIT_RUN);
 }

@@ -97,6 +97,7 @@ void sh_dispatch_set_owner(sh_dispatch *d, sh_running *r, sh_group *g) {
     sh_group *before = sh_dispatch_group(d, r->group);
     if (before) before->given--, before->unproven -= r->unproven, before->testing -= r->testing;
     r->group = g ? g->number : -1;
+    if (g) r->meant = 0;
     r->unproven = g != NULL;
     r->testing = g && sh_dispatch_is_suspect(r);
     if (g) g->given++, g->unproven++, g->testing += r->testing;
@@ -379,10 +380,20 @@ static sh_status group_add(sh_dispatch *d, const Shoal__Hello *h, sh_group **out
     return d->o->run ? sh_jobs_fail(d->jobs, why) : SH_OK;
 }
 
-static sh_group *group_by_name(const sh_dispatch *d, const char *name) {
-    for (int i = 0; i < d->n; i++)
-        if (strcmp(d->group[i]->name, name) == 0) return d->group[i];
-    return NULL;
+static bool is_process(const sh_rank_seat *s, const Shoal__Hello *h) {
+    return s->pid == h->pid && strcmp(s->host, h->host) == 0;
+}
+
+/* The youngest of that name; but where the process h had a seat in an older one, that. */
+static sh_group *group_by_name(const sh_dispatch *d, const char *name, const Shoal__Hello *h) {
+    sh_group *youngest = NULL;
+    for (int i = d->n - 1; i >= 0; i--) {
+        sh_group *g = d->group[i];
+        if (strcmp(g->name, name) != 0) continue;
+        if (!youngest) youngest = g;
+        if (h && h->rank < g->size && is_process(&g->seat[h->rank], h)) return g;
+    }
+    return youngest;
 }
 
 /* --- hearing -------------------------------------------------------------------------------------------------------
@@ -432,6 +443,25 @@ static sh_status give_again(sh_dispatch *d, const sh_group *g) {
     return SH_OK;
 }
 
+/* The group that this rank is of, NULL: none yet. A run's groups have names of their own. Elsewhere one may be started
+ * again under a name that is known (a requeued job, a service): a rank that served nobody yet is of a lost group no
+ * more, and where another process has its seat, that one is gone. */
+static sh_status find_group(sh_dispatch *d, const Shoal__Hello *h, sh_group **out) {
+    sh_group *g = group_by_name(d, h->group, h);
+    *out = g;
+    if (!g || d->o->run || h->has_epoch) return SH_OK;
+    if (g->state != SH_GROUP_LOST && g->size == h->size) {
+        const sh_rank_seat *s = &g->seat[h->rank];
+        char why[200];
+        if (!s->peer.len || is_process(s, h)) return SH_OK;
+        snprintf(why, sizeof why, "rank %d (%s, pid %d): another process has come under its name: pid %d on %.60s",
+                 h->rank, s->host, s->pid, h->pid, h->host);
+        SH_TRY(sh_dispatch_lose(d, g, why, false));
+    }
+    if (g->state == SH_GROUP_LOST) *out = NULL;
+    return SH_OK;
+}
+
 static sh_status hear_hello(sh_dispatch *d, const sh_wire_peer *from, const Shoal__Hello *h) {
     if (!hello_is_good(h)) {
         say_leave(d, from, "hello: rank, size or group is not allowed");
@@ -441,7 +471,8 @@ static sh_status hear_hello(sh_dispatch *d, const sh_wire_peer *from, const Shoa
         say_leave(d, from, "this rank served another coordinator");
         return SH_OK;
     }
-    sh_group *g = group_by_name(d, h->group);
+    sh_group *g = NULL;
+    SH_TRY(find_group(d, h, &g));
     if (!g) SH_TRY(group_add(d, h, &g));
     if (g->state == SH_GROUP_LOST || g->size != h->size) {
         say_leave(d, from, g->state == SH_GROUP_LOST ? g->fault : "another rank of this group gave another size");
@@ -463,11 +494,24 @@ static sh_status hear_hello(sh_dispatch *d, const sh_wire_peer *from, const Shoa
     return again && h->rank == 0 && g->state == SH_GROUP_READY ? give_again(d, g) : SH_OK;
 }
 
-/* The weights are the store's: another checkpoint would answer the rest of a job in another voice. */
-static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) {
+/* The weights are the store's, and of all groups that serve: another checkpoint would answer the rest of a job in
+ * another voice. The store lets go of them as long as nothing came of them. */
+static sh_status pin_weights(const sh_dispatch *d, const sh_group *g, uint64_t weights) {
     char text[24];
-    snprintf(text, sizeof text, "%016" PRIx64, r->fingerprint);
-    sh_status st = sh_store_pin(d->store, "weights", text);
+    for (int i = 0; i < d->n; i++) {
+        const sh_group *other = d->group[i];
+        if (other != g && other->state == SH_GROUP_READY && other->weights != weights)
+            SH_FAIL(SH_EINPUT,
+                    "group %s (%s) has weights with fingerprint %016" PRIx64 ", group %s (%s) %016" PRIx64
+                    ": all must have the same",
+                    other->name, other->seat[0].host, other->weights, g->name, g->seat[0].host, weights);
+    }
+    snprintf(text, sizeof text, "%016" PRIx64, weights);
+    return sh_store_pin(d->store, "weights", text);
+}
+
+static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) {
+    sh_status st = pin_weights(d, g, r->fingerprint);
     if (st == SH_EINPUT) {
         char why[1024];
         snprintf(why, sizeof why, "%s", sh_error_text());
@@ -475,6 +519,7 @@ static sh_status hear_ready(sh_dispatch *d, sh_group *g, const Shoal__Ready *r) 
         return d->o->run && d->expected <= 1 ? sh_jobs_fail(d->jobs, why) : SH_OK;
     }
     SH_TRY(st);
+    g->weights = r->fingerprint;
     g->kv_tokens = r->kv_tokens;
     g->kv_total = r->kv_total;
     g->max_seqs = r->max_seqs < 1 ? 1 : r->max_seqs > SH_MAX_SEQS ? SH_MAX_SEQS : r->max_seqs;
@@ -584,7 +629,7 @@ static sh_status hear_tokens(sh_dispatch *d, sh_group *g, const Shoal__Tokens *t
     sh_group *owner = sh_dispatch_group(d, r->group);
     g->taken += new;
     d->progress += new;
-    if (new) clear_suspicion(r, owner == g ? g : NULL);
+    if (new) clear_suspicion(r, owner);
     sh_job_entry *e = sh_jobs_find(d->jobs, r->job);
     if (e) e->live += (uint64_t)added;
     if (r->finish == SH_FINISH_NONE) return SH_OK;
@@ -648,7 +693,7 @@ sh_status sh_dispatch_watch(sh_dispatch *d) {
             snprintf(text, sizeof text, "its weights were not loaded within %.0f s", g->load);
             dead = true;
         }
-        if (!dead && g->gone > 0 && now - g->gone > SH_GONE_MOST) {
+        if (!dead && g->gone > 0 && now - g->gone > 1e-3 * d->o->heartbeat_ms * SH_GONE_BEATS) {
             snprintf(text, sizeof text, "rank 0 (%s): %s", g->seat[0].host, g->gone_why);
             dead = true;
         }
@@ -696,7 +741,7 @@ void sh_dispatch_drop_job(sh_dispatch *d, uint64_t job) {
 sh_status sh_dispatch_supervised(sh_dispatch *d, const Shoal__Supervision *s) {
     d->expected = s->groups;
     for (size_t i = 0; i < s->n_ended; i++) {
-        sh_group *g = group_by_name(d, s->ended[i]->group);
+        sh_group *g = group_by_name(d, s->ended[i]->group, NULL);
         if (g) SH_TRY(sh_dispatch_lose(d, g, s->ended[i]->reason, false));
     }
     return SH_OK;

@@ -23,8 +23,9 @@
 #define SH_LOAD_LEAST   120.0 /* seconds for the ranks of a group to load their weights, plus what they take … */
 #define SH_LOAD_RATE    20e6  /* … at so many bytes a second, all ranks' together */
 #define SH_START_MOST   120.0 /* seconds from the first rank's hello to the last one's */
-#define SH_GONE_MOST    1.0 /* seconds for a leader that cannot be reached to come back, or its last words to be heard */
-#define SH_LOST_KEPT    8   /* lost groups that a status still shows */
+#define SH_GONE_BEATS                                                                                                  \
+    5 /* heartbeats in which a leader that cannot be reached may come back, or its last words be heard */
+#define SH_LOST_KEPT 8 /* lost groups that a status still shows */
 
 typedef struct sh_dispatch sh_dispatch;
 

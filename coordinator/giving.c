@@ -44,6 +44,11 @@ static sh_status fetch_line(void *ctx, const sh_stored_request *r) {
 /* A leader that cannot be reached gets nothing more. Its group is not lost yet: the leader may have said why it went,
  * which waits to be heard, or come back over a new connection. sh_dispatch_watch waits a little for either. */
 static sh_status give(sh_dispatch *d, sh_running *r, sh_group *g) {
+    if (!sh_running_is_saved(r)) { /* tokens that its last group had sent already came while it waited */
+        d->unsaved = true;
+        SH_TRY(sh_dispatch_save_one(d, r));
+        return sh_dispatch_wait(d, r);
+    }
     sh_status st = sh_dispatch_send_work(d, r, g);
     if (st == SH_EPEER) {
         snprintf(g->gone_why, sizeof g->gone_why, "%s", sh_error_text());
@@ -169,6 +174,12 @@ static sh_status give_suspect(sh_dispatch *d) {
     return give(d, first, t);
 }
 
+/* The group that it was taken from would do as well as the one that it was taken for. */
+static sh_group *group_for(const sh_dispatch *d, const sh_allot *s, const sh_running *r) {
+    sh_group *meant = r->meant ? sh_dispatch_group(d, r->meant) : NULL;
+    return meant && sh_allot_has_room(s, meant) ? meant : sh_allot_next(s, r);
+}
+
 static sh_status give_waiting(sh_dispatch *d) {
     SH_TRY(give_up_waiting(d));
     if (!d->unsaved) SH_TRY(give_suspect(d));
@@ -176,7 +187,7 @@ static sh_status give_waiting(sh_dispatch *d) {
         sh_running *r = d->waiting[i];
         sh_allot s = sh_dispatch_allot(d);
         if (!sh_allot_next(&s, NULL)) return SH_OK;
-        sh_group *g = sh_dispatch_is_suspect(r) || !is_wanted(d, r) ? NULL : sh_allot_next(&s, r);
+        sh_group *g = sh_dispatch_is_suspect(r) || !is_wanted(d, r) ? NULL : group_for(d, &s, r);
         if (!g) {
             i++;
             continue;
@@ -274,13 +285,14 @@ static sh_status give_fresh(sh_dispatch *d) {
     return SH_OK;
 }
 
-/* The request that was taken up last, of those that `from` has not begun and `to` can hold. */
+/* The request that was taken up last, of those that `from` has not begun and `to` can hold; none that was taken over
+ * from somebody slow. */
 static sh_running *last_unproven(const sh_dispatch *d, const sh_group *from, const sh_group *to) {
     sh_running *best = NULL;
     for (int i = 0; i < SH_DISPATCH_BUCKETS; i++)
         for (sh_running *r = d->bucket[i]; r; r = r->next)
-            if (r->group == from->number && r->unproven && sh_running_is_saved(r) && sh_allot_fits(to, r) &&
-                (!best || r->turn > best->turn))
+            if (r->group == from->number && r->unproven && !r->moved && sh_running_is_saved(r) &&
+                sh_allot_fits(to, r) && (!best || r->turn > best->turn))
                 best = r;
     return best;
 }
@@ -297,6 +309,7 @@ static sh_status take_over(sh_dispatch *d, const sh_group *to) {
             sh_dispatch_say_cancel(d, from, r->key);
             sh_dispatch_set_owner(d, r, NULL);
             r->moved = true;
+            r->meant = to->number;
             SH_TRY(sh_dispatch_save_one(d, r));
             SH_TRY(sh_dispatch_wait(d, r));
             d->unsaved = true;

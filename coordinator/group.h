@@ -37,6 +37,7 @@ typedef struct sh_group {
     bool lasting; /* the fault would come again */
     char *note[SH_MAX_NOTES];
     int n_notes;
+    uint64_t weights; /* fingerprint, as its leader said when it was ready */
     int kv_tokens, max_seqs;
     int64_t kv_total; /* 0: not told */
     int given;        /* requests it has … */

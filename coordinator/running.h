@@ -24,6 +24,7 @@ typedef struct sh_running {
     uint64_t key, job;
     uint64_t turn; /* how many were taken from the store before it */
     int group;     /* number of the group that has it; −1: none, waits to be given out */
+    int meant;     /* number of the group that shall have it, as it idles; 0: any */
     /* about that group, and those before it */
     bool unproven, testing, moved; /* nothing came of it yet; it is a suspect there; it was taken over once */
     int lost, alone;               /* groups that ended in a row with it in hand and unproven; … when it was alone */

@@ -308,8 +308,11 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *config, const Shoal__Plan *p
     return m;
 }
 
-sh_status sh_plan_kv_budget(const sh_config *c, const Shoal__Plan *p, int rank, uint64_t available, uint64_t *out) {
-    sh_plan_memory m = sh_plan_rank_memory(c, p, rank);
+sh_status sh_plan_kv_budget(const sh_config *c, const Shoal__Plan *p, int rank, int threads, uint64_t available,
+                            uint64_t *out) {
+    Shoal__Plan with = *p;
+    if (!with.threads) with.threads = threads;
+    sh_plan_memory m = sh_plan_rank_memory(c, &with, rank);
     uint64_t need = m.weights + m.scratch + m.reserve + p->kv_memory;
     if (need < p->kv_memory || need >= available)
         SH_FAIL(SH_EMEMORY,

@@ -308,6 +308,11 @@ static void apply_quota(sh_machine *m) {
     if (n < m->n_cpus) m->n_cpus = n;
 }
 
+/* Nodes that have some of the CPUs that are left, not those that have memory alone. */
+static void count_numa(sh_machine *m) {
+    if (m->n_numa > 0) m->n_numa = m->numa[m->n_cpus - 1] + 1;
+}
+
 sh_status sh_machine_read(const sh_machine_origin *origin, sh_machine *out) {
     const char *root = origin && origin->root ? origin->root : "";
     sh_machine *m = calloc(1, sizeof *m);
@@ -316,6 +321,7 @@ sh_status sh_machine_read(const sh_machine_origin *origin, sh_machine *out) {
     if (st == SH_OK) st = read_memory(root, m);
     if (st == SH_OK) {
         apply_quota(m);
+        count_numa(m);
         *out = *m;
     }
     free(m);
@@ -387,6 +393,8 @@ sh_machine_part sh_machine_share(const sh_machine *m, int i, int n) {
     return p;
 }
 
-sh_machine_part sh_machine_share_bound(const sh_machine *m, int n) {
-    return (sh_machine_part){.cpus = m->cpus, .n_cpus = m->n_cpus, .memory = m->memory / (uint64_t)n};
+sh_machine_part sh_machine_share_bound(const sh_machine *m, int i, int same, int n) {
+    sh_machine_part p = sh_machine_share(m, i, same);
+    p.memory = m->memory / (uint64_t)n;
+    return p;
 }

@@ -25,10 +25,11 @@ typedef struct sh_machine {
     /* One logical CPU per core that this process may use, NUMA node by NUMA node, cut to the quota: one compute thread
      * each. */
     int cpus[SH_MAX_CPUS], n_cpus;
-    uint16_t numa[SH_MAX_CPUS];                 /* for each of them its NUMA node, counted from 0 in that order */
-    int n_allowed, n_cores, n_numa, n_packages; /* logical CPUs, cores, … under the CPU set of this process */
-    int machine_cpus;                           /* logical CPUs of the machine */
-    double quota;                               /* CPUs' worth of time that the cgroup grants; 0: no quota */
+    uint16_t numa[SH_MAX_CPUS];         /* for each of them its NUMA node, counted from 0 in that order */
+    int n_allowed, n_cores, n_packages; /* logical CPUs, cores, … under the CPU set of this process */
+    int n_numa;                         /* nodes of the CPUs above */
+    int machine_cpus;                   /* logical CPUs of the machine */
+    double quota;                       /* CPUs' worth of time that the cgroup grants; 0: no quota */
     char quota_source[256];
     uint64_t cache;  /* bytes of the last level, all that these CPUs reach; 0: not told */
     uint64_t memory; /* the least of the limits */
@@ -62,8 +63,7 @@ typedef struct sh_machine_part {
     uint64_t memory;
 } sh_machine_part;
 sh_machine_part sh_machine_share(const sh_machine *m, int i, int n);
-/* The same when a launcher has already bound each rank to CPUs of its own: all CPUs of the process, a share of the
- * memory. */
-sh_machine_part sh_machine_share_bound(const sh_machine *m, int n);
+/* The same when a launcher has bound ranks to CPUs: `same` of the n are bound to these, this one the i-th of them. */
+sh_machine_part sh_machine_share_bound(const sh_machine *m, int i, int same, int n);
 
 #endif

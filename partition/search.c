@@ -115,13 +115,13 @@ static bool same_memory(const Shoal__Plan *p, size_t i) {
 /* Memory, KV pages and speed of x->plan. A failure's text is the reason. */
 static sh_status judge(const sh_search_options *o, sh_choice *x, uint64_t *budget) {
     sh_kv_limits l;
-    uint64_t least = UINT64_MAX;
+    uint64_t least = UINT64_MAX, memory = sh_cluster_memory(o->cluster, x->ranks_per_node);
+    int threads = o->cluster->cores / x->ranks_per_node;
     for (size_t i = 0; i < x->plan->n_rank; i++) {
         if (i > 0 && same_memory(x->plan, i))
             budget[i] = budget[i - 1];
         else
-            SH_TRY(sh_plan_kv_budget(o->config, x->plan, (int)i, sh_cluster_memory(o->cluster, x->ranks_per_node),
-                                     &budget[i]));
+            SH_TRY(sh_plan_kv_budget(o->config, x->plan, (int)i, threads > 1 ? threads : 1, memory, &budget[i]));
         if (budget[i] < least) least = budget[i];
     }
     SH_TRY(sh_plan_kv_limits(x->plan, &l));

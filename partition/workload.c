@@ -60,6 +60,7 @@ sh_status sh_workload_check(sh_workload *w) {
     }
     double all = sum(w);
     if (!(w->requests > 0)) w->requests = all;
+    if (!(w->requests < 1e15)) SH_FAIL(SH_EINPUT, "workload: requests: %g: fewer than 10^15 are allowed", w->requests);
     for (int i = 0; i < w->n; i++) w->bin[i].requests *= w->requests / all;
     return SH_OK;
 }

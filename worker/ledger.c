@@ -9,9 +9,19 @@
 
 #define BUCKETS 1024
 
+typedef struct kept { /* of a token; its alternatives are top [top0, top0 + n_top) of the list */
+    int32_t id;
+    float logprob;
+    int32_t text_len;
+    uint32_t top0;
+    uint8_t n_top, finish;
+} kept;
+
 typedef struct list { /* tokens or scores of one sequence, from place `first` on */
-    sh_token *t;
+    kept *t;
+    sh_top_logprob *top;
     int32_t first, n, cap, sent;
+    uint32_t n_top, cap_top;
 } list;
 
 typedef struct entry {
@@ -34,7 +44,9 @@ sh_status sh_ledger_create(sh_ledger **out) {
 
 static void entry_free(entry *e) {
     free(e->tokens.t);
+    free(e->tokens.top);
     free(e->scores.t);
+    free(e->scores.top);
     free(e);
 }
 
@@ -72,6 +84,20 @@ sh_status sh_ledger_open(sh_ledger *l, uint64_t key, int32_t offset, int32_t sco
     return SH_OK;
 }
 
+static sh_status keep_top(list *to, const sh_token *t) {
+    uint32_t n = to->n_top + (uint32_t)t->n_top;
+    if (n > to->cap_top) {
+        uint32_t cap = 2 * n;
+        sh_top_logprob *p = realloc(to->top, cap * sizeof *p);
+        if (!p) SH_FAIL(SH_EMEMORY, "no memory for %u alternatives", cap);
+        to->top = p;
+        to->cap_top = cap;
+    }
+    if (t->n_top) memcpy(to->top + to->n_top, t->top, (size_t)t->n_top * sizeof *t->top);
+    to->n_top = n;
+    return SH_OK;
+}
+
 sh_status sh_ledger_add(sh_ledger *l, uint64_t key, const sh_token *t) {
     entry *e = *find(l, key);
     if (!e) return SH_OK;
@@ -80,12 +106,19 @@ sh_status sh_ledger_add(sh_ledger *l, uint64_t key, const sh_token *t) {
         SH_FAIL(SH_ESTATE, "token %d of a sequence that has %d", t->index, to->first + to->n);
     if (to->n == to->cap) {
         int32_t cap = to->cap ? to->cap * 2 : 16;
-        sh_token *p = realloc(to->t, (size_t)cap * sizeof *p);
+        kept *p = realloc(to->t, (size_t)cap * sizeof *p);
         if (!p) SH_FAIL(SH_EMEMORY, "no memory for %d tokens", cap);
         to->t = p;
         to->cap = cap;
     }
-    to->t[to->n++] = *t;
+    to->t[to->n] = (kept){.id = t->id,
+                          .logprob = t->logprob,
+                          .text_len = t->text_len,
+                          .top0 = to->n_top,
+                          .n_top = (uint8_t)t->n_top,
+                          .finish = t->finish};
+    SH_TRY(keep_top(to, t));
+    to->n++;
     return SH_OK;
 }
 
@@ -127,24 +160,24 @@ static void part_free(part *p) {
     free(p);
 }
 
-static sh_status fill_top(const sh_token *t, Shoal__TopLogprobs **out) {
+static sh_status fill_top(const sh_top_logprob *from, int n, Shoal__TopLogprobs **out) {
     Shoal__TopLogprobs *top = malloc(sizeof *top);
     if (!top) SH_FAIL(SH_EMEMORY, "no memory for a message");
     shoal__top_logprobs__init(top);
     *out = top;
-    top->id = calloc((size_t)t->n_top + 1, sizeof *top->id);
-    top->logprob = calloc((size_t)t->n_top + 1, sizeof *top->logprob);
+    top->id = calloc((size_t)n + 1, sizeof *top->id);
+    top->logprob = calloc((size_t)n + 1, sizeof *top->logprob);
     if (!top->id || !top->logprob) SH_FAIL(SH_EMEMORY, "no memory for a message");
-    top->n_id = top->n_logprob = (size_t)t->n_top;
-    for (int i = 0; i < t->n_top; i++) {
-        top->id[i] = t->top[i].id;
-        top->logprob[i] = t->top[i].logprob;
+    top->n_id = top->n_logprob = (size_t)n;
+    for (int i = 0; i < n; i++) {
+        top->id[i] = from[i].id;
+        top->logprob[i] = from[i].logprob;
     }
     return SH_OK;
 }
 
 static sh_status fill_part(part *p, const list *from, int n, bool logprobs) {
-    const sh_token *t = from->t + from->sent;
+    const kept *t = from->t + from->sent;
     p->m.id = calloc((size_t)n, sizeof *p->m.id);
     p->m.logprob = calloc((size_t)n, sizeof *p->m.logprob);
     p->tops = calloc((size_t)n, sizeof *p->tops);
@@ -160,7 +193,7 @@ static sh_status fill_part(part *p, const list *from, int n, bool logprobs) {
     if (logprobs && any_top) {
         p->m.n_top = (size_t)n;
         p->m.top = p->tops;
-        for (int i = 0; i < n; i++) SH_TRY(fill_top(&t[i], &p->tops[i]));
+        for (int i = 0; i < n; i++) SH_TRY(fill_top(from->top + t[i].top0, t[i].n_top, &p->tops[i]));
     }
     return SH_OK;
 }
@@ -174,7 +207,7 @@ static sh_status make_part(const entry *e, const list *from, bool score, int n, 
         part_free(p);
         return sh_error_pass(st, __FILE__, __LINE__);
     }
-    const sh_token *last = &from->t[from->sent + n - 1];
+    const kept *last = &from->t[from->sent + n - 1];
     p->m.key = e->key;
     p->m.offset = from->first + from->sent;
     p->m.has_score = score;

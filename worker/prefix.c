@@ -152,6 +152,7 @@ static void list_enter(sh_prefix *p, int k, int32_t x) {
     if (which == PLAIN || p->idle[k][which].n <= p->pool[k].total / 2) return;
     list_remove(p, k, first);
     p->node[first].list[k] = PLAIN;
+    if (k == SH_KV_GLOBAL) p->node[first].maker = 0; /* whoever uses it next proves it, with those below it */
     list_add(p, k, first);
 }
 

@@ -141,8 +141,8 @@ static void leave_others(rank *r, bool bound) {
     if (o->parts > 1 && !o->memory) r->machine->memory /= (uint64_t)o->parts;
 }
 
-/* This rank's CPUs and memory. Ranks of one node share what the process may use, unless the launcher gave each its own.
- */
+/* This rank's CPUs and memory. Ranks of one node share what the process may use; where the launcher bound them, those
+ * that were bound to the same CPUs share these. */
 static sh_status share_node(rank *r) {
     const sh_alive alive = {check_alive, r};
     neighbour me = {0};
@@ -161,24 +161,29 @@ static sh_status share_node(rank *r) {
         me.cpu_set = sh_hash64(0, r->machine->cpus, (size_t)r->machine->n_cpus * sizeof(int));
         st = sh_ranks_exchange(r->link, &me, sizeof me, all, &alive);
     }
-    int n = 0, mine = 0;
-    bool bound = false;
+    int n = 0, same = 0, own = 0; /* ranks on this node; with these CPUs; before this one among those */
     for (int i = 0; st == SH_OK && i < r->link->size; i++) {
         if (strncmp(all[i].host, me.host, sizeof me.host) != 0) continue;
-        if (i == r->link->rank) mine = n;
-        bound = bound || all[i].cpu_set != me.cpu_set;
         n++;
+        if (all[i].cpu_set != me.cpu_set) continue;
+        own += i < r->link->rank;
+        same++;
     }
     free(all);
     if (st != SH_OK) return sh_error_pass(st, __FILE__, __LINE__);
-    leave_others(r, bound);
-    r->part = bound ? sh_machine_share_bound(r->machine, n) : sh_machine_share(r->machine, mine, n);
+    leave_others(r, same < n);
+    r->part = sh_machine_share_bound(r->machine, own, same, n);
     return SH_OK;
+}
+
+static int threads_of(const rank *r) {
+    int given = r->o->threads > 0 ? r->o->threads : r->plan->threads;
+    return given > 0 ? given : r->part.n_cpus;
 }
 
 /* What this rank may spend on KV; a refusal also tells which limit it met. */
 static sh_status kv_budget(const rank *r, uint64_t *out) {
-    sh_status st = sh_plan_kv_budget(r->config, r->plan, r->link->rank, r->part.memory, out);
+    sh_status st = sh_plan_kv_budget(r->config, r->plan, r->link->rank, threads_of(r), r->part.memory, out);
     if (st != SH_EMEMORY) return st;
     const sh_memory_limit *l = &r->machine->limit[r->machine->memory_from];
     char why[768];
@@ -234,7 +239,6 @@ static void told_of_load(void *arg, const sh_load_times *t) {
 
 static sh_status load(rank *r) {
     const Shoal__PlanRank *layers = r->plan->rank[r->link->rank];
-    int threads = r->o->threads > 0 ? r->o->threads : r->plan->threads;
     const sh_alive alive = {check_alive, r};
     SH_TRY(prepare_stream(r));
     sh_stage_options o = {.model_dir = r->model_dir,
@@ -243,7 +247,7 @@ static sh_status load(rank *r) {
                           .kv_type = r->kv,
                           .first = layers->first,
                           .last = layers->last,
-                          .threads = threads > 0 ? threads : r->part.n_cpus,
+                          .threads = threads_of(r),
                           .cpus = r->part.cpus,
                           .n_cpus = r->part.n_cpus,
                           .schedule = &r->schedule,

@@ -38,6 +38,10 @@ def from_files(c, s):
     c.check("two models", rc == 0 and out.count("26b-a4b ") >= 5 and out.count("  31b ") >= 4, out)
     rc, out, err = plan(s, "-m", a4b, "--machine", xeon, "--pp", 2, "--ep", 2, "--replicas", 1, "--brief")
     c.check("forced", rc == 0 and "pipeline of 2 stages × 2 ranks that divide sequences and experts" in out, out)
+    box = ("--machine", os.path.join(MACHINES, "box-24g.json"), "--brief")
+    for more, ranks in (("--replicas", 4), 1), (("--pp", 2, "--replicas", 2), 2):  # one NUMA node that groups share
+        rc, out, err = plan(s, "-m", st.DEMO, *box, *more, "-o", s.file("shared.json"))
+        c.check(f"{more}", rc == 0 and len(json.load(open(s.file("shared.json")))["rank"]) == ranks, (rc, out, err))
     rc, _, err = plan(s, "-m", a4b, "--machine", s.file("none.json"))
     c.check("no machine file", rc == 3 and "none.json" in err, (rc, err))
     with open(s.file("bad.json"), "w") as f:

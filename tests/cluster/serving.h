@@ -154,7 +154,8 @@ typedef struct fake_seq {
 typedef struct fake {
     sh_wire *wire;
     char name[40];
-    uint64_t epoch, step;
+    uint64_t epoch, step, weights;
+    int pid;
     bool welcomed, ready, left, mute, stuck, loud; /* loud: sends every token twice, and once from the start */
     int budget;                                    /* tokens it may still make; −1: no limit */
     int kv_tokens, max_seqs, every;                /* every: makes tokens in each so many-th turn only */
@@ -182,7 +183,7 @@ static inline void fake_send(fake *f, const Shoal__FromRank *m) {
 
 static inline void fake_hello(fake *f) {
     Shoal__Hello h = SHOAL__HELLO__INIT;
-    h.rank = 0, h.size = 1, h.pid = (int)getpid();
+    h.rank = 0, h.size = 1, h.pid = f->pid;
     h.host = h.build = (char[]){"here"};
     h.group = f->name;
     h.has_epoch = f->welcomed;
@@ -193,11 +194,16 @@ static inline void fake_hello(fake *f) {
     f->heard = sh_now();
 }
 
-static inline void fake_open(fake *f, const char *endpoint, const char *name) {
-    *f = (fake){.budget = -1, .kv_tokens = 4096, .max_seqs = 4, .every = 1};
+/* As process `pid`, or as this one. */
+static inline void fake_open_as(fake *f, const char *endpoint, const char *name, int pid) {
+    *f = (fake){.weights = 0xfeed, .pid = pid, .budget = -1, .kv_tokens = 4096, .max_seqs = 4, .every = 1};
     snprintf(f->name, sizeof f->name, "%s", name);
     CU_ASSERT_EQUAL_FATAL(sh_wire_connect(endpoint, NULL, &f->wire), SH_OK);
     fake_hello(f);
+}
+
+static inline void fake_open(fake *f, const char *endpoint, const char *name) {
+    fake_open_as(f, endpoint, name, (int)getpid());
 }
 
 static inline void fake_fault(fake *f, const char *text) {
@@ -279,7 +285,7 @@ static inline void fake_take(fake *f, const Shoal__ToRank *m) {
         if (f->slow_to_load) return;
         for (int i = 0; i < f->n; i++) f->seq[i].sent = f->seq[i].first; /* everything again */
         Shoal__Ready r = SHOAL__READY__INIT;
-        r.kv_tokens = f->kv_tokens, r.max_seqs = f->max_seqs, r.fingerprint = 0xfeed;
+        r.kv_tokens = f->kv_tokens, r.max_seqs = f->max_seqs, r.fingerprint = f->weights;
         Shoal__FromRank out = SHOAL__FROM_RANK__INIT;
         out.ready = &r;
         fake_send(f, &out);

@@ -530,6 +530,10 @@ static void test_workload(void) {
     near(sh_workload_mean_output(&w), output, 1e-6, "mean output");
     sh_workload bad = {.bin = {{.prompt = 0, .output = 5, .requests = 1}}, .n = 1};
     CU_ASSERT_EQUAL(sh_workload_check(&bad), SH_EINPUT);
+    sh_workload many = sh_workload_default();
+    many.requests = 1e306;
+    CU_ASSERT_EQUAL(sh_workload_check(&many), SH_EINPUT);
+    CU_ASSERT_STRING_EQUAL(sh_error_text(), "workload: requests: 1e+306: fewer than 10^15 are allowed");
 }
 
 /* One rank: throughput is rows over seconds. */

@@ -110,8 +110,12 @@ static void test_shares(void) {
         CU_ASSERT_EQUAL(p.cpus[0], i % 7);
         CU_ASSERT_EQUAL(p.memory, 32 * GIB / 20);
     }
-    CU_ASSERT_EQUAL(sh_machine_share_bound(&m, 4).n_cpus, 7);
-    CU_ASSERT_EQUAL(sh_machine_share_bound(&m, 4).memory, 8 * GIB);
+    CU_ASSERT_EQUAL(sh_machine_share_bound(&m, 0, 1, 4).n_cpus, 7);
+    CU_ASSERT_EQUAL(sh_machine_share_bound(&m, 0, 1, 4).memory, 8 * GIB);
+    sh_machine_part p = sh_machine_share_bound(&m, 1, 2, 4); /* two to a socket, as mpirun binds them */
+    CU_ASSERT_EQUAL(p.n_cpus, 4);
+    CU_ASSERT_EQUAL(p.cpus[0], 3);
+    CU_ASSERT_EQUAL(p.memory, 8 * GIB);
 }
 
 static void test_cgroup_v1(void) {
@@ -148,6 +152,10 @@ static void test_cgroup_v2(void) {
     CU_ASSERT_EQUAL(m.n_cpus, 1); /* half a CPU still gets a thread */
     put("/sys/fs/cgroup/job/memory.current", "1073741824\n");
     CU_ASSERT_EQUAL(read_at("core:4 pu:1").memory, 3 * GIB);
+    put("/sys/fs/cgroup/job/cpu.max", "600000 100000\n"); /* six CPUs, which are on two of the eight nodes */
+    m = read_at("numa:8 core:4 pu:1");
+    CU_ASSERT_EQUAL(m.n_cpus, 6);
+    CU_ASSERT_EQUAL(m.n_numa, 2);
     /* inside a container the group's own path is not there: the mount's own files count */
     empty_root();
     put("/proc/self/cgroup", "0::/../../elsewhere\n");

@@ -379,20 +379,20 @@ static void test_rank_budget(void) {
     for (int i = 0; i < 4; i++) {
         sh_plan_memory m = sh_plan_rank_memory(&b31, p, i);
         total += m.weights;
-        CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, i, 40960 * MIB, &left), SH_OK);
+        CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, i, 0, 40960 * MIB, &left), SH_OK);
         CU_ASSERT_EQUAL(left, 40960 * MIB - m.weights - m.scratch - m.reserve);
     }
     CU_ASSERT_EQUAL(total, sh_weights_estimate(&b31, SH_MODE_BF16, 0, 60));
     left = 7;
-    CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, 1, 8192 * MIB, &left), SH_EMEMORY);
+    CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, 1, 0, 8192 * MIB, &left), SH_EMEMORY);
     CU_ASSERT_EQUAL(left, 7);
     CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "rank 1 (layers "));
     CU_ASSERT_PTR_NOT_NULL(strstr(sh_error_text(), "and may use 8192.0 MiB: use more ranks or more memory"));
     p->kv_memory = 3 * MIB;
-    CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, 1, 40960 * MIB, &left), SH_OK);
+    CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, 1, 0, 40960 * MIB, &left), SH_OK);
     CU_ASSERT_EQUAL(left, 3 * MIB);
     p->kv_memory = UINT64_MAX;
-    CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, 1, 40960 * MIB, &left), SH_EMEMORY);
+    CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, 1, 0, 40960 * MIB, &left), SH_EMEMORY);
     sh_plan_free(&p);
 }
 
