@@ -444,22 +444,23 @@ static sh_status give_again(sh_dispatch *d, const sh_group *g) {
 }
 
 /* The group that this rank is of, NULL: none yet. A run's groups have names of their own. Elsewhere one may be started
- * again under a name that is known (a requeued job, a service): a rank that served nobody yet is of a lost group no
- * more, and where another process has its seat, that one is gone. */
+ * again under a name that is known (a requeued job, a service): where a rank that served nobody yet is not the process
+ * that had its seat, the old group is gone. */
 static sh_status find_group(sh_dispatch *d, const Shoal__Hello *h, sh_group **out) {
     sh_group *g = group_by_name(d, h->group, h);
     *out = g;
     if (!g || d->o->run || h->has_epoch) return SH_OK;
-    if (g->state != SH_GROUP_LOST && g->size == h->size) {
-        const sh_rank_seat *s = &g->seat[h->rank];
-        char why[200];
-        if (!s->peer.len || is_process(s, h)) return SH_OK;
-        snprintf(why, sizeof why, "rank %d (%s, pid %d): another process has come under its name: pid %d on %.60s",
-                 h->rank, s->host, s->pid, h->pid, h->host);
-        SH_TRY(sh_dispatch_lose(d, g, why, false));
+    if (g->size != h->size) {
+        if (g->state == SH_GROUP_LOST) *out = NULL;
+        return SH_OK;
     }
-    if (g->state == SH_GROUP_LOST) *out = NULL;
-    return SH_OK;
+    const sh_rank_seat *s = &g->seat[h->rank];
+    if (!s->peer.len || is_process(s, h)) return SH_OK;
+    char why[200];
+    snprintf(why, sizeof why, "rank %d (%s, pid %d): another process has come under its name: pid %d on %.60s", h->rank,
+             s->host, s->pid, h->pid, h->host);
+    *out = NULL;
+    return sh_dispatch_lose(d, g, why, false);
 }
 
 static sh_status hear_hello(sh_dispatch *d, const sh_wire_peer *from, const Shoal__Hello *h) {

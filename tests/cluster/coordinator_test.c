@@ -452,6 +452,19 @@ static void test_impossible_plan(void) {
     CU_ASSERT(wait_done(&s, &f, job, "done", 60));
     sh_wire_close(&f.wire);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
+    /* a service tells each of its hellos the same, and counts one group */
+    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("plan2"), .cuts = "1"}, NULL));
+    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    fake_open(&f, s.endpoint, "g");
+    for (int n = 0; n < 3; n++) {
+        for (int i = 0; i < 500 && !f.left; i++) fake_turn(&f);
+        CU_ASSERT(f.left && !f.welcomed);
+        f.left = false;
+        fake_hello(&f);
+    }
+    CU_ASSERT_EQUAL(status(&s, job).groups, 1);
+    sh_wire_close(&f.wire);
+    CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
     sh_buf_release(&lines);
 }
 
