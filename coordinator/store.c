@@ -381,6 +381,23 @@ static void remove_older(const sh_store *s, uint64_t before) {
     }
 }
 
+static sh_status open_own(sh_store *s) {
+    char pragma[64];
+    SH_TRY(open_db(s->path, false, &s->db));
+    snprintf(pragma, sizeof pragma, "PRAGMA cache_size = -%d", CACHE_KIB);
+    SH_TRY(execute(s->db, s->path, pragma));
+    SH_TRY(execute(s->db, s->path, later_tables));
+    for (int i = 0; i < Q_COUNT; i++)
+        if (sqlite3_prepare_v3(s->db, sql[i], -1, SQLITE_PREPARE_PERSISTENT, &s->q[i], NULL) != SQLITE_OK)
+            return fail(s->db, s->path, "its tables are not as expected");
+    return SH_OK;
+}
+
+/* A newer incarnation removes the folders of older ones, also while these begin: that is why, then. */
+static sh_status unless_superseded(const sh_store *s, sh_status st, const char *why) {
+    return sh_store_check_fence(s) == SH_ESTATE ? SH_ESTATE : sh_error_set(st, __FILE__, __LINE__, "%s", why);
+}
+
 static sh_status store_start(sh_store *s, const char *dir) {
     if ((size_t)snprintf(s->dir, sizeof s->dir, "%s", dir) >= sizeof s->dir)
         SH_FAIL(SH_ELIMIT, "%s: path too long", dir);
@@ -399,16 +416,14 @@ static sh_status store_start(sh_store *s, const char *dir) {
             snprintf(path, sizeof path, "%s/" TAKEN_NAME "%s", folder, i ? "-wal" : "");
             unlink(path);
         }
-        return sh_store_check_fence(s) == SH_ESTATE ? SH_ESTATE : sh_error_set(st, __FILE__, __LINE__, "%s", why);
+        return unless_superseded(s, st, why);
     }
-    SH_TRY(open_db(s->path, false, &s->db));
-    char pragma[64];
-    snprintf(pragma, sizeof pragma, "PRAGMA cache_size = -%d", CACHE_KIB);
-    SH_TRY(execute(s->db, s->path, pragma));
-    SH_TRY(execute(s->db, s->path, later_tables));
-    for (int i = 0; i < Q_COUNT; i++)
-        if (sqlite3_prepare_v3(s->db, sql[i], -1, SQLITE_PREPARE_PERSISTENT, &s->q[i], NULL) != SQLITE_OK)
-            return fail(s->db, s->path, "its tables are not as expected");
+    st = open_own(s);
+    if (st != SH_OK) {
+        char why[1024];
+        snprintf(why, sizeof why, "%s", sh_error_text());
+        return unless_superseded(s, st, why);
+    }
     SH_TRY(sh_store_check_fence(s));
     remove_older(s, before);
     return SH_OK;

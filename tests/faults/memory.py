@@ -100,7 +100,7 @@ def main():
 
         refused("kv-too-large", 1, None, "the node's limit is", None, "--kv-memory", "4000GiB")
         if group.path:
-            for ranks, mib in ((1, 96), (3, 224)):
+            for ranks, mib in ((1, 80), (3, 224)):
                 group.limit(mib * MIB)
                 name = f"group-{ranks}"
                 refused(name, ranks, mib * MIB, os.path.basename(group.path), group.enter)

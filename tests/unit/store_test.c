@@ -321,7 +321,10 @@ test_many_claims(void) { /* incarnations that start at once get different epochs
             sh_store *s = NULL;
             sh_status st = sh_store_open(path, &s);
             if (st == SH_ESTATE) _exit(100);
-            if (st != SH_OK) _exit(101);
+            if (st != SH_OK) {
+                fprintf(stderr, "\n%s\n", sh_error_text());
+                _exit(101);
+            }
             _exit((int)sh_store_epoch(s));
         }
     }
