@@ -100,13 +100,11 @@ static sh_status load_workload(command *k, const subject *s) {
 static sh_search_options options_of(const command *k, const subject *s) {
     sh_search_options o = {
         .config = &s->config, .cluster = &k->cluster, .workload = &k->work, .replicas = k->shared.replicas};
-    /* A layout that needs more ranks than there are NUMA nodes is asked for all the same: they share nodes. Beside
-     * ranks that only read prompts a stage is one rank: with both numbers the group is given. */
-    int asked = sh_options_ranks(&k->shared), there = k->cluster.nodes * k->cluster.numa;
-    int least = asked > 0 ? asked : 1;
-    bool share = (int64_t)least * (o.replicas > 0 ? o.replicas : 1) > there;
+    /* Beside ranks that only read prompts a stage is one rank: with both numbers the group is given. */
+    int asked = sh_options_ranks(&k->shared);
     bool given = k->shared.ranks || (k->shared.prefill && (k->shared.pp || k->shared.cuts));
-    sh_options_plan(&k->shared, given ? asked : share ? least : 0, &o.fixed);
+    sh_options_plan(&k->shared, given ? asked : 0, &o.fixed);
+    o.least = asked > 0 ? asked : 1;
     o.routing = o.fixed.routing = k->routing;
     return o;
 }

@@ -1,6 +1,7 @@
 /* shoal worker: the ranks of a group. Normally started by mpirun, srun or `shoal run`; on its own it is a group of one.
  */
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -86,15 +87,15 @@ static sh_status parse_part(const char *s, int *part, int *parts) {
     return SH_OK;
 }
 
-/* Leaving in step lets MPI finish; everything else must not wait for ranks that may be gone. */
-static int leave(sh_link **link, sh_status st) {
+/* Leaving in step lets MPI finish; everything else must not wait for ranks that may be gone. speaks: for its group. */
+static int leave(sh_link **link, sh_status st, bool speaks) {
     if (st == SH_OK) {
         sh_link_destroy(link);
         return SH_EXIT_OK;
     }
     if (st == SH_ECANCELLED) {
         const char *run = getenv("SHOAL_GROUP"); /* a run tells its user itself */
-        if (!run && (*link)->rank == 0) fprintf(stderr, "shoal worker: %s\n", sh_error_text());
+        if (!run && speaks) fprintf(stderr, "shoal worker: %s\n", sh_error_text());
         _exit(SH_EXIT_OK);
     }
     sh_error("%s", sh_error_text());
@@ -111,7 +112,8 @@ static int run_mpi(const sh_worker_options *o) {
     SH_IGNORE(sh_mapped_watch(SH_EXIT_RUN)); /* MPI has taken the signal when it started */
     snprintf(who, sizeof who, "rank %d", link->rank);
     sh_log_setup(SH_LOG_WARN, who);
-    return leave(&link, sh_worker_run(link, o));
+    sh_status st = sh_worker_run(link, o);
+    return leave(&link, st, link->rank == 0);
 }
 
 typedef struct local_rank {
@@ -123,7 +125,9 @@ typedef struct local_rank {
 
 static void *local_main(void *arg) {
     local_rank *r = arg;
-    r->status = leave(&r->link, sh_worker_run(r->link, r->o));
+    static atomic_flag told = ATOMIC_FLAG_INIT; /* the first to leave ends the process */
+    sh_status st = sh_worker_run(r->link, r->o);
+    r->status = leave(&r->link, st, st == SH_ECANCELLED && !atomic_flag_test_and_set(&told));
     return NULL;
 }
 

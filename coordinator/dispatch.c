@@ -381,7 +381,7 @@ static sh_status group_add(sh_dispatch *d, const Shoal__Hello *h, sh_group **out
 }
 
 static bool is_process(const sh_rank_seat *s, const Shoal__Hello *h) {
-    return s->pid == h->pid && strcmp(s->host, h->host) == 0;
+    return s->pid == h->pid && strncmp(s->host, h->host, sizeof s->host - 1) == 0;
 }
 
 /* The youngest of that name; but where the process h had a seat in an older one, that. */
@@ -450,15 +450,15 @@ static sh_status find_group(sh_dispatch *d, const Shoal__Hello *h, sh_group **ou
     sh_group *g = group_by_name(d, h->group, h);
     *out = g;
     if (!g || d->o->run || h->has_epoch) return SH_OK;
-    if (g->size != h->size) {
-        if (g->state == SH_GROUP_LOST) *out = NULL;
+    const sh_rank_seat *s = h->rank < g->size ? &g->seat[h->rank] : NULL;
+    if (s && s->peer.len && is_process(s, h)) return SH_OK; /* itself, before it was welcomed */
+    if (g->size == h->size && !s->peer.len) { /* its seat is free; where there never was a plan, it hears that, too */
+        if (g->state == SH_GROUP_LOST && g->plan_text) *out = NULL;
         return SH_OK;
     }
-    const sh_rank_seat *s = &g->seat[h->rank];
-    if (!s->peer.len || is_process(s, h)) return SH_OK;
     char why[200];
-    snprintf(why, sizeof why, "rank %d (%s, pid %d): another process has come under its name: pid %d on %.60s", h->rank,
-             s->host, s->pid, h->pid, h->host);
+    snprintf(why, sizeof why, "it was started again under its name: rank %d of %d is pid %d on %.60s now", h->rank,
+             h->size, h->pid, h->host);
     *out = NULL;
     return sh_dispatch_lose(d, g, why, false);
 }
@@ -548,7 +548,7 @@ static void hear_heartbeat(sh_dispatch *d, sh_group *g, int rank, const Shoal__H
     if (rank == 0 && h->has_running) g->said_running = h->running;
     Shoal__ToRank m = SHOAL__TO_RANK__INIT;
     m.has_heartbeat = m.heartbeat = true;
-    say(d, &s->peer, &m);
+    if (send_packed(d, &s->peer, &m) == SH_OK && rank == 0) g->gone = 0; /* its queue was full, and is no more */
 }
 
 typedef struct adoption {

@@ -394,7 +394,9 @@ static sh_status open_own(sh_store *s) {
 }
 
 /* A newer incarnation removes the folders of older ones, also while these begin: that is why, then. */
-static sh_status unless_superseded(const sh_store *s, sh_status st, const char *why) {
+static sh_status unless_superseded(const sh_store *s, sh_status st) {
+    char why[1024];
+    snprintf(why, sizeof why, "%s", sh_error_text());
     return sh_store_check_fence(s) == SH_ESTATE ? SH_ESTATE : sh_error_set(st, __FILE__, __LINE__, "%s", why);
 }
 
@@ -410,20 +412,15 @@ static sh_status store_start(sh_store *s, const char *dir) {
     SH_TRY(highest_epoch(s->dir, s->epoch, true, &before));
     sh_status st = fill_folder(s, folder, before);
     if (st != SH_OK) { /* what is left of a copy is of no use and may fill the disk; the epoch stays claimed */
-        char path[PATH_MAX + 64], why[1024];
-        snprintf(why, sizeof why, "%s", sh_error_text());
+        char path[PATH_MAX + 64];
         for (int i = 0; i < 2; i++) {
             snprintf(path, sizeof path, "%s/" TAKEN_NAME "%s", folder, i ? "-wal" : "");
             unlink(path);
         }
-        return unless_superseded(s, st, why);
+        return unless_superseded(s, st);
     }
     st = open_own(s);
-    if (st != SH_OK) {
-        char why[1024];
-        snprintf(why, sizeof why, "%s", sh_error_text());
-        return unless_superseded(s, st, why);
-    }
+    if (st != SH_OK) return unless_superseded(s, st);
     SH_TRY(sh_store_check_fence(s));
     remove_older(s, before);
     return SH_OK;

@@ -22,9 +22,9 @@ typedef struct sh_attn_work {
 double sh_attn_work_bytes(const sh_attn_work *w);
 double sh_attn_work_flops(const sh_attn_work *w);
 
-/* Pages for such work: a pool of about `bytes` (many times the last cache, so that none keeps them from call to call),
- * or of one call's pages where these are more. Borrowed: team, kn. Destroyed by sh_attn_bench_destroy, which accepts
- * NULL. */
+/* Pages for such work: a pool of about `bytes` (at least twice the last cache, so that none keeps them from call to
+ * call), or of one call's pages where these are more. Borrowed: team, kn. Destroyed by sh_attn_bench_destroy, which
+ * accepts NULL. */
 typedef struct sh_attn_bench sh_attn_bench;
 sh_status sh_attn_bench_create(sh_team *t, const sh_kernels *kn, const sh_attn_work *w, size_t bytes,
                                sh_attn_bench **out);
@@ -41,7 +41,7 @@ typedef struct sh_attention_rates {
     double formed; /* forming keys from values (K = V) takes as long as so many rows more at `flops` */
 } sh_attention_rates;
 
-/* Pages of `bytes` (256 MiB), held only during the call; takes about a second. */
+/* Pages of `bytes` (at least twice the last cache), held only during the call; takes a second or two. */
 sh_status sh_attention_rates_measure(sh_team *t, const sh_kernels *kn, sh_kv_type kv, size_t bytes,
                                      sh_attention_rates *out);
 

@@ -6,14 +6,15 @@
 #include "common/mem.h"
 #include "model/linear.h"
 
-#define OUTPUTS 6144 /* of a feed-forward of E2B, four at a time so that many threads have panels enough */
-#define INPUTS  1536
-#define FILL    0x1400 /* a small normal number as bf16 and as a half: weights, codes and scales alike */
-#define TRIES   3
-#define SECONDS 0.3 /* after so much time no further try begins */
-#define MANY    32  /* rows from which on arithmetic is what takes the time */
-#define FEW_AT  3   /* of the numbers of rows: that of SH_PRODUCT_FEW */
-#define ROUNDS  8
+#define OUTPUTS     6144 /* of a feed-forward of E2B, four at a time so that many threads have panels enough */
+#define INPUTS      1536
+#define FILL        0x1400 /* a small normal number as bf16 and as a half: weights, codes and scales alike */
+#define MOST_PLACES 512    /* 10 GiB in 4 bits */
+#define TRIES       3
+#define SECONDS     0.3 /* after so much time no further try begins */
+#define MANY        32  /* rows from which on arithmetic is what takes the time */
+#define FEW_AT      3   /* of the numbers of rows: that of SH_PRODUCT_FEW */
+#define ROUNDS      8
 
 typedef struct bench {
     sh_team *team;
@@ -50,7 +51,7 @@ static double seconds_of(const bench *b, sh_wtype type, int k, int rows) {
 
 /* Seconds of `places` in turn, so that no cache keeps weights from pass to pass. */
 static double best_of(const bench *b, sh_wtype type, int places, int rows) {
-    double best[64], sum = 0, begin = sh_now();
+    double best[MOST_PLACES], sum = 0, begin = sh_now();
     for (int i = 0; i < TRIES * places && (i < places || sh_now() - begin < SECONDS); i++) {
         double d = seconds_of(b, type, i % places, rows);
         if (i < places || d < best[i % places]) best[i % places] = d;
@@ -98,7 +99,7 @@ static void measure_type(const bench *b, sh_wtype type, sh_product_rates *out) {
     double t[SH_PRODUCT_FEWS + 1];
     size_t group = SH_LINEAR_MOST * sh_wmat_bytes(type, OUTPUTS, INPUTS);
     int places = (int)(b->bytes / group);
-    measure_times(b, type, places < 64 ? places : 64, t);
+    measure_times(b, type, places < MOST_PLACES ? places : MOST_PLACES, t);
     sh_product_rates_of(t, (double)group, 2.0 * SH_LINEAR_MOST * OUTPUTS * INPUTS, type, out);
 }
 

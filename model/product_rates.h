@@ -24,7 +24,7 @@ typedef struct sh_product_rates {
     double few[SH_W_TYPES][SH_PRODUCT_FEWS]; /* with 1 << i rows: operations/s over `flops`; SH_PRODUCT_MOST at most */
 } sh_product_rates;
 
-/* Made-up weights of `bytes` (many times the last cache: 256 MiB), held only during the call; each matrix counts with
+/* Made-up weights of `bytes` (at least twice the last cache), held only during the call; each matrix counts with
  * the best of several tries. Takes about a second. Leaves the team's scratch large enough for what it ran. */
 sh_status sh_product_rates_measure(sh_team *t, const sh_kernels *kn, size_t bytes, sh_product_rates *out);
 

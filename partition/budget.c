@@ -311,7 +311,7 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *config, const Shoal__Plan *p
 sh_status sh_plan_kv_budget(const sh_config *c, const Shoal__Plan *p, int rank, int threads, uint64_t available,
                             uint64_t *out) {
     Shoal__Plan with = *p;
-    if (!with.threads) with.threads = threads;
+    if (threads > 0) with.threads = threads;
     sh_plan_memory m = sh_plan_rank_memory(c, &with, rank);
     uint64_t need = m.weights + m.scratch + m.reserve + p->kv_memory;
     if (need < p->kv_memory || need >= available)

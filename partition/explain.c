@@ -134,7 +134,7 @@ static int experts_of(const sh_config *c, const sh_choice *x, const Shoal__PlanR
 static sh_status memory_row(const sh_search_options *o, const sh_choice *x, int rank, int n, sh_buf *out) {
     const sh_config *c = o->config;
     const Shoal__PlanRank *r = x->plan->rank[rank];
-    sh_plan_memory m = sh_plan_rank_memory(c, x->plan, rank);
+    sh_plan_memory m = sh_choice_memory(o, x, rank);
     int member = rank % x->shape.width, tp = x->shape.tp, heads = c->layer[r->first].heads / tp;
     int ff = sh_cost_share(c->layer[r->first].ff, SH_SHARE_COLUMNS, member, tp);
     sh_range ids = sh_share_range_of((sh_share){.parts = tp}, member, c->vocab, SH_SHARE_VOCAB);

@@ -332,15 +332,14 @@ sh_status sh_machine_read(const sh_machine_origin *origin, sh_machine *out) {
  */
 
 sh_status sh_machine_print(const sh_machine *m, sh_buf *out) {
-    SH_TRY(sh_buf_printf(
-        out, "CPUs           %d cores of %d package%s and %d NUMA node%s; %d of %d logical CPUs (CPU set)\n",
-        m->n_cores, m->n_packages, m->n_packages == 1 ? "" : "s", m->n_numa, m->n_numa == 1 ? "" : "s", m->n_allowed,
-        m->machine_cpus));
+    SH_TRY(sh_buf_printf(out, "CPUs           %d cores of %d package%s; %d of %d logical CPUs (CPU set)\n", m->n_cores,
+                         m->n_packages, m->n_packages == 1 ? "" : "s", m->n_allowed, m->machine_cpus));
     if (m->quota > 0)
         SH_TRY(sh_buf_printf(out, "CPU quota      %.2f CPUs (%s)\n", m->quota, m->quota_source));
     else
         SH_TRY(sh_buf_add_str(out, "CPU quota      none\n"));
-    SH_TRY(sh_buf_printf(out, "threads        %d\n", m->n_cpus));
+    SH_TRY(
+        sh_buf_printf(out, "threads        %d, on %d NUMA node%s\n", m->n_cpus, m->n_numa, m->n_numa == 1 ? "" : "s"));
     for (int i = 0; i < SH_MEMORY_LIMITS; i++)
         if (m->limit[i].set)
             SH_TRY(sh_buf_printf(out, "%-14s %.2f GiB (%s)%s\n", m->limit[i].name, (double)m->limit[i].bytes / GIB,

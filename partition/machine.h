@@ -31,7 +31,7 @@ typedef struct sh_machine {
     int machine_cpus;                   /* logical CPUs of the machine */
     double quota;                       /* CPUs' worth of time that the cgroup grants; 0: no quota */
     char quota_source[256];
-    uint64_t cache;  /* bytes of the last level, all that these CPUs reach; 0: not told */
+    uint64_t cache;  /* bytes of the last level, all that the CPU set reaches; 0: not told */
     uint64_t memory; /* the least of the limits */
     int memory_from; /* its index in limit[] */
     sh_memory_limit limit[SH_MEMORY_LIMITS];
@@ -49,7 +49,7 @@ sh_status sh_machine_read(const sh_machine_origin *origin, sh_machine *out);
 sh_status sh_machine_print(const sh_machine *m, sh_buf *out);
 
 /* Bytes to measure memory's speed over: as many as usual, or twice the last cache, so that what is read in turn is not
- * in it any more; a quarter of the memory at most. */
+ * in it any more; a quarter of the memory at most, but 64 MiB. */
 size_t sh_machine_block(const sh_machine *m, size_t usual);
 
 /* Leaves part k of n of the CPUs, for the k-th of n groups of ranks that share the machine: whole NUMA nodes where n

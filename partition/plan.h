@@ -111,7 +111,7 @@ typedef struct sh_plan_memory {
 } sh_plan_memory;
 sh_plan_memory sh_plan_rank_memory(const sh_config *c, const Shoal__Plan *p, int rank);
 /* The KV budget of a rank that may use `available` bytes: plan.kv_memory where given, else what is left. threads: that
- * it will have where the plan does not say. SH_EMEMORY says what the rank needs and has. */
+ * it has; 0: what the plan says. SH_EMEMORY says what the rank needs and has. */
 sh_status sh_plan_kv_budget(const sh_config *c, const Shoal__Plan *p, int rank, int threads, uint64_t available,
                             uint64_t *out);
 

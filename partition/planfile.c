@@ -77,7 +77,7 @@ static sh_status add_ranks(const sh_search_options *o, const sh_choice *x, const
     to->rank = calloc(x->plan->n_rank, sizeof(Shoal__PlanForecastRank *));
     if (!to->rank) SH_FAIL(SH_EMEMORY, "plan: no memory for %zu ranks", x->plan->n_rank);
     for (size_t i = 0; i < x->plan->n_rank; i++) {
-        sh_plan_memory m = sh_plan_rank_memory(o->config, x->plan, (int)i);
+        sh_plan_memory m = sh_choice_memory(o, x, (int)i);
         double kv = x->plan->kv_memory ? (double)x->plan->kv_memory
                                        : (double)available - (double)(m.weights + m.scratch + m.reserve);
         to->rank[i] = calloc(1, sizeof(Shoal__PlanForecastRank));

@@ -112,16 +112,26 @@ static bool same_memory(const Shoal__Plan *p, size_t i) {
     return true;
 }
 
+static int threads_of(const sh_search_options *o, const sh_choice *x) {
+    int own = o->cluster->cores / x->ranks_per_node;
+    return x->plan->threads > 0 ? x->plan->threads : own > 1 ? own : 1;
+}
+
+sh_plan_memory sh_choice_memory(const sh_search_options *o, const sh_choice *x, int rank) {
+    Shoal__Plan with = *x->plan;
+    with.threads = threads_of(o, x);
+    return sh_plan_rank_memory(o->config, &with, rank);
+}
+
 /* Memory, KV pages and speed of x->plan. A failure's text is the reason. */
 static sh_status judge(const sh_search_options *o, sh_choice *x, uint64_t *budget) {
     sh_kv_limits l;
     uint64_t least = UINT64_MAX, memory = sh_cluster_memory(o->cluster, x->ranks_per_node);
-    int threads = o->cluster->cores / x->ranks_per_node;
     for (size_t i = 0; i < x->plan->n_rank; i++) {
         if (i > 0 && same_memory(x->plan, i))
             budget[i] = budget[i - 1];
         else
-            SH_TRY(sh_plan_kv_budget(o->config, x->plan, (int)i, threads > 1 ? threads : 1, memory, &budget[i]));
+            SH_TRY(sh_plan_kv_budget(o->config, x->plan, (int)i, threads_of(o, x), memory, &budget[i]));
         if (budget[i] < least) least = budget[i];
     }
     SH_TRY(sh_plan_kv_limits(x->plan, &l));
@@ -516,8 +526,8 @@ static sh_status try_all(const sh_search_options *o, sh_search *s, int per_node)
 }
 
 /* -n was given: that many ranks to a group, on as many ranks per node as it takes. */
-static sh_status try_fixed(const sh_search_options *o, sh_search *s) {
-    int ranks = o->fixed.ranks, nodes = o->cluster->nodes, numa = o->cluster->numa, replicas = o->replicas;
+static sh_status try_fixed(const sh_search_options *o, sh_search *s, int ranks) {
+    int nodes = o->cluster->nodes, numa = o->cluster->numa, replicas = o->replicas;
     if (ranks > SH_MAX_RANKS)
         SH_FAIL(SH_EINPUT, "%d ranks of a group: out of range: allowed are 1 to %d", ranks, SH_MAX_RANKS);
     if (!replicas) replicas = nodes * numa > ranks ? nodes * numa / ranks : 1;
@@ -549,6 +559,12 @@ static sh_status check_fixed(const sh_plan_request *r) {
             (long long)(below + whole + r->prefill), hint);
 }
 
+/* Ranks of a group that are not searched for; 0: they are. */
+static int given_ranks(const sh_search_options *o) {
+    bool share = (int64_t)o->least * or_one(o->replicas) > o->cluster->nodes * o->cluster->numa;
+    return o->fixed.ranks ? o->fixed.ranks : share ? o->least : 0;
+}
+
 sh_status sh_search_run(const sh_search_options *o, sh_search **out) {
     SH_TRY(check_fixed(&o->fixed));
     sh_search *s = calloc(1, sizeof *s);
@@ -559,8 +575,9 @@ sh_status sh_search_run(const sh_search_options *o, sh_search **out) {
                      ? "not asked for"
                      : "there is one NUMA node, so one rank: -n or --nodes gives more");
     sh_status st = SH_OK;
-    if (o->fixed.ranks) {
-        st = try_fixed(o, s);
+    int ranks = given_ranks(o);
+    if (ranks) {
+        st = try_fixed(o, s, ranks);
     } else {
         st = try_all(o, s, o->cluster->numa);
         if (st == SH_OK && o->cluster->numa > 1) st = try_all(o, s, 1); /* one rank over all of a node */

@@ -29,6 +29,8 @@ typedef struct sh_search_options {
     const sh_workload *workload;
     sh_plan_request fixed;     /* members that are 0 or NULL are free; ranks: of a group */
     int replicas;              /* 0: free */
+    int least;                 /* ranks that a group needs at least: where groups have more than there are NUMA nodes,
+                                  they have so many and share nodes; 0: they do not share */
     bool no_prefill;           /* all ranks decode; fixed.prefill is 0 */
     const sh_routing *routing; /* what routing will be like; NULL: all experts alike. fixed.routing places them */
 } sh_search_options;
@@ -69,5 +71,7 @@ sh_status sh_search_try(const sh_search_options *o, sh_choice *x);
 /* A plan that was made elsewhere, evaluated on the machine: memory, KV, forecast. x->plan is given and stays owned. */
 sh_status sh_search_judge(const sh_search_options *o, sh_choice *x);
 void sh_choice_release(sh_choice *x);
+/* Memory of a rank of it, with the threads that the rank has on this machine. */
+sh_plan_memory sh_choice_memory(const sh_search_options *o, const sh_choice *x, int rank);
 
 #endif

@@ -30,7 +30,7 @@ typedef struct link {
 
 typedef struct node {
     uint64_t serial;          /* never used again; 0: no node */
-    uint64_t maker;           /* the sequence that filled it */
+    uint64_t maker;           /* the sequence that filled it; 0: whoever uses it proves it */
     int32_t parent;           /* NONE: the page is a sequence's first */
     int32_t depth;            /* pages down to it, itself included */
     int32_t next;             /* in its bucket */

@@ -42,6 +42,9 @@ def from_files(c, s):
     for more, ranks in (("--replicas", 4), 1), (("--pp", 2, "--replicas", 2), 2):  # one NUMA node that groups share
         rc, out, err = plan(s, "-m", st.DEMO, *box, *more, "-o", s.file("shared.json"))
         c.check(f"{more}", rc == 0 and len(json.load(open(s.file("shared.json")))["rank"]) == ranks, (rc, out, err))
+    rc, out, err = plan(s, "-m", st.DEMO, *box[:2], "--replicas", 2)  # on more nodes groups have more than the rank that they share one with
+    speed = {w[1]: float(w[2]) for w in (line.split() for line in out.split("\n") if line.startswith("  minnow "))}
+    c.check("more nodes are used", rc == 0 and speed["8"] > 1.5 * speed["2"], (rc, out[-1500:]))
     rc, _, err = plan(s, "-m", a4b, "--machine", s.file("none.json"))
     c.check("no machine file", rc == 3 and "none.json" in err, (rc, err))
     with open(s.file("bad.json"), "w") as f:

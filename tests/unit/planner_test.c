@@ -152,9 +152,7 @@ static bool fits(const sh_config *c, const sh_cluster *k, const sh_choice *x) {
     sh_kv_type kv;
     if (sh_kv_type_parse(x->plan->kv, &kv) != SH_OK) return false;
     for (int i = 0; i < x->ranks; i++) {
-        Shoal__Plan with = *x->plan; /* the threads of a rank */
-        with.threads = k->cores > x->ranks_per_node ? k->cores / x->ranks_per_node : 1;
-        sh_plan_memory m = sh_plan_rank_memory(c, &with, i);
+        sh_plan_memory m = sh_choice_memory(&(sh_search_options){.config = c, .cluster = k}, x, i);
         static sh_config mine;
         sh_config_share(c, sh_plan_share(x->plan, i), &mine);
         const int32_t *pages = i < x->shape.decode ? x->kv.pages : x->prompts.pages;
