@@ -19,7 +19,6 @@
 
 #define MAX_BATCHES 32
 #define MAX_ROUNDS  99
-#define LIMIT_BLOCK ((size_t)512 << 20)
 
 static const char usage[] =
     "Usage: shoal bench [-m MODEL] [options]\n"
@@ -205,7 +204,7 @@ static double seconds_of(const line *l, const sh_drive_count *n) {
 /* The limits first, each time: on a machine that is not ours alone they change from second to second. */
 static sh_status line_run(bench *b, line *l, int r) {
     sh_ceiling lim = {0};
-    size_t block = sh_machine_block(&b->machine, LIMIT_BLOCK);
+    size_t block = sh_machine_block(&b->machine, SH_CEILING_BLOCK);
     if (!b->o.no_limits) SH_TRY(sh_ceiling_measure(sh_model_team(sh_drive_model(b->drive)), block, &lim));
     b->read[b->n_limits] = lim.read_gbs;
     b->fma[b->n_limits++] = lim.fma_gflops;

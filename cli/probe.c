@@ -15,7 +15,6 @@
 #include "model/product_rates.h"
 #include "partition/protojson.h"
 
-#define LIMIT_BLOCK  ((size_t)512 << 20)
 #define WEIGHTS      ((size_t)256 << 20)
 #define PAGES        ((size_t)256 << 20)
 #define MOST_TEXT    ((size_t)1 << 20)
@@ -99,7 +98,7 @@ static sh_status make(const sh_machine *m, Shoal__Machine **out) {
     x->n_node = 1;
     n->has_packages = n->has_numa = n->has_cores = n->has_memory_gib = 1;
     n->packages = m->n_packages > 0 ? m->n_packages : 1;
-    n->numa = m->n_numa > 0 ? m->n_numa : 1;
+    n->numa = m->n_numa;
     n->cores = m->n_cpus;
     n->memory_gib = (double)m->memory / 0x1p30;
     n->has_cache_mib = m->cache > 0;
@@ -180,7 +179,7 @@ static sh_status measure_attention(sh_team *t, const sh_machine *m, const sh_cei
 
 static sh_status measure_with(sh_team *t, const sh_machine *m, Shoal__Machine *x) {
     sh_ceiling c;
-    SH_TRY(sh_ceiling_measure(t, sh_machine_block(m, LIMIT_BLOCK), &c));
+    SH_TRY(sh_ceiling_measure(t, sh_machine_block(m, SH_CEILING_BLOCK), &c));
     double start = 1e9; /* the best run: other work on the CPUs can only add */
     for (int k = 0; k < TRIES; k++) {
         double t0 = sh_now();

@@ -314,7 +314,7 @@ static double stall_time(const sh_dispatch *d, const Shoal__Plan *p) {
 /* Longer than any honest loading: all ranks' weights, one after the other, from a slow file system. */
 static double load_time(const sh_dispatch *d, const Shoal__Plan *p) {
     double bytes = 0;
-    for (int i = 0; i < (int)p->n_rank; i++) bytes += (double)sh_plan_rank_memory(d->config, p, i).weights;
+    for (int i = 0; i < (int)p->n_rank; i++) bytes += (double)sh_plan_rank_memory(d->config, p, i, 0).weights;
     return (d->o->load_ms > 0 ? 1e-3 * d->o->load_ms : SH_LOAD_LEAST) + bytes / SH_LOAD_RATE;
 }
 

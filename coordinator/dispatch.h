@@ -18,14 +18,13 @@
 #include "proto/wire.h"
 
 #define SH_SILENT_BEATS 10    /* heartbeats missed in a row: the rank counts as dead */
+#define SH_GONE_BEATS   5     /* heartbeats in which a leader out of reach may come back, or be heard */
 #define SH_STALL_LEAST  60.0  /* seconds for a busy rank to finish a step, plus what its arithmetic … */
 #define SH_STALL_RATE   1e9   /* … takes at so many multiply-adds a second: far below any machine's */
 #define SH_LOAD_LEAST   120.0 /* seconds for the ranks of a group to load their weights, plus what they take … */
 #define SH_LOAD_RATE    20e6  /* … at so many bytes a second, all ranks' together */
 #define SH_START_MOST   120.0 /* seconds from the first rank's hello to the last one's */
-#define SH_GONE_BEATS                                                                                                  \
-    5 /* heartbeats in which a leader that cannot be reached may come back, or its last words be heard */
-#define SH_LOST_KEPT 8 /* lost groups that a status still shows */
+#define SH_LOST_KEPT    8     /* lost groups that a status still shows */
 
 typedef struct sh_dispatch sh_dispatch;
 

@@ -13,6 +13,8 @@ typedef struct sh_ceiling {
     double fma_gflops; /* 10⁹ f32 operations/s, a multiply-add counting as two, operands in registers */
 } sh_ceiling;
 
+#define SH_CEILING_BLOCK ((size_t)512 << 20) /* bytes that are usual */
+
 /* Reads a block of `bytes` (at least twice the last cache), held only during the call, and runs
  * multiply-adds; the best of several short tries on every member of the team. Takes about a second. */
 sh_status sh_ceiling_measure(sh_team *t, size_t bytes, sh_ceiling *out);

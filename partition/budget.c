@@ -278,14 +278,14 @@ static uint64_t spread_bytes(const sh_config *c, uint64_t members, int first, in
     return 4 * own * widest * (3 * (members - 1) + 2) + rows * (4 * (uint64_t)c->hidden + 32);
 }
 
-sh_plan_memory sh_plan_rank_memory(const sh_config *config, const Shoal__Plan *p, int rank) {
+sh_plan_memory sh_plan_rank_memory(const sh_config *config, const Shoal__Plan *p, int rank, int given) {
     sh_share share = sh_plan_share(p, rank);
     sh_config whole, mine, *all = &whole, *c = &mine;
     sh_plan_rank_config(config, p, rank, all);
     sh_config_share(all, share, c);
     int first = p->rank[rank]->first, last = p->rank[rank]->last;
     uint64_t seqs = (uint64_t)p->max_seqs, rows = seqs + (uint64_t)p->chunk, context = (uint64_t)p->max_context;
-    uint64_t threads = p->threads ? (uint64_t)p->threads : 16, vocab = (uint64_t)c->vocab;
+    uint64_t threads = given > 0 ? (uint64_t)given : p->threads ? (uint64_t)p->threads : 16, vocab = (uint64_t)c->vocab;
     sh_mode mode = mode_of(p);
     uint64_t held, absent = absent_bytes(all, p, rank, &held);
     uint64_t members = p->cp > 1 ? (uint64_t)p->cp : 1, own = (rows + members - 1) / members;
@@ -310,9 +310,7 @@ sh_plan_memory sh_plan_rank_memory(const sh_config *config, const Shoal__Plan *p
 
 sh_status sh_plan_kv_budget(const sh_config *c, const Shoal__Plan *p, int rank, int threads, uint64_t available,
                             uint64_t *out) {
-    Shoal__Plan with = *p;
-    if (threads > 0) with.threads = threads;
-    sh_plan_memory m = sh_plan_rank_memory(c, &with, rank);
+    sh_plan_memory m = sh_plan_rank_memory(c, p, rank, threads);
     uint64_t need = m.weights + m.scratch + m.reserve + p->kv_memory;
     if (need < p->kv_memory || need >= available)
         SH_FAIL(SH_EMEMORY,

@@ -263,7 +263,6 @@ static uint64_t last_cache(hwloc_topology_t t, hwloc_const_cpuset_t set) {
 
 static void list_cpus(hwloc_topology_t t, hwloc_const_cpuset_t set, hwloc_bitmap_t taken, sh_machine *m) {
     m->n_allowed = hwloc_bitmap_weight(set);
-    m->n_numa = count_inside(t, HWLOC_OBJ_NUMANODE, set);
     m->n_packages = count_inside(t, HWLOC_OBJ_PACKAGE, set);
     m->cache = last_cache(t, set);
     m->machine_cpus = hwloc_bitmap_weight(hwloc_topology_get_complete_cpuset(t));
@@ -309,8 +308,8 @@ static void apply_quota(sh_machine *m) {
 }
 
 /* Nodes that have some of the CPUs that are left, not those that have memory alone. */
-static void count_numa(sh_machine *m) {
-    if (m->n_numa > 0) m->n_numa = m->numa[m->n_cpus - 1] + 1;
+static int count_numa(const sh_machine *m) {
+    return m->n_cpus > 0 ? m->numa[m->n_cpus - 1] + 1 : 1;
 }
 
 sh_status sh_machine_read(const sh_machine_origin *origin, sh_machine *out) {
@@ -321,7 +320,7 @@ sh_status sh_machine_read(const sh_machine_origin *origin, sh_machine *out) {
     if (st == SH_OK) st = read_memory(root, m);
     if (st == SH_OK) {
         apply_quota(m);
-        count_numa(m);
+        m->n_numa = count_numa(m);
         *out = *m;
     }
     free(m);
@@ -361,7 +360,7 @@ size_t sh_machine_block(const sh_machine *m, size_t usual) {
 }
 
 void sh_machine_keep_cpus(sh_machine *m, int k, int n) {
-    int nodes = m->n_cpus > 0 ? m->numa[m->n_cpus - 1] + 1 : 1, lo = 0, hi = m->n_cpus;
+    int nodes = count_numa(m), lo = 0, hi = m->n_cpus;
     if (nodes % n == 0) {
         numa_run(m, k * (nodes / n), (k + 1) * (nodes / n), &lo, &hi);
         k = 0, n = 1;

@@ -109,9 +109,10 @@ typedef struct sh_plan_memory {
     uint64_t scratch; /* activations, logits, message buffers: an estimate from above */
     uint64_t reserve; /* left alone: the program, MPI, page tables */
 } sh_plan_memory;
-sh_plan_memory sh_plan_rank_memory(const sh_config *c, const Shoal__Plan *p, int rank);
-/* The KV budget of a rank that may use `available` bytes: plan.kv_memory where given, else what is left. threads: that
- * it has; 0: what the plan says. SH_EMEMORY says what the rank needs and has. */
+/* threads: that the rank has; 0: what the plan says, else 16. */
+sh_plan_memory sh_plan_rank_memory(const sh_config *c, const Shoal__Plan *p, int rank, int threads);
+/* The KV budget of a rank that may use `available` bytes: plan.kv_memory where given, else what is left. threads: as
+ * above. SH_EMEMORY says what the rank needs and has. */
 sh_status sh_plan_kv_budget(const sh_config *c, const Shoal__Plan *p, int rank, int threads, uint64_t available,
                             uint64_t *out);
 

@@ -118,9 +118,7 @@ static int threads_of(const sh_search_options *o, const sh_choice *x) {
 }
 
 sh_plan_memory sh_choice_memory(const sh_search_options *o, const sh_choice *x, int rank) {
-    Shoal__Plan with = *x->plan;
-    with.threads = threads_of(o, x);
-    return sh_plan_rank_memory(o->config, &with, rank);
+    return sh_plan_rank_memory(o->config, x->plan, rank, threads_of(o, x));
 }
 
 /* Memory, KV pages and speed of x->plan. A failure's text is the reason. */

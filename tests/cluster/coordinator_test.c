@@ -117,11 +117,7 @@ static void test_bad_lines(void) {
 /* Groups die by fault, by silence and by standing still; one resends everything; one makes a gap. */
 static void test_lost_groups(void) {
     server s;
-    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("lost")}, NULL));
-    sh_buf lines;
-    make_lines(&lines, 60, 40);
-    uint64_t job = 0;
-    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    uint64_t job = server_begin(&s, &(server_options){.store = in_dir("lost")}, 60, 40);
     fake f;
     fake_open(&f, s.endpoint, "first");
     f.budget = 700;
@@ -163,7 +159,6 @@ static void test_lost_groups(void) {
     check_rows(&s, job);
     k = status(&s, job);
     CU_ASSERT_EQUAL(k.out, 2400); /* no token counted twice */
-    sh_buf_release(&lines);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
     sh_wire_close(&f.wire);
 }
@@ -171,11 +166,7 @@ static void test_lost_groups(void) {
 /* A leader's connection breaks and takes work along that was on its way: over the new one it gets that work again. */
 static void test_lost_work(void) {
     server s;
-    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("again")}, NULL));
-    sh_buf lines;
-    make_lines(&lines, 60, 40);
-    uint64_t job = 0;
-    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    uint64_t job = server_begin(&s, &(server_options){.store = in_dir("again")}, 60, 40);
     fake f;
     fake_open(&f, s.endpoint, "g");
     f.budget = 30;
@@ -190,7 +181,6 @@ static void test_lost_work(void) {
     check_rows(&s, job);
     counts k = status(&s, job);
     CU_ASSERT_STRING_EQUAL(k.group, "ready"); /* and it was never given up */
-    sh_buf_release(&lines);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
     sh_wire_close(&f.wire);
 }
@@ -251,11 +241,7 @@ static void test_unreachable(void) {
 static void test_killed_at_work(void) {
     const char *store = in_dir("killed");
     server s;
-    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = store}, NULL));
-    sh_buf lines;
-    make_lines(&lines, 60, 40);
-    uint64_t job = 0;
-    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    uint64_t job = server_begin(&s, &(server_options){.store = store}, 60, 40);
     fake f;
     fake_open(&f, s.endpoint, "g0");
     unsigned seed = 3;
@@ -283,7 +269,6 @@ static void test_killed_at_work(void) {
     CU_ASSERT_EQUAL(f.epoch, 7);
     check_rows(&s, job);
     CU_ASSERT_EQUAL(status(&s, job).out, 2400);
-    sh_buf_release(&lines);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
     sh_wire_close(&f.wire);
 }
@@ -399,7 +384,7 @@ static void test_incarnations(void) {
     fake old;
     CU_ASSERT_EQUAL_FATAL(sh_wire_connect(t.endpoint, NULL, &old.wire), SH_OK);
     sh_wire *w = old.wire;
-    old = (fake){.wire = w, .welcomed = true, .epoch = 1, .budget = -1, .every = 1, .name = "g"};
+    old = (fake){.wire = w, .welcomed = true, .epoch = 1, .budget = -1, .every = 1, .size = 1, .name = "g"};
     fake_hello(&old); /* a rank of the old incarnation */
     for (int i = 0; i < 500 && !old.left; i++) fake_turn(&old);
     CU_ASSERT(old.left);
@@ -548,11 +533,7 @@ static void test_sizes(void) {
  * what it would be long about. */
 static void test_slow_group(void) {
     server s;
-    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("slow")}, NULL));
-    sh_buf lines;
-    make_lines(&lines, 60, 40);
-    uint64_t job = 0;
-    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    uint64_t job = server_begin(&s, &(server_options){.store = in_dir("slow")}, 60, 40);
     fake f[2];
     fake_open(&f[0], s.endpoint, "slow");
     fake_open(&f[1], s.endpoint, "fast");
@@ -566,7 +547,6 @@ static void test_slow_group(void) {
     CU_ASSERT(f[1].resumed > 0);
     CU_ASSERT_EQUAL(f[0].resumed, 0); /* what was taken from it does not come back */
     CU_ASSERT_EQUAL(status(&s, job).out, 2400);
-    sh_buf_release(&lines);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
     for (int i = 0; i < 2; i++) sh_wire_close(&f[i].wire);
 }
@@ -574,11 +554,7 @@ static void test_slow_group(void) {
 /* Two groups found other weights under the same path, before anything came of either. */
 static void test_other_weights(void) {
     server s;
-    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("weights")}, NULL));
-    sh_buf lines;
-    make_lines(&lines, 60, 40);
-    uint64_t job = 0;
-    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    uint64_t job = server_begin(&s, &(server_options){.store = in_dir("weights")}, 60, 40);
     fake f[2];
     fake_open(&f[0], s.endpoint, "old");
     f[0].budget = 0;
@@ -594,7 +570,6 @@ static void test_other_weights(void) {
     f[0].budget = -1;
     CU_ASSERT_FATAL(wait_done(&s, &f[0], job, "done", 60));
     check_rows(&s, job);
-    sh_buf_release(&lines);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
     for (int i = 0; i < 2; i++) sh_wire_close(&f[i].wire);
 }
@@ -603,11 +578,7 @@ static void test_other_weights(void) {
  * was lost. */
 static void test_started_again(void) {
     server s;
-    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("name")}, NULL));
-    sh_buf lines;
-    make_lines(&lines, 60, 40);
-    uint64_t job = 0;
-    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    uint64_t job = server_begin(&s, &(server_options){.store = in_dir("name")}, 60, 40);
     fake f;
     int pid = (int)getpid();
     fake_open(&f, s.endpoint, "g");
@@ -632,7 +603,12 @@ static void test_started_again(void) {
     CU_ASSERT_FATAL(wait_done(&s, &f, job, "done", 20));
     check_rows(&s, job);
     CU_ASSERT_EQUAL(status(&s, job).groups, 3);
-    sh_buf_release(&lines);
+    f.welcomed = false; /* … with more ranks, too */
+    f.pid = pid + 3, f.size = 2;
+    fake_hello(&f);
+    for (int i = 0; i < 2000 && !f.left; i++) fake_turn(&f);
+    CU_ASSERT(f.left && strstr(f.reason, "it was started again under its name: rank 0 of 2 is pid"));
+    CU_ASSERT_EQUAL(status(&s, job).groups, 4);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
     sh_wire_close(&f.wire);
 }
@@ -640,11 +616,7 @@ static void test_started_again(void) {
 /* A group that comes late to a short job gets half of what the first has not begun, though nobody knows its pace. */
 static void test_late_group(void) {
     server s;
-    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("late")}, NULL));
-    sh_buf lines;
-    make_lines(&lines, 8, 40);
-    uint64_t job = 0;
-    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    uint64_t job = server_begin(&s, &(server_options){.store = in_dir("late")}, 8, 40);
     fake f[2];
     fake_open(&f[0], s.endpoint, "early");
     f[0].every = 1 << 30;
@@ -657,7 +629,6 @@ static void test_late_group(void) {
     f[0].every = f[1].every = 1;
     CU_ASSERT_FATAL(wait_groups(&s, f, 2, job, 60));
     CU_ASSERT_EQUAL(status(&s, job).out, 320);
-    sh_buf_release(&lines);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
     for (int i = 0; i < 2; i++) sh_wire_close(&f[i].wire);
 }
@@ -707,11 +678,7 @@ static int run_poisoned(const server *s, uint64_t job, int32_t poison, int most,
 
 static void test_poison(void) {
     server s;
-    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("poison"), .run = true}, NULL));
-    sh_buf lines;
-    make_lines(&lines, 60, 40);
-    uint64_t job = 0;
-    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    uint64_t job = server_begin(&s, &(server_options){.store = in_dir("poison"), .run = true}, 60, 40);
     bool alone = false;
     int ended = run_poisoned(&s, job, 303, 20, &alone); /* of r3 alone */
     CU_ASSERT_EQUAL(ended, 5);                          /* 3 in company, 2 alone */
@@ -724,7 +691,6 @@ static void test_poison(void) {
     json_object_del(want, "r3");
     CU_ASSERT(json_equal(rows, want)); /* and nobody else suffers */
     json_decref(rows), json_decref(want);
-    sh_buf_release(&lines);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
 }
 
@@ -749,11 +715,7 @@ static void test_bad_groups(void) {
 /* Ranks that live and never get ready are given up. */
 static void test_slow_loading(void) {
     server s;
-    CU_ASSERT_FATAL(server_start(&s, &(server_options){.store = in_dir("load"), .load_ms = 500}, NULL));
-    sh_buf lines;
-    make_lines(&lines, 3, 5);
-    uint64_t job = 0;
-    CU_ASSERT_EQUAL_FATAL(submit(&s, "j", &lines, NULL, &job), SH_OK);
+    uint64_t job = server_begin(&s, &(server_options){.store = in_dir("load"), .load_ms = 500}, 3, 5);
     fake f;
     fake_open(&f, s.endpoint, "g");
     f.slow_to_load = true;
@@ -765,7 +727,6 @@ static void test_slow_loading(void) {
     fake_open(&f, s.endpoint, "h");
     CU_ASSERT(wait_done(&s, &f, job, "done", 60));
     sh_wire_close(&f.wire);
-    sh_buf_release(&lines);
     CU_ASSERT_EQUAL(server_end(&s, SIGTERM), SH_OK);
 }
 

@@ -155,7 +155,7 @@ typedef struct fake {
     sh_wire *wire;
     char name[40];
     uint64_t epoch, step, weights;
-    int pid;
+    int pid, size;
     bool welcomed, ready, left, mute, stuck, loud; /* loud: sends every token twice, and once from the start */
     int budget;                                    /* tokens it may still make; −1: no limit */
     int kv_tokens, max_seqs, every;                /* every: makes tokens in each so many-th turn only */
@@ -183,7 +183,7 @@ static inline void fake_send(fake *f, const Shoal__FromRank *m) {
 
 static inline void fake_hello(fake *f) {
     Shoal__Hello h = SHOAL__HELLO__INIT;
-    h.rank = 0, h.size = 1, h.pid = f->pid;
+    h.rank = 0, h.size = f->size, h.pid = f->pid;
     h.host = h.build = (char[]){"here"};
     h.group = f->name;
     h.has_epoch = f->welcomed;
@@ -196,7 +196,7 @@ static inline void fake_hello(fake *f) {
 
 /* As process `pid`, or as this one. */
 static inline void fake_open_as(fake *f, const char *endpoint, const char *name, int pid) {
-    *f = (fake){.weights = 0xfeed, .pid = pid, .budget = -1, .kv_tokens = 4096, .max_seqs = 4, .every = 1};
+    *f = (fake){.weights = 0xfeed, .pid = pid, .size = 1, .budget = -1, .kv_tokens = 4096, .max_seqs = 4, .every = 1};
     snprintf(f->name, sizeof f->name, "%s", name);
     CU_ASSERT_EQUAL_FATAL(sh_wire_connect(endpoint, NULL, &f->wire), SH_OK);
     fake_hello(f);
@@ -279,7 +279,7 @@ static inline void fake_drop(fake *f, uint64_t key) {
 static inline void fake_take(fake *f, const Shoal__ToRank *m) {
     if (m->welcome) {
         CU_ASSERT_STRING_EQUAL(m->welcome->model, model);
-        CU_ASSERT_EQUAL(m->welcome->plan->n_rank, 1);
+        CU_ASSERT_EQUAL((int)m->welcome->plan->n_rank, f->size);
         f->epoch = m->welcome->epoch;
         f->welcomed = true;
         if (f->slow_to_load) return;
@@ -404,6 +404,17 @@ static inline sh_status submit(const server *s, const char *name, const sh_buf *
     fclose(f);
     sh_client_close(&c);
     return st;
+}
+
+/* A server with a job "j" of n lines with so many tokens each; its number. */
+static inline uint64_t server_begin(server *s, const server_options *o, int n, int tokens) {
+    sh_buf lines;
+    uint64_t job = 0;
+    CU_ASSERT_FATAL(server_start(s, o, NULL));
+    make_lines(&lines, n, tokens);
+    CU_ASSERT_EQUAL_FATAL(submit(s, "j", &lines, NULL, &job), SH_OK);
+    sh_buf_release(&lines);
+    return job;
 }
 
 typedef struct counts {

@@ -48,7 +48,7 @@ def steps(scratch, name, req, *options):
     with open(trace) as f:
         events = [e for e in json.load(f)["traceEvents"] if e["ph"] == "X" and e["name"].startswith("step ")]
     seen = [e["args"]["step"] for e in events]
-    began = [e for e in events if e["args"]["prompt_rows"] % PROMPT == LONG_PROMPT % PROMPT and e["args"]["prompt_rows"] > LONG_PROMPT - 1]
+    began = [e for e in events if e["args"]["prompt_rows"] % PROMPT == LONG_PROMPT % PROMPT and e["args"]["prompt_rows"] >= LONG_PROMPT]
     first = min(began, key=lambda e: e["ts"])["args"]["step"] if began else 1 << 30
     return st.rows(out), max(seen) - min(seen) + 1, first - min(seen), ""
 

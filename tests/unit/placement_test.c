@@ -161,7 +161,7 @@ static void test_plan(void) {
                              .replicate = (uint64_t)copies * sh_expert_bytes(&c, SH_MODE_BF16)};
         CU_ASSERT_EQUAL_FATAL(sh_plan_make(&c, &q, &p), SH_OK);
         for (int rank = 0; rank < 10; rank++) {
-            uint64_t weights = sh_plan_rank_memory(&c, p, rank).weights, n = 0;
+            uint64_t weights = sh_plan_rank_memory(&c, p, rank, 0).weights, n = 0;
             for (size_t i = 0; i < p->rank[rank]->n_experts; i++) n += p->rank[rank]->experts[i]->n_expert;
             uint64_t layers = (uint64_t)(p->rank[rank]->last - p->rank[rank]->first);
             CU_ASSERT(n <= layers * 4 + (uint64_t)copies); /* ⌈16/5⌉ each, and the copies */

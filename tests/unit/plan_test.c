@@ -334,7 +334,7 @@ static void test_members_memory(void) {
         sh_plan_request r = {.pp = 1, .cp = i ? 4 : 1, .mode = SH_MODE_BF16, .kv = SH_KV_BF16, .max_seqs = 8};
         Shoal__Plan *p = NULL;
         CU_ASSERT_EQUAL_FATAL(sh_plan_make(&b31, &r, &p), SH_OK);
-        sh_plan_memory m = sh_plan_rank_memory(&b31, p, (int)p->n_rank - 1);
+        sh_plan_memory m = sh_plan_rank_memory(&b31, p, (int)p->n_rank - 1, 0);
         sh_kv_limits l;
         CU_ASSERT_EQUAL_FATAL(sh_plan_kv_limits(p, &l), SH_OK);
         CU_ASSERT_EQUAL(l.members, i ? 4 : 1);
@@ -377,7 +377,7 @@ static void test_rank_budget(void) {
     CU_ASSERT_EQUAL_FATAL(sh_plan_make(&b31, &r, &p), SH_OK);
     uint64_t left = 0, total = 0;
     for (int i = 0; i < 4; i++) {
-        sh_plan_memory m = sh_plan_rank_memory(&b31, p, i);
+        sh_plan_memory m = sh_plan_rank_memory(&b31, p, i, 0);
         total += m.weights;
         CU_ASSERT_EQUAL(sh_plan_kv_budget(&b31, p, i, 0, 40960 * MIB, &left), SH_OK);
         CU_ASSERT_EQUAL(left, 40960 * MIB - m.weights - m.scratch - m.reserve);
@@ -404,9 +404,9 @@ static void test_tensor_budget(void) {
     CU_ASSERT_EQUAL_FATAL(sh_plan_make(&b31, &r, &one), SH_OK);
     r4.max_seqs = one->max_seqs;
     CU_ASSERT_EQUAL_FATAL(sh_plan_make(&b31, &r4, &four), SH_OK);
-    sh_plan_memory whole = sh_plan_rank_memory(&b31, one, 0);
+    sh_plan_memory whole = sh_plan_rank_memory(&b31, one, 0, 0);
     for (int i = 0; i < 4; i++) {
-        sh_plan_memory part = sh_plan_rank_memory(&b31, four, i);
+        sh_plan_memory part = sh_plan_rank_memory(&b31, four, i, 0);
         CU_ASSERT_TRUE(part.weights >= whole.weights / 4 && part.weights < whole.weights / 4 + whole.weights / 50);
         CU_ASSERT_TRUE(part.scratch > whole.scratch / 4 && part.scratch < 2 * whole.scratch);
         CU_ASSERT_EQUAL(sh_plan_share(four, i).part, i);
@@ -446,7 +446,7 @@ static void test_prefill(void) {
     CU_ASSERT_STRING_EQUAL(cuts, "20,28");
     CU_ASSERT_STRING_EQUAL(again, "2,7");
     sh_plan_free(&q);
-    uint64_t made = sh_plan_rank_memory(&e2b, p, 3).weights + sh_plan_rank_memory(&e2b, p, 4).weights;
+    uint64_t made = sh_plan_rank_memory(&e2b, p, 3, 0).weights + sh_plan_rank_memory(&e2b, p, 4, 0).weights;
     uint64_t as_stage = sh_weights_estimate(&e2b, SH_MODE_BF16, 0, 15);
     CU_ASSERT_TRUE(made < as_stage && made > as_stage - as_stage / 10); /* less the last one's feed-forward */
     CU_ASSERT_EQUAL(p->max_seqs, 96);

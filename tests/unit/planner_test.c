@@ -214,7 +214,7 @@ static bool weights_add_up(const sh_config *c, const sh_choice *x) {
     static sh_config made;
     uint64_t sum = 0, prompts = 0, whole = sh_weights_estimate(c, SH_MODE_BF16, 0, c->n_layers);
     for (int i = 0; i < x->ranks; i++)
-        *(i < x->shape.decode ? &sum : &prompts) += sh_plan_rank_memory(c, x->plan, i).weights;
+        *(i < x->shape.decode ? &sum : &prompts) += sh_plan_rank_memory(c, x->plan, i, 0).weights;
     if (x->shape.width > 1) return sum + sum / 1000 + 65536 >= whole;
     made = *c;
     sh_config_prefill(&made);
